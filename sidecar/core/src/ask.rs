@@ -1,0 +1,187 @@
+//! What we ask the CLI ourselves, under ids of our own: its running totals, and to stop.
+//!
+//! Only after the app has spoken (an `initialize` may have to be the first line), the CLI has answered in its protocol, and before the
+//! app's end was forwarded.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::monitor::Action;
+use crate::update::OwnRequest;
+
+/// Ids of ours start like this, then with the run's nonce. Neither SDK makes such ids.
+pub const ID_PREFIX: &str = "agent-sidecar:";
+/// The CLI answers within 20 ms, also in the middle of a turn; a paused container takes longer.
+const GIVE_UP: Duration = Duration::from_secs(5);
+/// Between two questions for the totals. One costs the CLI about a millisecond.
+const PAUSE: Duration = Duration::from_millis(250);
+/// While subagents or background tasks run, whose calls the stream does not show.
+const PAUSE_UNSEEN: Duration = Duration::from_secs(5);
+/// Money after the last result (prompt suggestions) is there about this long after it.
+const AFTERTHOUGHT: Duration = Duration::from_secs(3);
+
+/// See the module's head.
+#[derive(Debug)]
+pub struct Asker {
+    nonce: String,
+    number: u64,
+    pending: BTreeMap<String, (OwnRequest, Duration)>,
+    app_spoke: bool,
+    cli_spoke: bool,
+    wanted: bool,
+    asked_at: Option<Duration>,
+    /// When to look once more although nothing was said.
+    again: Option<Duration>,
+    /// The app's end is held back since then, for the answer to this question.
+    eof: Option<(Duration, String)>,
+}
+
+impl Asker {
+    pub fn new(nonce: &str) -> Asker {
+        Asker {
+            nonce: nonce.to_owned(),
+            number: 0,
+            pending: BTreeMap::new(),
+            app_spoke: false,
+            cli_spoke: false,
+            wanted: false,
+            asked_at: None,
+            again: None,
+            eof: None,
+        }
+    }
+
+    pub fn app_spoke(&self) -> bool {
+        self.app_spoke
+    }
+
+    /// Whether it is safe to speak: the app has, and what answers it speaks the CLI's protocol.
+    pub fn may_speak(&self) -> bool {
+        self.app_spoke && self.cli_spoke
+    }
+
+    /// The other side has shown that it speaks the protocol: a program that only looks like the CLI gets no line from us.
+    pub fn cli_spoke(&mut self) {
+        self.cli_spoke = true;
+    }
+
+    /// The app's first line went through: from now on we may speak.
+    pub fn first_line(&mut self) {
+        self.app_spoke = true;
+        self.wanted = true;
+    }
+
+    /// Money may have moved.
+    pub fn want_usage(&mut self) {
+        self.wanted = true;
+    }
+
+    /// The question for the totals, if one is due.
+    pub fn usage(&mut self, now: Duration, unseen: bool) -> Option<Action> {
+        if unseen && self.again.is_none() {
+            self.again = Some(now + PAUSE_UNSEEN);
+        }
+        if !self.due(now) {
+            return None;
+        }
+        // Asked for a reason: look again a little later, for what comes after a result.
+        self.again = if self.wanted { Some(now + AFTERTHOUGHT) } else { None };
+        self.wanted = false;
+        Some(self.ask(OwnRequest::GetUsage, now))
+    }
+
+    fn due(&self, now: Duration) -> bool {
+        self.earliest().is_some_and(|at| at <= now)
+    }
+
+    fn earliest(&self) -> Option<Duration> {
+        if self.eof.is_some() || self.pending.values().any(|(request, _)| *request == OwnRequest::GetUsage) {
+            return None;
+        }
+        let rested = self.asked_at.map_or(Duration::ZERO, |at| at + PAUSE);
+        match (self.wanted, self.again) {
+            (true, _) => Some(rested),
+            (false, Some(again)) => Some(again.max(rested)),
+            (false, None) => None,
+        }
+    }
+
+    /// When to come back.
+    pub fn deadline(&self, can_ask: bool) -> Option<Duration> {
+        let give_up = self.pending.values().map(|(_, at)| *at + GIVE_UP).min();
+        [give_up, self.earliest().filter(|_| can_ask)].into_iter().flatten().min()
+    }
+
+    /// The last question, for whose answer the app's end is held back.
+    pub fn last_usage(&mut self, now: Duration) -> Option<Action> {
+        let action = self.ask(OwnRequest::GetUsage, now);
+        if let Action::Inject { request_id, .. } = &action {
+            self.eof = Some((now, request_id.clone()));
+        }
+        Some(action)
+    }
+
+    /// Since when the app's end is held back.
+    pub fn eof(&self) -> Option<Duration> {
+        self.eof.as_ref().map(|(since, _)| *since)
+    }
+
+    pub fn eof_answered(&self) -> bool {
+        self.eof.as_ref().is_some_and(|(_, id)| !self.pending.contains_key(id))
+    }
+
+    pub fn eof_forwarded(&mut self) {
+        self.eof = None;
+    }
+
+    /// A line with a new id of ours.
+    pub fn ask(&mut self, request: OwnRequest, now: Duration) -> Action {
+        self.number += 1;
+        let request_id = format!("{ID_PREFIX}{}:{}", self.nonce, self.number);
+        let body = match request {
+            // Without `skip_behaviors` it would scan a week of transcripts.
+            OwnRequest::GetUsage => serde_json::json!({"subtype": "get_usage", "skip_behaviors": true}),
+            OwnRequest::Interrupt | OwnRequest::EndSession => serde_json::json!({"subtype": request.as_str()}),
+            OwnRequest::Refuse => refusal(),
+        };
+        let line = serde_json::json!({"type": "control_request", "request_id": request_id, "request": body});
+        if request == OwnRequest::GetUsage {
+            self.asked_at = Some(now);
+        }
+        self.pending.insert(request_id.clone(), (request, now));
+        Action::Inject { request_id, line: format!("{line}\n") }
+    }
+
+    /// An answer came, or the question could not be put: which one it was.
+    pub fn answered(&mut self, id: &str) -> Option<OwnRequest> {
+        self.pending.remove(id).map(|(request, _)| request)
+    }
+
+    /// Questions that have waited too long.
+    pub fn expire(&mut self, now: Duration) -> Vec<OwnRequest> {
+        let late: Vec<String> =
+            self.pending.iter().filter(|(_, (_, at))| *at + GIVE_UP <= now).map(|(id, _)| id.clone()).collect();
+        late.iter().filter_map(|id| self.answered(id)).collect()
+    }
+
+    /// Nobody will answer any more.
+    pub fn give_up(&mut self) -> Vec<OwnRequest> {
+        std::mem::take(&mut self.pending).into_values().map(|(request, _)| request).collect()
+    }
+}
+
+/// What the app is told when its message is turned away.
+const REASON: &str = "agent-sidecar: a limit of this session is used up";
+
+/// Has the CLI itself refuse every further prompt, by a hook that only blocks: no request to the model, and a result within 40 ms that
+/// both SDKs take as an ended turn (seen on 2.1.197 and 2.1.330; `interrupt` behind the message loses the race on the latter). The
+/// settings merge with the app's own, whose hooks go on working, and are written to no file. `/compact` asks the model without a
+/// prompt, so it has a hook of its own.
+fn refusal() -> serde_json::Value {
+    let block = format!(r#"echo '{{"decision":"block","reason":"{REASON}"}}'"#);
+    let hook = |command: String| serde_json::json!([{"hooks": [{"type": "command", "command": command}]}]);
+    serde_json::json!({"subtype": "apply_flag_settings", "settings": {
+        "disableAllHooks": false,
+        "hooks": {"UserPromptSubmit": hook(block), "PreCompact": hook(format!("echo '{REASON}' >&2; exit 2"))},
+    }})
+}

@@ -1,0 +1,640 @@
+//! What has been spent, each token once: the CLI's running totals and deltas, reconciled with what its stream shows.
+//!
+//! ```text
+//!            answers open ──────────────┐ (priced by the table only if nobody ever confirms them)
+//!  get_usage ─► totals since the result ─┼─► increments ─► Spent
+//!  result ────► the exact delta ─────────┘        └─ what was counted too much ─► Corrected
+//! ```
+//!
+//! A confirmation covers everything since the last result. What has been counted of that already ([`Ledger::ahead`]) is taken off,
+//! so increments can come in any order and number and still add up to the confirmed total.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use crate::event::{ModelTotal, TurnResult, Usage};
+use crate::price::{PriceTable, canonical};
+use crate::tokens::{Tokens, Usd};
+use crate::update::{Basis, Direction, ResetCause, Source, Spent, Update};
+
+/// Answers that are remembered as done, so that a late repetition does not count again. More than any session has in flight.
+const DONE: usize = 4_096;
+/// Answers in flight at once, subagents included; the oldest is taken as done beyond.
+const OPEN: usize = 1_024;
+/// The CLI itself takes three characters for a token when an answer is cut (seen: 85 characters 28, 95 characters 32 tokens).
+const BYTES_PER_TOKEN: u64 = 3;
+
+/// A sum of tokens and of the CLI's own money.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Book {
+    tokens: Tokens,
+    usd: Usd,
+    searches: u64,
+}
+
+impl Book {
+    fn minus(self, other: Book) -> Book {
+        Book {
+            tokens: self.tokens.saturating_sub(other.tokens),
+            usd: self.usd.saturating_sub(other.usd),
+            searches: self.searches.saturating_sub(other.searches),
+        }
+    }
+
+    fn plus(self, other: Book) -> Book {
+        Book {
+            tokens: self.tokens + other.tokens,
+            usd: self.usd + other.usd,
+            searches: self.searches.saturating_add(other.searches),
+        }
+    }
+
+    fn covers(&self, other: &Book) -> bool {
+        self.tokens.covers(&other.tokens) && self.searches >= other.searches
+    }
+
+    fn is_zero(&self) -> bool {
+        *self == Book::default()
+    }
+}
+
+type Books = BTreeMap<String, Book>;
+
+fn books(models: &[ModelTotal]) -> Books {
+    let mut books = Books::new();
+    for total in models {
+        let book = Book { tokens: total.tokens, usd: Usd::from_f64(total.cost_usd), searches: total.web_searches };
+        let entry = books.entry(name_of(total)).or_default();
+        *entry = entry.plus(book);
+    }
+    books
+}
+
+/// The name under which a model is booked: the key may carry a suffix, or change between processes.
+fn name_of(total: &ModelTotal) -> String {
+    canonical(total.canonical.as_deref().unwrap_or(&total.model)).into_owned()
+}
+
+/// An answer that nobody has confirmed yet.
+#[derive(Clone, Debug)]
+struct Open {
+    model: String,
+    source: Source,
+    parent: Option<String>,
+    usage: Usage,
+    /// Text, thinking and tool input so far.
+    bytes: u64,
+    /// The API told the final usage.
+    settled: bool,
+    /// No more of it will come.
+    complete: bool,
+    /// Already counted as an estimate.
+    counted: Book,
+}
+
+impl Open {
+    /// The usage, its output guessed from what was written where the API did not get to tell.
+    fn estimate(&self) -> Usage {
+        let mut usage = self.usage.clone();
+        if !self.settled {
+            usage.tokens.output = usage.tokens.output.max((self.bytes + BYTES_PER_TOKEN / 2) / BYTES_PER_TOKEN);
+        }
+        usage
+    }
+}
+
+/// How the CLI's totals began: a resumed session may start where its transcript ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Base {
+    /// At zero.
+    Zero,
+    /// Somewhere; the first totals before the first answer tell, or the first delta.
+    Unknown,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub struct Ledger {
+    prices: PriceTable,
+    session: String,
+    /// The CLI's totals at the last result of this process; `None` while nobody knows where they began.
+    settled: Option<Books>,
+    /// What has been counted since then.
+    ahead: Books,
+    open: BTreeMap<String, Open>,
+    order: VecDeque<String>,
+    done: BTreeSet<String>,
+    done_order: VecDeque<String>,
+    /// Tokens that answers are known to have used and that no increment has taken up yet, by model.
+    main: BTreeMap<String, Tokens>,
+    /// What the main thread's answers since the last result were asked with.
+    main_prompts: u64,
+    subagents_seen: bool,
+    /// The CLI asked the model in ways that its stream does not show: compaction, web search.
+    unseen_calls: bool,
+    in_turn: bool,
+    answers: u64,
+    /// What the answers seen so far were asked with: totals above it hold history.
+    asked: u64,
+    /// Whether complete answers are counted before they are confirmed.
+    eager: bool,
+    basis_unknown: BTreeSet<String>,
+    out: Vec<Update>,
+}
+
+impl Ledger {
+    /// `eager`: count complete answers as estimates at once, because the CLI cannot be asked before its result.
+    pub fn new(prices: PriceTable, base: Base, eager: bool) -> Ledger {
+        Ledger {
+            prices,
+            session: String::new(),
+            settled: (base == Base::Zero).then(Books::new),
+            ahead: Books::new(),
+            open: BTreeMap::new(),
+            order: VecDeque::new(),
+            done: BTreeSet::new(),
+            done_order: VecDeque::new(),
+            main: BTreeMap::new(),
+            main_prompts: 0,
+            subagents_seen: false,
+            unseen_calls: false,
+            in_turn: false,
+            answers: 0,
+            asked: 0,
+            eager,
+            basis_unknown: BTreeSet::new(),
+            out: Vec::new(),
+        }
+    }
+
+    /// What the last calls found out.
+    pub fn drain(&mut self) -> impl Iterator<Item = Update> + '_ {
+        self.out.drain(..)
+    }
+
+    pub fn set_eager(&mut self, eager: bool) {
+        self.eager = eager;
+    }
+
+    /// From here on money is spent on this session.
+    pub fn set_session(&mut self, session: &str) {
+        if self.session != session {
+            self.session.clear();
+            self.session.push_str(session);
+        }
+    }
+
+    pub fn turn_started(&mut self) {
+        self.in_turn = true;
+    }
+
+    /// A subagent is at work: tokens that the main thread does not explain may be its own.
+    pub fn subagent_seen(&mut self) {
+        self.subagents_seen = true;
+    }
+
+    /// The CLI asks the model on its own account.
+    pub fn unseen_call(&mut self) {
+        self.unseen_calls = true;
+    }
+
+    /// A frame of an answer: `usage` is that of its start, repeated on each of its frames. Returns whether the answer is new.
+    pub fn answer(&mut self, id: &str, model: &str, parent: Option<&str>, usage: Option<&Usage>) -> bool {
+        if let Some(open) = self.open.get_mut(id) {
+            // The stream's usage is final once told; a later frame only repeats the first.
+            if let (false, Some(usage)) = (open.settled, usage) {
+                open.usage = merge(&open.usage, usage);
+            }
+            return false;
+        }
+        if self.done.contains(id) {
+            return false;
+        }
+        if self.open.len() >= OPEN
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.open.remove(&oldest);
+        }
+        self.answers += 1;
+        let prompt = usage.map_or(0, |usage| usage.tokens.prompt());
+        self.asked = self.asked.saturating_add(prompt);
+        if parent.is_none() {
+            self.main_prompts = self.main_prompts.saturating_add(prompt);
+        }
+        if parent.is_some() {
+            self.subagents_seen = true;
+        }
+        self.open.insert(
+            id.to_owned(),
+            Open {
+                model: canonical(model).into_owned(),
+                source: if parent.is_some() { Source::Subagent } else { Source::Main },
+                parent: parent.map(str::to_owned),
+                usage: usage.cloned().unwrap_or_default(),
+                bytes: 0,
+                settled: false,
+                complete: false,
+                counted: Book::default(),
+            },
+        );
+        self.order.push_back(id.to_owned());
+        true
+    }
+
+    /// More of an answer was written.
+    pub fn grow(&mut self, id: &str, bytes: usize) {
+        if let Some(open) = self.open.get_mut(id) {
+            open.bytes = open.bytes.saturating_add(bytes as u64);
+        }
+    }
+
+    /// The API told what an answer used in the end.
+    pub fn final_usage(&mut self, id: &str, usage: &Usage) {
+        if let Some(open) = self.open.get_mut(id) {
+            open.usage = merge(&open.usage, usage);
+            open.settled = true;
+        }
+    }
+
+    /// No more of an answer will come.
+    pub fn complete(&mut self, id: &str, at: Duration) {
+        let Some(open) = self.open.get_mut(id) else { return };
+        if std::mem::replace(&mut open.complete, true) {
+            return;
+        }
+        if open.source == Source::Main {
+            // Without the API's last word the output is not known: only what cannot be too much is counted early.
+            let known = open.usage.tokens;
+            *self.main.entry(open.model.clone()).or_default() += known;
+            if self.eager {
+                self.count_early(id, at);
+            }
+        }
+    }
+
+    /// All complete: the thread went on to something else.
+    pub fn complete_thread(&mut self, parent: Option<&str>, except: Option<&str>, at: Duration) {
+        let ids: Vec<String> = self
+            .open
+            .iter()
+            .filter(|(id, open)| !open.complete && open.parent.as_deref() == parent && Some(id.as_str()) != except)
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in ids {
+            self.complete(&id, at);
+        }
+    }
+
+    fn count_early(&mut self, id: &str, at: Duration) {
+        let Some(open) = self.open.get_mut(id) else { return };
+        let Some(usd) = self.prices.answer(&open.model, at, &open.usage) else { return };
+        let book = Book { tokens: open.usage.tokens, usd, searches: open.usage.web_searches };
+        if book.is_zero() {
+            return;
+        }
+        open.counted = book;
+        let (model, source) = (open.model.clone(), open.source);
+        let ahead = self.ahead.entry(model.clone()).or_default();
+        *ahead = ahead.plus(book);
+        self.out.push(Update::Spent(Spent {
+            session: self.session.clone(),
+            model,
+            source,
+            basis: Basis::Estimate,
+            tokens: book.tokens,
+            cost: usd,
+            reported: Usd::ZERO,
+            web_searches: book.searches,
+            unpriced: false,
+        }));
+    }
+
+    /// The CLI's running totals, as `get_usage` tells them.
+    pub fn totals(&mut self, models: &[ModelTotal], at: Duration) {
+        let totals = books(models);
+        self.note_basis(models);
+        if self.settled.is_none() {
+            if self.answers == 0 {
+                // Totals before the first answer are what a resumed session brought along.
+                self.settled = Some(totals);
+                return;
+            }
+            if !self.explains(&totals) {
+                return;
+            }
+            self.settled = Some(Books::new());
+        }
+        if self.settled.as_ref().is_some_and(|settled| fell(settled, &totals)) {
+            self.reset(ResetCause::Decrease);
+        }
+        let settled = self.settled.clone().unwrap_or_default();
+        self.count(&since(&totals, &settled), at, false);
+        self.forget_complete();
+    }
+
+    /// The confirmation of a turn. `cut`: it was stopped in the middle of an answer, which older CLIs then leave out of their books,
+    /// though the API has billed its prompt: what they do not cover is kept as an estimate. Says whether all of it is confirmed.
+    pub fn result(&mut self, result: &TurnResult, assume_zero: bool, cut: bool, at: Duration) -> bool {
+        let totals = books(&result.model_usage);
+        self.note_basis(&result.model_usage);
+        if let Some(usage) = &result.usage {
+            self.explain_main(usage);
+        }
+        let delta = match (&result.since_last, &self.settled) {
+            (Some(delta), _) => Some(books(delta)),
+            (None, Some(settled)) => {
+                if fell(settled, &totals) {
+                    self.reset(ResetCause::Decrease);
+                }
+                Some(since(&totals, self.settled.as_ref().unwrap_or(&Books::new())))
+            }
+            // Older CLIs do not restore totals on resume.
+            (None, None) if assume_zero || self.explains(&totals) => Some(totals.clone()),
+            (None, None) => None,
+        };
+        let confirmed = match delta {
+            Some(delta) => {
+                let covered: u64 = delta.values().map(|book| book.tokens.prompt()).sum();
+                let seen: u64 = self.main_prompts;
+                let left_out = cut && seen > covered;
+                self.count(&delta, at, !left_out);
+                if left_out {
+                    self.estimate_uncovered(seen - covered, at);
+                }
+                !left_out
+            }
+            // Nobody can tell history from this turn: what the stream shows is all there is.
+            None => {
+                self.estimate_open(at);
+                false
+            }
+        };
+        self.settled = Some(totals);
+        self.ahead.clear();
+        self.main.clear();
+        self.main_prompts = 0;
+        self.subagents_seen = false;
+        self.unseen_calls = false;
+        self.in_turn = false;
+        confirmed
+    }
+
+    /// A result covers every answer that was seen: what background agents go on with comes as new ones.
+    pub fn forget(&mut self) {
+        for id in self.open.keys().cloned().collect::<Vec<_>>() {
+            self.finish(&id);
+        }
+    }
+
+    fn forget_complete(&mut self) {
+        let gone: Vec<String> = self.open.iter().filter(|(_, open)| open.complete).map(|(id, _)| id.clone()).collect();
+        for id in gone {
+            self.finish(&id);
+        }
+    }
+
+    fn finish(&mut self, id: &str) {
+        self.open.remove(id);
+        self.order.retain(|open| open != id);
+        if self.done.insert(id.to_owned()) {
+            self.done_order.push_back(id.to_owned());
+            if self.done_order.len() > DONE
+                && let Some(oldest) = self.done_order.pop_front()
+            {
+                self.done.remove(&oldest);
+            }
+        }
+    }
+
+    /// The CLI's totals start again at zero.
+    pub fn reset(&mut self, cause: ResetCause) {
+        self.settled = Some(Books::new());
+        self.ahead.clear();
+        self.out.push(Update::CounterReset { cause });
+    }
+
+    /// A new process speaks: nothing of the old one's totals holds.
+    pub fn restart(&mut self, base: Base) {
+        self.settled = (base == Base::Zero).then(Books::new);
+        self.ahead.clear();
+        self.main.clear();
+        self.main_prompts = 0;
+        self.open.clear();
+        self.order.clear();
+        self.done.clear();
+        self.done_order.clear();
+        self.answers = 0;
+        self.asked = 0;
+        self.subagents_seen = false;
+        self.unseen_calls = false;
+        self.in_turn = false;
+    }
+
+    /// Nothing will be confirmed any more: what is open is spent by our own estimate.
+    pub fn close(&mut self, at: Duration) {
+        self.estimate_open(at);
+        let unconfirmed: Usd = self.ahead_estimates();
+        if !unconfirmed.is_zero() {
+            self.out.push(Update::Unconfirmed { session: self.session.clone(), usd: unconfirmed });
+        }
+        self.ahead.clear();
+    }
+
+    /// What the answers in flight have cost so far, by our own estimate: for limits, never booked.
+    pub fn in_flight(&self, at: Duration) -> (Usd, u64) {
+        let mut usd = Usd::ZERO;
+        let mut tokens = 0u64;
+        for open in self.open.values().filter(|open| open.counted.is_zero()) {
+            let usage = open.estimate();
+            usd += self.prices.answer(&open.model, at, &usage).unwrap_or_default();
+            tokens = tokens.saturating_add(usage.tokens.total());
+        }
+        (usd, tokens)
+    }
+
+    /// Whether answers wait for a confirmation.
+    pub fn has_open(&self) -> bool {
+        !self.open.is_empty()
+    }
+
+    fn ahead_estimates(&self) -> Usd {
+        // What was counted early and never confirmed; live totals are the CLI's word and need no confirmation.
+        self.open.values().map(|open| open.counted.usd).sum()
+    }
+
+    /// The last answers of the main thread, up to as many prompt tokens as the CLI left out.
+    fn estimate_uncovered(&mut self, mut prompt: u64, at: Duration) {
+        let mut ids = Vec::new();
+        for id in self.order.iter().rev() {
+            let Some(open) = self.open.get(id).filter(|open| open.source == Source::Main) else { continue };
+            let needs = open.usage.tokens.prompt();
+            if needs > prompt {
+                break;
+            }
+            prompt -= needs;
+            ids.push(id.clone());
+        }
+        let mut unconfirmed = Usd::ZERO;
+        for id in ids {
+            if let Some(open) = self.open.get_mut(&id) {
+                // What the CLI put behind a cut answer is no final usage.
+                open.settled = false;
+            }
+            self.estimate(&id, at);
+            unconfirmed += self.open.get(&id).map_or(Usd::ZERO, |open| open.counted.usd);
+        }
+        if !unconfirmed.is_zero() {
+            self.out.push(Update::Unconfirmed { session: self.session.clone(), usd: unconfirmed });
+        }
+    }
+
+    fn estimate_open(&mut self, at: Duration) {
+        let ids: Vec<String> = self.order.iter().cloned().collect();
+        for id in ids {
+            self.estimate(&id, at);
+        }
+    }
+
+    fn estimate(&mut self, id: &str, at: Duration) {
+        let Some(open) = self.open.get_mut(id) else { return };
+        let usage = open.estimate();
+        let tokens = usage.tokens.saturating_sub(open.counted.tokens);
+        let price = self.prices.answer(&open.model, at, &usage);
+        let cost = price.unwrap_or_default().saturating_sub(open.counted.usd);
+        let searches = usage.web_searches.saturating_sub(open.counted.searches);
+        open.counted = Book { tokens: usage.tokens, usd: price.unwrap_or_default(), searches: usage.web_searches };
+        if tokens.is_zero() && cost.is_zero() {
+            return;
+        }
+        let (model, source) = (open.model.clone(), open.source);
+        self.out.push(Update::Spent(Spent {
+            session: self.session.clone(),
+            model,
+            source,
+            basis: Basis::Estimate,
+            tokens,
+            cost,
+            reported: Usd::ZERO,
+            web_searches: searches,
+            unpriced: price.is_none(),
+        }));
+    }
+
+    /// The main loop's own usage of the turn, where the stream did not tell the output of each answer.
+    fn explain_main(&mut self, usage: &Usage) {
+        // With one model in the main thread, as nearly always, the sum belongs to it.
+        if let [(_, known)] = self.main.iter_mut().collect::<Vec<_>>().as_mut_slice() {
+            **known = known.max(usage.tokens);
+        }
+    }
+
+    /// Whether the answers that were seen account for all of these totals: then they began at zero.
+    fn explains(&self, totals: &Books) -> bool {
+        totals.values().map(|book| book.tokens.prompt()).sum::<u64>() <= self.asked
+    }
+
+    fn note_basis(&mut self, models: &[ModelTotal]) {
+        for total in models {
+            if total.cost_basis.as_deref() == Some("unknown") {
+                self.basis_unknown.insert(name_of(total));
+            }
+        }
+    }
+
+    /// Counts what a confirmation covers beyond what has been counted; at a result the rest is settled, too much included.
+    fn count(&mut self, confirmed: &Books, at: Duration, at_result: bool) {
+        for (model, &book) in confirmed {
+            let ahead = self.ahead.get(model).copied().unwrap_or_default();
+            let more = book.minus(ahead);
+            if !more.is_zero() {
+                self.ahead.insert(model.clone(), ahead.plus(more));
+                self.spend(model, more, at);
+            }
+        }
+        if at_result {
+            for (model, ahead) in std::mem::take(&mut self.ahead) {
+                let confirmed = confirmed.get(&model).copied().unwrap_or_default();
+                let over = ahead.minus(confirmed);
+                if !over.is_zero() {
+                    self.out.push(Update::Corrected {
+                        session: self.session.clone(),
+                        model,
+                        direction: Direction::Over,
+                        usd: over.usd,
+                        tokens: over.tokens,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Books an increment, split by who is known to have used it.
+    fn spend(&mut self, model: &str, book: Book, at: Duration) {
+        let explained = self.main.get(model).copied().unwrap_or_default();
+        let main = Tokens::from_kinds(std::array::from_fn(|i| book.tokens.by_kind()[i].min(explained.by_kind()[i])));
+        if let Some(rest) = self.main.get_mut(model) {
+            *rest = rest.saturating_sub(main);
+        }
+        let rest = book.tokens.saturating_sub(main);
+        let other = if self.subagents_seen {
+            Source::Subagent
+        } else if self.unseen_calls || !self.in_turn {
+            Source::Unattributed
+        } else {
+            Source::Main
+        };
+        let unpriced = self.basis_unknown.contains(model) && !self.prices.knows(model, at);
+        let fallback = if unpriced { self.prices.fallback_cost(&book.tokens) } else { None };
+        let cost = fallback.unwrap_or_else(|| self.prices.confirmed(model, at, &book.tokens, book.searches, book.usd));
+        let parts = if other == Source::Main || rest.is_zero() && book.searches == 0 {
+            vec![(Source::Main, book.tokens, cost, book.usd, book.searches)]
+        } else if main.is_zero() {
+            vec![(other, book.tokens, cost, book.usd, book.searches)]
+        } else {
+            // The main thread's share by the price table, never more than all; the rest of the money goes with the rest.
+            let share = Usage { tokens: main, ..Usage::default() };
+            let main_usd = self.prices.answer(model, at, &share).unwrap_or_default().min(book.usd);
+            let main_cost = self.prices.confirmed(model, at, &main, 0, main_usd).min(cost);
+            vec![
+                (Source::Main, main, main_cost, main_usd, 0),
+                (other, rest, cost - main_cost, book.usd - main_usd, book.searches),
+            ]
+        };
+        for (source, tokens, cost, reported, web_searches) in parts {
+            if tokens.is_zero() && cost.is_zero() && web_searches == 0 {
+                continue;
+            }
+            self.out.push(Update::Spent(Spent {
+                session: self.session.clone(),
+                model: model.to_owned(),
+                source,
+                basis: Basis::Confirmed,
+                tokens,
+                cost,
+                reported,
+                web_searches,
+                unpriced,
+            }));
+        }
+    }
+}
+
+/// A later frame's usage over an earlier one's: absent or zero input fields do not undo what the start said.
+fn merge(start: &Usage, later: &Usage) -> Usage {
+    Usage {
+        tokens: Tokens { output: start.tokens.output.max(later.tokens.output), ..start.tokens.max(later.tokens) },
+        web_searches: start.web_searches.max(later.web_searches),
+        inference_geo: later.inference_geo.clone().or_else(|| start.inference_geo.clone()),
+        speed: later.speed.clone().or_else(|| start.speed.clone()),
+        has_input: start.has_input || later.has_input,
+    }
+}
+
+/// Whether running totals are below what they were: the CLI started them again.
+fn fell(before: &Books, now: &Books) -> bool {
+    before.iter().any(|(model, book)| !now.get(model).copied().unwrap_or_default().covers(book))
+}
+
+fn since(now: &Books, before: &Books) -> Books {
+    now.iter().map(|(model, book)| (model.clone(), book.minus(before.get(model).copied().unwrap_or_default()))).collect()
+}

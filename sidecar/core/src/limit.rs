@@ -1,0 +1,343 @@
+//! The ceilings: what may be spent, for how long, and when it is too much.
+//!
+//! A [`Rule`] is one ceiling with its mode; the [`Judge`] holds them against the facts. It only judges: what is done about it, and
+//! in which order, is [`crate::ladder`]'s.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Now;
+use crate::session::Session;
+use crate::tokens::Usd;
+use crate::update::{Activity, Decision, Stall, Step, Update, labels};
+
+labels! {
+    /// What a rule does when its ceiling is reached.
+    Mode {
+        Off = "off",
+        /// Says what it would have done.
+        Shadow = "shadow",
+        Enforce = "enforce",
+    }
+}
+
+labels! {
+    /// What is limited.
+    Limit {
+        Turns = "turns", CostUsd = "usd", Tokens = "tokens", Duration = "duration", Idle = "idle", Startup = "startup",
+        Stall = "stall", Result = "result", Memory = "memory",
+    }
+}
+
+labels! {
+    /// Over what it is limited.
+    Scope { Turn = "turn", Session = "session", Tool = "tool", Subagent = "subagent" }
+}
+
+/// How much is allowed: reaching it is too much.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Ceiling {
+    Count(u64),
+    Usd(Usd),
+    Time(Duration),
+    Bytes(u64),
+}
+
+impl Ceiling {
+    /// In the limit's own unit: turns, tokens, dollars, seconds, bytes.
+    pub fn to_f64(self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "for people and ratios")]
+        match self {
+            Ceiling::Count(n) | Ceiling::Bytes(n) => n as f64,
+            Ceiling::Usd(usd) => usd.to_f64(),
+            Ceiling::Time(time) => time.as_secs_f64(),
+        }
+    }
+}
+
+/// One ceiling.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rule {
+    pub limit: Limit,
+    pub scope: Scope,
+    pub ceiling: Ceiling,
+    pub mode: Mode,
+}
+
+impl Rule {
+    /// What is done first when the ceiling is reached.
+    pub fn first_step(&self) -> Step {
+        match (self.limit, self.scope) {
+            // What ends with the turn leaves the session alive.
+            (_, Scope::Turn | Scope::Tool | Scope::Subagent) | (Limit::Stall, Scope::Session) => Step::Interrupt,
+            // It never said a word: there is nobody to ask.
+            (Limit::Startup, Scope::Session) => Step::Terminate,
+            (
+                Limit::Turns | Limit::CostUsd | Limit::Tokens | Limit::Duration | Limit::Idle | Limit::Result | Limit::Memory,
+                Scope::Session,
+            ) => Step::End,
+        }
+    }
+
+    /// Whether the session stays and takes no more work, where the CLI can be told so.
+    pub fn refuses(&self) -> bool {
+        self.scope == Scope::Session && matches!(self.limit, Limit::Turns | Limit::CostUsd | Limit::Tokens)
+    }
+
+    /// The ceiling in money, if it is one.
+    pub fn spending(&self) -> Option<Usd> {
+        match self.ceiling {
+            Ceiling::Usd(usd) => Some(usd),
+            Ceiling::Count(_) | Ceiling::Time(_) | Ceiling::Bytes(_) => None,
+        }
+    }
+
+    /// Whether people want to hear of it on the way there.
+    fn warns(&self) -> bool {
+        match self.limit {
+            Limit::Turns | Limit::CostUsd | Limit::Tokens | Limit::Duration | Limit::Memory => true,
+            Limit::Idle | Limit::Startup | Limit::Stall | Limit::Result => false,
+        }
+    }
+
+    /// How the silence is called that breaks this rule, if it is one.
+    pub fn stall(&self) -> Option<Stall> {
+        match (self.limit, self.scope) {
+            (Limit::Startup, _) => Some(Stall::Startup),
+            (Limit::Stall, _) => Some(Stall::NoEvent),
+            (Limit::Result, _) => Some(Stall::NoResult),
+            (Limit::Duration, Scope::Tool) => Some(Stall::Tool),
+            _ => None,
+        }
+    }
+}
+
+/// Where people are told on the way to a ceiling.
+const WARN_AT: [f64; 3] = [0.5, 0.8, 0.95];
+
+/// What is known outside the session.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Outside {
+    /// When the CLI's input ended, if it has: its own end is due.
+    pub input_over: Option<Duration>,
+    pub memory_bytes: Option<u64>,
+    /// When the app first gave it something to do.
+    pub fed_at: Option<Duration>,
+    /// The CLI can be told to turn away what the app says.
+    pub can_refuse: bool,
+}
+
+#[derive(Debug)]
+struct Tracked {
+    rule: Rule,
+    /// Which turn, call or agent this is about: a new one starts afresh.
+    instance: Duration,
+    warned: usize,
+    reached: bool,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub struct Judge {
+    rules: Vec<Tracked>,
+    began: Duration,
+}
+
+/// A ceiling that was just reached.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reached {
+    pub rule: Rule,
+    pub observed: f64,
+}
+
+/// How far a rule is used up.
+#[derive(Clone, Debug, Serialize)]
+pub struct Used {
+    pub limit: Limit,
+    pub scope: Scope,
+    pub mode: Mode,
+    pub used: f64,
+    pub ceiling: f64,
+}
+
+/// What a rule measures now, since when (on the clock), and of which instance of its scope.
+struct Measure {
+    observed: f64,
+    instance: Duration,
+    /// For what grows with the clock alone: when it started.
+    runs_since: Option<Duration>,
+    /// Counted, but not to be acted upon yet.
+    hold: bool,
+}
+
+impl Judge {
+    pub fn new(rules: &[Rule], began: Duration) -> Judge {
+        let rules = rules
+            .iter()
+            .filter(|rule| rule.mode != Mode::Off)
+            .map(|&rule| Tracked { rule, instance: Duration::MAX, warned: 0, reached: false })
+            .collect();
+        Judge { rules, began }
+    }
+
+    /// Holds every rule against the facts: what was newly reached, and what is to be told.
+    pub fn judge(&mut self, session: &Session, outside: &Outside, now: Now, out: &mut Vec<Update>) -> Vec<Reached> {
+        let mut reached = Vec::new();
+        let in_flight = session.ledger.in_flight(now.unix);
+        for tracked in &mut self.rules {
+            let rule = tracked.rule;
+            let Some(measure) = measure(&rule, self.began, session, outside, in_flight, now) else {
+                if tracked.instance != Duration::MAX {
+                    tracked.instance = Duration::MAX;
+                    tracked.warned = 0;
+                    if std::mem::take(&mut tracked.reached)
+                        && let Some(kind) = rule.stall()
+                    {
+                        out.push(Update::Stalled { kind, on: false });
+                    }
+                    out.push(Update::LimitUsed { limit: rule.limit, scope: rule.scope, ratio: 0.0 });
+                }
+                continue;
+            };
+            if tracked.instance != measure.instance {
+                tracked.instance = measure.instance;
+                tracked.warned = 0;
+                tracked.reached = false;
+            }
+            let ceiling = rule.ceiling.to_f64();
+            let ratio = if ceiling > 0.0 { measure.observed / ceiling } else { f64::INFINITY };
+            out.push(Update::LimitUsed { limit: rule.limit, scope: rule.scope, ratio: ratio.min(1e9) });
+            let decision = |step, level| {
+                Update::Decided(Decision {
+                    session: session.id().to_owned(),
+                    limit: rule.limit,
+                    scope: rule.scope,
+                    mode: rule.mode,
+                    step,
+                    observed: measure.observed,
+                    ceiling,
+                    level,
+                })
+            };
+            if rule.warns() && !tracked.reached {
+                let passed = WARN_AT.iter().filter(|level| ratio >= **level).count();
+                if passed > tracked.warned {
+                    tracked.warned = passed;
+                    if ratio < 1.0 {
+                        out.push(decision(Step::Warn, WARN_AT[passed - 1]));
+                    }
+                }
+            }
+            if ratio >= 1.0 && !measure.hold && !tracked.reached {
+                tracked.reached = true;
+                if let Some(kind) = rule.stall() {
+                    out.push(Update::Stalled { kind, on: true });
+                }
+                let step = if rule.refuses() && outside.can_refuse { Step::Refuse } else { rule.first_step() };
+                out.push(decision(step, 1.0));
+                reached.push(Reached { rule, observed: measure.observed });
+            }
+        }
+        reached
+    }
+
+    /// When the clock alone will reach a ceiling, or a warning.
+    pub fn deadline(&self, session: &Session, outside: &Outside, now: Now) -> Option<Duration> {
+        self.rules
+            .iter()
+            .filter_map(|tracked| {
+                let Ceiling::Time(ceiling) = tracked.rule.ceiling else { return None };
+                let measure = measure(&tracked.rule, self.began, session, outside, (Usd::ZERO, 0), now)?;
+                let since = measure.runs_since?;
+                let same = tracked.instance == measure.instance;
+                if same && tracked.reached {
+                    return None;
+                }
+                let warned = if same { tracked.warned } else { 0 };
+                match WARN_AT.get(warned).filter(|_| tracked.rule.warns()) {
+                    Some(level) => Some(since + ceiling.mul_f64(*level)),
+                    None => Some(since + ceiling),
+                }
+            })
+            .min()
+    }
+
+    /// How far each rule is used up.
+    pub fn used(&self, session: &Session, outside: &Outside, now: Now) -> Vec<Used> {
+        let in_flight = session.ledger.in_flight(now.unix);
+        self.rules
+            .iter()
+            .map(|Tracked { rule, .. }| Used {
+                limit: rule.limit,
+                scope: rule.scope,
+                mode: rule.mode,
+                used: measure(rule, self.began, session, outside, in_flight, now).map_or(0.0, |measure| measure.observed),
+                ceiling: rule.ceiling.to_f64(),
+            })
+            .collect()
+    }
+}
+
+fn measure(
+    rule: &Rule,
+    began: Duration,
+    session: &Session,
+    outside: &Outside,
+    (usd, tokens): (Usd, u64),
+    now: Now,
+) -> Option<Measure> {
+    let turn = session.turn();
+    let count = |n: u64, instance| {
+        #[expect(clippy::cast_precision_loss, reason = "for a ratio")]
+        let observed = n as f64;
+        Measure { observed, instance, runs_since: None, hold: false }
+    };
+    let clock = |since: Duration| Measure {
+        observed: now.mono.saturating_sub(since).as_secs_f64(),
+        instance: since,
+        runs_since: Some(since),
+        hold: false,
+    };
+    Some(match (rule.limit, rule.scope) {
+        // The CLI itself stops at the ceiling, after that round's tools; we are there if it does not.
+        (Limit::Turns, Scope::Turn) => {
+            let turn = turn?;
+            let over = matches!(rule.ceiling, Ceiling::Count(max) if turn.rounds > max);
+            Measure { hold: !over, ..count(turn.rounds, turn.started) }
+        }
+        (Limit::Turns, Scope::Session) => Measure { hold: !session.goes_on(), ..count(session.rounds(), began) },
+        (Limit::CostUsd, Scope::Turn) => {
+            let turn = turn?;
+            Measure { observed: (turn.cost + usd).to_f64(), ..count(0, turn.started) }
+        }
+        (Limit::CostUsd, Scope::Session) => Measure { observed: (session.cost() + usd).to_f64(), ..count(0, began) },
+        (Limit::Tokens, Scope::Turn) => {
+            let turn = turn?;
+            count(turn.tokens.saturating_add(tokens), turn.started)
+        }
+        (Limit::Tokens, Scope::Session) => count(session.tokens().saturating_add(tokens), began),
+        (Limit::Duration, Scope::Turn) => clock(turn?.started),
+        (Limit::Duration, Scope::Session) => clock(began),
+        (Limit::Duration, Scope::Tool) => clock(session.oldest_call()?.1),
+        (Limit::Duration, Scope::Subagent) => clock(session.oldest_agent()?),
+        (Limit::Idle, _) => clock(session.idle_since()?),
+        (Limit::Startup, _) if !session.spoke() => clock(outside.fed_at?),
+        (Limit::Stall, _) if matches!(session.activity(), Activity::Model | Activity::Compacting | Activity::Stuck) => {
+            clock(session.last_active())
+        }
+        // No result though the last answer asks for nothing more; or no exit though there is nothing more to come.
+        (Limit::Result, _) => match (turn, outside.input_over) {
+            (Some(_), _) if session.spoke() && session.answered() && session.calls_in_flight() == 0 => {
+                clock(session.last_active())
+            }
+            (None, Some(over)) if session.turns() > 0 => clock(over.max(session.activity_since())),
+            _ => return None,
+        },
+        (Limit::Memory, _) => Measure { hold: turn.is_some(), ..count(outside.memory_bytes?, began) },
+        // The others have no meaning in that scope; the configuration cannot name them.
+        (Limit::Startup | Limit::Stall, _) | (Limit::Turns | Limit::CostUsd | Limit::Tokens, Scope::Tool | Scope::Subagent) => {
+            return None;
+        }
+    })
+}

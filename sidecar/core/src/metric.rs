@@ -1,0 +1,536 @@
+//! Every instrument, and where its numbers are kept. A new metric is a line in the catalogue below and an arm in
+//! [`crate::meter`]; no exporter changes.
+//!
+//! Cells hold whole numbers (counts, picodollars, nanoseconds) wherever the fact is one, so that an exposition agrees with the
+//! ledger to the last digit; an exporter turns them into floats once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use crate::tokens::Usd;
+
+/// An instrument: everything that an exporter, a reference page or a dashboard's check has to know.
+#[derive(Debug)]
+pub struct Metric {
+    pub name: &'static str,
+    pub help: &'static str,
+    pub kind: Kind,
+    pub unit: Unit,
+    pub labels: &'static [&'static str],
+    /// Label values that exist from the start, at zero: a counter that first appears at seven has no increase.
+    pub zero: &'static [&'static [&'static str]],
+    /// Upper bounds of a histogram's buckets.
+    pub buckets: &'static [f64],
+    /// Its place in [`CATALOG`].
+    index: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Counter,
+    Gauge,
+    /// A gauge that is always one; its labels are the message.
+    Info,
+    Histogram,
+}
+
+impl Kind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Info => "info",
+            Kind::Histogram => "histogram",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    None,
+    Usd,
+    Seconds,
+    Bytes,
+    Ratio,
+    Tokens,
+}
+
+impl Unit {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Unit::None => "",
+            Unit::Usd => "usd",
+            Unit::Seconds => "seconds",
+            Unit::Bytes => "bytes",
+            Unit::Ratio => "ratio",
+            Unit::Tokens => "tokens",
+        }
+    }
+}
+
+type Labels = &'static [&'static str];
+type Values = &'static [&'static [&'static str]];
+
+const fn metric(kind: Kind, name: &'static str, unit: Unit, labels: Labels, help: &'static str) -> Metric {
+    // Without labels there is one series, and it exists from the start; a gauge waits for its first value.
+    let zero: Values = if labels.is_empty() && matches!(kind, Kind::Counter | Kind::Histogram) { &[&[]] } else { &[] };
+    Metric { name, help, kind, unit, labels, zero, buckets: &[], index: 0 }
+}
+
+const fn counter(name: &'static str, unit: Unit, labels: Labels, help: &'static str) -> Metric {
+    metric(Kind::Counter, name, unit, labels, help)
+}
+
+const fn gauge(name: &'static str, unit: Unit, labels: Labels, help: &'static str) -> Metric {
+    metric(Kind::Gauge, name, unit, labels, help)
+}
+
+const fn info(name: &'static str, labels: Labels, help: &'static str) -> Metric {
+    metric(Kind::Info, name, Unit::None, labels, help)
+}
+
+const fn histogram(name: &'static str, unit: Unit, labels: Labels, buckets: &'static [f64], help: &'static str) -> Metric {
+    Metric { buckets, ..metric(Kind::Histogram, name, unit, labels, help) }
+}
+
+const fn from_zero(metric: Metric, zero: Values) -> Metric {
+    Metric { zero, ..metric }
+}
+
+/// From one step to a working day.
+const TURN_SECONDS: &[f64] = &[1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1_800.0, 3_600.0, 14_400.0];
+const REQUEST_SECONDS: &[f64] = &[0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0];
+const TOOL_SECONDS: &[f64] = &[0.01, 0.05, 0.25, 1.0, 5.0, 30.0, 120.0, 600.0, 3_600.0];
+const STOP_SECONDS: &[f64] = &[0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+const COST_USD: &[f64] = &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 50.0, 100.0];
+const DEPTH: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
+
+/// Declares each metric as a `static` and lists them all, each with its place in the list.
+macro_rules! catalog {
+    ($($id:ident = $metric:expr;)*) => {
+        #[expect(non_camel_case_types, clippy::upper_case_acronyms, reason = "they only number the statics of the same name")]
+        enum Place { $($id),* }
+        $(pub static $id: Metric = Metric { index: Place::$id as usize, ..$metric };)*
+        /// Every metric there is.
+        pub static CATALOG: &[&Metric] = &[$(&$id),*];
+    };
+}
+
+use Unit::{Bytes, None as Plain, Ratio, Seconds, Tokens, Usd as Dollars};
+
+#[rustfmt::skip]
+catalog! {
+    // Accounting: what did it cost, who, why; can it be trusted?
+    TOKENS = counter("claude_agent_tokens_total", Tokens, &["model", "type", "source"], "Tokens by kind; input excludes what was cached.");
+    COST = counter("claude_agent_cost_usd_total", Dollars, &["model", "source"], "Spend in US dollars, as the CLI confirmed it; unconfirmed answers by the price table.");
+    COST_ESTIMATED = counter("claude_agent_cost_estimated_usd_total", Dollars, &[], "The part of the spend that nobody confirmed.");
+    COST_CLI_REPORTED = counter("claude_agent_cost_cli_reported_usd_total", Dollars, &[], "Spend in the CLI's own figures, its resets taken out.");
+    COST_RECONCILIATION_ERROR = from_zero(counter("claude_agent_cost_reconciliation_error_usd_total", Dollars, &["direction"], "What a later confirmation took back (over) or found missing (under) of what had been counted."), &[&["over"], &["under"]]);
+    UNPRICED_TOKENS = counter("claude_agent_unpriced_tokens_total", Tokens, &["model", "type"], "Tokens of models that nobody prices.");
+    PRICE_TABLE_TIMESTAMP = gauge("claude_agent_price_table_timestamp_seconds", Seconds, &[], "When the price table was last compared with its source.");
+    PRICE_TABLE_INFO = info("claude_agent_price_table_info", &["version", "source"], "Which prices are used.");
+    CACHE_SAVED = counter("claude_agent_cache_saved_usd_total", Dollars, &["model"], "What reading from the cache cost less than sending the same tokens anew.");
+    CACHE_PREMIUM = counter("claude_agent_cache_write_premium_usd_total", Dollars, &["model"], "What writing to the cache cost more than sending the same tokens plain.");
+    MODEL_REQUESTS = counter("claude_agent_model_requests_total", Plain, &["model", "source", "stop_reason"], "Model answers that were seen.");
+    SERVER_TOOL_REQUESTS = from_zero(counter("claude_agent_server_tool_requests_total", Plain, &["tool"], "Tool uses that the provider ran and billed."), &[&["web_search"]]);
+    TURN_COST = histogram("claude_agent_turn_cost_usd", Dollars, &[], COST_USD, "Cost of a user turn.");
+    SESSION_COST = histogram("claude_agent_session_cost_usd", Dollars, &[], COST_USD, "Cost of a session, when it ended.");
+    COUNTER_RESETS = from_zero(counter("claude_agent_usage_resets_total", Plain, &["cause"], "How often the CLI's running totals started again."), &[&["clear"], &["restart"], &["decrease"]]);
+
+    // Turns and tools: do agents work, and where does the time go?
+    TURNS = from_zero(counter("claude_agent_turns_total", Plain, &["outcome"], "User turns by how they ended."), &[&["success"], &["success_is_error"], &["error_max_turns"], &["error_during_execution"], &["error_max_budget"], &["error_structured_output"], &["no_result"], &["stuck_killed"], &["limit_stopped"], &["crashed"], &["interrupted"]]);
+    TURN_TERMINATIONS = counter("claude_agent_turn_terminations_total", Plain, &["reason"], "User turns by the reason that the CLI gave.");
+    TURN_DURATION = histogram("claude_agent_turn_duration_seconds", Seconds, &["outcome_class"], TURN_SECONDS, "Duration of a user turn.");
+    TURN_MODEL_REQUESTS = histogram("claude_agent_turn_model_requests", Plain, &[], DEPTH, "Model answers in a user turn.");
+    REQUEST_DURATION = histogram("claude_agent_request_duration_seconds", Seconds, &["model"], REQUEST_SECONDS, "From asking the model to the end of its answer.");
+    TIME_TO_FIRST_TOKEN = histogram("claude_agent_time_to_first_token_seconds", Seconds, &["model"], REQUEST_SECONDS, "From asking the model to its first token, as the CLI measured it.");
+    TOOL_CALLS = counter("claude_agent_tool_calls_total", Plain, &["tool", "outcome"], "Tool calls by outcome.");
+    TOOL_DURATION = histogram("claude_agent_tool_duration_seconds", Seconds, &["tool_class"], TOOL_SECONDS, "Duration of a tool call, the wait for its permission included.");
+    PERMISSION_WAIT = histogram("claude_agent_permission_wait_seconds", Seconds, &["decision"], TOOL_SECONDS, "How long the agent waited for a permission.");
+    PERMISSION_DENIALS = counter("claude_agent_permission_denials_total", Plain, &["tool"], "Tool calls that were not allowed.");
+    HOOK_EXECUTIONS = counter("claude_agent_hook_executions_total", Plain, &["event", "outcome"], "Hooks of the CLI that ran.");
+    HOOK_DURATION = histogram("claude_agent_hook_duration_seconds", Seconds, &["event"], TOOL_SECONDS, "Duration of a hook.");
+    TIME = from_zero(counter("claude_agent_time_seconds_total", Seconds, &["state"], "Where the process's time went; sums to the wall clock."), &[&["starting"], &["model"], &["tool"], &["permission"], &["retry_backoff"], &["compacting"], &["waiting_input"], &["idle"], &["stuck"], &["draining"]]);
+    SUBAGENTS_ACTIVE = gauge("claude_agent_subagents_active", Plain, &["slot"], "Subagents at work.");
+    SUBAGENT_DEPTH = gauge("claude_agent_subagent_depth", Plain, &["slot"], "How deep the deepest of them is nested.");
+    SUBAGENTS_STARTED = counter("claude_agent_subagents_started_total", Plain, &["type"], "Subagents that were started.");
+    SUBAGENT_DURATION = histogram("claude_agent_subagent_duration_seconds", Seconds, &["outcome"], TURN_SECONDS, "Duration of a subagent.");
+    BACKGROUND_TASKS = gauge("claude_agent_background_tasks", Plain, &["slot", "kind"], "Background tasks that keep the agent from being idle.");
+    COMPACTIONS = from_zero(counter("claude_agent_compactions_total", Plain, &["trigger"], "Compactions of the context."), &[&["auto"], &["manual"]]);
+    CONTEXT_USED = gauge("claude_agent_context_used_ratio", Ratio, &["slot"], "How full the model's window was at the last answer.");
+    API_RETRIES = from_zero(counter("claude_agent_api_retries_total", Plain, &["error"], "Requests that the CLI had to repeat."), &[&["rate_limit"], &["overloaded"], &["server_error"], &["unknown"]]);
+    API_ERRORS = from_zero(counter("claude_agent_api_errors_total", Plain, &["error"], "Requests that failed for good."), &[&["authentication_failed"], &["billing_error"], &["rate_limit"], &["overloaded"], &["invalid_request"], &["server_error"], &["unknown"]]);
+    RATE_LIMIT_UTILIZATION = gauge("claude_agent_rate_limit_utilization_ratio", Ratio, &["window"], "How much of a subscription's window is used.");
+    RATE_LIMIT_RESET = gauge("claude_agent_rate_limit_reset_timestamp_seconds", Seconds, &["window"], "When that window starts again.");
+    MCP_SERVER_UP = gauge("claude_agent_mcp_server_up", Plain, &["server"], "Whether the CLI reports an MCP server as connected.");
+    MCP_TOOL_DURATION = histogram("claude_agent_mcp_tool_duration_seconds", Seconds, &["server"], TOOL_SECONDS, "Duration of a call to an MCP server.");
+
+    // Limits: how close, and what was done about it?
+    LIMIT_USED = gauge("claude_agent_limit_used_ratio", Ratio, &["limit", "scope"], "How much of a limit is used.");
+    ENFORCEMENTS = counter("claude_agent_enforcements_total", Plain, &["limit", "scope", "action", "mode"], "What was done about a limit, or in shadow mode would have been.");
+    ENFORCEMENT_LATENCY = histogram("claude_agent_enforcement_latency_seconds", Seconds, &["action"], STOP_SECONDS, "From the decision until the agent was quiet.");
+    ENFORCEMENT_OVERSHOOT = histogram("claude_agent_enforcement_overshoot_usd", Dollars, &["scope"], COST_USD, "What was spent above a limit.");
+
+    // Lifecycle, process, resources.
+    SESSIONS = from_zero(counter("claude_agent_sessions_total", Plain, &["start"], "Sessions by how they started."), &[&["fresh"], &["resume"], &["continue"], &["fork"], &["clear"]]);
+    SESSIONS_ACTIVE = gauge("claude_agent_sessions_active", Plain, &[], "CLIs that run.");
+    STARTUP = histogram("claude_agent_startup_seconds", Seconds, &[], STOP_SECONDS, "From the start of the CLI to its first word.");
+    PROCESS_STATE = gauge("claude_agent_process_state", Plain, &["slot", "state"], "What the agent is doing: one for the state it is in.");
+    STALLED = gauge("claude_agent_stalled", Plain, &["slot", "kind"], "One while the agent is past a time limit of this kind.");
+    LAST_ACTIVITY = gauge("claude_agent_last_activity_timestamp_seconds", Seconds, &["slot"], "When the agent or its app last said anything.");
+    IDLE_TIMEOUT = gauge("claude_agent_idle_timeout_seconds", Seconds, &[], "After this long without work the agent is ended; zero if never.");
+    IDLE_SHUTDOWNS = counter("claude_agent_idle_shutdowns_total", Plain, &[], "Agents that were ended because they were idle.");
+    RESULTS_MISSING = from_zero(counter("claude_agent_results_missing_total", Plain, &["cause"], "Turns that ended without a result."), &[&["crash"], &["signal"], &["oom"], &["truncated"], &["limit"], &["unknown"]]);
+    PROCESS_STARTS = counter("claude_agent_process_starts_total", Plain, &[], "CLIs that were started.");
+    PROCESS_EXITS = from_zero(counter("claude_agent_process_exits_total", Plain, &["reason"], "CLIs that ended, by reason."), &[&["clean"], &["error"], &["signal"], &["oom"], &["init_failed"], &["limit"], &["idle"], &["stuck"], &["shutdown"]]);
+    SHUTDOWN = histogram("claude_agent_shutdown_seconds", Seconds, &["phase"], STOP_SECONDS, "How long each step of a stop took.");
+    ORPHANS_TERMINATED = counter("claude_agent_orphans_terminated_total", Plain, &[], "Processes that outlived the CLI and were ended.");
+    ZOMBIES_REAPED = counter("claude_agent_zombies_reaped_total", Plain, &[], "Dead processes that nobody else waited for.");
+    CHILD_PROCESSES = gauge("claude_agent_child_processes", Plain, &["role"], "Processes below the sidecar.");
+    CPU = counter("claude_agent_cpu_seconds_total", Seconds, &["role"], "CPU time of the processes below the sidecar.");
+    RESIDENT_MEMORY = gauge("claude_agent_resident_memory_bytes", Bytes, &["role"], "Resident memory of the processes below the sidecar.");
+    OPEN_FDS = gauge("claude_agent_open_fds", Plain, &[], "Descriptors that the CLI has open.");
+    CONTAINER_WORKING_SET = gauge("claude_agent_container_memory_working_set_bytes", Bytes, &[], "Memory of the container that cannot be reclaimed.");
+    CONTAINER_LIMIT = gauge("claude_agent_container_memory_limit_bytes", Bytes, &[], "Memory limit of the container.");
+    CONTAINER_OOM_KILLS = counter("claude_agent_container_oom_kills_total", Plain, &[], "Processes of the container that the kernel killed for memory.");
+    CONTAINER_CPU = counter("claude_agent_container_cpu_seconds_total", Seconds, &[], "CPU time of the container.");
+    CONTAINER_PRESSURE = counter("claude_agent_container_pressure_seconds_total", Seconds, &["resource", "kind"], "Time in which tasks of the container waited for a resource.");
+    DISK_USED = gauge("claude_agent_disk_used_bytes", Bytes, &["mount"], "Space used on the file system.");
+    DISK_FREE = gauge("claude_agent_disk_free_bytes", Bytes, &["mount"], "Space left on the file system.");
+    RESUMES = from_zero(counter("claude_agent_resume_total", Plain, &["outcome"], "Resumed sessions by whether it worked."), &[&["ok"], &["not_found"], &["id_changed"]]);
+    AGENT_INFO = info("claude_agent_info", &["cli_version", "permission_mode", "api_key_source", "provider"], "What runs.");
+
+    // The sidecar itself.
+    BUILD_INFO = info("agent_sidecar_build_info", &["version"], "Version of the sidecar.");
+    CONFIG_INFO = info("agent_sidecar_config_info", &["hash"], "Fingerprint of the effective configuration.");
+    EVENTS = counter("agent_sidecar_events_total", Plain, &["type"], "Lines that were understood; `unknown` are of types nobody told us of.");
+    PARSE_ERRORS = from_zero(counter("agent_sidecar_parse_errors_total", Plain, &["reason"], "Lines that were not, or not wholly."), &[&["not_json"], &["not_object"], &["no_type"], &["truncated"], &["too_long"], &["field"]]);
+    FORWARDED_BYTES = from_zero(counter("agent_sidecar_forwarded_bytes_total", Bytes, &["stream"], "Bytes that were relayed."), &[&["stdin"], &["stdout"]]);
+    LINE_BYTES_MAX = gauge("agent_sidecar_line_bytes_max", Bytes, &[], "The longest line so far.");
+    BACKPRESSURE = counter("agent_sidecar_backpressure_total", Plain, &[], "How often the CLI was held back because there was no room left for its output.");
+    BACKLOG_BYTES = gauge("agent_sidecar_backlog_bytes", Bytes, &[], "What the CLI wrote and the app has not read yet, in memory and spilled.");
+    SPILLED_BYTES = counter("agent_sidecar_spilled_bytes_total", Bytes, &[], "Output that went through a file because the app did not read it.");
+    LOST_BYTES = counter("agent_sidecar_lost_bytes_total", Bytes, &[], "Bytes that were relayed but could not be counted.");
+    OWN_REQUESTS = from_zero(counter("agent_sidecar_own_requests_total", Plain, &["request", "outcome"], "Questions that the sidecar asked the CLI."), &[&["get_usage", "answered"], &["get_usage", "unanswered"], &["interrupt", "answered"], &["interrupt", "unanswered"], &["end_session", "answered"], &["end_session", "unanswered"], &["refuse", "answered"], &["refuse", "unanswered"]]);
+    DEGRADED = from_zero(gauge("agent_sidecar_degraded", Plain, &["component"], "One while a part of the sidecar does not work; the relay goes on."), &[&["http"], &["ledger"]]);
+    LAST_SCRAPE = gauge("agent_sidecar_last_scrape_timestamp_seconds", Seconds, &[], "When the metrics were last read.");
+    FINAL_FLUSH = from_zero(counter("agent_sidecar_final_flush_total", Plain, &["outcome"], "Whether the last numbers were read after the agent's end."), &[&["scraped"]]);
+    SERIES_LIMIT_HITS = counter("agent_sidecar_series_limit_hits_total", Plain, &["metric"], "Updates that found no room for another series.");
+    LEDGER_ERRORS = counter("agent_sidecar_ledger_errors_total", Plain, &[], "Lines that could not be written to the ledger file.");
+    SIDECAR_CPU = counter("agent_sidecar_cpu_seconds_total", Seconds, &[], "CPU time of the sidecar itself.");
+    SIDECAR_MEMORY = gauge("agent_sidecar_resident_memory_bytes", Bytes, &[], "Resident memory of the sidecar itself.");
+}
+
+/// How many values a label may take whose values are not ours to choose; what comes later is [`OTHER`].
+const OPEN_LABELS: &[(&str, usize)] = &[
+    ("model", 8),
+    ("tool", 24),
+    ("server", 16),
+    // Kinds of subagents and of lines, by their own names.
+    ("type", 40),
+    ("event", 16),
+    ("window", 8),
+    ("stop_reason", 12),
+    ("reason", 24),
+    ("error", 16),
+    ("cli_version", 8),
+    ("permission_mode", 8),
+    ("api_key_source", 8),
+    ("mount", 4),
+];
+
+/// What a label says when its value would be one too many.
+pub const OTHER: &str = "other";
+
+/// No label value is longer than this many bytes.
+const MAX_LABEL: usize = 96;
+
+/// A container stays under this many series, whatever the agent does.
+pub const MAX_SERIES: usize = 1_500;
+
+/// One number of one series.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Cell {
+    Count(u64),
+    Usd(Usd),
+    Time(Duration),
+    Gauge(f64),
+    Histogram(Histogram),
+}
+
+impl Cell {
+    fn new(metric: &Metric) -> Cell {
+        match (metric.kind, metric.unit) {
+            (Kind::Counter, Unit::Usd) => Cell::Usd(Usd::ZERO),
+            (Kind::Counter, Unit::Seconds) => Cell::Time(Duration::ZERO),
+            (Kind::Counter, _) => Cell::Count(0),
+            (Kind::Gauge | Kind::Info, _) => Cell::Gauge(0.0),
+            (Kind::Histogram, _) => {
+                Cell::Histogram(Histogram { counts: vec![0; metric.buckets.len() + 1], ..Histogram::default() })
+            }
+        }
+    }
+
+    /// The number for an exposition; a histogram's is its count.
+    pub fn to_f64(&self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "an exposition speaks in floats")]
+        match self {
+            Cell::Count(n) => *n as f64,
+            Cell::Usd(usd) => usd.to_f64(),
+            Cell::Time(time) => time.as_secs_f64(),
+            Cell::Gauge(value) => *value,
+            Cell::Histogram(h) => h.count as f64,
+        }
+    }
+}
+
+/// Observations by bucket, not cumulated; the last one is everything above the highest bound.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Histogram {
+    pub counts: Vec<u64>,
+    pub count: u64,
+    pub sum: f64,
+}
+
+/// One series: its label values, in the order of the metric's labels, and its number.
+#[derive(Clone, Debug)]
+pub struct Series {
+    pub values: Vec<String>,
+    pub cell: Cell,
+}
+
+/// The series of one metric, in the order of their label values.
+#[derive(Clone, Debug)]
+pub struct Family {
+    pub metric: &'static Metric,
+    series: BTreeMap<String, Series>,
+}
+
+impl Family {
+    pub fn series(&self) -> impl Iterator<Item = &Series> {
+        self.series.values()
+    }
+}
+
+/// Where the numbers are kept: a family for each metric of the catalogue, and the bounds.
+#[derive(Clone, Debug)]
+pub struct Meters {
+    families: Vec<Family>,
+    admitted: BTreeMap<&'static str, BTreeSet<String>>,
+    count: usize,
+    max_series: usize,
+    key: String,
+}
+
+impl Default for Meters {
+    fn default() -> Meters {
+        Meters::new(MAX_SERIES)
+    }
+}
+
+impl Meters {
+    /// All families, those that start at zero filled.
+    pub fn new(max_series: usize) -> Meters {
+        let families = CATALOG.iter().map(|&metric| Family { metric, series: BTreeMap::new() }).collect();
+        let mut meters = Meters { families, admitted: BTreeMap::new(), count: 0, max_series, key: String::new() };
+        for &metric in CATALOG {
+            for values in metric.zero {
+                meters.with(metric, values, |_| {});
+            }
+        }
+        meters
+    }
+
+    pub fn families(&self) -> impl Iterator<Item = &Family> {
+        self.families.iter()
+    }
+
+    /// How many series there are; a histogram's buckets, sum and count are one each.
+    pub fn series_count(&self) -> usize {
+        self.count
+    }
+
+    pub fn add(&mut self, metric: &'static Metric, values: &[&str], n: u64) {
+        self.with(metric, values, |cell| match cell {
+            Cell::Count(count) => *count = count.saturating_add(n),
+            other => debug_assert!(false, "{} is no count: {other:?}", metric.name),
+        });
+    }
+
+    pub fn add_usd(&mut self, metric: &'static Metric, values: &[&str], usd: Usd) {
+        self.with(metric, values, |cell| match cell {
+            Cell::Usd(sum) => *sum += usd,
+            other => debug_assert!(false, "{} is no money: {other:?}", metric.name),
+        });
+    }
+
+    pub fn add_time(&mut self, metric: &'static Metric, values: &[&str], time: Duration) {
+        self.with(metric, values, |cell| match cell {
+            Cell::Time(sum) => *sum = sum.saturating_add(time),
+            other => debug_assert!(false, "{} is no time: {other:?}", metric.name),
+        });
+    }
+
+    /// Sets a counter to a total that somebody else keeps (the kernel's counters); it never falls.
+    pub fn raise(&mut self, metric: &'static Metric, values: &[&str], total: f64) {
+        self.with(metric, values, |cell| match cell {
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates at what no counter reaches")]
+            Cell::Count(n) => *n = (*n).max(total as u64),
+            Cell::Time(time) => *time = (*time).max(Duration::try_from_secs_f64(total).unwrap_or_default()),
+            other => debug_assert!(false, "{} is no counter: {other:?}", metric.name),
+        });
+    }
+
+    pub fn set(&mut self, metric: &'static Metric, values: &[&str], value: f64) {
+        self.with(metric, values, |cell| match cell {
+            Cell::Gauge(gauge) => *gauge = value,
+            other => debug_assert!(false, "{} is no gauge: {other:?}", metric.name),
+        });
+    }
+
+    pub fn observe(&mut self, metric: &'static Metric, values: &[&str], value: f64) {
+        self.with(metric, values, |cell| match cell {
+            Cell::Histogram(h) => {
+                let bucket = metric.buckets.iter().position(|bound| value <= *bound).unwrap_or(metric.buckets.len());
+                h.counts[bucket] = h.counts[bucket].saturating_add(1);
+                h.count = h.count.saturating_add(1);
+                h.sum += value;
+            }
+            other => debug_assert!(false, "{} is no histogram: {other:?}", metric.name),
+        });
+    }
+
+    /// Takes a series away: an info that no longer holds.
+    pub fn clear(&mut self, metric: &'static Metric) {
+        let family = &mut self.families[metric.index];
+        self.count -= family.series.len() * weight(metric);
+        family.series.clear();
+    }
+
+    /// What a series says now, if it exists.
+    pub fn get(&self, metric: &'static Metric, values: &[&str]) -> Option<&Cell> {
+        self.families[metric.index].series.get(&values.join("\x1f")).map(|series| &series.cell)
+    }
+
+    fn with(&mut self, metric: &'static Metric, values: &[&str], change: impl FnOnce(&mut Cell)) {
+        debug_assert_eq!(metric.labels.len(), values.len(), "{}", metric.name);
+        self.key.clear();
+        for (i, value) in values.iter().enumerate() {
+            if i > 0 {
+                self.key.push('\x1f');
+            }
+            self.key.push_str(value);
+        }
+        if let Some(series) = self.families[metric.index].series.get_mut(self.key.as_str()) {
+            return change(&mut series.cell);
+        }
+        let values: Vec<String> = metric.labels.iter().zip(values).map(|(label, value)| self.admit(label, value)).collect();
+        let key = values.join("\x1f");
+        let full = self.count + weight(metric) > self.max_series;
+        let family = &mut self.families[metric.index];
+        if let Some(series) = family.series.get_mut(&key) {
+            return change(&mut series.cell);
+        }
+        // The counter of refusals is the one that has to find room.
+        if full && !std::ptr::eq(metric, &raw const SERIES_LIMIT_HITS) {
+            return self.add(&SERIES_LIMIT_HITS, &[metric.name], 1);
+        }
+        self.count += weight(metric);
+        let mut series = Series { values, cell: Cell::new(metric) };
+        change(&mut series.cell);
+        family.series.insert(key, series);
+    }
+
+    /// The value itself while there is room for it under its label, else [`OTHER`].
+    fn admit(&mut self, label: &'static str, value: &str) -> String {
+        let value = bounded(value, MAX_LABEL);
+        let Some(&(_, room)) = OPEN_LABELS.iter().find(|(open, _)| *open == label) else {
+            return value.to_owned();
+        };
+        let admitted = self.admitted.entry(label).or_default();
+        if admitted.contains(value) {
+            return value.to_owned();
+        }
+        if admitted.len() >= room {
+            return OTHER.to_owned();
+        }
+        admitted.insert(value.to_owned());
+        value.to_owned()
+    }
+}
+
+/// How many series an exposition makes of one of these.
+fn weight(metric: &Metric) -> usize {
+    match metric.kind {
+        Kind::Counter | Kind::Gauge | Kind::Info => 1,
+        Kind::Histogram => metric.buckets.len() + 3,
+    }
+}
+
+/// At most `max` bytes of a text, cut between characters.
+pub fn bounded(text: &str, max: usize) -> &str {
+    if text.len() <= max {
+        return text;
+    }
+    let end = (0..=max).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+    &text[..end]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_the_rules_of_the_trade() {
+        let mut names = BTreeSet::new();
+        for (i, metric) in CATALOG.iter().enumerate() {
+            let name = metric.name;
+            assert_eq!(metric.index, i, "{name} knows its place");
+            assert!(names.insert(name), "{name} is there once");
+            assert!(name.starts_with("claude_agent_") || name.starts_with("agent_sidecar_"), "{name}");
+            assert_eq!(name.ends_with("_total"), metric.kind == Kind::Counter, "{name}");
+            assert_eq!(name.ends_with("_info"), metric.kind == Kind::Info, "{name}");
+            assert_eq!(!metric.buckets.is_empty(), metric.kind == Kind::Histogram, "{name}");
+            assert!(metric.buckets.windows(2).all(|pair| pair[0] < pair[1]), "{name}");
+            assert!(metric.help.ends_with('.'), "{name}: {}", metric.help);
+            assert!(metric.unit == Unit::None || name.contains(metric.unit.as_str()), "{name}");
+            assert!(metric.zero.iter().all(|values| values.len() == metric.labels.len()), "{name}");
+            for label in metric.labels {
+                assert!(!["session", "session_id", "user", "pid", "path", "cwd", "le"].contains(label), "{name}: {label}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_counted_and_the_bound_holds() {
+        let mut meters = Meters::new(300);
+        let start = meters.series_count();
+        assert!(start < 300, "{start} series at the start");
+        for i in 0..1_000 {
+            meters.add(&ENFORCEMENTS, &[&format!("limit{i}"), "turn", "warn", "shadow"], 1);
+        }
+        assert_eq!(meters.series_count(), 301, "the bound, and the counter of the refusals");
+        assert_eq!(meters.get(&SERIES_LIMIT_HITS, &[ENFORCEMENTS.name]), Some(&Cell::Count(1_000 - (300 - start) as u64)),);
+    }
+
+    #[test]
+    fn a_label_that_others_choose_is_bounded() {
+        let mut meters = Meters::default();
+        for i in 0..100 {
+            meters.add(&PERMISSION_DENIALS, &[&format!("tool{i}")], 1);
+        }
+        assert_eq!(meters.get(&PERMISSION_DENIALS, &["tool22"]), Some(&Cell::Count(1)));
+        assert_eq!(meters.get(&PERMISSION_DENIALS, &["tool23"]), None);
+        assert_eq!(meters.get(&PERMISSION_DENIALS, &[OTHER]), Some(&Cell::Count(77)));
+    }
+
+    #[test]
+    fn histograms_put_a_bound_into_its_own_bucket() {
+        let mut meters = Meters::default();
+        for value in [0.001, 0.002, 1_000.0] {
+            meters.observe(&TURN_COST, &[], value);
+        }
+        let Some(Cell::Histogram(h)) = meters.get(&TURN_COST, &[]) else { panic!("no histogram") };
+        assert_eq!((h.counts[0], h.counts[1], h.counts[COST_USD.len()], h.count), (1, 1, 1, 3));
+    }
+}

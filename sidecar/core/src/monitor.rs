@@ -1,0 +1,773 @@
+//! The core's front door: an [`Input`] goes in with the time, [`Output`]s come out, and a deadline says when to come back.
+//!
+//! The caller (the daemon's dispatcher, `replay`, a test) owns every clock and every descriptor.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::ask::{Asker, ID_PREFIX};
+use crate::event::{Broken, Event, Message, claude_code};
+use crate::ladder::{Goal, Ladder, Patience};
+use crate::ledger::Base;
+use crate::limit::{Judge, Limit, Mode, Outside, Reached, Rule, Scope, Used};
+use crate::line::{Line, Splitter};
+use crate::meter;
+use crate::metric::{MAX_SERIES, Meters};
+use crate::price::PriceTable;
+use crate::record::{Fact, Record};
+use crate::report::{Report, SessionReport, Sums};
+use crate::sample::Sample;
+use crate::session::{Opening, Session};
+use crate::tokens::Usd;
+use crate::update::{Activity, Decision, ExitReason, Outcome, OwnRequest, Start, Step, Update};
+
+/// The time of an input: both clocks, read together by the caller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Now {
+    /// Monotonic time since the monitor was made.
+    pub mono: Duration,
+    /// Wall clock, as time since the Unix epoch.
+    pub unix: Duration,
+}
+
+/// What happened outside.
+#[derive(Debug)]
+pub enum Input<'a> {
+    /// The CLI runs under this pid. Said again, a recording goes on with another process.
+    Spawned { pid: u32 },
+    /// Bytes of the CLI's stdout, in order, after they were taken off its pipe.
+    Stdout(&'a [u8]),
+    /// The CLI's stdout ended.
+    StdoutEnd,
+    /// Bytes that the app wrote and that were forwarded to the CLI's stdin (ours are not among them).
+    Stdin(&'a [u8]),
+    /// The app closed its end of the CLI's stdin. The end is held back until [`Action::CloseStdin`], at most [`EOF_HOLD`].
+    StdinEnd,
+    /// This many bytes of a stream could not be kept for us (memory and spill full): counts are estimates from here on.
+    Lost { bytes: u64 },
+    /// A line that was to be injected could not be: the app's end was already forwarded.
+    NotInjected { request_id: &'a str },
+    /// What the container and the processes use.
+    Sample(&'a Sample),
+    /// Somebody wants the agent gone.
+    Stop(Stop),
+    /// The CLI was reaped; everything that it wrote has been handed in before.
+    Exited(Exit),
+    /// Nothing but time.
+    Timeout,
+}
+
+/// Who wants the agent gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// A signal to the wrapper that asks for an end (TERM, INT, HUP, QUIT).
+    Signal(Signal),
+    /// The reader of the CLI's output is gone: the CLI would go on spending unseen.
+    AppGone,
+}
+
+/// How the CLI ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Code(i32),
+    Signal(i32),
+}
+
+/// A signal for the CLI, by its number on this platform.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Signal(pub i32);
+
+/// The same numbers on every platform that this runs on.
+const SIGINT: Signal = Signal(2);
+const SIGKILL: i32 = 9;
+const SIGTERM: Signal = Signal(15);
+
+/// What is to be done or written outside.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Output {
+    Action(Action),
+    /// A line for the ledger file.
+    Record(Record),
+    /// A decision about a limit, for the log.
+    Decided(Decision),
+}
+
+/// What the supervisor is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Write this line (with its newline) to the CLI's stdin, between two lines of the app; its answer carries `request_id` and has
+    /// to be kept from the app. If the app's end was already forwarded, say [`Input::NotInjected`].
+    Inject { request_id: String, line: String },
+    /// Forward the app's end now.
+    CloseStdin,
+    /// Send this signal to the CLI itself.
+    Signal(Signal),
+    /// Kill whatever is left below us: the CLI, its group, its tools in foreign sessions.
+    KillAll,
+}
+
+/// How long the app's end may be held back for a last answer.
+pub const EOF_HOLD: Duration = Duration::from_millis(250);
+/// Time in a state is accounted for at least this often, so that counters move during long calls.
+const TICK: Duration = Duration::from_secs(5);
+/// A process that survives a kill for this long is beyond us.
+const UNKILLABLE: Duration = Duration::from_secs(5);
+
+/// What a wrapper knows before it starts.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Names this run in ids and in the ledger: unguessable, so that no tool output can pass for an answer to us.
+    pub nonce: String,
+    pub start: Start,
+    /// The session id that the command line asks to resume.
+    pub resume: Option<String>,
+    /// stdout is stream-json or json, and is read.
+    pub parse: bool,
+    /// stdin is stream-json: the app talks over it, and so can we.
+    pub stdin_json: bool,
+    /// Ask the CLI for its running totals.
+    pub poll: bool,
+    pub prices: PriceTable,
+    pub rules: Vec<Rule>,
+    pub patience: Patience,
+    pub max_series: usize,
+}
+
+impl Default for Settings {
+    /// A recording: nobody can be asked, and nobody knows how it was started.
+    fn default() -> Settings {
+        Settings {
+            nonce: String::from("replay"),
+            start: Start::Fresh,
+            resume: None,
+            parse: true,
+            stdin_json: true,
+            poll: false,
+            prices: PriceTable::default(),
+            rules: Vec::new(),
+            patience: Patience::default(),
+            max_series: MAX_SERIES,
+        }
+    }
+}
+
+/// See [`Monitor::status`].
+#[derive(Debug, Serialize)]
+pub struct Status<'a> {
+    sessions: Vec<LiveSession<'a>>,
+    totals: Sums,
+}
+
+#[derive(Debug, Serialize)]
+struct LiveSession<'a> {
+    /// Absent until the CLI has said its session's name.
+    #[serde(flatten)]
+    report: Option<&'a SessionReport>,
+    state: Activity,
+    state_seconds: f64,
+    refusing: bool,
+    tools_in_flight: usize,
+    subagents_active: usize,
+    background_tasks: usize,
+    permissions_pending: usize,
+    cli_version: Option<&'a str>,
+    limits: Vec<Used>,
+    slot: u32,
+}
+
+/// The pure heart of a wrapper. See the module's head.
+#[derive(Debug)]
+pub struct Monitor {
+    settings: Settings,
+    session: Session,
+    judge: Judge,
+    asker: Asker,
+    ladder: Option<Ladder>,
+    outside: Outside,
+    stdout: Splitter,
+    stdin: Splitter,
+    longest: usize,
+    truncated: bool,
+    stdin_closed: bool,
+    /// The session's budget is used up: what the app says next is turned away.
+    refusing: bool,
+    oom_kills: u64,
+    exited: bool,
+    pid: Option<u32>,
+    meters: Meters,
+    report: Report,
+    seq: u64,
+    out: VecDeque<Output>,
+    now: Now,
+}
+
+impl Monitor {
+    /// `replaying`: the bytes are a recording; nothing is known of its start and nothing can be asked.
+    pub fn new(settings: Settings, replaying: bool, now: Now) -> Monitor {
+        let base = if replaying || settings.start != Start::Fresh { Base::Unknown } else { Base::Zero };
+        let can_ask = settings.stdin_json && settings.poll;
+        let opening = Opening {
+            start: settings.start,
+            resume: settings.resume.clone(),
+            base,
+            eager: !replaying && !can_ask,
+            stdin_json: settings.stdin_json,
+            blind: !settings.parse,
+            live: !replaying,
+        };
+        let mut meters = Meters::new(settings.max_series);
+        meter::at_start(&mut meters);
+        Monitor {
+            session: Session::new(opening, settings.prices.clone(), now),
+            judge: Judge::new(&settings.rules, now.mono),
+            asker: Asker::new(&settings.nonce),
+            ladder: None,
+            outside: Outside::default(),
+            stdout: Splitter::default(),
+            stdin: Splitter::default(),
+            longest: 0,
+            truncated: false,
+            stdin_closed: !settings.stdin_json,
+            refusing: false,
+            oom_kills: 0,
+            exited: false,
+            pid: None,
+            meters,
+            report: Report::default(),
+            seq: 0,
+            out: VecDeque::new(),
+            now,
+            settings,
+        }
+    }
+
+    /// Takes one input. Never fails: what cannot be understood is counted.
+    pub fn handle(&mut self, now: Now, input: Input<'_>) {
+        // Neither clock may run backwards here, whatever the machine's do.
+        self.now = Now { mono: now.mono.max(self.now.mono), unix: now.unix };
+        match input {
+            Input::Spawned { pid } => {
+                self.pid = Some(pid);
+                self.spawned();
+            }
+            Input::Stdout(bytes) => self.stdout(Some(bytes)),
+            Input::StdoutEnd => self.stdout(None),
+            Input::Stdin(bytes) => self.stdin(bytes),
+            Input::StdinEnd => self.stdin_ended(),
+            Input::Lost { bytes } => self.fold(Update::Lost { bytes }),
+            Input::NotInjected { request_id } => self.not_injected(request_id),
+            Input::Sample(sample) => self.sampled(sample),
+            Input::Stop(stop) => self.stop(stop),
+            Input::Exited(exit) => self.exit(exit),
+            Input::Timeout => self.session.tick(self.now),
+        }
+        self.settle();
+    }
+
+    /// The next thing to do, until there is none.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.out.pop_front()
+    }
+
+    /// When [`Input::Timeout`] is due, on the monotonic clock of [`Now`]; `None` when nothing waits.
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        if self.exited {
+            return None;
+        }
+        let hold = self.asker.eof().map(|since| since + EOF_HOLD);
+        let ladder = self.ladder.as_ref().and_then(Ladder::deadline);
+        let judge = self.judge.deadline(&self.session, &self.outside, self.now);
+        let asker = self.asker.deadline(self.can_ask() && self.ladder.is_none());
+        [hold, ladder, judge, asker, Some(self.now.mono + TICK)].into_iter().flatten().min()
+    }
+
+    pub fn meters(&self) -> &Meters {
+        &self.meters
+    }
+
+    /// For what only the outside knows: bytes, scrapes, degraded parts.
+    pub fn meters_mut(&mut self) -> &mut Meters {
+        &mut self.meters
+    }
+
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    pub fn activity(&self) -> Activity {
+        self.session.activity()
+    }
+
+    /// What `/status` says: the live session with its state and limits, and the sums of this process.
+    pub fn status(&self) -> Status<'_> {
+        let live = (!self.exited).then(|| LiveSession {
+            report: self.report.current(),
+            state: self.session.activity(),
+            refusing: self.refusing,
+            state_seconds: self.now.mono.saturating_sub(self.session.activity_since()).as_secs_f64(),
+            tools_in_flight: self.session.calls_in_flight(),
+            subagents_active: self.session.subagents_active(),
+            background_tasks: self.session.background_tasks(),
+            permissions_pending: self.session.permissions_pending(),
+            cli_version: self.session.version(),
+            limits: self.limits(),
+            slot: 0,
+        });
+        Status { sessions: live.into_iter().collect(), totals: self.report.totals() }
+    }
+
+    /// How far each limit is used up.
+    pub fn limits(&self) -> Vec<Used> {
+        self.judge.used(&self.session, &self.outside, self.now)
+    }
+
+    /// What this run has cost so far, by confirmations and live totals.
+    pub fn cost(&self) -> Usd {
+        self.report.totals().cost_usd
+    }
+
+    /// The CLI's pid, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.pid.filter(|_| !self.exited)
+    }
+
+    /// Whether the agent can still be recovered: not when even a kill did not end it.
+    pub fn live(&self) -> bool {
+        !self.ladder.as_ref().is_some_and(|ladder| {
+            ladder.step == Step::Kill
+                && self.now.mono.saturating_sub(ladder.decided) > self.settings.patience.whole() + UNKILLABLE
+        })
+    }
+
+    /// Whether the agent takes work: it runs and is not on its way out.
+    pub fn ready(&self) -> bool {
+        !self.exited
+            && (self.session.spoke() || self.settings.stdin_json || !self.settings.parse)
+            && !self.ladder.as_ref().is_some_and(|ladder| ladder.goal == Goal::Process)
+    }
+
+    /// Whether a limit, rather than a signal or the agent itself, ended the process.
+    pub fn stopped_by_limit(&self) -> bool {
+        self.ladder.as_ref().is_some_and(|ladder| {
+            matches!(ladder.reason, ExitReason::Limit | ExitReason::Idle | ExitReason::Stuck) && ladder.goal == Goal::Process
+        })
+    }
+
+    // ---- inputs
+
+    fn spawned(&mut self) {
+        self.session.another(self.now);
+        self.drain_session();
+        self.fold(Update::ProcessStarted);
+        if !self.settings.stdin_json {
+            self.outside.input_over = Some(self.now.mono);
+            self.outside.fed_at = Some(self.now.mono);
+            if self.settings.parse {
+                self.session.prompted(self.now);
+            }
+        }
+    }
+
+    fn stdout(&mut self, bytes: Option<&[u8]>) {
+        let mut splitter = std::mem::take(&mut self.stdout);
+        let mut take = |line: Line<'_>| self.line(line);
+        match bytes {
+            Some(bytes) => splitter.push(bytes, &mut take),
+            None => splitter.finish(&mut take),
+        }
+        self.stdout = splitter;
+    }
+
+    fn line(&mut self, line: Line<'_>) {
+        let (bytes, whole) = match line {
+            Line::Whole(bytes) => (bytes, true),
+            Line::Unterminated(bytes) => (bytes, false),
+            Line::TooLong => return self.unread(Broken::TooLong),
+        };
+        if bytes.len() > self.longest {
+            self.longest = bytes.len();
+            self.fold(Update::LongestLine { bytes: bytes.len() });
+        }
+        // With `--output-format json --verbose` one line is a list of messages.
+        if bytes.trim_ascii_start().first() == Some(&b'[') {
+            match claude_code::parse_array(bytes) {
+                Ok(messages) => {
+                    self.truncated |= matches!(messages.last(), Some(Err(Broken::Truncated)));
+                    messages.into_iter().for_each(|message| self.heard(message));
+                }
+                Err(broken) => self.broken(broken, whole),
+            }
+            return;
+        }
+        match claude_code::parse_stdout(bytes) {
+            Ok(message) => self.heard(Ok(message)),
+            Err(broken) => self.broken(broken, whole),
+        }
+    }
+
+    fn broken(&mut self, broken: Broken, whole: bool) {
+        if !whole {
+            self.truncated = true;
+        }
+        self.unread(if whole { broken } else { Broken::Truncated });
+    }
+
+    fn unread(&mut self, broken: Broken) {
+        self.fold(Update::Unread { reason: broken.as_str(), count: 1 });
+    }
+
+    fn heard(&mut self, message: Result<Message, Broken>) {
+        let message = match message {
+            Ok(message) => message,
+            Err(broken) => return self.unread(broken),
+        };
+        let kind = message.event.kind();
+        if message.misshapen > 0 {
+            self.fold(Update::Unread { reason: "field", count: u64::from(message.misshapen) });
+        }
+        let mut own = false;
+        if let Event::ControlResponse { id, .. } = &message.event {
+            own = is_own(id, &self.settings.nonce);
+            if let Some(request) = self.asker.answered(id) {
+                self.fold(Update::Asked { request, answered: true });
+            }
+        }
+        if !own && is_protocol(&message.event) {
+            self.asker.cli_spoke();
+        }
+        let asks = asks_money(&message.event);
+        if !own {
+            self.session.stuck(false, self.now);
+        }
+        let unknown = matches!(message.event, Event::Unknown { .. });
+        self.session.hear(message, own, self.now);
+        self.drain_session();
+        // After the session has its name, so that it is counted there.
+        self.fold(if unknown { Update::Unknown } else { Update::Heard { kind } });
+        if asks {
+            self.asker.want_usage();
+        }
+    }
+
+    fn stdin(&mut self, bytes: &[u8]) {
+        let mut splitter = std::mem::take(&mut self.stdin);
+        splitter.push(bytes, &mut |line| {
+            let Line::Whole(bytes) = line else { return };
+            if !self.asker.app_spoke() {
+                // Totals before the first answer tell where a resumed session began.
+                self.asker.first_line();
+            }
+            if let Ok(message) = claude_code::parse_stdin(bytes) {
+                if self.outside.fed_at.is_none() && matches!(message.event, Event::User(_)) {
+                    self.outside.fed_at = Some(self.now.mono);
+                }
+                self.session.overhear(message, self.now);
+                self.drain_session();
+            }
+        });
+        self.stdin = splitter;
+    }
+
+    fn stdin_ended(&mut self) {
+        self.outside.input_over = Some(self.now.mono);
+        // One more question while it can be asked; a stop under way keeps the line open for itself.
+        if self.can_ask()
+            && let Some(inject) = self.asker.last_usage(self.now.mono)
+        {
+            self.out.push_back(Output::Action(inject));
+            return;
+        }
+        self.close_stdin();
+    }
+
+    fn close_stdin(&mut self) {
+        if !self.stdin_closed {
+            self.stdin_closed = true;
+            self.asker.eof_forwarded();
+            self.session.ledger.set_eager(true);
+            self.out.push_back(Output::Action(Action::CloseStdin));
+        }
+    }
+
+    fn not_injected(&mut self, id: &str) {
+        self.stdin_closed = true;
+        self.session.ledger.set_eager(true);
+        if let Some(request) = self.asker.answered(id) {
+            self.fold(Update::Asked { request, answered: false });
+            let asked_to_stop = matches!(request, OwnRequest::Interrupt | OwnRequest::EndSession);
+            if let Some(ladder) = self.ladder.as_mut().filter(|_| asked_to_stop) {
+                ladder.enter(Step::Terminate, self.now.mono);
+                self.perform(Step::Terminate);
+            }
+        }
+    }
+
+    fn sampled(&mut self, sample: &Sample) {
+        self.outside.memory_bytes = sample.working_set();
+        self.oom_kills = self.oom_kills.max(sample.oom_kills());
+        sample.measure(&mut self.meters);
+    }
+
+    fn stop(&mut self, stop: Stop) {
+        let signal = match stop {
+            Stop::Signal(signal) => signal,
+            Stop::AppGone => SIGTERM,
+        };
+        let first = if self.can_inject() { Step::End } else { Step::Terminate };
+        self.begin(Goal::Process, Scope::Session, ExitReason::Shutdown, first, signal, None);
+    }
+
+    fn exit(&mut self, exit: Exit) {
+        let reason = match (&self.ladder, exit) {
+            (Some(ladder), _) => ladder.reason,
+            (None, Exit::Signal(SIGKILL)) if self.oom_kills > 0 => ExitReason::Oom,
+            (None, Exit::Signal(_) | Exit::Code(129 | 130 | 143)) => ExitReason::Signal,
+            (None, Exit::Code(0)) => ExitReason::Clean,
+            (None, Exit::Code(_)) if !self.session.spoke() && self.settings.parse => ExitReason::InitFailed,
+            (None, Exit::Code(_)) => ExitReason::Error,
+        };
+        self.session.exited(reason, self.truncated, self.now);
+        self.drain_session();
+        self.exited = true;
+        if let Some(ladder) = &self.ladder {
+            let (step, since) = (ladder.step, ladder.since);
+            let enforced = self.enforced(ladder);
+            self.fold(Update::StepEnded { step, lasted: self.now.mono.saturating_sub(since) });
+            self.fold(enforced);
+        }
+        for request in self.asker.give_up() {
+            self.fold(Update::Asked { request, answered: false });
+        }
+    }
+
+    // ---- after each input
+
+    fn settle(&mut self) {
+        if self.exited {
+            return;
+        }
+        self.drain_session();
+        for request in self.asker.expire(self.now.mono) {
+            self.fold(Update::Asked { request, answered: false });
+        }
+        if self.asker.eof().is_some_and(|since| self.asker.eof_answered() || since + EOF_HOLD <= self.now.mono) {
+            self.close_stdin();
+        }
+        self.outside.can_refuse = self.can_inject();
+        let mut told = Vec::new();
+        let reached = self.judge.judge(&self.session, &self.outside, self.now, &mut told);
+        for update in told {
+            self.fold(update);
+        }
+        for reached in reached {
+            self.reached(&reached);
+        }
+        // A message that was on its way before the refusal, or a CLI that does not know hooks.
+        if self.refusing && self.ladder.is_none() && self.session.turn().is_some_and(|turn| turn.rounds > 0) {
+            self.begin(Goal::Turn, Scope::Session, ExitReason::Limit, Step::Interrupt, SIGTERM, None);
+        }
+        if let Some(ladder) = &mut self.ladder {
+            let (was, since) = (ladder.step, ladder.since);
+            if let Some(step) = ladder.climb(self.now.mono) {
+                self.fold(Update::StepEnded { step: was, lasted: self.now.mono.saturating_sub(since) });
+                self.perform(step);
+            }
+        }
+        if self.can_ask() && self.ladder.is_none() {
+            let busy = self.session.subagents_active() + self.session.background_tasks() > 0;
+            if let Some(inject) = self.asker.usage(self.now.mono, busy) {
+                self.out.push_back(Output::Action(inject));
+            }
+        }
+        self.session.tick(self.now);
+        self.drain_session();
+    }
+
+    fn reached(&mut self, Reached { rule, .. }: &Reached) {
+        if rule.mode != Mode::Enforce {
+            return;
+        }
+        let reason = match rule.limit {
+            Limit::Idle => ExitReason::Idle,
+            Limit::Startup | Limit::Stall | Limit::Result => ExitReason::Stuck,
+            Limit::Turns | Limit::CostUsd | Limit::Tokens | Limit::Duration | Limit::Memory => ExitReason::Limit,
+        };
+        if rule.stall().is_some() && reason == ExitReason::Stuck {
+            self.session.stuck(true, self.now);
+        }
+        if rule.limit == Limit::Idle {
+            self.fold(Update::IdleShutdown);
+        }
+        if rule.refuses() && self.can_inject() {
+            self.refuse(rule, reason);
+            return;
+        }
+        let first = rule.first_step();
+        let goal = if first == Step::Interrupt { Goal::Turn } else { Goal::Process };
+        self.begin(goal, rule.scope, reason, first, SIGTERM, rule.spending());
+    }
+
+    /// A budget of the session is used up: the turn ends with a result, and the CLI turns away what the app says next, with one too.
+    fn refuse(&mut self, rule: &Rule, reason: ExitReason) {
+        if !std::mem::replace(&mut self.refusing, true) {
+            self.inject(OwnRequest::Refuse);
+        }
+        self.begin(Goal::Turn, rule.scope, reason, Step::Interrupt, SIGTERM, rule.spending());
+    }
+
+    fn begin(&mut self, goal: Goal, scope: Scope, reason: ExitReason, first: Step, signal: Signal, ceiling: Option<Usd>) {
+        // Who is already on the way out is not asked more gently.
+        if self.ladder.as_ref().is_some_and(|ladder| ladder.step >= first && ladder.goal == Goal::Process) {
+            return;
+        }
+        if goal == Goal::Turn && (self.session.turn().is_none() || self.ladder.is_some()) {
+            return;
+        }
+        let mut ladder = Ladder::new(goal, scope, reason, first, signal, self.settings.patience, self.now.mono);
+        ladder.ceiling = ceiling;
+        if let Some(before) = &self.ladder {
+            // The first reason is the reason.
+            if before.reason != ExitReason::Shutdown {
+                ladder.reason = before.reason;
+            }
+        }
+        if reason != ExitReason::Shutdown {
+            self.session.stop_as(if reason == ExitReason::Stuck { Outcome::StuckKilled } else { Outcome::LimitStopped });
+        }
+        if goal == Goal::Process {
+            self.session.stopping(self.now);
+        }
+        self.ladder = Some(ladder);
+        self.perform(first);
+    }
+
+    fn perform(&mut self, step: Step) {
+        self.fold(Update::Stopping { step });
+        let Some(ladder) = &self.ladder else { return };
+        let (signal, goal) = (ladder.signal, ladder.goal);
+        if goal == Goal::Process {
+            self.session.stopping(self.now);
+        }
+        match step {
+            Step::Warn | Step::Refuse => {}
+            Step::Interrupt if self.can_inject() => self.inject(OwnRequest::Interrupt),
+            // One-shot: an interrupt by signal gives a result in most states, and ends the process.
+            Step::Interrupt => self.signal(SIGINT),
+            Step::End if self.can_inject() => {
+                // Both in one breath: the totals as they are, then the end.
+                self.inject(OwnRequest::GetUsage);
+                self.inject(OwnRequest::EndSession);
+            }
+            Step::End if self.settings.parse => self.signal(SIGINT),
+            Step::End | Step::Terminate => {
+                if let Some(ladder) = &mut self.ladder {
+                    ladder.enter(Step::Terminate, self.now.mono);
+                }
+                self.signal(signal);
+            }
+            Step::Kill => self.out.push_back(Output::Action(Action::KillAll)),
+        }
+    }
+
+    fn signal(&mut self, signal: Signal) {
+        self.out.push_back(Output::Action(Action::Signal(signal)));
+    }
+
+    fn inject(&mut self, request: OwnRequest) {
+        let inject = self.asker.ask(request, self.now.mono);
+        self.out.push_back(Output::Action(inject));
+    }
+
+    fn can_inject(&self) -> bool {
+        self.settings.stdin_json && self.settings.parse && !self.stdin_closed && self.asker.may_speak()
+    }
+
+    fn can_ask(&self) -> bool {
+        self.settings.poll && self.can_inject()
+    }
+
+    fn enforced(&self, ladder: &Ladder) -> Update {
+        let spent = self.session.cost().max(self.report.current().map_or(Usd::ZERO, |session| session.sums.cost_usd));
+        Update::Enforced {
+            scope: ladder.scope,
+            step: ladder.step,
+            latency: self.now.mono.saturating_sub(ladder.decided),
+            overshoot: ladder.ceiling.map(|ceiling| spent.saturating_sub(ceiling)),
+        }
+    }
+
+    // ---- folds
+
+    fn drain_session(&mut self) {
+        for update in self.session.drain() {
+            let turn_ended = matches!(update, Update::TurnEnded { .. });
+            self.fold(update);
+            if turn_ended
+                && self.ladder.as_ref().is_some_and(|ladder| ladder.goal == Goal::Turn)
+                && let Some(ladder) = self.ladder.take()
+            {
+                let lasted = self.now.mono.saturating_sub(ladder.since);
+                let enforced = self.enforced(&ladder);
+                self.fold(Update::StepEnded { step: ladder.step, lasted });
+                self.fold(enforced);
+                // One-shot: there is no next turn to live for; its end is on its way.
+                if self.stdin_closed && ladder.reason != ExitReason::Shutdown {
+                    let mut ladder = ladder;
+                    ladder.goal = Goal::Process;
+                    ladder.enter(Step::End, self.now.mono);
+                    self.ladder = Some(ladder);
+                }
+            }
+        }
+    }
+
+    fn fold(&mut self, update: Update) {
+        meter::on(&mut self.meters, &self.settings.prices, &update, self.now.unix);
+        self.report.on(&update);
+        if let Some(fact) = Fact::of(&update) {
+            let record = Record::new(&self.settings.nonce, self.seq, self.now.unix, fact);
+            self.seq += 1;
+            self.out.push_back(Output::Record(record));
+        }
+        if let Update::Decided(decision) = update {
+            self.out.push_back(Output::Decided(decision));
+        }
+    }
+}
+
+/// What only the CLI says, and no echo of what the app said.
+fn is_protocol(event: &Event) -> bool {
+    matches!(
+        event,
+        Event::Init(_)
+            | Event::Status { .. }
+            | Event::Stream(_)
+            | Event::Result(_)
+            | Event::SessionState { .. }
+            | Event::HookStarted { .. }
+            | Event::ControlResponse { .. }
+    )
+}
+
+/// Whether money may have moved, so that a question is worth asking.
+fn asks_money(event: &Event) -> bool {
+    use crate::event::Stream;
+    matches!(
+        event,
+        Event::Result(_)
+            | Event::Assistant(_)
+            | Event::User(_)
+            | Event::Stream(Stream::MessageStop)
+            | Event::TaskUpdated { .. }
+            | Event::TaskEnded { .. }
+            | Event::TaskProgress { .. }
+            | Event::Compacted { .. }
+    )
+}
+
+/// Whether a control request's id is one of ours.
+pub fn is_own(request_id: &str, nonce: &str) -> bool {
+    request_id.strip_prefix(ID_PREFIX).is_some_and(|rest| rest.starts_with(nonce))
+}

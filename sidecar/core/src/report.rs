@@ -1,0 +1,261 @@
+//! The fold from facts to what people and tools ask of a session: `/status`, `replay`, the bill.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::tokens::{Tokens, Usd};
+use crate::update::{Basis, Outcome, ToolOutcome, Update};
+
+/// Sessions that are reported one by one; what came before is in the totals. A conversation cleared more often than this within
+/// one process is no conversation any more.
+const SESSIONS: usize = 1_024;
+/// Models and tools by name, in each session.
+const NAMES: usize = 256;
+
+/// Tokens and money of one model.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Spend {
+    pub cost_usd: Usd,
+    pub tokens: Tokens,
+}
+
+/// Calls of one tool.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Calls {
+    pub ok: u64,
+    /// Failed, denied, interrupted, or never answered.
+    pub error: u64,
+}
+
+/// The sums that sessions have, and all of them together.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Sums {
+    pub turns: u64,
+    pub cost_usd: Usd,
+    /// Whether a part of the cost was confirmed by nobody.
+    pub cost_estimated: bool,
+    pub tokens: Tokens,
+    pub models: BTreeMap<String, Spend>,
+    pub tool_calls: BTreeMap<String, Calls>,
+    pub subagents: u64,
+    pub api_retries: u64,
+    pub parse_errors: u64,
+    pub unknown_events: u64,
+}
+
+impl Sums {
+    fn add(&mut self, other: &Sums) {
+        self.turns += other.turns;
+        self.cost_usd += other.cost_usd;
+        self.cost_estimated |= other.cost_estimated;
+        self.tokens += other.tokens;
+        for (model, spend) in &other.models {
+            let sum = entry(&mut self.models, model);
+            sum.cost_usd += spend.cost_usd;
+            sum.tokens += spend.tokens;
+        }
+        for (tool, calls) in &other.tool_calls {
+            let sum = entry(&mut self.tool_calls, tool);
+            sum.ok += calls.ok;
+            sum.error += calls.error;
+        }
+        self.subagents += other.subagents;
+        self.api_retries += other.api_retries;
+        self.parse_errors += other.parse_errors;
+        self.unknown_events += other.unknown_events;
+    }
+}
+
+/// One session.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SessionReport {
+    /// Absent where the CLI never said it.
+    pub session_id: Option<String>,
+    /// How its last turn ended; absent before the first has.
+    pub outcome: Option<Outcome>,
+    #[serde(flatten)]
+    pub sums: Sums,
+    #[serde(skip)]
+    unconfirmed: Usd,
+    #[serde(skip)]
+    estimate_stays: bool,
+}
+
+/// All of it. Serialises to the object that `replay --format json` prints.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    sessions: Vec<SessionReport>,
+    by_id: BTreeMap<String, usize>,
+    current: Option<usize>,
+    /// What was read before any session had a name, and sessions beyond the bound.
+    loose: Sums,
+}
+
+impl Report {
+    pub fn sessions(&self) -> &[SessionReport] {
+        &self.sessions
+    }
+
+    /// The session that money is spent on now.
+    pub fn current(&self) -> Option<&SessionReport> {
+        self.current.map(|at| &self.sessions[at])
+    }
+
+    pub fn totals(&self) -> Sums {
+        let mut totals = self.loose.clone();
+        for session in &self.sessions {
+            totals.add(&session.sums);
+        }
+        totals
+    }
+
+    pub fn on(&mut self, update: &Update) {
+        match update {
+            Update::SessionStarted { session, .. } => self.open(session),
+            Update::TurnEnded { session, outcome, confirmed, .. } => {
+                if let Some(report) = self.session(session) {
+                    report.outcome = Some(*outcome);
+                    report.sums.turns += 1;
+                    // A result confirms what was counted early; what one left out stays an estimate.
+                    report.estimate_stays |= !*confirmed && !report.unconfirmed.is_zero();
+                    report.unconfirmed = Usd::ZERO;
+                    report.sums.cost_estimated = report.estimate_stays;
+                } else {
+                    self.loose.turns += 1;
+                }
+            }
+            Update::Spent(spent) => {
+                let estimated = spent.basis == Basis::Estimate;
+                let sums = match self.session(&spent.session) {
+                    Some(report) => {
+                        if estimated {
+                            report.unconfirmed += spent.cost;
+                        }
+                        &mut report.sums
+                    }
+                    None => &mut self.loose,
+                };
+                sums.cost_estimated |= estimated;
+                sums.cost_usd += spent.cost;
+                sums.tokens += spent.tokens;
+                let model = entry(&mut sums.models, &spent.model);
+                model.cost_usd += spent.cost;
+                model.tokens += spent.tokens;
+            }
+            Update::Corrected { session, model, usd, tokens, .. } => {
+                let sums = self.sums(session);
+                sums.cost_usd = sums.cost_usd - *usd;
+                sums.tokens = sums.tokens.saturating_sub(*tokens);
+                let model = entry(&mut sums.models, model);
+                model.cost_usd = model.cost_usd - *usd;
+                model.tokens = model.tokens.saturating_sub(*tokens);
+            }
+            Update::ToolEnded { session, tool, outcome, .. } => {
+                let calls = entry(&mut self.sums(session).tool_calls, tool);
+                match outcome {
+                    ToolOutcome::Ok => calls.ok += 1,
+                    ToolOutcome::Error | ToolOutcome::Denied | ToolOutcome::Interrupted | ToolOutcome::Lost => calls.error += 1,
+                }
+            }
+            Update::SubagentStarted { session, .. } => self.sums(session).subagents += 1,
+            Update::Retried { session, .. } => self.sums(session).api_retries += 1,
+            Update::Unread { reason: "field", .. } => {}
+            Update::Unread { count, .. } => self.now().parse_errors += count,
+            Update::Unknown => self.now().unknown_events += 1,
+            Update::ProcessStarted
+            | Update::Spoke { .. }
+            | Update::Identified { .. }
+            | Update::TurnStarted { .. }
+            | Update::Answered { .. }
+            | Update::FirstToken { .. }
+            | Update::ContextUsed { .. }
+            | Update::Unconfirmed { .. }
+            | Update::CounterReset { .. }
+            | Update::ToolStarted { .. }
+            | Update::PermissionDecided { .. }
+            | Update::PermissionDenied { .. }
+            | Update::HookEnded { .. }
+            | Update::SubagentEnded { .. }
+            | Update::Subagents { .. }
+            | Update::BackgroundTasks { .. }
+            | Update::Compacted { .. }
+            | Update::ApiFailed { .. }
+            | Update::RateLimit { .. }
+            | Update::McpServer { .. }
+            | Update::McpCalled { .. }
+            | Update::Was { .. }
+            | Update::Stalled { .. }
+            | Update::Resumed { .. }
+            | Update::Active { .. }
+            | Update::LimitUsed { .. }
+            | Update::Decided(_)
+            | Update::Enforced { .. }
+            | Update::IdleShutdown
+            | Update::Stopping { .. }
+            | Update::StepEnded { .. }
+            | Update::ResultMissing { .. }
+            | Update::Exited { .. }
+            | Update::SessionEnded { .. }
+            | Update::Asked { .. }
+            | Update::Heard { .. }
+            | Update::LongestLine { .. }
+            | Update::Lost { .. } => {}
+        }
+    }
+
+    fn open(&mut self, id: &str) {
+        if let Some(&at) = self.by_id.get(id) {
+            self.current = Some(at);
+            return;
+        }
+        if self.sessions.len() >= SESSIONS {
+            self.current = None;
+            return;
+        }
+        self.current = Some(self.sessions.len());
+        self.by_id.insert(id.to_owned(), self.sessions.len());
+        self.sessions.push(SessionReport {
+            session_id: Some(id.to_owned()),
+            outcome: None,
+            sums: Sums::default(),
+            unconfirmed: Usd::ZERO,
+            estimate_stays: false,
+        });
+    }
+
+    fn session(&mut self, id: &str) -> Option<&mut SessionReport> {
+        let at = *self.by_id.get(id)?;
+        self.sessions.get_mut(at)
+    }
+
+    fn sums(&mut self, id: &str) -> &mut Sums {
+        match self.by_id.get(id) {
+            Some(&at) => &mut self.sessions[at].sums,
+            None => &mut self.loose,
+        }
+    }
+
+    fn now(&mut self) -> &mut Sums {
+        match self.current {
+            Some(at) => &mut self.sessions[at].sums,
+            None => &mut self.loose,
+        }
+    }
+}
+
+impl Serialize for Report {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Object<'a> {
+            sessions: &'a [SessionReport],
+            totals: Sums,
+        }
+        Object { sessions: &self.sessions, totals: self.totals() }.serialize(s)
+    }
+}
+
+fn entry<'a, V: Default>(map: &'a mut BTreeMap<String, V>, name: &str) -> &'a mut V {
+    let name = if map.contains_key(name) || map.len() < NAMES { name } else { crate::metric::OTHER };
+    map.entry(name.to_owned()).or_default()
+}

@@ -1,0 +1,92 @@
+//! What the processes and the container use: plain numbers, read elsewhere.
+
+use std::time::Duration;
+
+use crate::metric::*;
+
+/// One reading. What could not be read is absent.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sample {
+    pub roles: Vec<RoleSample>,
+    pub open_fds: Option<u64>,
+    pub container: ContainerSample,
+    /// File systems by what they are for: `workspace`, `config`, `tmp`.
+    pub disks: Vec<DiskSample>,
+    pub sidecar_cpu: Option<Duration>,
+    pub sidecar_memory_bytes: Option<u64>,
+}
+
+/// Processes of one kind below the sidecar: `cli`, `mcp`, `tool`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RoleSample {
+    pub role: &'static str,
+    pub processes: u64,
+    /// Of those that live and those that have lived.
+    pub cpu: Duration,
+    pub memory_bytes: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ContainerSample {
+    pub working_set_bytes: Option<u64>,
+    pub limit_bytes: Option<u64>,
+    pub oom_kills: Option<u64>,
+    pub cpu: Option<Duration>,
+    /// Resource (`cpu`, `memory`, `io`), kind (`some`, `full`), time stalled.
+    pub pressure: Vec<(&'static str, &'static str, Duration)>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct DiskSample {
+    pub mount: &'static str,
+    pub used_bytes: u64,
+    pub free_bytes: u64,
+}
+
+impl Sample {
+    /// What counts against a memory limit: the container's, or else what its processes hold.
+    pub fn working_set(&self) -> Option<u64> {
+        let resident = || self.roles.iter().map(|role| role.memory_bytes).sum();
+        self.container.working_set_bytes.or_else(|| (!self.roles.is_empty()).then(resident))
+    }
+
+    pub fn oom_kills(&self) -> u64 {
+        self.container.oom_kills.unwrap_or_default()
+    }
+
+    /// Sets what it knows.
+    #[expect(clippy::cast_precision_loss, reason = "gauges speak in floats")]
+    pub fn measure(&self, meters: &mut Meters) {
+        for role in &self.roles {
+            meters.set(&CHILD_PROCESSES, &[role.role], role.processes as f64);
+            meters.set(&RESIDENT_MEMORY, &[role.role], role.memory_bytes as f64);
+            meters.raise(&CPU, &[role.role], role.cpu.as_secs_f64());
+        }
+        let container = &self.container;
+        for (metric, value) in [
+            (&OPEN_FDS, self.open_fds),
+            (&CONTAINER_WORKING_SET, container.working_set_bytes),
+            (&CONTAINER_LIMIT, container.limit_bytes),
+            (&SIDECAR_MEMORY, self.sidecar_memory_bytes),
+        ] {
+            if let Some(value) = value {
+                meters.set(metric, &[], value as f64);
+            }
+        }
+        if let Some(kills) = container.oom_kills {
+            meters.raise(&CONTAINER_OOM_KILLS, &[], kills as f64);
+        }
+        for (metric, time) in [(&CONTAINER_CPU, container.cpu), (&SIDECAR_CPU, self.sidecar_cpu)] {
+            if let Some(time) = time {
+                meters.raise(metric, &[], time.as_secs_f64());
+            }
+        }
+        for (resource, kind, time) in &container.pressure {
+            meters.raise(&CONTAINER_PRESSURE, &[resource, kind], time.as_secs_f64());
+        }
+        for disk in &self.disks {
+            meters.set(&DISK_USED, &[disk.mount], disk.used_bytes as f64);
+            meters.set(&DISK_FREE, &[disk.mount], disk.free_bytes as f64);
+        }
+    }
+}

@@ -1,0 +1,1156 @@
+//! One CLI process, as a state machine: what it says goes in, each fact comes out once.
+//!
+//! ```text
+//!  spawn ─► Starting ─► WaitingInput ─► Model ⇄ Tool ⇄ Permission ⇄ RetryBackoff ─► Idle ─► … ─► exit
+//!                           ▲                    └─ a turn ─┘   (result)             │
+//!                           └──────── a message of the app ────────────────────────-─┘
+//! ```
+//!
+//! States are derived from what is open (calls, permissions, retries, tasks), never from silence: six silent minutes are normal.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use crate::Now;
+use crate::event::{
+    Answer, Assistant, Block, Event, Init, Message, Request, SYNTHETIC_MODEL, SessionState, Status, Stream, Task, TurnResult,
+    User,
+};
+use crate::ledger::{Base, Ledger};
+use crate::metric::bounded;
+use crate::price::PriceTable;
+use crate::tokens::Usd;
+use crate::update::{Activity, ExitReason, MissingCause, Outcome, ResetCause, Source, Start, ToolOutcome, Update};
+
+/// Open things of one kind that are kept track of; a CLI that opens more is counted right but timed no longer.
+const OPEN: usize = 4_096;
+/// A name that others choose is kept this long.
+const NAME: usize = 96;
+/// Up to this version a CLI starts its totals at zero when it resumes; later ones start where the session ended.
+const RESUMES_AT_ZERO: [u64; 3] = [2, 1, 197];
+/// A state that goes on is accounted for at least this often.
+const ACCOUNT: Duration = Duration::from_secs(1);
+
+/// The thread of the main loop, where subagents' threads are named by the call that started them.
+const MAIN: &str = "";
+
+#[derive(Debug)]
+struct Call {
+    tool: String,
+    started: Duration,
+    thread: String,
+    denied: bool,
+}
+
+#[derive(Debug)]
+struct Turn {
+    number: u64,
+    started: Duration,
+    /// Answers of the main loop: what `max_turns` counts.
+    rounds: u64,
+    answers: u64,
+    cost: Usd,
+    tokens: u64,
+}
+
+#[derive(Debug)]
+struct Current {
+    id: String,
+    model: String,
+    asked: Option<Duration>,
+    stop_reason: Option<String>,
+    streamed: bool,
+    wants_tool: bool,
+}
+
+#[derive(Debug)]
+struct Agent {
+    started: Duration,
+    depth: u64,
+    background: bool,
+    task: Option<String>,
+}
+
+/// What a session is to the limits: asked, never told.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TurnView {
+    pub started: Duration,
+    pub rounds: u64,
+    pub cost: Usd,
+    pub tokens: u64,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub struct Session {
+    pub ledger: Ledger,
+    id: String,
+    start: Start,
+    asked_id: Option<String>,
+    version: Option<String>,
+    began: Duration,
+    spoke: bool,
+    fed: bool,
+    /// The app sends messages over stdin, and the CLI says nothing before the first.
+    stdin_json: bool,
+    blind: bool,
+    live: bool,
+    /// The session has another name, and its next result tells whether the process is another one, too.
+    renamed: bool,
+    /// What an interrupted turn is called, if it is a limit that interrupts it.
+    stop_as: Option<Outcome>,
+    turn: Option<Turn>,
+    turns: u64,
+    rounds: u64,
+    session_cost: Usd,
+    session_tokens: u64,
+    calls: BTreeMap<String, Call>,
+    permissions: BTreeMap<String, (Option<String>, Duration)>,
+    mcp_calls: BTreeMap<String, (String, Duration)>,
+    hooks: BTreeMap<String, (String, Duration)>,
+    agents: BTreeMap<String, Agent>,
+    shells: BTreeSet<String>,
+    background: Vec<(String, Option<String>)>,
+    threads: BTreeMap<String, Current>,
+    asked_model: Option<Duration>,
+    retry_until: Option<Duration>,
+    compacting: bool,
+    queued: u64,
+    stopping: bool,
+    stuck: bool,
+    reset_seen: bool,
+    pid: Option<u32>,
+    result_index: Option<u64>,
+    api_ms: u64,
+    window: Option<u64>,
+    windows: BTreeMap<String, u64>,
+    activity: Activity,
+    since: Duration,
+    accounted: Duration,
+    last_active: Duration,
+    idle_since: Option<Duration>,
+    out: Vec<Update>,
+}
+
+/// How the process was started, as far as its command line tells.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    pub start: Start,
+    /// The id that was to be resumed.
+    pub resume: Option<String>,
+    pub base: Base,
+    pub eager: bool,
+    pub stdin_json: bool,
+    /// Nothing of what it says can be read: only the clock and its end are known.
+    pub blind: bool,
+    /// One process, which we started ourselves: another name for the session is never another process.
+    pub live: bool,
+}
+
+impl Session {
+    pub fn new(opening: Opening, prices: PriceTable, now: Now) -> Session {
+        Session {
+            ledger: Ledger::new(prices, opening.base, opening.eager),
+            id: String::new(),
+            start: opening.start,
+            asked_id: opening.resume,
+            version: None,
+            began: now.mono,
+            spoke: false,
+            fed: false,
+            stdin_json: opening.stdin_json,
+            blind: opening.blind,
+            live: opening.live,
+            renamed: false,
+            stop_as: None,
+            turn: None,
+            turns: 0,
+            rounds: 0,
+            session_cost: Usd::ZERO,
+            session_tokens: 0,
+            calls: BTreeMap::new(),
+            permissions: BTreeMap::new(),
+            mcp_calls: BTreeMap::new(),
+            hooks: BTreeMap::new(),
+            agents: BTreeMap::new(),
+            shells: BTreeSet::new(),
+            background: Vec::new(),
+            threads: BTreeMap::new(),
+            asked_model: None,
+            retry_until: None,
+            compacting: false,
+            queued: 0,
+            stopping: false,
+            stuck: false,
+            reset_seen: false,
+            pid: None,
+            result_index: None,
+            api_ms: 0,
+            window: None,
+            windows: BTreeMap::new(),
+            activity: Activity::Starting,
+            since: now.mono,
+            accounted: now.mono,
+            last_active: now.mono,
+            idle_since: None,
+            out: Vec::new(),
+        }
+    }
+
+    // ---- what limits, health and the page ask
+
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub fn activity(&self) -> Activity {
+        self.activity
+    }
+
+    /// Since when it is in that state.
+    pub fn activity_since(&self) -> Duration {
+        self.since
+    }
+
+    pub fn turn(&self) -> Option<TurnView> {
+        self.turn.as_ref().map(|turn| TurnView {
+            started: turn.started,
+            rounds: turn.rounds,
+            cost: turn.cost,
+            tokens: turn.tokens,
+        })
+    }
+
+    pub fn turns(&self) -> u64 {
+        self.turns
+    }
+
+    /// Answers of the main loop in all turns.
+    pub fn rounds(&self) -> u64 {
+        self.rounds
+    }
+
+    /// Whether the last answer of the main loop asks for another round.
+    pub fn goes_on(&self) -> bool {
+        self.turn.is_some() && self.threads.get(MAIN).is_none_or(|current| current.wants_tool)
+    }
+
+    /// Whether the main loop's last answer is complete and asks for nothing more: a result is due.
+    pub fn answered(&self) -> bool {
+        self.agents.is_empty() && self.threads.get(MAIN).is_some_and(|current| current.id.is_empty() && !current.wants_tool)
+    }
+
+    pub fn cost(&self) -> Usd {
+        self.session_cost
+    }
+
+    pub fn tokens(&self) -> u64 {
+        self.session_tokens
+    }
+
+    pub fn spoke(&self) -> bool {
+        self.spoke
+    }
+
+    pub fn fed(&self) -> bool {
+        self.fed
+    }
+
+    /// When the agent or its app last said anything, on the monotonic clock.
+    pub fn last_active(&self) -> Duration {
+        self.last_active
+    }
+
+    /// Since when there has been no work at all, if there is none.
+    pub fn idle_since(&self) -> Option<Duration> {
+        self.idle_since
+    }
+
+    /// The oldest tool call in flight that is not waiting for a permission: its tool and when it started.
+    pub fn oldest_call(&self) -> Option<(&str, Duration)> {
+        let waiting: BTreeSet<&str> = self.permissions.values().filter_map(|(call, _)| call.as_deref()).collect();
+        self.calls
+            .iter()
+            .filter(|(id, call)| !waiting.contains(id.as_str()) && !is_agent(&call.tool))
+            .map(|(_, call)| (call.tool.as_str(), call.started))
+            .min_by_key(|(_, started)| *started)
+    }
+
+    /// When the longest-running subagent started.
+    pub fn oldest_agent(&self) -> Option<Duration> {
+        self.agents.values().map(|agent| agent.started).min()
+    }
+
+    pub fn calls_in_flight(&self) -> usize {
+        self.calls.len()
+    }
+
+    pub fn subagents_active(&self) -> usize {
+        self.agents.len()
+    }
+
+    pub fn background_tasks(&self) -> usize {
+        self.background.len()
+    }
+
+    pub fn permissions_pending(&self) -> usize {
+        self.permissions.len()
+    }
+
+    pub fn version(&self) -> Option<&str> {
+        self.version.as_deref()
+    }
+
+    pub fn drain(&mut self) -> Vec<Update> {
+        std::mem::take(&mut self.out)
+    }
+
+    // ---- what happens
+
+    /// A message of the CLI. Its answers to our own questions are no sign of life: they would keep an idle agent from being idle.
+    pub fn hear(&mut self, message: Message, own: bool, now: Now) {
+        if !self.spoke {
+            self.spoke = true;
+            let after = now.mono.saturating_sub(self.began);
+            self.out.push(Update::Spoke { after });
+        }
+        let parent = message.parent.as_deref();
+        if let Event::Init(init) = &message.event {
+            self.note_pid(init.pid, now);
+        }
+        if let Some(id) = &message.session_id {
+            self.note_session(id, &message.event, now);
+        }
+        match message.event {
+            Event::Init(init) => self.init(init, now),
+            Event::Status { status, .. } => self.status(status, now),
+            Event::Assistant(assistant) => self.assistant(assistant, parent, now),
+            Event::User(user) => self.user(&user, parent, now),
+            Event::Stream(stream) => self.stream(stream, parent, now),
+            Event::Result(result) => self.result(&result, now),
+            Event::ApiRetry { delay_ms, error, .. } => {
+                self.begin_turn(now);
+                self.retry_until = Some(now.mono + Duration::from_millis(delay_ms));
+                self.retried(error);
+            }
+            Event::ToolProgress { retry_error, .. } => {
+                if let Some(error) = retry_error {
+                    self.retried(Some(error));
+                }
+            }
+            Event::TaskStarted(task) => self.task_started(task, now),
+            Event::TaskUpdated { task, status } => {
+                if status.as_deref().is_some_and(|status| status != "running" && status != "pending") {
+                    self.task_ended(&task, status.as_deref(), now);
+                }
+            }
+            Event::TaskEnded { task, status } => self.task_ended(&task, status.as_deref(), now),
+            Event::BackgroundTasks { tasks } => {
+                self.background = tasks;
+                self.background.truncate(OPEN);
+                self.background_changed();
+            }
+            Event::Compacted { trigger, .. } => {
+                self.compacting = false;
+                self.ledger.unseen_call();
+                self.out.push(Update::Compacted { trigger: name(trigger, "unknown") });
+            }
+            Event::ConversationReset => {
+                self.ledger.reset(ResetCause::Clear);
+                self.flush();
+                self.reset_seen = true;
+            }
+            Event::PermissionDenied { tool, call } => {
+                if let Some(call) = call.and_then(|id| self.calls.get_mut(&id)) {
+                    call.denied = true;
+                }
+                self.out.push(Update::PermissionDenied { tool: name(tool, "unknown") });
+            }
+            Event::HookStarted { hook, event } => {
+                if self.hooks.len() < OPEN {
+                    self.hooks.insert(hook, (name(event, "unknown"), now.mono));
+                }
+            }
+            Event::HookEnded { hook, event, outcome, .. } => {
+                let started = self.hooks.remove(&hook);
+                let duration = started.as_ref().map(|(_, at)| now.mono.saturating_sub(*at)).unwrap_or_default();
+                let event = name(event, started.as_ref().map_or("unknown", |(event, _)| event.as_str()));
+                self.out.push(Update::HookEnded { event, outcome: name(outcome, "unknown"), duration });
+            }
+            Event::SessionState { state } => match state {
+                // The CLI's own word that something waits for a person; what it is comes with a control request.
+                SessionState::Running | SessionState::RequiresAction | SessionState::Idle => {}
+            },
+            Event::RateLimit { windows, .. } => {
+                for w in windows {
+                    let (utilization, resets_at) = (w.utilization, w.resets_at);
+                    self.out.push(Update::RateLimit { window: name(Some(w.window), "unknown"), utilization, resets_at });
+                }
+            }
+            Event::Mirror { answers } => {
+                for answer in answers {
+                    // Only what the stream has shown: a resumed transcript mirrors history, too.
+                    self.ledger.final_usage(&answer.id, &answer.usage);
+                }
+            }
+            Event::ControlRequest { id, request } => self.cli_asks(id, request, now),
+            Event::ControlResponse { ok: true, answer, .. } => self.cli_answers(answer, now),
+            Event::ControlCancel { id } => {
+                if let Some((_, since)) = self.permissions.remove(&id) {
+                    let wait = now.mono.saturating_sub(since);
+                    self.out.push(Update::PermissionDecided { decision: "cancelled", wait });
+                }
+                self.mcp_calls.remove(&id);
+            }
+            Event::ModelFallback { .. }
+            | Event::TaskProgress { .. }
+            | Event::ThinkingTokens
+            | Event::CommandLifecycle { .. }
+            | Event::ControlResponse { ok: false, .. }
+            | Event::KeepAlive
+            | Event::Known
+            | Event::Unknown { .. } => {}
+        }
+        self.settle(now, !own);
+    }
+
+    /// A message of the app, after it was forwarded.
+    pub fn overhear(&mut self, message: Message, now: Now) {
+        match message.event {
+            Event::User(user) if user.prompt && !user.silent => {
+                self.fed = true;
+                if self.turn.is_some() {
+                    self.queued += 1;
+                } else {
+                    self.begin_turn(now);
+                }
+            }
+            Event::ControlResponse { id, answer, .. } => {
+                if let Some((_, since)) = self.permissions.remove(&id) {
+                    let decision = match answer {
+                        Answer::Permission { allow: true } => "allow",
+                        Answer::Permission { allow: false } => "deny",
+                        _ => "error",
+                    };
+                    self.out.push(Update::PermissionDecided { decision, wait: now.mono.saturating_sub(since) });
+                }
+                if let Some((server, since)) = self.mcp_calls.remove(&id) {
+                    self.out.push(Update::McpCalled { server, duration: now.mono.saturating_sub(since) });
+                }
+            }
+            _ => {}
+        }
+        self.settle(now, true);
+    }
+
+    /// The app asked with its command line; there is a turn from the start.
+    pub fn prompted(&mut self, now: Now) {
+        self.fed = true;
+        self.begin_turn(now);
+        self.settle(now, false);
+    }
+
+    /// Time went by.
+    pub fn tick(&mut self, now: Now) {
+        self.settle(now, false);
+    }
+
+    /// A stop has begun: what follows is the way out.
+    pub fn stopping(&mut self, now: Now) {
+        self.stopping = true;
+        self.settle(now, false);
+    }
+
+    /// A limit ends the turn: it was not its own failure.
+    pub fn stop_as(&mut self, outcome: Outcome) {
+        self.stop_as = Some(outcome);
+    }
+
+    /// Whether the agent is past its time limits.
+    pub fn stuck(&mut self, stuck: bool, now: Now) {
+        if self.stuck != stuck {
+            self.stuck = stuck;
+            self.settle(now, false);
+        }
+    }
+
+    /// The process is gone: everything open ends here.
+    pub fn exited(&mut self, reason: ExitReason, truncated: bool, now: Now) {
+        self.settle(now, false);
+        self.abandon(reason, truncated, now);
+        self.out.push(Update::Exited { reason, session: self.id.clone() });
+        self.end_session();
+    }
+
+    fn abandon(&mut self, reason: ExitReason, truncated: bool, now: Now) {
+        let (outcome, cause, tools) = match reason {
+            ExitReason::Limit | ExitReason::Idle => (Outcome::LimitStopped, MissingCause::Limit, ToolOutcome::Interrupted),
+            ExitReason::Stuck => (Outcome::StuckKilled, MissingCause::Limit, ToolOutcome::Interrupted),
+            ExitReason::Shutdown => (Outcome::Interrupted, MissingCause::Signal, ToolOutcome::Interrupted),
+            ExitReason::Signal => (Outcome::Crashed, MissingCause::Crash, ToolOutcome::Lost),
+            ExitReason::Oom => (Outcome::Crashed, MissingCause::Oom, ToolOutcome::Lost),
+            ExitReason::Clean if truncated => (Outcome::NoResult, MissingCause::Truncated, ToolOutcome::Lost),
+            ExitReason::Clean => (Outcome::NoResult, MissingCause::Unknown, ToolOutcome::Lost),
+            ExitReason::Error | ExitReason::InitFailed => (Outcome::Crashed, MissingCause::Crash, ToolOutcome::Lost),
+        };
+        self.complete_all(now);
+        self.ledger.close(now.unix);
+        self.flush();
+        self.end_calls(|_| true, tools, now);
+        for (_, agent) in std::mem::take(&mut self.agents) {
+            let duration = now.mono.saturating_sub(agent.started);
+            self.out.push(Update::SubagentEnded { outcome: "lost", duration });
+        }
+        self.background.clear();
+        self.permissions.clear();
+        self.mcp_calls.clear();
+        self.hooks.clear();
+        if self.turn.is_some() {
+            self.out.push(Update::ResultMissing { session: self.id.clone(), cause });
+            self.end_turn(outcome, None, false, now);
+        }
+    }
+
+    // ---- the CLI's messages
+
+    fn note_session(&mut self, id: &str, event: &Event, now: Now) {
+        if id == self.id || matches!(event, Event::ConversationReset) {
+            return;
+        }
+        let id = bounded(id, NAME).to_owned();
+        if self.id.is_empty() {
+            self.id = id;
+            if let Some(asked) = self.asked_id.take() {
+                let not_found = matches!(event, Event::Result(result) if result.is_error && result.model_usage.is_empty());
+                let outcome = match () {
+                    () if not_found => "not_found",
+                    () if asked == self.id || self.start == Start::Fork => "ok",
+                    () => "id_changed",
+                };
+                self.out.push(Update::Resumed { outcome });
+            }
+        } else {
+            // A cleared conversation goes on under another name; an older CLI does not say so.
+            if !self.live && !self.reset_seen && self.turn.as_ref().is_some_and(|turn| turn.answers > 0) {
+                self.restart(now);
+            } else {
+                self.renamed = !self.live && !self.reset_seen;
+                self.start = Start::Clear;
+                self.end_session();
+            }
+            self.id = id;
+        }
+        self.reset_seen = false;
+        self.ledger.set_session(&self.id);
+        self.out.push(Update::SessionStarted { session: self.id.clone(), start: self.start });
+    }
+
+    /// A recording goes on with another process.
+    pub fn another(&mut self, now: Now) {
+        if self.spoke {
+            self.restart(now);
+            self.id.clear();
+        }
+    }
+
+    /// Another process speaks in the same recording.
+    fn restart(&mut self, now: Now) {
+        self.abandon(ExitReason::Clean, false, now);
+        self.end_session();
+        self.ledger.restart(Base::Unknown);
+        self.threads.clear();
+        self.shells.clear();
+        self.result_index = None;
+        self.api_ms = 0;
+        self.pid = None;
+        self.queued = 0;
+        self.start = Start::Fresh;
+        self.out.push(Update::CounterReset { cause: ResetCause::Restart });
+    }
+
+    fn end_session(&mut self) {
+        if !self.id.is_empty() {
+            self.out.push(Update::SessionEnded { session: self.id.clone(), cost: self.session_cost });
+        }
+        self.session_cost = Usd::ZERO;
+        self.session_tokens = 0;
+    }
+
+    /// Another pid is another process, even in the same session.
+    fn note_pid(&mut self, pid: Option<u32>, now: Now) {
+        if self.pid.is_some_and(|old| pid.is_some_and(|new| new != old)) {
+            self.restart(now);
+            self.out.push(Update::SessionStarted { session: self.id.clone(), start: Start::Resume });
+        }
+        self.pid = pid.or(self.pid);
+    }
+
+    fn init(&mut self, init: Init, now: Now) {
+        for (server, status) in init.mcp_servers {
+            self.out.push(Update::McpServer { server: name(Some(server), "unknown"), up: status == "connected" });
+        }
+        if self.version != init.version {
+            self.out.push(Update::Identified {
+                version: name(init.version.clone(), "unknown"),
+                permission_mode: name(init.permission_mode, "unknown"),
+                api_key_source: name(init.api_key_source, "unknown"),
+            });
+            self.version = init.version;
+        }
+        self.begin_turn(now);
+    }
+
+    fn status(&mut self, status: Status, now: Now) {
+        match status {
+            Status::Requesting => {
+                self.begin_turn(now);
+                self.retry_until = None;
+                self.compacting = false;
+                self.asked_model = Some(now.mono);
+            }
+            Status::Compacting => {
+                self.begin_turn(now);
+                self.compacting = true;
+                self.ledger.unseen_call();
+            }
+            Status::None => self.compacting = false,
+            Status::Other => {}
+        }
+    }
+
+    fn assistant(&mut self, assistant: Assistant, parent: Option<&str>, now: Now) {
+        self.begin_turn(now);
+        if let Some(error) = &assistant.error {
+            let error = bounded(error, NAME).to_owned();
+            self.out.push(Update::ApiFailed { session: self.id.clone(), error });
+        }
+        let model = assistant.model.as_deref().unwrap_or_default();
+        let Some(id) = assistant.id.as_deref().filter(|_| model != SYNTHETIC_MODEL) else { return };
+        self.thread_says(id, model, parent, assistant.usage.as_ref(), false, now);
+        if let (Some(reason), Some(usage)) = (&assistant.stop_reason, &assistant.usage) {
+            // Only answers that came in one piece carry their final usage here.
+            self.ledger.final_usage(id, usage);
+            self.stop_reason(parent, reason);
+        }
+        let streamed = self.threads.get(thread(parent)).is_some_and(|current| current.streamed);
+        for block in assistant.blocks {
+            match block {
+                Block::Text { bytes } | Block::Thinking { bytes } if !streamed => self.ledger.grow(id, bytes),
+                Block::ToolUse { call, tool, input_bytes, .. } => {
+                    if !streamed {
+                        self.ledger.grow(id, input_bytes);
+                    }
+                    if !streamed {
+                        // Where the stream is not shown, a call is the sign that the answer is complete.
+                        self.ledger.complete(id, now.unix);
+                        self.flush();
+                    }
+                    self.tool_started(call, tool, parent, now);
+                }
+                Block::Text { .. } | Block::Thinking { .. } | Block::Other => {}
+            }
+        }
+    }
+
+    fn stream(&mut self, stream: Stream, parent: Option<&str>, now: Now) {
+        let key = thread(parent);
+        match stream {
+            Stream::MessageStart { id, model, usage, ttft_ms } => {
+                self.begin_turn(now);
+                self.retry_until = None;
+                let model = model.unwrap_or_default();
+                if let Some(id) = id {
+                    self.thread_says(&id, &model, parent, usage.as_ref(), true, now);
+                }
+                if let Some(ms) = ttft_ms {
+                    let model = crate::price::canonical(&model).into_owned();
+                    self.out.push(Update::FirstToken { model, after: Duration::from_millis(ms) });
+                }
+            }
+            Stream::Delta { bytes } => {
+                if let Some(current) = self.threads.get(key) {
+                    self.ledger.grow(&current.id, bytes);
+                }
+            }
+            Stream::MessageDelta { usage, stop_reason } => {
+                if let (Some(current), Some(usage)) = (self.threads.get(key), &usage) {
+                    self.ledger.final_usage(&current.id, usage);
+                }
+                if let Some(reason) = stop_reason {
+                    self.stop_reason(parent, &reason);
+                }
+            }
+            Stream::MessageStop => self.complete_thread(key, now),
+            Stream::BlockStart { tool } => {
+                if let (Some(_), Some(current)) = (tool, self.threads.get_mut(key)) {
+                    current.wants_tool = true;
+                }
+            }
+            Stream::BlockStop | Stream::Other => {}
+        }
+    }
+
+    fn stop_reason(&mut self, parent: Option<&str>, reason: &str) {
+        if let Some(current) = self.threads.get_mut(thread(parent)) {
+            current.wants_tool = reason == "tool_use";
+            current.stop_reason = Some(bounded(reason, NAME).to_owned());
+        }
+    }
+
+    /// A frame of an answer in a thread: an answer before it is complete now.
+    fn thread_says(
+        &mut self,
+        id: &str,
+        model: &str,
+        parent: Option<&str>,
+        usage: Option<&crate::event::Usage>,
+        streamed: bool,
+        now: Now,
+    ) {
+        let key = thread(parent);
+        let new = self.ledger.answer(id, model, parent, usage);
+        let current = self.threads.get(key).is_some_and(|current| current.id == id);
+        if !current && new {
+            self.complete_thread(key, now);
+            if parent.is_none() {
+                self.rounds += 1;
+            }
+            if let Some(turn) = &mut self.turn {
+                turn.answers += 1;
+                turn.rounds += u64::from(parent.is_none());
+            }
+            if self.threads.len() < OPEN {
+                self.threads.insert(
+                    key.to_owned(),
+                    Current {
+                        id: id.to_owned(),
+                        model: crate::price::canonical(model).into_owned(),
+                        asked: if parent.is_none() { self.asked_model.take() } else { None },
+                        stop_reason: None,
+                        streamed,
+                        wants_tool: false,
+                    },
+                );
+            }
+            if let (None, Some(usage)) = (parent, usage) {
+                self.context_used(model, usage.tokens.prompt());
+            }
+        }
+        if parent.is_some_and(|call| !self.agents.contains_key(call)) && new {
+            // An older CLI announces no task.
+            let call = parent.unwrap_or_default().to_owned();
+            self.agent_started(call, None, None, false, 1, now);
+        }
+    }
+
+    fn context_used(&mut self, model: &str, prompt: u64) {
+        let window = self.windows.get(&*crate::price::canonical(model)).copied().or(self.window);
+        if let Some(window) = window.filter(|window| *window > 0) {
+            #[expect(clippy::cast_precision_loss, reason = "a ratio")]
+            self.out.push(Update::ContextUsed { ratio: prompt as f64 / window as f64 });
+        }
+    }
+
+    fn complete_thread(&mut self, key: &str, now: Now) {
+        // The stream's stop comes before the assistant's last line is known to be the last: keep the thread, close the answer.
+        let Some(current) = self.threads.get_mut(key) else { return };
+        let id = std::mem::take(&mut current.id);
+        if id.is_empty() {
+            return;
+        }
+        let update = Update::Answered {
+            session: self.id.clone(),
+            model: current.model.clone(),
+            source: if key == MAIN { Source::Main } else { Source::Subagent },
+            stop_reason: current.stop_reason.take(),
+            duration: current.asked.take().map(|asked| now.mono.saturating_sub(asked)),
+        };
+        self.ledger.complete(&id, now.unix);
+        self.out.push(update);
+        self.flush();
+    }
+
+    fn complete_all(&mut self, now: Now) {
+        let keys: Vec<String> = self.threads.keys().cloned().collect();
+        for key in keys {
+            self.complete_thread(&key, now);
+        }
+        self.threads.clear();
+    }
+
+    fn user(&mut self, user: &User, parent: Option<&str>, now: Now) {
+        for result in &user.results {
+            self.complete_thread(thread(parent), now);
+            let Some(call) = self.calls.remove(&result.call) else { continue };
+            let outcome = match () {
+                () if call.denied || result.denied => ToolOutcome::Denied,
+                () if result.interrupted => ToolOutcome::Interrupted,
+                () if result.error => ToolOutcome::Error,
+                () => ToolOutcome::Ok,
+            };
+            // One that was announced as a task says itself when it ends: its call may be answered as soon as it is launched.
+            if let Some(agent) = self.agents.get(&result.call).filter(|agent| !agent.background && agent.task.is_none()) {
+                let duration = now.mono.saturating_sub(agent.started);
+                let outcome = if result.error { "failed" } else { "completed" };
+                self.agents.remove(&result.call);
+                self.out.push(Update::SubagentEnded { outcome, duration });
+                self.agents_changed();
+            }
+            self.permissions.retain(|_, (waiting, _)| waiting.as_deref() != Some(result.call.as_str()));
+            self.tool_ended(&result.call, call, outcome, now);
+        }
+        if parent.is_none() && self.turn.is_some() && (!user.results.is_empty() || user.synthetic) {
+            self.asked_model = Some(now.mono);
+        }
+    }
+
+    fn tool_started(&mut self, call: String, tool: String, parent: Option<&str>, now: Now) {
+        if let Some(current) = self.threads.get_mut(thread(parent)) {
+            current.wants_tool = true;
+        }
+        if self.calls.contains_key(&call) || self.calls.len() >= OPEN {
+            return;
+        }
+        let tool = bounded(&tool, NAME).to_owned();
+        if tool == "WebSearch" {
+            self.ledger.unseen_call();
+        }
+        self.out.push(Update::ToolStarted { session: self.id.clone(), call: call.clone(), tool: tool.clone() });
+        self.calls.insert(call, Call { tool, started: now.mono, thread: thread(parent).to_owned(), denied: false });
+    }
+
+    fn tool_ended(&mut self, id: &str, call: Call, outcome: ToolOutcome, now: Now) {
+        self.out.push(Update::ToolEnded {
+            session: self.id.clone(),
+            call: id.to_owned(),
+            tool: call.tool,
+            outcome,
+            duration: now.mono.saturating_sub(call.started),
+        });
+    }
+
+    fn end_calls(&mut self, which: impl Fn(&Call) -> bool, outcome: ToolOutcome, now: Now) {
+        let ids: Vec<String> = self.calls.iter().filter(|(_, call)| which(call)).map(|(id, _)| id.clone()).collect();
+        for id in ids {
+            if let Some(call) = self.calls.remove(&id) {
+                self.tool_ended(&id, call, outcome, now);
+            }
+        }
+    }
+
+    fn task_started(&mut self, task: Task, now: Now) {
+        match task.kind.as_deref() {
+            Some("local_agent") | None => {
+                let call = task.call.unwrap_or_else(|| task.task.clone());
+                self.agent_started(call, Some(task.task), task.subagent_type, task.background, task.depth.max(1), now);
+            }
+            Some(_) => {
+                if self.shells.len() < OPEN {
+                    self.shells.insert(task.task);
+                }
+            }
+        }
+    }
+
+    fn agent_started(
+        &mut self,
+        call: String,
+        task: Option<String>,
+        kind: Option<String>,
+        background: bool,
+        depth: u64,
+        now: Now,
+    ) {
+        self.ledger.subagent_seen();
+        if let Some(agent) = self.agents.get_mut(&call) {
+            agent.task = task.or(agent.task.take());
+            agent.background |= background;
+            return;
+        }
+        if self.agents.len() >= OPEN {
+            return;
+        }
+        self.out.push(Update::SubagentStarted { session: self.id.clone(), kind: name(kind, "unknown") });
+        self.agents.insert(call, Agent { started: now.mono, depth, background, task });
+        self.agents_changed();
+    }
+
+    fn task_ended(&mut self, task: &str, status: Option<&str>, now: Now) {
+        self.shells.remove(task);
+        let found = self.agents.iter().find(|(_, agent)| agent.task.as_deref() == Some(task)).map(|(call, _)| call.clone());
+        if let Some(agent) = found.and_then(|call| self.agents.remove(&call)) {
+            let outcome = match status {
+                Some("completed") => "completed",
+                Some("failed") => "failed",
+                Some("stopped" | "killed") => "stopped",
+                _ => "other",
+            };
+            self.out.push(Update::SubagentEnded { outcome, duration: now.mono.saturating_sub(agent.started) });
+            self.agents_changed();
+        }
+    }
+
+    fn agents_changed(&mut self) {
+        let depth = self.agents.values().map(|agent| agent.depth).max().unwrap_or_default();
+        self.out.push(Update::Subagents { active: self.agents.len(), depth });
+        self.background_changed();
+    }
+
+    fn background_changed(&mut self) {
+        let kind = |kind: &str| self.background.iter().filter(|(_, k)| k.as_deref() == Some(kind)).count();
+        let (agents, shells) = (kind("local_agent"), kind("local_bash"));
+        let others = self.background.len() - agents - shells;
+        self.out.push(Update::BackgroundTasks { agents, shells, others });
+    }
+
+    fn retried(&mut self, error: Option<String>) {
+        self.out.push(Update::Retried { session: self.id.clone(), error: name(error, "unknown") });
+    }
+
+    fn cli_asks(&mut self, id: String, request: Request, now: Now) {
+        if self.permissions.len() + self.mcp_calls.len() >= OPEN {
+            return;
+        }
+        match request {
+            Request::CanUseTool { call, .. } => {
+                self.permissions.insert(id, (call, now.mono));
+            }
+            Request::McpMessage { server, method, id: true } if method.as_deref() == Some("tools/call") => {
+                self.mcp_calls.insert(id, (name(server, "unknown"), now.mono));
+            }
+            // A person is asked something.
+            Request::Other(kind) if kind == "elicitation" || kind == "request_user_dialog" => {
+                self.permissions.insert(id, (None, now.mono));
+            }
+            Request::Initialize
+            | Request::HookCallback { .. }
+            | Request::McpMessage { .. }
+            | Request::Interrupt
+            | Request::EndSession
+            | Request::GetUsage
+            | Request::Other(_) => {}
+        }
+    }
+
+    fn cli_answers(&mut self, answer: Answer, now: Now) {
+        match answer {
+            Answer::Usage { models, .. } => {
+                self.ledger.totals(&models, now.unix);
+                self.flush();
+            }
+            Answer::Initialized { pid, version } => {
+                self.note_pid(pid, now);
+                self.version = version.or(self.version.take());
+            }
+            Answer::Permission { .. } | Answer::Other => {}
+        }
+    }
+
+    fn result(&mut self, result: &TurnResult, now: Now) {
+        // A process that counts its results from zero again, or its time, is another one.
+        let again = match (self.result_index, result.index) {
+            (Some(last), Some(index)) => index <= last,
+            (None, None) => result.duration_api_ms > 0 && result.duration_api_ms < self.api_ms && !self.reset_seen,
+            _ => false,
+        };
+        if again {
+            let turn = self.turn.take();
+            self.restart(now);
+            self.turn = turn;
+            self.out.push(Update::SessionStarted { session: self.id.clone(), start: Start::Resume });
+        }
+        if std::mem::take(&mut self.renamed)
+            && result.index.is_none()
+            && !(result.num_turns == 0 && result.duration_api_ms == self.api_ms)
+        {
+            // No `/clear`, which asks no model and leaves the times as they were: the totals are another process's.
+            self.ledger.restart(Base::Unknown);
+        }
+        self.result_index = result.index;
+        if result.duration_api_ms > 0 {
+            self.api_ms = result.duration_api_ms;
+        }
+        self.begin_turn(now);
+        self.complete_thread(MAIN, now);
+        for total in &result.model_usage {
+            if let Some(window) = total.context_window.filter(|_| self.windows.len() < OPEN) {
+                let model = crate::price::canonical(total.canonical.as_deref().unwrap_or(&total.model)).into_owned();
+                self.windows.insert(model, window);
+                self.window = Some(window);
+            }
+        }
+        let old = self.version.as_deref().is_none_or(|version| parse_version(version) <= RESUMES_AT_ZERO);
+        let cut = result.terminal_reason.as_deref().is_some_and(|reason| reason.starts_with("aborted"));
+        let confirmed = self.ledger.result(result, old, cut, now.unix);
+        self.flush();
+        self.ledger.forget();
+        self.retry_until = None;
+        self.compacting = false;
+        let interrupted = result.terminal_reason.as_deref().is_some_and(|reason| reason.starts_with("aborted"));
+        let outcome = match (result.subtype.as_deref(), result.is_error) {
+            (Some("success"), false) => Outcome::Success,
+            (Some("success"), true) => Outcome::SuccessIsError,
+            (Some("error_max_turns"), _) => Outcome::MaxTurns,
+            (Some("error_max_budget_usd"), _) => Outcome::MaxBudget,
+            (Some("error_max_structured_output_retries"), _) => Outcome::StructuredOutput,
+            _ if interrupted => self.stop_as.unwrap_or(Outcome::Interrupted),
+            _ => self.stop_as.unwrap_or(Outcome::DuringExecution),
+        };
+        // Calls of threads that go on in the background stay open.
+        let alive: BTreeSet<String> = self.agents.keys().cloned().collect();
+        let ended = if interrupted { ToolOutcome::Interrupted } else { ToolOutcome::Lost };
+        self.end_calls(|call| !alive.contains(&call.thread), ended, now);
+        self.permissions.clear();
+        if interrupted {
+            let gone: Vec<String> =
+                self.agents.iter().filter(|(_, agent)| !agent.background).map(|(call, _)| call.clone()).collect();
+            for call in gone {
+                if let Some(agent) = self.agents.remove(&call) {
+                    let duration = now.mono.saturating_sub(agent.started);
+                    self.out.push(Update::SubagentEnded { outcome: "stopped", duration });
+                    self.agents_changed();
+                }
+            }
+        }
+        self.end_turn(outcome, result.terminal_reason.clone(), confirmed, now);
+        if result.queued > 0 {
+            self.begin_turn(now);
+        }
+    }
+
+    // ---- turns, money, time
+
+    fn begin_turn(&mut self, now: Now) {
+        if self.turn.is_some() {
+            return;
+        }
+        self.turns += 1;
+        self.ledger.turn_started();
+        self.asked_model.get_or_insert(now.mono);
+        let number = self.turns;
+        self.turn = Some(Turn { number, started: now.mono, rounds: 0, answers: 0, cost: Usd::ZERO, tokens: 0 });
+        self.out.push(Update::TurnStarted { session: self.id.clone(), turn: number });
+    }
+
+    fn end_turn(&mut self, outcome: Outcome, reason: Option<String>, confirmed: bool, now: Now) {
+        let Some(turn) = self.turn.take() else { return };
+        self.stop_as = None;
+        self.queued = 0;
+        self.asked_model = None;
+        self.threads.remove(MAIN);
+        self.out.push(Update::TurnEnded {
+            session: self.id.clone(),
+            turn: turn.number,
+            outcome,
+            reason: reason.map(|reason| bounded(&reason, NAME).to_owned()),
+            duration: now.mono.saturating_sub(turn.started),
+            answers: turn.answers,
+            cost: turn.cost,
+            confirmed,
+        });
+    }
+
+    /// Takes over what the ledger found.
+    fn flush(&mut self) {
+        for update in self.ledger.drain() {
+            match &update {
+                Update::Spent(spent) => {
+                    self.session_cost += spent.cost;
+                    self.session_tokens = self.session_tokens.saturating_add(spent.tokens.total());
+                    if let Some(turn) = &mut self.turn {
+                        turn.cost += spent.cost;
+                        turn.tokens = turn.tokens.saturating_add(spent.tokens.total());
+                    }
+                }
+                Update::Corrected { usd, tokens, .. } => {
+                    self.session_cost = self.session_cost - *usd;
+                    self.session_tokens = self.session_tokens.saturating_sub(tokens.total());
+                    if let Some(turn) = &mut self.turn {
+                        turn.cost = turn.cost - *usd;
+                    }
+                }
+                _ => {}
+            }
+            self.out.push(update);
+        }
+    }
+
+    fn settle(&mut self, now: Now, active: bool) {
+        if self.retry_until.is_some_and(|until| until <= now.mono) {
+            self.retry_until = None;
+        }
+        if active {
+            // Once a second is often enough for a timestamp.
+            if now.mono.saturating_sub(self.last_active) >= ACCOUNT || self.last_active == self.began {
+                self.out.push(Update::Active { unix: now.unix });
+            }
+            self.last_active = now.mono;
+        }
+        let activity = self.judge(now);
+        let lasted = now.mono.saturating_sub(self.accounted);
+        if activity != self.activity || lasted >= ACCOUNT {
+            self.out.push(Update::Was { state: self.activity, lasted, now: activity });
+            self.accounted = now.mono;
+        }
+        if activity != self.activity {
+            self.activity = activity;
+            self.since = now.mono;
+        }
+        self.idle_since = match (activity.is_work(), self.idle_since) {
+            (true, _) => None,
+            (false, Some(since)) if !active => Some(since),
+            // Whoever speaks to the CLI, or makes it speak, is there.
+            (false, _) => Some(now.mono),
+        };
+    }
+
+    fn judge(&self, now: Now) -> Activity {
+        if self.stopping {
+            return Activity::Draining;
+        }
+        if self.stuck {
+            return Activity::Stuck;
+        }
+        if self.blind {
+            return Activity::Model;
+        }
+        if !self.spoke && !self.stdin_json {
+            return Activity::Starting;
+        }
+        if self.turn.is_some() {
+            return match () {
+                () if !self.permissions.is_empty() => Activity::Permission,
+                () if self.compacting => Activity::Compacting,
+                () if self.retry_until.is_some_and(|until| until > now.mono) => Activity::RetryBackoff,
+                () if self.calls.values().any(|call| !is_agent(&call.tool)) || !self.hooks.is_empty() => Activity::Tool,
+                () if !self.spoke => Activity::Starting,
+                () => Activity::Model,
+            };
+        }
+        match () {
+            () if !self.agents.is_empty() => Activity::Model,
+            () if !self.background.is_empty() => Activity::Tool,
+            () if self.turns == 0 => Activity::WaitingInput,
+            () => Activity::Idle,
+        }
+    }
+}
+
+/// The tools that start subagents, by their names over the versions.
+pub fn is_agent(tool: &str) -> bool {
+    matches!(tool, "Task" | "Agent")
+}
+
+fn thread(parent: Option<&str>) -> &str {
+    parent.unwrap_or(MAIN)
+}
+
+fn name(text: Option<String>, or: &str) -> String {
+    text.map_or_else(|| or.to_owned(), |text| bounded(&text, NAME).to_owned())
+}
+
+/// The leading numbers of a version; missing ones are zero.
+fn parse_version(version: &str) -> [u64; 3] {
+    let mut numbers = version.split(['.', '-', '+']).map(|part| part.parse().unwrap_or(0));
+    std::array::from_fn(|_| numbers.next().unwrap_or(0))
+}

@@ -1,0 +1,196 @@
+//! Recorded sessions of the real CLI, and what each must yield. The `.meta.json` beside a recording holds what the API served: the
+//! truth that tokens are compared with, wherever the CLI told it.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use agent_sidecar_core::report::Report;
+use agent_sidecar_core::tokens::Tokens;
+use agent_sidecar_core::{Exit, Input, Monitor, Now, Settings};
+
+/// How far the numbers can be held against what was served.
+#[derive(Clone, Copy, PartialEq)]
+enum Truth {
+    /// To the last token.
+    Served,
+    /// The CLI itself had to guess the output of a cut answer; its own word is all there is.
+    CliGuess,
+    /// No result came: our own estimate, of which the input is exact.
+    Estimate,
+    /// Most of the stream was never delivered.
+    Cut,
+}
+use Truth::*;
+
+/// Name, cost in dollars, turns, last outcome of each session, tools (ok/error), subagents, retries, parse errors.
+type Row = (&'static str, Truth, &'static str, u64, &'static str, &'static str, u64, u64, u64);
+
+#[rustfmt::skip]
+const RECORDINGS: &[Row] = &[
+    ("01_basic_text", Served, "0.025344", 1, "success", "Bash 2/0", 0, 0, 0),
+    ("01b_basic_old", Served, "0.03918", 1, "success", "Bash 2/0", 0, 0, 0),
+    ("01c_json", Served, "0.025344", 1, "success", "", 0, 0, 0),
+    ("02_control_ro", Served, "0.034792", 2, "success", "Bash 2/0", 0, 0, 0),
+    ("02c_noinit", Served, "0.014896", 2, "success", "", 0, 0, 0),
+    ("03_midturn_usage", Served, "0.022344", 1, "success", "Bash 2/0", 0, 0, 0),
+    ("03b_burst", Served, "0.014896", 2, "success", "", 0, 0, 0),
+    ("03d_compact_clear", Served, "0.0097546", 8, "success success", "", 0, 0, 0),
+    ("04a_first", Served, "0.001292", 2, "success", "", 0, 0, 0),
+    ("04b_resume", Served, "0.000646", 1, "success", "", 0, 0, 0),
+    ("04c_fork", Served, "0.000646", 1, "success", "", 0, 0, 0),
+    ("04g_resume_unknown", Served, "0", 1, "error_during_execution", "", 0, 0, 0),
+    ("04j_kill9", Estimate, "0.001192", 2, "no_result", "Bash 0/1", 0, 0, 0),
+    ("04k_resume_killed", Served, "0.000646", 1, "success", "", 0, 0, 0),
+    ("05a_subagent", Served, "0.1939292", 2, "success", "Agent 1/0 Bash 1/0", 1, 0, 0),
+    ("05c_subagent_bg", Served, "0.1939292", 2, "success", "Agent 1/0 Bash 1/0", 1, 0, 0),
+    ("06b_fallback529", Served, "0.01", 1, "success", "", 0, 2, 0),
+    ("06b_websearch", Served, "0.09", 1, "success", "WebSearch 1/0", 0, 0, 0),
+    ("07a_maxturns3", Served, "0.025344", 1, "error_max_turns", "Bash 3/0", 0, 0, 0),
+    ("07g_budget", Served, "0.025344", 1, "error_max_budget", "Bash 2/1", 0, 0, 0),
+    ("07o_stream_maxturns2", Served, "0.044688", 3, "success", "Bash 5/0", 0, 0, 0),
+    ("07q_parallel_tools", Served, "0.014896", 1, "success", "Bash 4/0", 0, 0, 0),
+    ("07t_sub_fg", Served, "0.12", 1, "success", "Agent 1/0 Bash 3/0", 1, 0, 0),
+    ("07w_sub_bg_budget", Served, "0.08", 1, "success", "Agent 1/0 Bash 1/1", 1, 0, 0),
+    ("08_http401", Served, "0", 1, "no_result", "", 0, 7, 0),
+    ("08_http500_x3_then_ok", Served, "0.007448", 1, "success", "", 0, 3, 0),
+    ("08_http529_r2", Served, "0", 1, "success_is_error", "", 0, 2, 0),
+    ("08m_cut_after_tool", CliGuess, "0.013016", 1, "success", "Bash 1/0", 0, 0, 0),
+    ("08m_cut_mid_text", CliGuess, "0.012696", 1, "success", "", 0, 1, 0),
+    ("08m_refusal", Served, "0.014896", 1, "success_is_error", "", 0, 0, 0),
+    ("09_hang_TERM", Served, "0", 1, "no_result", "", 0, 0, 0),
+    ("09_idle_end_session", Served, "0.007448", 1, "success", "", 0, 0, 0),
+    ("09_stream_INT", CliGuess, "0.005688", 1, "interrupted", "", 0, 0, 0),
+    ("09_stream_TERM", Estimate, "0.005608", 1, "no_result", "", 0, 0, 0),
+    ("09_stream_end_session", CliGuess, "0.005588", 1, "interrupted", "", 0, 0, 0),
+    ("09_stream_interrupt", CliGuess, "0.005608", 1, "interrupted", "", 0, 0, 0),
+    ("09_tool_interrupt", Served, "0.014896", 1, "success", "Bash 0/1", 0, 0, 0),
+    ("12f_stall6", Cut, "0.018708", 1, "no_result", "", 0, 0, 1),
+    ("14a_thinking", Served, "0.007448", 1, "success", "", 0, 0, 0),
+    ("14b_hooks", Served, "0.015896", 1, "success", "Bash 1/0", 0, 0, 0),
+    ("14d_denied", Served, "0.014896", 1, "success", "Bash 0/1", 0, 0, 0),
+    ("14f2_ratelimit_oauth", Served, "0.003724", 1, "success", "", 0, 0, 0),
+    ("14i_state", Served, "0.015896", 1, "success", "Bash 1/0", 0, 0, 0),
+    ("15a_tool_progress", Served, "0.014896", 1, "success", "Bash 1/0", 0, 0, 0),
+    ("16_json_verbose", Served, "0.007448", 1, "success", "", 0, 0, 0),
+    ("18b_mirror", Served, "0.044688", 1, "success", "Agent 1/0 Bash 2/0 Write 0/1", 1, 0, 0),
+    ("20h_interrupt_cancelq", Served, "0", 1, "interrupted", "", 0, 0, 0),
+    ("22b_suggest_cost", Served, "0.001938", 2, "success", "", 0, 0, 0),
+    ("24c_sub_retry", Served, "0.022344", 1, "success", "Agent 1/0", 1, 3, 0),
+    ("24f_perm_interrupt", CliGuess, "0.007448", 1, "interrupted", "Bash 0/1", 0, 0, 0),
+];
+
+fn path(file: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "tests", "data", file].iter().collect()
+}
+
+/// The day of the recordings.
+const DAY: Duration = Duration::from_secs(1_795_392_000);
+
+fn replay(processes: &[&[u8]], chunk: usize) -> Monitor {
+    let now = Now { mono: Duration::ZERO, unix: DAY };
+    let mut monitor = Monitor::new(Settings::default(), true, now);
+    for bytes in processes {
+        monitor.handle(now, Input::Spawned { pid: 1 });
+        for part in bytes.chunks(chunk) {
+            monitor.handle(now, Input::Stdout(part));
+        }
+        monitor.handle(now, Input::StdoutEnd);
+    }
+    monitor.handle(now, Input::Exited(Exit::Code(0)));
+    monitor
+}
+
+/// What the API served in whole: answers that it cut are for the CLI to guess.
+fn served(name: &str) -> Tokens {
+    let text = std::fs::read_to_string(path(&format!("{name}.meta.json"))).unwrap();
+    let meta: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let count = |value: &serde_json::Value| value.as_u64().unwrap_or_default();
+    meta["mock_requests"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|request| &request["action"]["usage"])
+        .map(|usage| Tokens {
+            input: count(&usage["input_tokens"]),
+            output: count(&usage["output_tokens"]),
+            cache_read: count(&usage["cache_read_input_tokens"]),
+            cache_write_5m: count(&usage["cache_creation"]["ephemeral_5m_input_tokens"]),
+            cache_write_1h: count(&usage["cache_creation"]["ephemeral_1h_input_tokens"]),
+        })
+        .sum()
+}
+
+fn tools(report: &Report) -> String {
+    let calls = report.totals().tool_calls;
+    calls.iter().map(|(tool, calls)| format!("{tool} {}/{}", calls.ok, calls.error)).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn each_recording_yields_what_was_served() {
+    for &(name, truth, cost, turns, outcomes, calls, subagents, retries, errors) in RECORDINGS {
+        let bytes = std::fs::read(path(&format!("{name}.jsonl"))).unwrap();
+        let monitor = replay(&[&bytes], 65_536);
+        let report = monitor.report();
+        let totals = report.totals();
+        let ended: Vec<&str> =
+            report.sessions().iter().map(|session| session.outcome.map_or("none", |outcome| outcome.as_str())).collect();
+        assert_eq!(ended.join(" "), outcomes, "{name}");
+        assert_eq!(totals.cost_usd.to_string(), cost, "{name}");
+        assert_eq!((totals.turns, tools(report).as_str()), (turns, calls), "{name}");
+        assert_eq!((totals.subagents, totals.api_retries), (subagents, retries), "{name}");
+        assert_eq!((totals.parse_errors, totals.unknown_events), (errors, 0), "{name}");
+        assert_eq!(totals.cost_estimated, matches!(truth, Estimate | Cut), "{name}");
+        let served = served(name);
+        match truth {
+            Served => assert_eq!(totals.tokens, served, "{name}"),
+            CliGuess | Estimate => {
+                let inputs = |tokens: Tokens| Tokens { output: 0, ..tokens };
+                assert_eq!(inputs(totals.tokens), inputs(served), "{name}");
+                eprintln!("{name}: {} of {} output tokens", totals.tokens.output, served.output);
+            }
+            Cut => assert!(served.covers(&totals.tokens), "{name}"),
+        }
+    }
+}
+
+#[test]
+fn no_recording_is_left_out() {
+    let mut found: Vec<String> = std::fs::read_dir(path("."))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter_map(|name| name.strip_suffix(".jsonl").map(str::to_owned))
+        .filter(|name| !name.ends_with(".wire"))
+        .collect();
+    found.sort();
+    let mut listed: Vec<String> = RECORDINGS.iter().map(|row| row.0.to_owned()).collect();
+    listed.sort();
+    assert_eq!(found, listed);
+}
+
+#[test]
+fn how_the_bytes_come_changes_nothing() {
+    for name in ["03d_compact_clear", "05c_subagent_bg", "12f_stall6", "16_json_verbose", "18b_mirror"] {
+        let bytes = std::fs::read(path(&format!("{name}.jsonl"))).unwrap();
+        let whole = replay(&[&bytes], usize::MAX).report().clone();
+        for chunk in [1, 7, 4_096] {
+            assert_eq!(*replay(&[&bytes], chunk).report(), whole, "{name} in pieces of {chunk}");
+        }
+    }
+}
+
+#[test]
+fn processes_one_after_another_add_up() {
+    // A session, its resume, a fork of it, and a resume after a kill: each process is counted for itself.
+    let names = ["04a_first", "04b_resume", "04c_fork", "04j_kill9", "04k_resume_killed", "01b_basic_old"];
+    let files: Vec<Vec<u8>> = names.iter().map(|name| std::fs::read(path(&format!("{name}.jsonl"))).unwrap()).collect();
+    let parts: Vec<&[u8]> = files.iter().map(Vec::as_slice).collect();
+    let joined = replay(&parts, 65_536).report().totals();
+    let in_one_file = replay(&[&parts.concat()], 65_536).report().totals();
+    assert_eq!((in_one_file.cost_usd, in_one_file.tokens, in_one_file.turns), (joined.cost_usd, joined.tokens, joined.turns));
+    let one_by_one = parts.iter().map(|part| replay(&[part], 65_536).report().totals());
+    let (cost, tokens, turns) = one_by_one.fold(Default::default(), |(cost, tokens, turns), totals| {
+        (cost + totals.cost_usd, tokens + totals.tokens, turns + totals.turns)
+    });
+    assert_eq!((joined.cost_usd, joined.tokens, joined.turns), (cost, tokens, turns));
+}

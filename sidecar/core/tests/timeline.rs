@@ -1,0 +1,480 @@
+//! Limits and stops as timelines: what is said and done at which second. Time is moved, never waited for.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, Scope};
+use agent_sidecar_core::metric::{self, Cell, Metric};
+use agent_sidecar_core::tokens::Usd;
+use agent_sidecar_core::{Action, Exit, Input, Monitor, Now, Output, Settings, Signal, Stop};
+
+const DAY: u64 = 1_795_392_000;
+
+/// A wrapper without a world: what goes in is said here, what comes out is written down.
+struct Bench {
+    monitor: Monitor,
+    now: Duration,
+    log: String,
+    /// Questions for the totals are answered with this much, in dollars, on one opus model.
+    total: f64,
+    deaf: bool,
+}
+
+impl Bench {
+    fn new(rules: &[Rule]) -> Bench {
+        Bench::with(Settings { rules: rules.to_vec(), poll: true, ..settings() })
+    }
+
+    fn one_shot(rules: &[Rule]) -> Bench {
+        Bench::with(Settings { rules: rules.to_vec(), stdin_json: false, ..settings() })
+    }
+
+    fn with(settings: Settings) -> Bench {
+        let now = Now { mono: Duration::ZERO, unix: Duration::from_secs(DAY) };
+        let mut bench = Bench {
+            monitor: Monitor::new(settings, false, now),
+            now: Duration::ZERO,
+            log: String::new(),
+            total: 0.0,
+            deaf: false,
+        };
+        bench.put(Input::Spawned { pid: 7 });
+        bench
+    }
+
+    fn put(&mut self, input: Input<'_>) {
+        let now = Now { mono: self.now, unix: Duration::from_secs(DAY) + self.now };
+        self.monitor.handle(now, input);
+        let mut answers = Vec::new();
+        while let Some(output) = self.monitor.poll_output() {
+            let at = self.now.as_secs_f64();
+            match output {
+                Output::Action(Action::Inject { request_id, line }) => {
+                    if line.contains("get_usage") {
+                        answers.push(request_id);
+                    } else {
+                        let what = ["end_session", "interrupt", "refuse"]
+                            .into_iter()
+                            .find(|what| line.contains(*what) || *what == "refuse" && line.contains("UserPromptSubmit"))
+                            .unwrap();
+                        writeln!(self.log, "{at:>6} {what}").unwrap();
+                    }
+                }
+                Output::Action(Action::Signal(Signal(n))) => writeln!(self.log, "{at:>6} signal {n}").unwrap(),
+                Output::Action(Action::KillAll) => writeln!(self.log, "{at:>6} kill all").unwrap(),
+                Output::Action(Action::CloseStdin) => writeln!(self.log, "{at:>6} close stdin").unwrap(),
+                Output::Decided(d) => writeln!(
+                    self.log,
+                    "{at:>6} {} {} {}: {} at {} of {}",
+                    d.mode.as_str(),
+                    d.limit.as_str(),
+                    d.scope.as_str(),
+                    d.step.as_str(),
+                    d.observed,
+                    d.ceiling
+                )
+                .unwrap(),
+                Output::Record(_) => {}
+            }
+        }
+        if !self.deaf {
+            for id in answers {
+                let usd = self.total;
+                self.cli(&format!(
+                    r#"{{"type":"control_response","response":{{"subtype":"success","request_id":"{id}","response":{{"session":{{"total_cost_usd":{usd},"model_usage":{{"claude-opus-5-5":{{"outputTokens":{},"costUSD":{usd}}}}}}}}}}}}}"#,
+                    (usd * 50_000.0).round()
+                ));
+            }
+        }
+    }
+
+    fn cli(&mut self, line: &str) -> &mut Bench {
+        self.put(Input::Stdout(format!("{line}\n").as_bytes()));
+        self
+    }
+
+    fn app(&mut self, line: &str) -> &mut Bench {
+        self.put(Input::Stdin(format!("{line}\n").as_bytes()));
+        self
+    }
+
+    fn ask(&mut self) -> &mut Bench {
+        self.app(r#"{"type":"user","message":{"role":"user","content":"do it"}}"#).cli(INIT)
+    }
+
+    fn answer(&mut self, id: u64, tool: bool) -> &mut Bench {
+        let block = if tool {
+            format!(r#"{{"type":"tool_use","id":"toolu_{id}","name":"Bash","input":{{}}}}"#)
+        } else {
+            String::from(r#"{"type":"text","text":"done"}"#)
+        };
+        self.cli(&format!(
+            r#"{{"type":"assistant","session_id":"s","message":{{"id":"msg_{id}","model":"claude-opus-5-5","usage":{{"input_tokens":0,"output_tokens":1}},"content":[{block}]}}}}"#
+        ))
+    }
+
+    fn tool_result(&mut self, id: u64) -> &mut Bench {
+        self.cli(&format!(
+            r#"{{"type":"user","session_id":"s","message":{{"role":"user","content":[{{"type":"tool_result","tool_use_id":"toolu_{id}"}}]}}}}"#
+        ))
+    }
+
+    fn result(&mut self, subtype: &str, reason: &str) -> &mut Bench {
+        let usd = self.total;
+        self.cli(&format!(
+            r#"{{"type":"result","session_id":"s","subtype":"{subtype}","is_error":{},"terminal_reason":"{reason}","modelUsage":{{"claude-opus-5-5":{{"outputTokens":{},"costUSD":{usd}}}}}}}"#,
+            subtype != "success",
+            (usd * 50_000.0).round()
+        ))
+    }
+
+    /// Lets time pass up to this second, stopping wherever the monitor wants to be called.
+    fn at(&mut self, seconds: f64) -> &mut Bench {
+        let until = Duration::from_secs_f64(seconds);
+        while let Some(due) = self.monitor.poll_timeout().filter(|due| *due < until) {
+            assert!(due > self.now, "it wants to be called at {due:?}, and it is {:?}: that would spin", self.now);
+            self.now = due;
+            self.put(Input::Timeout);
+        }
+        self.now = until;
+        self.put(Input::Timeout);
+        self
+    }
+
+    fn exit(&mut self, exit: Exit) -> &mut Bench {
+        self.put(Input::StdoutEnd);
+        self.put(Input::Exited(exit));
+        self
+    }
+
+    fn stop(&mut self, signal: i32) -> &mut Bench {
+        self.put(Input::Stop(Stop::Signal(Signal(signal))));
+        self
+    }
+
+    fn log(&self) -> &str {
+        self.log.trim_end()
+    }
+
+    fn count(&self, metric: &'static Metric, labels: &[&str]) -> f64 {
+        self.monitor.meters().get(metric, labels).map_or(0.0, Cell::to_f64)
+    }
+}
+
+fn settings() -> Settings {
+    Settings { nonce: String::from("test"), ..Settings::default() }
+}
+
+const INIT: &str = r#"{"type":"system","subtype":"init","session_id":"s","claude_code_version":"2.1.330"}"#;
+
+fn rule(limit: Limit, scope: Scope, ceiling: Ceiling) -> Rule {
+    Rule { limit, scope, ceiling, mode: Mode::Enforce }
+}
+
+fn usd(ceiling: f64) -> Ceiling {
+    Ceiling::Usd(Usd::from_f64(ceiling))
+}
+
+fn secs(seconds: u64) -> Ceiling {
+    Ceiling::Time(Duration::from_secs(seconds))
+}
+
+#[test]
+fn a_budget_warns_on_the_way_ends_the_turn_with_a_result_and_refuses_the_next() {
+    let mut b = Bench::new(&[rule(Limit::CostUsd, Scope::Session, usd(1.0))]);
+    b.ask();
+    for (id, total) in [(1, 0.3), (2, 0.55), (3, 0.96), (4, 1.25)] {
+        b.at(id as f64);
+        b.total = total;
+        b.answer(id, true).tool_result(id);
+    }
+    b.at(4.1).result("error_during_execution", "aborted_tools");
+    // The CLI answers the next message itself, without asking the model; one that it asks for all the same is interrupted.
+    b.at(10.0).ask().result("success", "completed").at(20.0).ask().answer(9, true).at(20.1);
+    b.result("error_during_execution", "aborted_tools").exit(Exit::Code(1));
+    assert_eq!(
+        b.log(),
+        "     2 enforce usd session: warn at 0.55 of 1
+     3 enforce usd session: warn at 0.96 of 1
+     4 enforce usd session: refuse at 1.25 of 1
+     4 refuse
+     4 interrupt
+    20 interrupt"
+    );
+    assert_eq!(b.count(&metric::TURNS, &["limit_stopped"]), 2.0);
+    assert_eq!(b.count(&metric::COST, &["claude-opus-5-5", "main"]), 1.25);
+    let Some(Cell::Histogram(overshoot)) = b.monitor.meters().get(&metric::ENFORCEMENT_OVERSHOOT, &["session"]) else {
+        panic!("no overshoot")
+    };
+    assert!((overshoot.sum - 0.25).abs() < 1e-9, "{}", overshoot.sum);
+}
+
+#[test]
+fn a_turns_budget_ends_the_turn_and_the_session_lives_on() {
+    let mut b = Bench::new(&[rule(Limit::CostUsd, Scope::Turn, usd(1.0))]);
+    b.ask();
+    b.total = 1.5;
+    b.at(1.0).answer(1, true).at(1.2).result("error_during_execution", "aborted_tools");
+    b.at(20.0).ask();
+    b.total = 2.0;
+    b.at(21.0).answer(2, false).result("success", "completed").at(60.0);
+    assert_eq!(
+        b.log(),
+        "     1 enforce usd turn: interrupt at 1.5 of 1
+     1 interrupt
+    21 enforce usd turn: warn at 0.50002 of 1"
+    );
+    assert_eq!(b.count(&metric::TURNS, &["limit_stopped"]), 1.0);
+    assert_eq!(b.count(&metric::TURNS, &["success"]), 1.0);
+}
+
+#[test]
+fn shadow_says_what_it_would_have_done_and_does_nothing() {
+    let rule = Rule { mode: Mode::Shadow, ..rule(Limit::CostUsd, Scope::Session, usd(1.0)) };
+    let mut b = Bench::new(&[rule]);
+    b.ask();
+    b.total = 5.0;
+    b.at(1.0).answer(1, true).tool_result(1).at(2.0).answer(2, false).result("success", "completed").at(100.0);
+    assert_eq!(b.log(), "     1 shadow usd session: refuse at 5 of 1");
+    assert_eq!(b.count(&metric::ENFORCEMENTS, &["usd", "session", "refuse", "shadow"]), 1.0);
+}
+
+#[test]
+fn who_does_not_answer_is_asked_harder_until_nothing_is_left() {
+    let mut b = Bench::new(&[rule(Limit::Duration, Scope::Turn, secs(10))]);
+    b.ask().at(4.0).answer(1, true).at(30.0);
+    assert_eq!(
+        b.log(),
+        "     5 enforce duration turn: warn at 5 of 10
+     8 enforce duration turn: warn at 8 of 10
+   9.5 enforce duration turn: warn at 9.5 of 10
+    10 enforce duration turn: interrupt at 10 of 10
+    10 interrupt
+    13 end_session
+    16 signal 15
+  17.5 kill all
+    18 kill all
+  18.5 kill all
+    19 kill all
+  19.5 kill all
+    20 kill all
+  20.5 kill all
+    21 kill all
+  21.5 kill all
+    22 kill all
+  22.5 kill all
+    23 kill all
+  23.5 kill all
+    24 kill all
+  24.5 kill all
+    25 kill all
+  25.5 kill all
+    26 kill all
+  26.5 kill all
+    27 kill all
+  27.5 kill all
+    28 kill all
+  28.5 kill all
+    29 kill all
+  29.5 kill all
+    30 kill all"
+    );
+    assert!(!b.monitor.live(), "what even a kill does not end is beyond recovery");
+    b.exit(Exit::Signal(9));
+    assert_eq!(b.count(&metric::TURNS, &["limit_stopped"]), 1.0);
+    assert_eq!(b.count(&metric::RESULTS_MISSING, &["limit"]), 1.0);
+}
+
+#[test]
+fn idle_is_judged_by_state_and_not_by_silence() {
+    let idle = [rule(Limit::Idle, Scope::Session, secs(60))];
+    // Ten silent minutes of a model, a tool, a permission, a retry, a background task: work.
+    type Begin = fn(&mut Bench);
+    let waits: [(&str, Begin); 5] = [
+        ("model", |b| _ = b.ask()),
+        ("tool", |b| _ = b.ask().answer(1, true)),
+        ("permission", |b| {
+            b.ask().answer(1, true).cli(
+                r#"{"type":"control_request","request_id":"r","request":{"subtype":"can_use_tool","tool_name":"Bash","tool_use_id":"toolu_1"}}"#,
+            );
+        }),
+        ("retry", |b| {
+            b.ask()
+                .cli(r#"{"type":"system","subtype":"api_retry","session_id":"s","retry_delay_ms":600000,"error":"overloaded"}"#);
+        }),
+        ("background task", |b| {
+            b.ask()
+                .cli(r#"{"type":"system","subtype":"background_tasks_changed","session_id":"s","tasks":[{"task_id":"t","task_type":"local_bash"}]}"#)
+                .answer(1, false)
+                .result("success", "completed");
+        }),
+    ];
+    for (what, begin) in waits {
+        let mut b = Bench::new(&idle);
+        begin(&mut b);
+        b.at(600.0);
+        assert_eq!(b.log(), "", "{what}");
+    }
+    // Between two turns nothing is done, and time runs from the last of them.
+    let mut b = Bench::new(&idle);
+    b.ask().at(100.0).answer(1, false).result("success", "completed").at(300.0);
+    assert_eq!(
+        b.log().lines().take(2).collect::<Vec<_>>(),
+        ["   160 enforce idle session: stop at 60 of 60", "   160 end_session"]
+    );
+    b.exit(Exit::Code(0));
+    assert_eq!(b.count(&metric::IDLE_SHUTDOWNS, &[]), 1.0);
+    assert_eq!(b.count(&metric::PROCESS_EXITS, &["idle"]), 1.0);
+}
+
+#[test]
+fn an_agent_that_nobody_speaks_to_is_idle_from_the_start() {
+    let mut b = Bench::new(&[rule(Limit::Idle, Scope::Session, secs(60))]);
+    b.at(61.0);
+    // Before the app's first line nothing may be said to the CLI: only a signal is left, the one that it takes as a clean end.
+    assert_eq!(b.log(), "    60 enforce idle session: stop at 60 of 60\n    60 signal 2");
+}
+
+#[test]
+fn turns_are_stopped_by_us_only_if_the_cli_does_not() {
+    let mut b = Bench::new(&[rule(Limit::Turns, Scope::Turn, Ceiling::Count(3))]);
+    b.ask();
+    for id in 1..=3 {
+        b.answer(id, true).tool_result(id);
+    }
+    assert!(!b.log().contains("interrupt"), "{}", b.log());
+    b.answer(4, true);
+    assert!(b.log().ends_with("enforce turns turn: interrupt at 4 of 3\n     0 interrupt"), "{}", b.log());
+}
+
+#[test]
+fn a_session_that_used_up_its_turns_gets_no_further_round() {
+    let mut b = Bench::new(&[rule(Limit::Turns, Scope::Session, Ceiling::Count(2))]);
+    b.ask().answer(1, false).result("success", "completed");
+    b.at(5.0).ask().answer(2, true);
+    assert!(b.log().ends_with("5 enforce turns session: refuse at 2 of 2\n     5 refuse\n     5 interrupt"), "{}", b.log());
+}
+
+#[test]
+fn a_silent_start_a_stall_and_a_missing_end_are_told_apart() {
+    let startup = [rule(Limit::Startup, Scope::Session, secs(30))];
+    let mut b = Bench::one_shot(&startup);
+    b.at(31.0);
+    assert_eq!(b.log(), "    30 enforce startup session: term at 30 of 30\n    30 signal 15");
+    assert_eq!(b.count(&metric::STALLED, &["0", "startup"]), 1.0);
+    b.exit(Exit::Code(143));
+    assert_eq!(b.count(&metric::PROCESS_EXITS, &["stuck"]), 1.0);
+
+    let mut b = Bench::new(&[rule(Limit::Stall, Scope::Session, secs(400))]);
+    b.ask().at(390.0);
+    assert_eq!(b.log(), "");
+    b.at(401.0);
+    assert_eq!(b.log(), "   400 enforce stall session: interrupt at 400 of 400\n   400 interrupt");
+    assert_eq!(b.count(&metric::PROCESS_STATE, &["0", "stuck"]), 1.0);
+
+    // One-shot, the result came, but a background command keeps the process for ever.
+    let mut b = Bench::one_shot(&[rule(Limit::Result, Scope::Session, secs(20))]);
+    b.cli(INIT).answer(1, false).at(5.0).result("success", "completed").at(26.0);
+    assert_eq!(b.log(), "    25 enforce result session: stop at 20 of 20\n    25 signal 2");
+}
+
+#[test]
+fn a_one_shot_is_interrupted_by_signal_and_ended_if_that_does_not_help() {
+    let mut b = Bench::one_shot(&[rule(Limit::Duration, Scope::Turn, secs(8))]);
+    b.cli(INIT).answer(1, true).at(8.5).result("error_during_execution", "aborted_tools").exit(Exit::Code(0));
+    assert!(b.log().ends_with("8 enforce duration turn: interrupt at 8 of 8\n     8 signal 2"), "{}", b.log());
+    assert_eq!(b.count(&metric::TURNS, &["limit_stopped"]), 1.0);
+    assert_eq!(b.count(&metric::PROCESS_EXITS, &["limit"]), 1.0);
+}
+
+#[test]
+fn where_nobody_can_be_asked_an_answer_counts_when_its_tool_starts() {
+    let mut b = Bench::one_shot(&[rule(Limit::CostUsd, Scope::Session, usd(0.5))]);
+    b.cli(INIT).cli(
+        r#"{"type":"assistant","session_id":"s","message":{"id":"m","model":"claude-opus-5-5","usage":{"input_tokens":200000},"content":[{"type":"tool_use","id":"t","name":"Bash","input":{}}]}}"#,
+    );
+    assert_eq!(b.log(), "     0 enforce usd session: stop at 0.8 of 0.5\n     0 signal 2");
+    assert_eq!(b.count(&metric::COST, &["claude-opus-5-5", "main"]), 0.8);
+}
+
+#[test]
+fn a_signal_becomes_a_graceful_end_where_it_can() {
+    let mut b = Bench::new(&[]);
+    b.ask();
+    b.total = 0.5;
+    b.at(1.0).answer(1, true).at(2.0).stop(15);
+    b.total = 0.75;
+    b.at(2.1).result("error_during_execution", "aborted_tools").exit(Exit::Code(1));
+    assert_eq!(b.log(), "     2 end_session");
+    assert_eq!(b.count(&metric::PROCESS_EXITS, &["shutdown"]), 1.0);
+    assert_eq!(b.count(&metric::TURNS, &["interrupted"]), 1.0);
+    assert_eq!(b.count(&metric::COST, &["claude-opus-5-5", "main"]), 0.75);
+
+    // One-shot: as it came. Nobody confirms the last answer, so it is estimated.
+    let mut b = Bench::one_shot(&[]);
+    b.cli(INIT).answer(1, true).at(2.0).stop(15).at(2.3).exit(Exit::Code(143));
+    assert_eq!(b.log(), "     2 signal 15");
+    assert_eq!(b.count(&metric::RESULTS_MISSING, &["signal"]), 1.0);
+    assert!(b.count(&metric::COST_ESTIMATED, &[]) > 0.0);
+}
+
+#[test]
+fn a_cli_that_ignores_the_polite_way_gets_the_signal_in_time_for_the_sdks() {
+    let mut b = Bench::new(&[]);
+    b.ask().at(1.0).stop(15).at(6.0);
+    assert_eq!(b.log().lines().take(3).collect::<Vec<_>>(), ["     1 end_session", "     4 signal 15", "   5.5 kill all"]);
+}
+
+#[test]
+fn the_apps_end_waits_for_the_last_totals_but_not_for_long() {
+    let mut b = Bench::new(&[]);
+    b.ask().at(1.0).answer(1, false).result("success", "completed").at(2.0);
+    b.total = 0.25;
+    b.put(Input::StdinEnd);
+    assert_eq!(b.log(), "     2 close stdin", "the answer came at once");
+    b.exit(Exit::Code(0));
+    assert_eq!(b.count(&metric::COST, &["claude-opus-5-5", "unattributed"]), 0.25);
+
+    let mut b = Bench::new(&[]);
+    b.ask().at(1.0);
+    b.deaf = true;
+    b.put(Input::StdinEnd);
+    b.at(2.0);
+    assert_eq!(b.log(), "  1.25 close stdin");
+}
+
+#[test]
+fn an_app_that_is_gone_takes_its_agent_along() {
+    let mut b = Bench::new(&[]);
+    b.ask().at(1.0).answer(1, true).at(2.0);
+    b.put(Input::Stop(Stop::AppGone));
+    b.at(5.5);
+    assert_eq!(b.log(), "     2 end_session\n     5 signal 15");
+}
+
+#[test]
+fn times_in_states_add_up_to_the_wall_clock() {
+    let mut b = Bench::new(&[]);
+    b.at(3.0).ask().at(10.0).answer(1, true).at(25.5).tool_result(1).at(30.0).answer(2, false);
+    b.at(31.0).result("success", "completed").at(100.0).stop(15).at(101.0).exit(Exit::Code(0));
+    let time = |state: &str| b.count(&metric::TIME, &[state]);
+    assert_eq!(
+        [time("waiting_input"), time("model"), time("tool"), time("idle"), time("draining")],
+        [3.0, 12.5, 15.5, 69.0, 1.0]
+    );
+    let all: f64 = agent_sidecar_core::update::Activity::ALL.iter().map(|state| time(state.as_str())).sum();
+    assert_eq!(all, 101.0);
+}
+
+#[test]
+fn memory_recycles_at_the_next_turn_boundary() {
+    use agent_sidecar_core::sample::{ContainerSample, Sample};
+    let mut b = Bench::new(&[rule(Limit::Memory, Scope::Session, Ceiling::Bytes(1_000))]);
+    b.ask().at(1.0).answer(1, false);
+    let container = ContainerSample { working_set_bytes: Some(1_200), ..ContainerSample::default() };
+    b.put(Input::Sample(&Sample { container, ..Sample::default() }));
+    assert!(!b.log().contains("end_session"), "not in the middle of a turn: {}", b.log());
+    b.at(2.0).result("success", "completed");
+    assert!(b.log().ends_with("2 enforce memory session: stop at 1200 of 1000\n     2 end_session"), "{}", b.log());
+}
