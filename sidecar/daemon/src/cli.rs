@@ -1,0 +1,206 @@
+//! The command line: which subcommand, with which settings.
+
+use std::error::Error;
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
+
+use crate::config::{Config, Kind, Mistakes, SETTINGS, Sources};
+use crate::supervise::OWN_FAILURE;
+use crate::{demo, messages_api, reference, replay, run};
+
+/// A word on the command line that nobody understands.
+const USAGE: u8 = 2;
+
+/// What went wrong, and the code to exit with.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) error: Box<dyn Error>,
+    pub(crate) code: ExitCode,
+}
+
+impl<E: Error + 'static> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure { error: Box::new(error), code: ExitCode::FAILURE }
+    }
+}
+
+fn command() -> Command {
+    let config = Arg::new("config")
+        .long("config")
+        .value_name("FILE")
+        .value_parser(value_parser!(PathBuf))
+        .help(format!("read settings from this file instead of {}", crate::config::DEFAULT_FILE));
+    let files = Arg::new("files").value_name("FILE").num_args(1..).required(true).value_parser(value_parser!(PathBuf));
+    let format =
+        |words: &'static [&'static str]| Arg::new("format").long("format").value_parser(words.to_vec()).default_value(words[0]);
+    Command::new("agent-sidecar")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Wraps a Claude agent's CLI: relays it exactly, counts it, limits it, and stops it without losing its last cost.")
+        .after_help(
+            "Example: agent-sidecar run --max-cost-usd 2.50 --idle-timeout 10m -- claude -p --output-format stream-json --verbose …\n\
+             `agent-sidecar check` finds mistakes in a configuration, `agent-sidecar run --help` lists the settings.",
+        )
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .disable_help_subcommand(true)
+        .subcommand(
+            Command::new("run")
+                .about("Start a command under the sidecar")
+                .after_help("Example: agent-sidecar run --max-cost-usd 2.50 --idle-timeout 10m -- claude --output-format stream-json …\n\
+                    Exit codes: the command's own, 128+n for a signal, 125 for a failure of ours, 126 not executable, 127 not found.")
+                .arg(config.clone())
+                .args(flags())
+                .arg(
+                    Arg::new("command")
+                        .value_name("CMD ARGS")
+                        .num_args(1..)
+                        .required(true)
+                        .trailing_var_arg(true)
+                        .help("the program to start and its arguments; `--` before it where it could be taken for a flag")
+                        .value_parser(value_parser!(OsString)),
+                ),
+        )
+        .subcommand(
+            Command::new("replay")
+                .about("Say what a recorded stdout, or a ledger file, would have measured")
+                .arg(config.clone())
+                .arg(Arg::new("ledger").long("ledger").action(ArgAction::SetTrue).help("the files are ledgers, not recordings"))
+                .arg(format(&["text", "json", "prometheus"]))
+                .arg(files),
+        )
+        .subcommand(
+            Command::new("check")
+                .about("Find every mistake in the configuration")
+                .arg(config)
+                .args(flags())
+                .arg(Arg::new("print").long("print").action(ArgAction::SetTrue).help("print each value and where it came from"))
+                .arg(
+                    Arg::new("format")
+                        .long("format")
+                        .value_parser(["markdown"])
+                        .help("print the reference page of all settings instead"),
+                ),
+        )
+        .subcommand(Command::new("version").about("Print the version"))
+        .subcommand(Command::new("catalog").about("List every metric").arg(format(&["json", "markdown"])))
+        .subcommand(
+            Command::new("demo")
+                .about("Run the real CLI through a scripted Messages API on loopback, and show its numbers")
+                .arg(Arg::new("cli").long("cli").value_name("FILE").value_parser(value_parser!(PathBuf)).help("the CLI; by default `claude` on the PATH"))
+                .arg(Arg::new("script").long("script").value_name("FILE").value_parser(value_parser!(PathBuf)).help("another script for the API"))
+                .arg(Arg::new("live").long("live").action(ArgAction::SetTrue).help("ask the real API, with ANTHROPIC_API_KEY; costs money")),
+        )
+        .subcommand(
+            Command::new("messages-api")
+                .about("Serve a scripted Messages API, for tests")
+                .arg(Arg::new("script").long("script").value_name("FILE").value_parser(value_parser!(PathBuf)).help("by default the demo's"))
+                .arg(Arg::new("listen").long("listen").value_name("ADDR").value_parser(value_parser!(SocketAddr)).default_value("127.0.0.1:0"))
+                .arg(Arg::new("log").long("log").value_name("FILE").value_parser(value_parser!(PathBuf)).help("append one JSON line for each request that was served")),
+        )
+}
+
+/// One flag for each setting.
+fn flags() -> impl Iterator<Item = Arg> {
+    SETTINGS.iter().map(|setting| {
+        let arg = Arg::new(setting.flag).long(setting.flag).help(setting.help).help_heading("Settings");
+        match setting.kind {
+            Kind::Switch => arg.num_args(0..=1).require_equals(true).default_missing_value("true").value_name("BOOL"),
+            _ => arg.value_name("VALUE").allow_hyphen_values(true),
+        }
+    })
+}
+
+fn sources(matches: &ArgMatches) -> Sources {
+    let given = SETTINGS.iter().filter_map(|setting| {
+        // Subcommands that read recordings know the file and the environment only.
+        let value = matches.try_get_one::<String>(setting.flag).ok().flatten()?;
+        Some((setting.flag, value.clone()))
+    });
+    Sources::system(matches.get_one::<PathBuf>("config").map(PathBuf::as_path), given.collect())
+}
+
+fn config(matches: &ArgMatches) -> Result<Config, Mistakes> {
+    Config::load(&sources(matches))
+}
+
+pub(crate) fn main() -> Result<ExitCode, Failure> {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let running = args.get(1).is_some_and(|word| word == "run");
+    let matches = match command().try_get_matches_from(args) {
+        Ok(matches) => matches,
+        Err(error) => {
+            let asked = !error.use_stderr();
+            error.print()?;
+            // Before the command ran: the code that whoever runs containers knows.
+            return Ok(if asked { ExitCode::SUCCESS } else { ExitCode::from(if running { OWN_FAILURE } else { USAGE }) });
+        }
+    };
+    let mut out = io::stdout().lock();
+    match matches.subcommand() {
+        Some(("run", matches)) => {
+            drop(out);
+            return run_command(matches);
+        }
+        Some(("replay", matches)) => {
+            let config = config(matches)?;
+            crate::logging::start(&config);
+            let files: Vec<PathBuf> = matches.get_many("files").into_iter().flatten().cloned().collect();
+            let format = match matches.get_one::<String>("format").map(String::as_str) {
+                Some("json") => replay::Format::Json,
+                Some("prometheus") => replay::Format::Prometheus,
+                _ => replay::Format::Text,
+            };
+            if matches.get_flag("ledger") {
+                replay::ledgers(&files, format, &mut out)?;
+            } else {
+                replay::streams(&files, config.prices.clone(), format, &mut out)?;
+            }
+        }
+        Some(("check", matches)) if matches.contains_id("format") => reference::settings(&mut out)?,
+        Some(("check", matches)) => {
+            let config = config(matches)?;
+            if matches.get_flag("print") {
+                reference::effective(&config, &mut out)?;
+            } else {
+                writeln!(out, "the configuration is right")?;
+            }
+        }
+        Some(("catalog", matches)) => match matches.get_one::<String>("format").map(String::as_str) {
+            Some("markdown") => reference::metrics_page(&mut out)?,
+            _ => reference::metrics_json(&mut out)?,
+        },
+        Some(("demo", matches)) => {
+            let options = demo::Options {
+                cli: matches.get_one("cli").cloned(),
+                live: matches.get_flag("live"),
+                script: matches.get_one("script").cloned(),
+            };
+            demo::run(&options, &mut out)?;
+        }
+        Some(("messages-api", matches)) => {
+            let listen = *matches.get_one::<SocketAddr>("listen").expect("it has a default");
+            let script = matches.get_one::<PathBuf>("script").map(PathBuf::as_path);
+            messages_api::serve(script, listen, matches.get_one::<PathBuf>("log").map(PathBuf::as_path))?;
+        }
+        Some(("version", _)) => writeln!(out, "agent-sidecar {}", env!("CARGO_PKG_VERSION"))?,
+        _ => unreachable!("clap asks for a subcommand, and knows these"),
+    }
+    out.flush()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_command(matches: &ArgMatches) -> Result<ExitCode, Failure> {
+    let own = |error: Box<dyn Error>| Failure { error, code: OWN_FAILURE.into() };
+    let config = config(matches).map_err(|mistakes| own(Box::new(mistakes)))?;
+    crate::logging::start(&config);
+    let argv: Vec<OsString> = matches.get_many("command").into_iter().flatten().cloned().collect();
+    match run::run(&config, argv) {
+        Ok(code) => Ok(code.into()),
+        Err(failure) => Err(Failure { code: failure.exit_code.into(), error: Box::new(failure) }),
+    }
+}

@@ -1,0 +1,507 @@
+//! What may be set, where it was set, and every mistake in it at once.
+//!
+//! Defaults < the file < `AGENT_SIDECAR_*` < flags. [`SETTINGS`] is the one list: the file's keys, the environment's names, the flags,
+//! `check --print` and the reference page are made from it. A setting has one text form wherever it comes from.
+
+mod file;
+mod value;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use agent_sidecar_core::ladder::Patience;
+use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, Scope};
+use agent_sidecar_core::price::PriceTable;
+use agent_sidecar_core::tokens::Usd;
+
+pub(crate) use value::{Kind, Value};
+
+/// Read if it is there, when no `--config` names another.
+pub(crate) const DEFAULT_FILE: &str = "/etc/agent-sidecar/config.toml";
+
+/// One thing that can be set.
+#[derive(Debug)]
+pub(crate) struct Setting {
+    /// Its place in the file: `table.key`.
+    pub(crate) key: &'static str,
+    /// `--flag`, and `AGENT_SIDECAR_FLAG`.
+    pub(crate) flag: &'static str,
+    pub(crate) kind: Kind,
+    /// As it would be written; empty for unset.
+    pub(crate) default: &'static str,
+    pub(crate) help: &'static str,
+}
+
+const fn setting(key: &'static str, flag: &'static str, kind: Kind, default: &'static str, help: &'static str) -> Setting {
+    Setting { key, flag, kind, default, help }
+}
+
+/// Every setting there is. Limits are unset by default: a ceiling that nobody chose would stop somebody's work.
+#[rustfmt::skip]
+pub(crate) static SETTINGS: &[Setting] = &[
+    setting("limits.max_turns", "max-turns", Kind::Count, "", "model round trips of one user turn; also handed to the CLI as its own --max-turns"),
+    setting("limits.session_max_turns", "session-max-turns", Kind::Count, "", "model round trips of the session"),
+    setting("limits.max_cost_usd", "max-cost-usd", Kind::Money, "", "spend of the session, in dollars"),
+    setting("limits.turn_max_cost_usd", "turn-max-cost-usd", Kind::Money, "", "spend of one user turn, in dollars"),
+    setting("limits.max_tokens", "max-tokens", Kind::Count, "", "tokens of the session, cached ones included"),
+    setting("limits.turn_max_tokens", "turn-max-tokens", Kind::Count, "", "tokens of one user turn, cached ones included"),
+    setting("limits.max_duration", "max-duration", Kind::Time, "", "wall clock of the session"),
+    setting("limits.turn_max_duration", "turn-max-duration", Kind::Time, "", "wall clock of one user turn"),
+    setting("limits.tool_max_duration", "tool-max-duration", Kind::Time, "", "wall clock of one tool call, its permission aside"),
+    setting("limits.subagent_max_duration", "subagent-max-duration", Kind::Time, "", "wall clock of one subagent"),
+    setting("limits.idle_timeout", "idle-timeout", Kind::Time, "", "time without any work, judged by the agent's state and never by silence"),
+    setting("limits.startup_timeout", "startup-timeout", Kind::Time, "", "time to the first word, from the first message"),
+    setting("limits.stall_timeout", "stall-timeout", Kind::Time, "", "time without a sign of life while the model is asked; the CLI itself may be silent for six minutes"),
+    setting("limits.result_timeout", "result-timeout", Kind::Time, "", "time to the result after the last answer, and to the exit after the last result"),
+    setting("limits.max_memory", "max-memory", Kind::Size, "", "memory of the container; above it the agent is ended at the next turn boundary"),
+    setting("limits.mode", "mode", Kind::Mode, "enforce", "what reaching a limit does: off, shadow (only says what it would do) or enforce; `limits.modes.<limit>` sets one"),
+    setting("limits.exit_code", "limit-exit-code", Kind::Code, "", "exit with this code after a stop by a limit, instead of the CLI's own"),
+    setting("stop.interrupt", "stop-interrupt", Kind::Time, "3s", "how long an interrupted turn has to end"),
+    setting("stop.end", "stop-end", Kind::Time, "3s", "how long the CLI has to end after end_session (1.4 s seen, more on a busy machine)"),
+    setting("stop.terminate", "stop-terminate", Kind::Time, "1500ms", "how long it has after SIGTERM, before everything is killed (0.5 s seen)"),
+    setting("stop.platform_grace", "platform-grace", Kind::Time, "30s", "what the platform gives between SIGTERM and SIGKILL (Kubernetes: 30s, Docker: 10s); only checked"),
+    setting("linger", "linger", Kind::Pause, "0s", "keep the metrics up after the agent's end until they were read once, this long at most"),
+    setting("listen", "listen", Kind::Address, ":9477", "where /metrics, /livez, /readyz and /status are served; port 0 picks one, off serves nothing"),
+    setting("ledger.path", "ledger", Kind::Path, "", "append one JSON line for each accounting fact to this file"),
+    setting("log.format", "log-format", Kind::Choice(&["text", "json"]), "text", "format of the log on stderr"),
+    setting("log.level", "log-level", Kind::Choice(&["error", "warn", "info", "debug"]), "warn", "what is logged"),
+    setting("log.quiet", "quiet", Kind::Switch, "false", "log errors only"),
+    setting("relay.spill_dir", "spill-dir", Kind::Path, "", "where output waits that the app does not read; before $TMPDIR, /tmp and /dev/shm"),
+    setting("relay.spill_max", "spill-max", Kind::Size, "1GiB", "how much may wait there"),
+    setting("usage.poll", "usage-poll", Kind::Switch, "true", "ask the CLI for its running totals between its results"),
+    setting("metrics.max_series", "max-series", Kind::Count, "1500", "series in the exposition at most"),
+    setting("labels.tenant", "tenant", Kind::Label, "", "who this container works for: the label `tenant` of each claude_agent_* series"),
+    setting("labels.team", "team", Kind::Label, "", "the label `team` of each of them"),
+    setting("labels.cost_center", "cost-center", Kind::Label, "", "the label `cost_center` of each of them"),
+    setting("prices.discount", "price-discount", Kind::Factor, "", "what is paid of the list price: 0.8 for twenty percent off"),
+];
+
+/// Which limit a key is.
+const RULES: &[(&str, Limit, Scope)] = &[
+    ("max_turns", Limit::Turns, Scope::Turn),
+    ("session_max_turns", Limit::Turns, Scope::Session),
+    ("max_cost_usd", Limit::CostUsd, Scope::Session),
+    ("turn_max_cost_usd", Limit::CostUsd, Scope::Turn),
+    ("max_tokens", Limit::Tokens, Scope::Session),
+    ("turn_max_tokens", Limit::Tokens, Scope::Turn),
+    ("max_duration", Limit::Duration, Scope::Session),
+    ("turn_max_duration", Limit::Duration, Scope::Turn),
+    ("tool_max_duration", Limit::Duration, Scope::Tool),
+    ("subagent_max_duration", Limit::Duration, Scope::Subagent),
+    ("idle_timeout", Limit::Idle, Scope::Session),
+    ("startup_timeout", Limit::Startup, Scope::Session),
+    ("stall_timeout", Limit::Stall, Scope::Session),
+    ("result_timeout", Limit::Result, Scope::Session),
+    ("max_memory", Limit::Memory, Scope::Session),
+];
+
+/// Where a value came from, in the order in which they are read.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Origin {
+    Default,
+    /// File, line and column, both from one.
+    File {
+        path: PathBuf,
+        line: usize,
+        column: usize,
+    },
+    Environment(String),
+    Flag(&'static str),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::Default => f.write_str("default"),
+            Origin::File { path, line, column } => write!(f, "{}:{line}:{column}", path.display()),
+            Origin::Environment(name) => f.write_str(name),
+            Origin::Flag(flag) => write!(f, "--{flag}"),
+        }
+    }
+}
+
+/// Something that is wrong, where, and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Mistake {
+    pub(crate) origin: Origin,
+    pub(crate) what: String,
+    pub(crate) remedy: String,
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}; {}", self.origin, self.what, self.remedy)
+    }
+}
+
+/// All that is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub(crate) struct Mistakes(pub(crate) Vec<Mistake>);
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the configuration has {} mistake{}", self.0.len(), if self.0.len() == 1 { "" } else { "s" })?;
+        for mistake in &self.0 {
+            write!(f, "\n  {mistake}")?;
+        }
+        Ok(())
+    }
+}
+
+/// A value in force.
+#[derive(Clone, Debug)]
+pub(crate) struct Effective {
+    /// As it was written.
+    pub(crate) text: String,
+    pub(crate) value: Option<Value>,
+    pub(crate) origin: Origin,
+}
+
+/// Where settings are read from: handed in, so that a test has its own.
+#[derive(Debug, Default)]
+pub(crate) struct Sources {
+    /// The file and its text.
+    pub(crate) file: Option<(PathBuf, String)>,
+    /// The file that should be there and cannot be read: one more mistake, and no reason to be silent about the others.
+    pub(crate) unreadable: Option<Mistake>,
+    /// Variables by their whole names.
+    pub(crate) environment: Vec<(String, String)>,
+    /// Flags by their names, without dashes.
+    pub(crate) flags: Vec<(&'static str, String)>,
+}
+
+impl Sources {
+    /// The named file, or the default one if it is there, and this process's environment.
+    pub(crate) fn system(config: Option<&Path>, flags: Vec<(&'static str, String)>) -> Sources {
+        let path = config.unwrap_or(Path::new(DEFAULT_FILE));
+        let (file, unreadable) = match std::fs::read_to_string(path) {
+            Ok(text) => (Some((path.to_owned(), text)), None),
+            Err(error) if config.is_none() && error.kind() == std::io::ErrorKind::NotFound => (None, None),
+            Err(error) => {
+                let origin = Origin::File { path: path.to_owned(), line: 1, column: 1 };
+                let remedy = String::from("name a readable file with --config, or leave it out");
+                (None, Some(Mistake { origin, what: format!("the file cannot be read: {error}"), remedy }))
+            }
+        };
+        let environment = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.to_string_lossy().into_owned())))
+            .filter(|(name, _)| name.starts_with(PREFIX))
+            .collect();
+        Sources { file, unreadable, environment, flags }
+    }
+}
+
+const PREFIX: &str = "AGENT_SIDECAR_";
+
+/// The effective configuration.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    values: BTreeMap<&'static str, Effective>,
+    modes: BTreeMap<&'static str, (Mode, Origin)>,
+    pub(crate) prices: PriceTable,
+}
+
+impl Config {
+    /// # Errors
+    /// Every mistake of every source.
+    pub(crate) fn load(sources: &Sources) -> Result<Config, Mistakes> {
+        let mut mistakes: Vec<Mistake> = sources.unreadable.iter().cloned().collect();
+        let mut values = BTreeMap::new();
+        for setting in SETTINGS {
+            let value = (!setting.default.is_empty())
+                .then(|| setting.kind.parse(setting.default).expect("defaults are right: a test reads them all"));
+            values.insert(setting.key, Effective { text: setting.default.to_owned(), value, origin: Origin::Default });
+        }
+        let mut config = Config { values, modes: BTreeMap::new(), prices: PriceTable::default() };
+        if let Some((path, text)) = &sources.file {
+            file::read(&mut config, path, text, &mut mistakes);
+        }
+        for (name, text) in &sources.environment {
+            match SETTINGS.iter().find(|setting| variable(setting) == *name) {
+                Some(setting) => config.set(setting, text, Origin::Environment(name.clone()), &mut mistakes),
+                None => mistakes.extend(slip(name)),
+            }
+        }
+        for (flag, text) in &sources.flags {
+            if let Some(setting) = SETTINGS.iter().find(|setting| setting.flag == *flag) {
+                config.set(setting, text, Origin::Flag(setting.flag), &mut mistakes);
+            }
+        }
+        if let Some(Value::Factor(factor)) = config.value("prices.discount") {
+            config.prices = config.prices.clone().with_discount(None, *factor);
+        }
+        config.contradictions(&mut mistakes);
+        mistakes.sort_by(|a, b| a.origin.cmp(&b.origin));
+        if mistakes.is_empty() { Ok(config) } else { Err(Mistakes(mistakes)) }
+    }
+
+    fn set(&mut self, setting: &'static Setting, text: &str, origin: Origin, mistakes: &mut Vec<Mistake>) {
+        let text = text.trim();
+        // What has no default can be unset again by a later source.
+        let unset = setting.default.is_empty() && matches!(text, "" | "off" | "none");
+        let value = match setting.kind.parse(text) {
+            _ if unset => None,
+            Ok(value) => Some(value),
+            Err(wrong) => {
+                mistakes.push(Mistake { origin, what: format!("`{}` {wrong}", setting.key), remedy: setting.kind.remedy() });
+                return;
+            }
+        };
+        self.values.insert(setting.key, Effective { text: text.to_owned(), value, origin });
+    }
+
+    /// Settings that are each right and cannot all be meant.
+    fn contradictions(&self, mistakes: &mut Vec<Mistake>) {
+        for (inner, outer) in [
+            ("limits.turn_max_cost_usd", "limits.max_cost_usd"),
+            ("limits.turn_max_tokens", "limits.max_tokens"),
+            ("limits.turn_max_duration", "limits.max_duration"),
+            ("limits.tool_max_duration", "limits.max_duration"),
+            ("limits.subagent_max_duration", "limits.max_duration"),
+            ("limits.max_turns", "limits.session_max_turns"),
+        ] {
+            if let (Some(turn), Some(session)) = (self.value(inner), self.value(outer))
+                && turn.number() > session.number()
+            {
+                mistakes.push(Mistake {
+                    origin: self.values[inner].origin.clone(),
+                    what: format!("`{inner}` ({}) is above `{outer}` ({})", self.text(inner), self.text(outer)),
+                    remedy: String::from("lower it, or raise the other"),
+                });
+            }
+        }
+        // A signal skips the interrupt: what has to fit is the rest, and the reading of the last numbers.
+        let needed = self.patience().end + self.patience().terminate + self.linger();
+        let grace = self.time("stop.platform_grace").unwrap_or(Duration::MAX);
+        if needed >= grace {
+            mistakes.push(Mistake {
+                origin: self.values["stop.platform_grace"].origin.clone(),
+                what: format!(
+                    "a stop may take {needed:?} (stop.end + stop.terminate + linger), and the platform kills after {grace:?}"
+                ),
+                remedy: String::from(
+                    "raise the platform's grace period and `stop.platform_grace` with it, or shorten the others",
+                ),
+            });
+        }
+        if !self.linger().is_zero() && self.listen().is_none() {
+            mistakes.push(Mistake {
+                origin: self.values["linger"].origin.clone(),
+                what: String::from("`linger` waits for somebody to read the metrics, and `listen` is off"),
+                remedy: String::from("set `listen`, or leave `linger` out"),
+            });
+        }
+    }
+
+    fn value(&self, key: &str) -> Option<&Value> {
+        self.values.get(key).and_then(|effective| effective.value.as_ref())
+    }
+
+    fn text(&self, key: &str) -> &str {
+        self.values.get(key).map_or("", |effective| effective.text.as_str())
+    }
+
+    fn time(&self, key: &str) -> Option<Duration> {
+        match self.value(key) {
+            Some(Value::Time(time)) => Some(*time),
+            _ => None,
+        }
+    }
+
+    fn count(&self, key: &str) -> Option<u64> {
+        match self.value(key) {
+            Some(Value::Count(n) | Value::Size(n)) => Some(*n),
+            _ => None,
+        }
+    }
+
+    fn switch(&self, key: &str) -> bool {
+        matches!(self.value(key), Some(Value::Switch(true)))
+    }
+
+    fn path(&self, key: &str) -> Option<PathBuf> {
+        self.value(key).map(|_| PathBuf::from(self.text(key)))
+    }
+
+    // ---- what the rest of the program asks
+
+    /// Every ceiling that is set, with its mode.
+    pub(crate) fn rules(&self) -> Vec<Rule> {
+        let common = match self.value("limits.mode") {
+            Some(Value::Mode(mode)) => *mode,
+            _ => Mode::Enforce,
+        };
+        RULES
+            .iter()
+            .filter_map(|&(name, limit, scope)| {
+                let ceiling = match self.value(&format!("limits.{name}"))? {
+                    Value::Count(n) => Ceiling::Count(*n),
+                    Value::Size(n) => Ceiling::Bytes(*n),
+                    Value::Money(usd) => Ceiling::Usd(Usd::from_f64(*usd)),
+                    Value::Time(time) => Ceiling::Time(*time),
+                    Value::Switch(_) | Value::Mode(_) | Value::Code(_) | Value::Factor(_) | Value::Text | Value::Address(_) => {
+                        return None;
+                    }
+                };
+                let mode = self.modes.get(name).map_or(common, |(mode, _)| *mode);
+                Some(Rule { limit, scope, ceiling, mode })
+            })
+            .collect()
+    }
+
+    pub(crate) fn patience(&self) -> Patience {
+        let usual = Patience::default();
+        Patience {
+            interrupt: self.time("stop.interrupt").unwrap_or(usual.interrupt),
+            end: self.time("stop.end").unwrap_or(usual.end),
+            terminate: self.time("stop.terminate").unwrap_or(usual.terminate),
+        }
+    }
+
+    pub(crate) fn linger(&self) -> Duration {
+        self.time("linger").unwrap_or_default()
+    }
+
+    pub(crate) fn listen(&self) -> Option<std::net::SocketAddr> {
+        match self.value("listen") {
+            Some(Value::Address(address)) => *address,
+            _ => None,
+        }
+    }
+
+    pub(crate) fn ledger(&self) -> Option<PathBuf> {
+        self.path("ledger.path")
+    }
+
+    pub(crate) fn json_log(&self) -> bool {
+        self.text("log.format") == "json"
+    }
+
+    pub(crate) fn log_level(&self) -> tracing::Level {
+        match self.text("log.level") {
+            _ if self.switch("log.quiet") => tracing::Level::ERROR,
+            "error" => tracing::Level::ERROR,
+            "info" => tracing::Level::INFO,
+            "debug" => tracing::Level::DEBUG,
+            _ => tracing::Level::WARN,
+        }
+    }
+
+    pub(crate) fn spill_dir(&self) -> Option<PathBuf> {
+        self.path("relay.spill_dir")
+    }
+
+    pub(crate) fn spill_bytes(&self) -> u64 {
+        self.count("relay.spill_max").unwrap_or(crate::supervise::SPILL_BYTES)
+    }
+
+    pub(crate) fn poll(&self) -> bool {
+        self.switch("usage.poll")
+    }
+
+    pub(crate) fn max_series(&self) -> usize {
+        self.count("metrics.max_series").and_then(|n| usize::try_from(n).ok()).unwrap_or(agent_sidecar_core::metric::MAX_SERIES)
+    }
+
+    pub(crate) fn limit_exit_code(&self) -> Option<u8> {
+        match self.value("limits.exit_code") {
+            Some(Value::Code(code)) => Some(*code),
+            _ => None,
+        }
+    }
+
+    /// What every series of this container says about whom it works for.
+    pub(crate) fn labels(&self) -> Vec<(&'static str, String)> {
+        [("tenant", "labels.tenant"), ("team", "labels.team"), ("cost_center", "labels.cost_center")]
+            .into_iter()
+            .filter(|(_, key)| self.value(key).is_some())
+            .map(|(label, key)| (label, self.text(key).to_owned()))
+            .collect()
+    }
+
+    pub(crate) fn idle_timeout(&self) -> Option<Duration> {
+        self.time("limits.idle_timeout")
+    }
+
+    /// Each setting, in the order of [`SETTINGS`].
+    pub(crate) fn effective(&self) -> impl Iterator<Item = (&'static Setting, &Effective)> {
+        SETTINGS.iter().map(|setting| (setting, &self.values[setting.key]))
+    }
+
+    /// The modes of single limits, and where they were set.
+    pub(crate) fn modes(&self) -> impl Iterator<Item = (&'static str, Mode, &Origin)> {
+        self.modes.iter().map(|(name, (mode, origin))| (*name, *mode, origin))
+    }
+
+    /// Tells configurations apart: of what is in force, not of how it was written.
+    pub(crate) fn fingerprint(&self) -> String {
+        let mut text: String =
+            self.effective().map(|(setting, effective)| format!("{}={}\n", setting.key, effective.text)).collect();
+        text.extend(self.modes().map(|(limit, mode, _)| format!("{limit}={}\n", mode.as_str())));
+        text += &format!("{:?}", self.prices);
+        let hash =
+            text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        format!("{hash:016x}")
+    }
+}
+
+/// A setting's name in the environment.
+pub(crate) fn variable(setting: &Setting) -> String {
+    format!("{PREFIX}{}", setting.flag.replace('-', "_").to_uppercase())
+}
+
+/// A variable that means nothing and was meant for one of ours: a limit that nobody holds costs money. Others are none of our business:
+/// Kubernetes makes such names for a service called like us, and other programs of the platform may share the prefix.
+fn slip(name: &str) -> Option<Mistake> {
+    // The names that somebody would make of the keys are as near as can be.
+    let meant = SETTINGS
+        .iter()
+        .find(|setting| *name == format!("{PREFIX}{}", setting.key.replace('.', "_").to_uppercase()))
+        .map(variable)
+        .or_else(|| {
+            let known: Vec<String> = SETTINGS.iter().map(variable).collect();
+            near(name, known.iter().map(String::as_str), |name| name.strip_prefix(PREFIX).unwrap_or(name)).map(str::to_owned)
+        })?;
+    Some(Mistake {
+        origin: Origin::Environment(name.to_owned()),
+        what: String::from("there is no such variable"),
+        remedy: format!("did you mean {meant}?"),
+    })
+}
+
+/// The known name that was meant, if one is near: a few edits away, or the one that begins like it. `core` takes off what names share.
+fn near<'a>(name: &str, known: impl Iterator<Item = &'a str>, core: impl Fn(&str) -> &str) -> Option<&'a str> {
+    let name = core(name);
+    // Short names are near to everything.
+    let few = (name.len() / 3).min(3);
+    known
+        .filter_map(|known| {
+            let whole = core(known);
+            let begins =
+                name.len() >= 4 && whole.starts_with(name) && !whole[name.len()..].starts_with(|c: char| c.is_alphanumeric());
+            let edits = edits(name, whole);
+            (begins || edits <= few).then_some((!begins, edits, known))
+        })
+        .min()
+        .map(|(_, _, known)| known)
+}
+
+/// Levenshtein's distance.
+fn edits(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let next = (diagonal + usize::from(x != *y)).min(row[j] + 1).min(row[j + 1] + 1);
+            diagonal = std::mem::replace(&mut row[j + 1], next);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests;

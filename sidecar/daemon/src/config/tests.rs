@@ -1,0 +1,186 @@
+use super::*;
+
+fn load(file: &str, environment: &[(&str, &str)], flags: &[(&'static str, &str)]) -> Result<Config, Mistakes> {
+    Config::load(&Sources {
+        file: Some((PathBuf::from("c.toml"), file.to_owned())),
+        unreadable: None,
+        environment: environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+        flags: flags.iter().map(|(flag, value)| (*flag, (*value).to_owned())).collect(),
+    })
+}
+
+#[test]
+fn every_setting_is_right_by_default_and_named_once() {
+    let config = load("", &[], &[]).unwrap();
+    assert!(config.rules().is_empty());
+    let mut seen = std::collections::BTreeSet::new();
+    for setting in SETTINGS {
+        assert!(seen.insert(setting.flag) && seen.insert(setting.key) || setting.flag == setting.key, "{}", setting.key);
+    }
+    for (name, ..) in RULES {
+        assert!(SETTINGS.iter().any(|setting| setting.key == format!("limits.{name}")), "{name}");
+    }
+}
+
+#[test]
+fn the_later_source_wins() {
+    let file = "listen = \"off\"\n[limits]\nmax_turns = 7\nmax_cost_usd = 2.5\nidle_timeout = \"10m\"\n";
+    let config =
+        load(file, &[("AGENT_SIDECAR_MAX_TURNS", "8"), ("AGENT_SIDECAR_PORT_9477_TCP", "x")], &[("max-turns", "9")]).unwrap();
+    let rules = config.rules();
+    assert_eq!(rules.len(), 3);
+    assert_eq!(rules[0].ceiling, Ceiling::Count(9));
+    assert_eq!(config.idle_timeout(), Some(Duration::from_secs(600)));
+    let origins: Vec<String> =
+        config.effective().filter(|(_, e)| e.origin != Origin::Default).map(|(s, e)| format!("{} {}", s.key, e.origin)).collect();
+    assert_eq!(
+        origins,
+        [
+            "limits.max_turns --max-turns",
+            "limits.max_cost_usd c.toml:4:16",
+            "limits.idle_timeout c.toml:5:16",
+            "listen c.toml:1:10"
+        ]
+    );
+    let unset = load(file, &[], &[("max-cost-usd", "off")]).unwrap();
+    assert_eq!(unset.rules().len(), 2);
+}
+
+#[test]
+fn ten_mistakes_are_named_at_once_with_place_and_remedy() {
+    let file = r#"listen = "nowhere"
+[limits]
+max_turn = 3
+max_turns = -1
+max_cost_usd = "two"
+idle_timeout = 600
+max_memory = "1 elephant"
+[limits.modes]
+max_cost_usd = "maybe"
+[log]
+format = "xml"
+[[prices.model]]
+name = "mine"
+input = "cheap"
+output = 1
+"#;
+    let mistakes = load(file, &[("AGENT_SIDECAR_MAX_DURATION", "5 parsecs")], &[("mode", "loud")]).unwrap_err();
+    assert_eq!(
+        mistakes.to_string(),
+        "the configuration has 10 mistakes
+  c.toml:1:10: `listen` is an address, not `nowhere`; write an address and a port, like 127.0.0.1:9477 or :9477, or off
+  c.toml:3:1: there is no setting `limits.max_turn`; did you mean `limits.max_turns`?
+  c.toml:4:13: `limits.max_turns` is a whole number, not `-1`; write a whole number above zero, like 40
+  c.toml:5:16: `limits.max_cost_usd` is an amount of dollars, not `two`; write dollars, like 2.50
+  c.toml:6:16: `limits.idle_timeout` is a duration, not the number `600`; write a number and a unit, like 90s, 10m, 1h30m or 500ms; in a file in quotes
+  c.toml:7:14: `limits.max_memory` is a size, not `1 elephant`; write a number and a unit, like 512MiB or 2GiB
+  c.toml:9:16: `limits.modes.max_cost_usd` is a mode, not the text `maybe`; write off, shadow or enforce
+  c.toml:11:10: `log.format` is one of text, json, not `xml`; write text or json
+  c.toml:14:9: `input` is dollars for a million tokens, not the text `cheap`; write a number, like 2.50
+  AGENT_SIDECAR_MAX_DURATION: `limits.max_duration` is a duration, not `5 parsecs`; write a number and a unit, like 90s, 10m, 1h30m or 500ms; in a file in quotes
+  --mode: `limits.mode` is a mode, not `loud`; write off, shadow or enforce"
+            .replace("10 mistakes", "11 mistakes")
+    );
+}
+
+#[test]
+fn broken_toml_does_not_hide_what_else_is_wrong() {
+    let mistakes = load("[limits\nmax_turns = = 3\nmax_turnips = 2\n", &[], &[]).unwrap_err();
+    assert!(mistakes.0.len() >= 2, "{mistakes}");
+    assert!(mistakes.to_string().contains("c.toml:1:"), "{mistakes}");
+}
+
+#[test]
+fn what_cannot_all_be_meant_is_said() {
+    let file = "linger = \"26s\"\n[limits]\nmax_cost_usd = 1\nturn_max_cost_usd = 2\n";
+    let text = load(file, &[], &[("listen", "off")]).unwrap_err().to_string();
+    for part in ["is above `limits.max_cost_usd`", "the platform kills after 30s", "`listen` is off"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}
+
+#[test]
+fn prices_of_ones_own_win() {
+    let file = "[prices]\ndiscount = 0.5\nfallback = { input = 1, output = 2 }\n[[prices.model]]\nname = \"mine\"\ninput = 10\noutput = 20\n";
+    let config = load(file, &[], &[]).unwrap();
+    let tokens = agent_sidecar_core::tokens::Tokens { input: 1_000_000, ..Default::default() };
+    let usage = agent_sidecar_core::event::Usage { tokens, ..Default::default() };
+    let cost = |model| config.prices.answer(model, Duration::from_secs(1_795_392_000), &usage).map(Usd::to_f64);
+    assert_eq!((cost("mine"), cost("claude-opus-5-5"), cost("nobody's")), (Some(5.0), Some(2.0), Some(0.5)));
+}
+
+#[test]
+fn durations_and_sizes_have_units() {
+    for (text, expected) in [("90s", 90.0), ("1h30m", 5_400.0), ("500ms", 0.5), ("2d", 172_800.0), ("1.5h", 5_400.0)] {
+        assert_eq!(Kind::Time.parse(text), Ok(Value::Time(Duration::from_secs_f64(expected))), "{text}");
+    }
+    for text in ["", "10", "s", "1w", "-3s", "0s", "9999999d", "1e400s"] {
+        assert!(Kind::Time.parse(text).is_err(), "{text}");
+    }
+    assert_eq!(Kind::Size.parse("512MiB"), Ok(Value::Size(512 << 20)));
+    assert!(Kind::Size.parse("12 parsecs").is_err());
+    assert_eq!(Kind::Address.parse("off"), Ok(Value::Address(None)));
+}
+
+#[test]
+fn a_variable_that_was_meant_for_us_is_a_mistake_and_others_are_not() {
+    let said = |name: &str| load("", &[(name, "3")], &[]).map_or_else(|mistakes| mistakes.0[0].remedy.clone(), |_| String::new());
+    assert_eq!(said("AGENT_SIDECAR_MAX_COST"), "did you mean AGENT_SIDECAR_MAX_COST_USD?");
+    assert_eq!(said("AGENT_SIDECAR_LIMITS_MAX_TURNS"), "did you mean AGENT_SIDECAR_MAX_TURNS?");
+    assert_eq!(said("AGENT_SIDECAR_MAX_TURN"), "did you mean AGENT_SIDECAR_MAX_TURNS?");
+    // What Kubernetes makes for services that are called like us, and what the project itself uses.
+    for name in [
+        "PORT",
+        "SERVICE_HOST",
+        "SERVICE_PORT",
+        "PORT_9477_TCP",
+        "PORT_9477_TCP_ADDR",
+        "METRICS_PORT",
+        "METRICS_SERVICE_HOST",
+        "SOCKET",
+        "BIN",
+    ] {
+        assert_eq!(said(&format!("AGENT_SIDECAR_{name}")), "", "{name}");
+    }
+}
+
+#[test]
+fn mistakes_come_in_the_order_of_the_file() {
+    let file = "[stop]\ngrace = 1\n[limits]\nmax_turns = 1\nmax_turns = 2\nidle = \"3m\"\n[limit]\na = 1\n[labels]\nteam = \"a\\nb\"\n[prices]\nmodel = 3\n";
+    let mistakes = load(file, &[], &[]).unwrap_err();
+    assert_eq!(
+        mistakes.to_string(),
+        "the configuration has 6 mistakes
+  c.toml:2:1: there is no setting `stop.grace`; remove it; `agent-sidecar check --print` lists what there is
+  c.toml:5:1: duplicate key; mend the TOML here; text goes in quotes
+  c.toml:6:1: there is no setting `limits.idle`; did you mean `limits.idle_timeout`?
+  c.toml:7:2: there is no setting `limit`; did you mean `limits`?
+  c.toml:10:8: `labels.team` is a text of 1 to 64 bytes in one line; write a name, like \"research\"
+  c.toml:12:9: `prices.model` is more than the number `3`; write [[prices.model]] above each price"
+    );
+}
+
+#[test]
+fn whatever_is_in_force_is_in_the_fingerprint() {
+    let files = [
+        "",
+        "[limits]\nmax_turns = 3\n",
+        "[limits.modes]\nmax_turns = \"off\"\n",
+        "[prices]\nfallback = { input = 1, output = 2 }\n",
+    ];
+    let prints: std::collections::BTreeSet<String> =
+        files.iter().map(|file| load(file, &[], &[]).unwrap().fingerprint()).collect();
+    assert_eq!(prints.len(), files.len());
+    let written_otherwise = load("# the same\n[limits]\nmax_turns=3\n", &[], &[]).unwrap().fingerprint();
+    assert!(prints.contains(&written_otherwise));
+}
+
+#[test]
+fn no_linger_is_said_as_zero_or_off() {
+    for text in ["0", "0s", "0ms"] {
+        let config = load("", &[("AGENT_SIDECAR_LINGER", text)], &[("listen", "off")]).unwrap();
+        assert_eq!(config.linger(), Duration::ZERO, "{text}");
+    }
+    let labels = load("[labels]\ntenant = \"a\"\n", &[("AGENT_SIDECAR_COST_CENTER", "42")], &[]).unwrap().labels();
+    assert_eq!(labels, [("tenant", String::from("a")), ("cost_center", String::from("42"))]);
+}

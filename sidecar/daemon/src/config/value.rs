@@ -1,0 +1,223 @@
+//! The forms that a value can have, and what is said of one that has none of them.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use agent_sidecar_core::limit::Mode;
+
+/// What a setting takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Count,
+    Money,
+    Time,
+    /// A time that may be none at all.
+    Pause,
+    Size,
+    Factor,
+    Switch,
+    Mode,
+    /// The value of a label.
+    Label,
+    /// An exit code.
+    Code,
+    Path,
+    Address,
+    Choice(&'static [&'static str]),
+}
+
+/// What a setting was given.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Value {
+    Count(u64),
+    Money(f64),
+    Time(Duration),
+    Size(u64),
+    Factor(f64),
+    Switch(bool),
+    Mode(Mode),
+    Code(u8),
+    /// `None` is off.
+    Address(Option<SocketAddr>),
+    /// The text itself is the value.
+    Text,
+}
+
+impl Value {
+    /// For comparisons between settings of one kind.
+    pub(crate) fn number(&self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "compared, not computed with")]
+        match self {
+            Value::Count(n) | Value::Size(n) => *n as f64,
+            Value::Money(n) | Value::Factor(n) => *n,
+            Value::Time(time) => time.as_secs_f64(),
+            Value::Switch(_) | Value::Mode(_) | Value::Code(_) | Value::Address(_) | Value::Text => 0.0,
+        }
+    }
+}
+
+impl Kind {
+    /// What is wrong with the text, as the end of a sentence that begins with the setting's name.
+    pub(crate) fn parse(self, text: &str) -> Result<Value, String> {
+        let not = |()| format!("is {}, not `{text}`", self.noun());
+        match self {
+            Kind::Count => match text.replace('_', "").parse::<u64>() {
+                Ok(0) => Err(String::from("is zero, which would allow nothing")),
+                Ok(n) => Ok(Value::Count(n)),
+                Err(_) => Err(not(())),
+            },
+            Kind::Money => match text.trim_start_matches('$').parse::<f64>() {
+                Ok(usd) if usd > 0.0 && usd < 1e7 => Ok(Value::Money(usd)),
+                Ok(_) => Err(format!("is an amount above zero and below ten million, not `{text}`")),
+                Err(_) => Err(not(())),
+            },
+            Kind::Time => match duration(text) {
+                Some(Duration::ZERO) => Err(String::from("is zero, which would allow nothing")),
+                Some(time) => Ok(Value::Time(time)),
+                None => Err(not(())),
+            },
+            Kind::Pause if text == "0" => Ok(Value::Time(Duration::ZERO)),
+            Kind::Pause => duration(text).map(Value::Time).ok_or(()).map_err(not),
+            Kind::Size => match size(text) {
+                Some(0) => Err(String::from("is zero, which would allow nothing")),
+                Some(bytes) => Ok(Value::Size(bytes)),
+                None => Err(not(())),
+            },
+            Kind::Factor => match text.parse::<f64>() {
+                Ok(factor) if factor > 0.0 && factor <= 10.0 => Ok(Value::Factor(factor)),
+                _ => Err(not(())),
+            },
+            Kind::Switch => match text {
+                "true" | "on" | "yes" => Ok(Value::Switch(true)),
+                "false" | "off" | "no" => Ok(Value::Switch(false)),
+                _ => Err(not(())),
+            },
+            Kind::Mode => {
+                Mode::ALL.iter().find(|mode| mode.as_str() == text).map(|mode| Value::Mode(*mode)).ok_or(()).map_err(not)
+            }
+            Kind::Label if text.is_empty() || text.len() > MAX_LABEL || text.chars().any(char::is_control) => {
+                Err(format!("is a text of 1 to {MAX_LABEL} bytes in one line"))
+            }
+            Kind::Label => Ok(Value::Text),
+            Kind::Code => match text.parse::<u8>() {
+                Ok(code) => Ok(Value::Code(code)),
+                Err(_) => Err(not(())),
+            },
+            Kind::Path if text.is_empty() => Err(String::from("is empty")),
+            Kind::Path => Ok(Value::Text),
+            Kind::Address => address(text).map(Value::Address).ok_or(()).map_err(not),
+            Kind::Choice(words) if words.contains(&text) => Ok(Value::Text),
+            Kind::Choice(_) => Err(not(())),
+        }
+    }
+
+    /// What it is, in a sentence.
+    pub(crate) fn noun(self) -> String {
+        match self {
+            Kind::Count => String::from("a whole number"),
+            Kind::Money => String::from("an amount of dollars"),
+            Kind::Time | Kind::Pause => String::from("a duration"),
+            Kind::Size => String::from("a size"),
+            Kind::Factor => String::from("a factor above 0 and up to 10"),
+            Kind::Switch => String::from("true or false"),
+            Kind::Mode => String::from("a mode"),
+            Kind::Label => String::from("a text"),
+            Kind::Code => String::from("an exit code"),
+            Kind::Path => String::from("a path"),
+            Kind::Address => String::from("an address"),
+            Kind::Choice(words) => format!("one of {}", words.join(", ")),
+        }
+    }
+
+    /// What to write instead.
+    pub(crate) fn remedy(self) -> String {
+        match self {
+            Kind::Count => String::from("write a whole number above zero, like 40"),
+            Kind::Money => String::from("write dollars, like 2.50"),
+            Kind::Time | Kind::Pause => {
+                String::from("write a number and a unit, like 90s, 10m, 1h30m or 500ms; in a file in quotes")
+            }
+            Kind::Size => String::from("write a number and a unit, like 512MiB or 2GiB"),
+            Kind::Factor => String::from("write a factor, like 0.8 for twenty percent off"),
+            Kind::Switch => String::from("write true or false"),
+            Kind::Mode => String::from("write off, shadow or enforce"),
+            Kind::Code => String::from("write a number from 0 to 255"),
+            Kind::Path => String::from("write a path"),
+            Kind::Label => String::from("write a name, like \"research\""),
+            Kind::Address => String::from("write an address and a port, like 127.0.0.1:9477 or :9477, or off"),
+            Kind::Choice(words) => format!("write {}", words.join(" or ")),
+        }
+    }
+
+    /// The name of the form, for the reference page.
+    pub(crate) fn name(self) -> String {
+        match self {
+            Kind::Count => String::from("count"),
+            Kind::Money => String::from("dollars"),
+            Kind::Time => String::from("duration"),
+            Kind::Pause => String::from("duration or 0"),
+            Kind::Size => String::from("size"),
+            Kind::Factor => String::from("factor"),
+            Kind::Switch => String::from("true or false"),
+            Kind::Mode => String::from("off, shadow or enforce"),
+            Kind::Code => String::from("exit code"),
+            Kind::Path => String::from("path"),
+            Kind::Label => String::from("text"),
+            Kind::Address => String::from("address or off"),
+            Kind::Choice(words) => words.join(" or "),
+        }
+    }
+}
+
+/// `90s`, `10m`, `1h30m`, `500ms`, `2d`.
+fn duration(text: &str) -> Option<Duration> {
+    let (mut total, mut rest) = (Duration::ZERO, text);
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let number: f64 = rest[..digits].parse().ok()?;
+        let unit_end = rest[digits..].find(|c: char| c.is_ascii_digit()).map_or(rest.len(), |end| digits + end);
+        let seconds = match &rest[digits..unit_end] {
+            "ms" => 0.001,
+            "s" => 1.0,
+            "m" | "min" => 60.0,
+            "h" => 3_600.0,
+            "d" => 86_400.0,
+            _ => return None,
+        };
+        total = total.checked_add(Duration::try_from_secs_f64(number * seconds).ok()?)?;
+        rest = &rest[unit_end..];
+    }
+    // A year is no limit any more, but a typo.
+    (!text.is_empty() && total <= Duration::from_secs(366 * 86_400)).then_some(total)
+}
+
+/// `512MiB`, `2GB`, `1048576`.
+fn size(text: &str) -> Option<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let number: f64 = text[..digits].parse().ok()?;
+    let unit = match text[digits..].trim() {
+        "" | "B" => 1.0,
+        "KiB" | "Ki" => 1024.0,
+        "MiB" | "Mi" => 1024.0 * 1024.0,
+        "GiB" | "Gi" => 1024.0 * 1024.0 * 1024.0,
+        "KB" | "kB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        _ => return None,
+    };
+    let bytes = number * unit;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be in range")]
+    (bytes < 1e18).then_some(bytes as u64)
+}
+
+/// A label is repeated on every series.
+const MAX_LABEL: usize = 64;
+
+/// `127.0.0.1:9477`, `[::1]:9477`, `:9477` for every address of both families, `off`.
+fn address(text: &str) -> Option<Option<SocketAddr>> {
+    match text {
+        "off" => Some(None),
+        _ if text.starts_with(':') => format!("[::]{text}").parse().ok().map(Some),
+        _ => text.replace("localhost:", "127.0.0.1:").parse().ok().map(Some),
+    }
+}

@@ -1,0 +1,265 @@
+//! `/metrics`, `/livez`, `/readyz`, `/status`: on a thread and a runtime of their own, read-only, and in nobody's way.
+//!
+//! An answer is made by a visit to the monitor on its own thread; encoding and sending happen here. A scraper that stalls holds a
+//! connection and nothing else. There is nothing here that changes anything: control is not offered over HTTP.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use agent_sidecar_core::metric::{self, Meters};
+use agent_sidecar_core::{Monitor, Now};
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE};
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+
+use crate::export::prometheus;
+use crate::supervise::{Counts, Handle};
+
+/// A monitor that does not answer a visit for so long is not alive.
+const ALIVE: Duration = Duration::from_secs(2);
+/// Connections at once: a few scrapers and probes. One more, and the oldest has to go: who came first has had its time, and a crowd
+/// of slow clients must not keep a probe out until the platform kills the agent.
+const CONNECTIONS: usize = 32;
+/// A client has this long to say what it wants, and to take the answer.
+const CLIENT: Duration = Duration::from_secs(10);
+
+/// A listener that is bound but not served yet.
+pub(crate) struct Bound {
+    listener: TcpListener,
+    pub(crate) address: SocketAddr,
+}
+
+pub(crate) fn bind(address: SocketAddr) -> std::io::Result<Bound> {
+    let listener = TcpListener::bind(address).or_else(|error| match address {
+        // Every address means both families, where there are both.
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() && error.kind() != std::io::ErrorKind::AddrInUse => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, v6.port()))
+        }
+        _ => Err(error),
+    })?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    Ok(Bound { listener, address })
+}
+
+/// Who read the metrics, for the end that waits for one more reader.
+#[derive(Debug, Default)]
+pub(crate) struct Scrapes {
+    last_unix_ms: AtomicU64,
+    /// The numbers change no more: an answer from now on has the last ones.
+    lingering: AtomicBool,
+    /// Such an answer has left, to its last byte.
+    read: Mutex<bool>,
+    done: Condvar,
+}
+
+impl Scrapes {
+    /// Waits until somebody has read the metrics that are the last, or for so long; says whether somebody did.
+    pub(crate) fn wait(&self, timeout: Duration) -> bool {
+        self.lingering.store(true, Relaxed);
+        let read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        let (read, _) = self.done.wait_timeout_while(read, timeout, |read| !*read).unwrap_or_else(PoisonError::into_inner);
+        *read
+    }
+
+    fn asked(&self) {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.last_unix_ms.store(u64::try_from(unix.as_millis()).unwrap_or(u64::MAX), Relaxed);
+    }
+
+    fn read_to_the_end(&self) {
+        *self.read.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.done.notify_all();
+    }
+}
+
+/// Marks the answer that has the last numbers: its connection ends with it, and with the connection the wait.
+#[derive(Clone, Copy)]
+struct Last;
+
+/// What the answers are made of.
+pub(crate) struct Site {
+    pub(crate) handle: Handle,
+    pub(crate) scrapes: Arc<Scrapes>,
+    /// Constant labels: see [`prometheus::text`].
+    pub(crate) labels: Vec<(&'static str, String)>,
+}
+
+/// Serves until the process ends.
+pub(crate) fn serve(bound: Bound, site: Site) -> std::io::Result<()> {
+    std::thread::Builder::new().name(String::from("http")).stack_size(256 * 1024).spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let served = runtime.and_then(|runtime| runtime.block_on(accept(bound.listener, Arc::new(site))));
+        if let Err(error) = served {
+            tracing::error!(%error, "metrics are no longer served; the agent goes on");
+        }
+    })?;
+    Ok(())
+}
+
+async fn accept(listener: TcpListener, site: Arc<Site>) -> std::io::Result<()> {
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let mut open: VecDeque<tokio::task::AbortHandle> = VecDeque::with_capacity(CONNECTIONS);
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            // Out of descriptors, most likely the agent's doing: others need them more.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        open.retain(|connection| !connection.is_finished());
+        if open.len() >= CONNECTIONS {
+            open.pop_front().inspect(tokio::task::AbortHandle::abort);
+        }
+        let site = Arc::clone(&site);
+        let connection = tokio::task::spawn(async move {
+            let last = AtomicBool::new(false);
+            let service = hyper::service::service_fn(|request: Request<Incoming>| {
+                let (site, last) = (&site, &last);
+                async move {
+                    let response = answer(&request, site).await;
+                    last.store(response.extensions().get::<Last>().is_some(), Relaxed);
+                    Ok::<_, Infallible>(response)
+                }
+            });
+            let connection = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(CLIENT)
+                .max_buf_size(16 * 1024)
+                .serve_connection(TokioIo::new(stream), service);
+            // Whoever is slower than that is cut off; whoever hangs up has hung up.
+            let served = tokio::time::timeout(CLIENT * 6, connection).await;
+            if last.load(Relaxed) && matches!(served, Ok(Ok(()))) {
+                site.scrapes.read_to_the_end();
+            }
+        });
+        open.push_back(connection.abort_handle());
+    }
+}
+
+async fn answer(request: &Request<Incoming>, site: &Site) -> Response<Full<Bytes>> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut refused = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD: nothing can be changed here\n");
+        refused.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
+        return refused;
+    }
+    let handle = &site.handle;
+    match request.uri().path() {
+        "/metrics" => {
+            // Asked before the answer is made: what is said then is the last.
+            let last = site.scrapes.lingering.load(Relaxed) && request.method() == Method::GET;
+            let mut response = metrics(site).await;
+            if last && response.status() == StatusCode::OK {
+                response.headers_mut().insert(CONNECTION, hyper::header::HeaderValue::from_static("close"));
+                response.extensions_mut().insert(Last);
+            }
+            response
+        }
+        "/livez" => match visit(handle, |monitor, _| monitor.live()).await {
+            Visit::Answer(true) => text(StatusCode::OK, "ok\n"),
+            Visit::Answer(false) => text(StatusCode::SERVICE_UNAVAILABLE, "the agent survives every attempt to end it\n"),
+            Visit::Silent => text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n"),
+            // The agent works on, uncounted: no reason to have the platform kill it.
+            Visit::Gone => text(StatusCode::OK, "degraded: the monitor failed, the agent is relayed without it\n"),
+        },
+        "/readyz" => match visit(handle, |monitor, _| monitor.ready()).await {
+            Visit::Answer(true) => text(StatusCode::OK, "ok\n"),
+            Visit::Answer(false) => text(StatusCode::SERVICE_UNAVAILABLE, "the agent is not up, or on its way out\n"),
+            Visit::Silent | Visit::Gone => text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n"),
+        },
+        "/status" => match visit(handle, |monitor, _| serde_json::to_vec(&monitor.status())).await {
+            Visit::Answer(Ok(status)) => reply(StatusCode::OK, "application/json", status),
+            Visit::Answer(Err(_)) | Visit::Silent | Visit::Gone => {
+                text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n")
+            }
+        },
+        "/" => text(StatusCode::OK, "agent-sidecar: /metrics /livez /readyz /status\n"),
+        _ => text(StatusCode::NOT_FOUND, "not here; there are /metrics /livez /readyz /status\n"),
+    }
+}
+
+async fn metrics(Site { handle, scrapes, labels }: &Site) -> Response<Full<Bytes>> {
+    // The scrape itself counts, so that the last one says that it was.
+    let last = scrapes.last_unix_ms.load(Relaxed);
+    let counts = handle.clone();
+    let copy = visit(handle, move |monitor, _| {
+        relayed(monitor.meters_mut(), counts.counts());
+        if last > 0 {
+            #[expect(clippy::cast_precision_loss, reason = "a timestamp")]
+            monitor.meters_mut().set(&metric::LAST_SCRAPE, &[], last as f64 / 1e3);
+        }
+        monitor.meters().clone()
+    });
+    match copy.await {
+        Visit::Answer(meters) => {
+            let body = prometheus::text(&meters, labels);
+            scrapes.asked();
+            reply(StatusCode::OK, prometheus::CONTENT_TYPE, body.into_bytes())
+        }
+        Visit::Silent | Visit::Gone => text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n"),
+    }
+}
+
+/// What the relay and init counted.
+#[expect(clippy::cast_precision_loss, reason = "an exposition speaks in floats")]
+pub(crate) fn relayed(meters: &mut Meters, counts: &Counts) {
+    let n = |counter: &AtomicU64| counter.load(Relaxed) as f64;
+    meters.raise(&metric::FORWARDED_BYTES, &["stdout"], n(&counts.delivered_bytes));
+    meters.raise(&metric::FORWARDED_BYTES, &["stdin"], n(&counts.stdin_bytes));
+    meters.raise(&metric::BACKPRESSURE, &[], n(&counts.back_pressure));
+    meters.raise(&metric::SPILLED_BYTES, &[], n(&counts.spilled_bytes));
+    meters.raise(&metric::ORPHANS_TERMINATED, &[], n(&counts.orphans_terminated));
+    meters.raise(&metric::ZOMBIES_REAPED, &[], n(&counts.zombies_reaped));
+    meters.set(&metric::BACKLOG_BYTES, &[], n(&counts.waiting_bytes));
+}
+
+enum Visit<T> {
+    Answer(T),
+    /// It did not answer in time.
+    Silent,
+    /// There is no monitor any more.
+    Gone,
+}
+
+async fn visit<T: Send + 'static>(handle: &Handle, ask: impl FnOnce(&mut Monitor, Now) -> T + Send + 'static) -> Visit<T> {
+    let (say, hear) = tokio::sync::oneshot::channel();
+    let there = handle.visit(move |monitor, now| {
+        // Who asked may have hung up.
+        drop(say.send(ask(monitor, now)));
+    });
+    if !there {
+        return Visit::Gone;
+    }
+    match tokio::time::timeout(ALIVE, hear).await {
+        Ok(Ok(answer)) => Visit::Answer(answer),
+        Ok(Err(_)) => Visit::Gone,
+        Err(_) => Visit::Silent,
+    }
+}
+
+/// The same for a thread without a runtime. `None` when nobody answers in time.
+pub(crate) fn visit_blocking<T: Send + 'static>(
+    handle: &Handle,
+    ask: impl FnOnce(&mut Monitor, Now) -> T + Send + 'static,
+) -> Option<T> {
+    let (say, hear) = mpsc::channel();
+    let there = handle.visit(move |monitor, now| drop(say.send(ask(monitor, now))));
+    if there { hear.recv_timeout(ALIVE).ok() } else { None }
+}
+
+fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
+    reply(status, "text/plain; charset=utf-8", body.as_bytes().to_vec())
+}
+
+fn reply(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(content_type));
+    response.headers_mut().insert(CACHE_CONTROL, hyper::header::HeaderValue::from_static("no-store"));
+    response
+}

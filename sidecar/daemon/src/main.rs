@@ -1,0 +1,42 @@
+//! `agent-sidecar`: wraps a Claude agent's CLI, relays it exactly, counts it, limits it, and stops it without losing its last cost.
+
+mod cli;
+mod config;
+mod demo;
+mod export;
+mod http;
+mod ledger;
+mod logging;
+mod messages_api;
+mod reference;
+mod replay;
+mod run;
+mod sample;
+mod supervise;
+
+use std::error::Error;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match cli::main() {
+        Ok(code) => code,
+        // Whoever reads our output has read enough.
+        Err(failure) if broken_pipe(&*failure.error) => ExitCode::SUCCESS,
+        Err(failure) => {
+            // The chain is said once, here.
+            let mut said = format!("agent-sidecar: {}", failure.error);
+            let mut cause: Option<&dyn Error> = failure.error.source();
+            while let Some(error) = cause {
+                said += &format!(": {error}");
+                cause = error.source();
+            }
+            eprintln!("{said}");
+            failure.code
+        }
+    }
+}
+
+fn broken_pipe(error: &(dyn Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |error: &&(dyn Error + 'static)| (*error).source());
+    causes.any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe))
+}

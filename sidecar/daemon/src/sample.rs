@@ -1,0 +1,250 @@
+//! Reads what the container and the processes below us use: cgroup files by hand, processes through `sysinfo`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::supervise::below;
+use agent_sidecar_core::sample::{ContainerSample, DiskSample, RoleSample, Sample};
+use sysinfo::{Pid, Process, ProcessRefreshKind, ProcessesToUpdate, System};
+
+/// How often. One reading takes two milliseconds where a hundred other processes are, less in a container of one's own.
+pub(crate) const EVERY: Duration = Duration::from_secs(5);
+
+/// What is kept between two readings.
+pub(crate) struct Sampler {
+    system: System,
+    cgroup: PathBuf,
+    proc: PathBuf,
+    /// CPU time by role of processes that are gone: a counter must not fall when a tool ends.
+    gone: BTreeMap<&'static str, Duration>,
+    seen: HashMap<Pid, (&'static str, Duration)>,
+}
+
+impl Sampler {
+    pub(crate) fn new() -> Result<Sampler, sysinfo::Error> {
+        Sampler::at(Path::new("/sys/fs/cgroup"), Path::new("/proc"))
+    }
+
+    fn at(cgroup: &Path, proc: &Path) -> Result<Sampler, sysinfo::Error> {
+        Ok(Sampler {
+            system: System::new()?,
+            cgroup: cgroup.to_owned(),
+            proc: proc.to_owned(),
+            gone: BTreeMap::new(),
+            seen: HashMap::new(),
+        })
+    }
+
+    /// One reading; `cli` is the CLI's pid. What cannot be read is absent.
+    pub(crate) fn read(&mut self, cli: Option<u32>) -> Sample {
+        let kind = ProcessRefreshKind::nothing().with_memory().with_cpu();
+        let us = Pid::from_u32(std::process::id());
+        // Others may live here by the hundred: looking at each of them would cost more than all else that we do.
+        let below = below(std::process::id().cast_signed())
+            .into_iter()
+            .map(|pid| Pid::from_u32(pid.as_raw_nonzero().get().cast_unsigned()));
+        let pids: Vec<Pid> = below.chain([us]).collect();
+        self.system.refresh_processes_specifics(ProcessesToUpdate::Some(&pids), true, kind);
+        let cli = cli.map(Pid::from_u32);
+        let mut roles: BTreeMap<&'static str, RoleSample> = ["cli", "mcp", "tool"]
+            .into_iter()
+            .map(|role| (role, RoleSample { role, processes: 0, cpu: Duration::ZERO, memory_bytes: 0 }))
+            .collect();
+        let mut now = HashMap::new();
+        for pid in &pids {
+            let Some(process) = self.system.process(*pid) else { continue };
+            let Some(role) = self.role(*pid, process, us, cli) else { continue };
+            let cpu = Duration::from_millis(process.accumulated_cpu_time());
+            now.insert(*pid, (role, cpu));
+            if let Some(sum) = roles.get_mut(role) {
+                sum.processes += 1;
+                sum.cpu += cpu;
+                sum.memory_bytes += process.memory();
+            }
+        }
+        for (pid, (role, cpu)) in &self.seen {
+            if !now.contains_key(pid) {
+                *self.gone.entry(role).or_default() += *cpu;
+            }
+        }
+        self.seen = now;
+        for (role, cpu) in &self.gone {
+            if let Some(sum) = roles.get_mut(role) {
+                sum.cpu += *cpu;
+            }
+        }
+        let own = self.system.process(us);
+        Sample {
+            roles: roles.into_values().collect(),
+            open_fds: cli.and_then(|pid| count(&self.proc.join(pid.to_string()).join("fd"))),
+            container: container(&self.cgroup),
+            disks: disks(),
+            sidecar_cpu: own.map(|process| Duration::from_millis(process.accumulated_cpu_time())),
+            sidecar_memory_bytes: own.map(Process::memory),
+        }
+    }
+
+    /// What a process is to the agent: the CLI, a server in its group, or a tool, which has a session of its own.
+    fn role(&self, pid: Pid, process: &Process, us: Pid, cli: Option<Pid>) -> Option<&'static str> {
+        if Some(pid) == cli {
+            return Some("cli");
+        }
+        // Threads are listed as processes by some kernels' tools, and here.
+        if pid == us || process.thread_kind().is_some() {
+            return None;
+        }
+        let mut above = process.parent();
+        for _ in 0..64 {
+            match above {
+                Some(parent) if parent == us || Some(parent) == cli => {
+                    let same_session = process.session_id() == cli.and_then(|cli| self.system.process(cli)?.session_id());
+                    return Some(if same_session { "mcp" } else { "tool" });
+                }
+                Some(parent) => above = self.system.process(parent).and_then(Process::parent),
+                None => return None,
+            }
+        }
+        None
+    }
+}
+
+fn count(dir: &Path) -> Option<u64> {
+    fs::read_dir(dir).ok().map(|entries| entries.count() as u64)
+}
+
+fn number(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// One value of a file of `name value` lines.
+fn field(path: &Path, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(path).ok()?;
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+}
+
+/// A limit that nobody set is a number near the top in version 1, and a word in version 2.
+const NO_LIMIT: u64 = 1 << 60;
+
+fn container(root: &Path) -> ContainerSample {
+    let limit = |n: Option<u64>| n.filter(|n| *n < NO_LIMIT);
+    if root.join("memory.current").exists() || root.join("cgroup.controllers").exists() {
+        let used = number(&root.join("memory.current"));
+        let inactive = field(&root.join("memory.stat"), "inactive_file").unwrap_or_default();
+        let pressure = [("cpu", "cpu.pressure"), ("memory", "memory.pressure"), ("io", "io.pressure")]
+            .into_iter()
+            .flat_map(|(resource, file)| pressure(resource, &root.join(file)))
+            .collect();
+        return ContainerSample {
+            working_set_bytes: used.map(|used| used.saturating_sub(inactive)),
+            limit_bytes: limit(number(&root.join("memory.max"))),
+            oom_kills: field(&root.join("memory.events"), "oom_kill"),
+            cpu: field(&root.join("cpu.stat"), "usage_usec").map(Duration::from_micros),
+            pressure,
+        };
+    }
+    let memory = root.join("memory");
+    let inactive = field(&memory.join("memory.stat"), "total_inactive_file").unwrap_or_default();
+    ContainerSample {
+        working_set_bytes: number(&memory.join("memory.usage_in_bytes")).map(|used| used.saturating_sub(inactive)),
+        limit_bytes: limit(number(&memory.join("memory.limit_in_bytes"))),
+        oom_kills: field(&memory.join("memory.oom_control"), "oom_kill"),
+        cpu: number(&root.join("cpuacct/cpuacct.usage")).map(Duration::from_nanos),
+        pressure: Vec::new(),
+    }
+}
+
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=123`, in microseconds.
+fn pressure(resource: &'static str, path: &Path) -> Vec<(&'static str, &'static str, Duration)> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    ["some", "full"]
+        .into_iter()
+        .filter_map(|kind| {
+            let line = text.lines().find(|line| line.starts_with(kind))?;
+            let total = line.split("total=").nth(1)?.trim().parse().ok()?;
+            Some((resource, kind, Duration::from_micros(total)))
+        })
+        .collect()
+}
+
+fn disks() -> Vec<DiskSample> {
+    let config = std::env::var_os("CLAUDE_CONFIG_DIR").or_else(|| std::env::var_os("HOME"));
+    [("workspace", Some(PathBuf::from("."))), ("config", config.map(PathBuf::from)), ("tmp", Some(std::env::temp_dir()))]
+        .into_iter()
+        .filter_map(|(mount, path)| {
+            let stat = rustix::fs::statvfs(path?).ok()?;
+            Some(DiskSample {
+                mount,
+                used_bytes: stat.f_blocks.saturating_sub(stat.f_bfree).saturating_mul(stat.f_frsize),
+                free_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fixture(name: &str, files: &[(&str, &str)]) -> PathBuf {
+        let root = std::env::temp_dir().join(format!("agent-sidecar-sample-{name}-{}", std::process::id()));
+        for (file, text) in files {
+            let path = root.join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn both_versions_of_cgroups_are_read() {
+        let v2 = fixture(
+            "v2",
+            &[
+                ("cgroup.controllers", "cpu memory\n"),
+                ("memory.current", "1000\n"),
+                ("memory.max", "max\n"),
+                ("memory.stat", "anon 600\ninactive_file 300\n"),
+                ("memory.events", "low 0\noom 1\noom_kill 2\n"),
+                ("cpu.stat", "usage_usec 5000000\n"),
+                (
+                    "memory.pressure",
+                    "some avg10=0.00 avg60=0.00 avg300=0.00 total=250000\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n",
+                ),
+            ],
+        );
+        let sample = container(&v2);
+        assert_eq!((sample.working_set_bytes, sample.limit_bytes, sample.oom_kills), (Some(700), None, Some(2)));
+        assert_eq!(sample.cpu, Some(Duration::from_secs(5)));
+        assert_eq!(sample.pressure[0], ("memory", "some", Duration::from_millis(250)));
+
+        let v1 = fixture(
+            "v1",
+            &[
+                ("memory/memory.usage_in_bytes", "1000\n"),
+                ("memory/memory.limit_in_bytes", "4096\n"),
+                ("memory/memory.stat", "cache 1\ntotal_inactive_file 100\n"),
+                ("memory/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"),
+                ("cpuacct/cpuacct.usage", "2000000000\n"),
+            ],
+        );
+        let sample = container(&v1);
+        assert_eq!((sample.working_set_bytes, sample.limit_bytes, sample.oom_kills), (Some(900), Some(4096), Some(3)));
+        assert_eq!(sample.cpu, Some(Duration::from_secs(2)));
+        for root in [v1, v2] {
+            fs::remove_dir_all(root).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_a_process_used_is_not_forgotten_when_it_ends() {
+        let mut sampler = Sampler::new().unwrap();
+        let sample = sampler.read(None);
+        assert!(sample.sidecar_memory_bytes.unwrap() > 100_000);
+        sampler.seen.insert(Pid::from_u32(u32::MAX - 1), ("tool", Duration::from_secs(7)));
+        let tool = |sample: &Sample| sample.roles.iter().find(|role| role.role == "tool").unwrap().cpu;
+        assert_eq!(tool(&sampler.read(None)), Duration::from_secs(7));
+        assert_eq!(tool(&sampler.read(None)), Duration::from_secs(7));
+    }
+}

@@ -1,0 +1,82 @@
+//! Which signals we take, where each came from, and what that makes of it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+
+use signal_hook::iterator::backend::SignalDelivery;
+use signal_hook::iterator::exfiltrator::WithOrigin;
+use signal_hook::low_level::siginfo::{Cause, Chld, Sent};
+
+pub(crate) const HUP: i32 = 1;
+pub(crate) const INT: i32 = 2;
+pub(crate) const QUIT: i32 = 3;
+pub(crate) const TERM: i32 = 15;
+pub(crate) const CHLD: i32 = 17;
+pub(crate) const CONT: i32 = 18;
+pub(crate) const TSTP: i32 = 20;
+pub(crate) const TTIN: i32 = 21;
+pub(crate) const TTOU: i32 = 22;
+
+/// Who sent a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sender {
+    /// Typed at a terminal, or one hung up: the whole foreground group got it.
+    Kernel,
+    Process,
+    /// Ourselves, without wanting to: a file grew over its limit.
+    Ourselves,
+}
+
+/// The signals that arrived and were not handled yet.
+pub(crate) struct Signals {
+    delivery: SignalDelivery<UnixStream, WithOrigin>,
+    us: i32,
+}
+
+impl Signals {
+    /// Takes every signal that can be taken, but for
+    /// - faults of our own (ILL, TRAP, BUS, FPE, SEGV, SYS): returning from their handler would only repeat them;
+    /// - PIPE, which our own writes raise: EPIPE says it better;
+    /// - 32 and 33, which belong to the C library;
+    /// - and, when the terminal's group is shared with the CLI, TSTP, TTIN and TTOU: they stop us as they stop it.
+    pub(crate) fn take(shared_group: bool) -> io::Result<Self> {
+        let plain = [HUP, INT, QUIT, 6, 10, 12, 14, TERM, 16, CHLD, CONT, 23, 24, 25, 26, 27, 28, 29, 30];
+        let stops: &[i32] = if shared_group { &[] } else { &[TSTP, TTIN, TTOU] };
+        let (read, write) = UnixStream::pair()?;
+        let all = plain.into_iter().chain(stops.iter().copied()).chain(34..=64);
+        let delivery = SignalDelivery::with_pipe(read, write, WithOrigin::default(), all)?;
+        Ok(Self { delivery, us: rustix::process::getpid().as_raw_nonzero().get() })
+    }
+
+    /// What arrived since the last time. Asks for no more than it finds.
+    pub(crate) fn pending(&mut self) -> Vec<(i32, Sender)> {
+        let us = self.us;
+        let sender = |origin: &signal_hook::low_level::siginfo::Origin| match origin.cause {
+            Cause::Kernel => Sender::Kernel,
+            Cause::Sent(Sent::User | Sent::TKill) if origin.process.is_some_and(|p| p.pid == us) => Sender::Ourselves,
+            Cause::Chld(Chld::Exited | Chld::Killed | Chld::Dumped | Chld::Trapped | Chld::Stopped | Chld::Continued) => {
+                Sender::Kernel
+            }
+            _ => Sender::Process,
+        };
+        self.delivery.pending().map(|origin| (origin.signal, sender(&origin))).collect()
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.delivery.get_read().as_fd()
+    }
+}
+
+/// Asks for an end of the CLI.
+pub(crate) fn is_stop(signal: i32) -> bool {
+    matches!(signal, HUP | INT | QUIT | TERM)
+}
+
+/// What the CLI itself would have reported, had the signal reached it: it handles INT as a normal end, HUP and TERM with a code of
+/// their own, and QUIT not at all.
+pub(crate) fn exit_code(stop: i32) -> i32 {
+    if stop == INT { 0 } else { 128 + stop }
+}

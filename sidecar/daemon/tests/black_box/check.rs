@@ -1,0 +1,118 @@
+//! Configurations, right and wrong, and the pages that are made from the tables.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use crate::support::*;
+
+fn ask(args: &[&str]) -> Output {
+    Command::new(SIDECAR).args(args).env_clear().output().unwrap()
+}
+
+fn said(out: &Output) -> String {
+    String::from_utf8(out.stderr.clone()).unwrap()
+}
+
+fn file(name: &str, text: &str) -> PathBuf {
+    let path = scratch("check").join(name);
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+#[test]
+fn every_mistake_is_named_at_once_and_nothing_is_started() {
+    let path = file("wrong.toml", "[limits]\nmax_turns = 0\nidle_timeout = 600\nmax_cost = 2\n[log]\nformat = \"xml\"\n");
+    let path = path.to_str().unwrap();
+    let marker = scratch("check").join("started");
+    let marker = marker.to_str().unwrap();
+    for (args, code) in [
+        (&["check", "--config", path, "--mode", "loud"][..], 1),
+        (&["run", "--config", path, "--mode", "loud", "--", "touch", marker], 125),
+    ] {
+        let out = ask(args);
+        assert_eq!(out.status.code(), Some(code), "{args:?}");
+        let said = said(&out);
+        for part in [
+            "5 mistakes",
+            "wrong.toml:2:13: `limits.max_turns` is zero",
+            "wrong.toml:3:16: `limits.idle_timeout` is a duration, not the number `600`; write",
+            "wrong.toml:4:1: there is no setting `limits.max_cost`; did you mean `limits.max_cost_usd`?",
+            "wrong.toml:6:10: `log.format` is one of text, json",
+            "--mode: `limits.mode` is a mode, not `loud`; write off, shadow or enforce",
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+    }
+    assert!(!Path::new(marker).exists());
+}
+
+#[test]
+fn an_unreadable_file_hides_no_other_mistake() {
+    let out = ask(&["check", "--config", "/no/such/file.toml", "--max-turns", "many"]);
+    let said = said(&out);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(said.contains("/no/such/file.toml:1:1: the file cannot be read") && said.contains("--max-turns:"), "{said}");
+}
+
+#[test]
+fn each_value_is_printed_with_where_it_came_from() {
+    let path = file("right.toml", "[limits]\nmax_turns = 7\nmax_tokens = 10_000\n");
+    let out = Command::new(SIDECAR)
+        .args(["check", "--print", "--max-cost-usd", "2.50", "--config", path.to_str().unwrap()])
+        .env("AGENT_SIDECAR_MAX_TOKENS", "20000")
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", said(&out));
+    let printed = String::from_utf8(out.stdout).unwrap();
+    let line = |key: &str| -> Vec<String> {
+        let line = printed.lines().find(|line| line.split_whitespace().next() == Some(key)).unwrap_or_default();
+        line.split_whitespace().map(str::to_owned).collect()
+    };
+    assert_eq!(line("limits.max_turns")[1..], ["7".to_owned(), format!("{}:2:13", path.display())]);
+    assert_eq!(line("limits.max_tokens")[1..], ["20000", "AGENT_SIDECAR_MAX_TOKENS"]);
+    assert_eq!(line("limits.max_cost_usd")[1..], ["2.50", "--max-cost-usd"]);
+    assert_eq!(line("limits.mode")[1..], ["enforce", "default"]);
+}
+
+#[test]
+fn a_mistyped_flag_is_not_taken_for_the_program() {
+    let out = ask(&["run", "--max-turn", "3", "--", "true"]);
+    assert_eq!(out.status.code(), Some(125));
+    assert!(said(&out).contains("--max-turn"), "{}", said(&out));
+    assert_eq!(ask(&["chek"]).status.code(), Some(2));
+    assert_eq!(ask(&["--version"]).status.code(), Some(0));
+}
+
+#[test]
+fn flags_after_the_program_are_its_own() {
+    for args in [
+        &["run", "--listen", "off", "echo", "--max-turns", "3", "--"][..],
+        &["run", "--listen", "off", "--", "echo", "--max-turns", "3", "--"],
+    ] {
+        assert_eq!(String::from_utf8(ask(args).stdout).unwrap(), "--max-turns 3 --\n");
+    }
+}
+
+#[test]
+fn the_pages_are_up_to_date() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+    for (page, args) in [("metrics.md", ["catalog", "--format", "markdown"]), ("settings.md", ["check", "--format", "markdown"])]
+    {
+        let made = String::from_utf8(ask(&args).stdout).unwrap();
+        let kept = std::fs::read_to_string(docs.join(page)).unwrap_or_default();
+        assert!(made == kept, "docs/{page} is not what `agent-sidecar {}` says: run `make docs`", args.join(" "));
+    }
+}
+
+#[test]
+fn the_catalog_is_a_list_that_tools_can_read() {
+    let out = ask(&["catalog", "--format", "json"]);
+    let metrics: Vec<serde_json::Value> = serde_json::from_slice(&out.stdout).unwrap();
+    assert!(metrics.len() > 50);
+    for metric in metrics {
+        for key in ["name", "type", "unit", "help"] {
+            assert!(metric[key].is_string(), "{metric}");
+        }
+        assert!(metric["labels"].is_array(), "{metric}");
+    }
+}

@@ -1,0 +1,149 @@
+//! What is served while the agent works, and that nobody who asks for it can hold anybody up.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::support::*;
+
+/// A wrapper around a program that waits for the end of its input, and where its metrics are.
+struct Served {
+    running: Running,
+    address: SocketAddr,
+    log: BufReader<std::process::ChildStderr>,
+}
+
+fn serve(flags: &[&str], cli: &[&str]) -> Served {
+    let mut command = Command::new(SIDECAR);
+    command
+        .args(["run", "--listen", "127.0.0.1:0", "--log-level", "info"])
+        .args(flags)
+        .arg("--")
+        .args(cli)
+        .stderr(Stdio::piped());
+    let mut running = Running::start(command);
+    let mut log = BufReader::new(running.child.stderr.take().unwrap());
+    let mut line = String::new();
+    log.read_line(&mut line).unwrap();
+    let address = line.trim_end().rsplit_once("address=").and_then(|(_, address)| address.parse().ok());
+    Served { running, address: address.unwrap_or_else(|| panic!("no address in: {line}")), log }
+}
+
+/// The head, and the body.
+fn ask(address: SocketAddr, request: &str) -> (String, String) {
+    try_ask(address, request).unwrap()
+}
+
+/// `None` when there is nobody any more.
+fn try_ask(address: SocketAddr, request: &str) -> Option<(String, String)> {
+    let mut stream = TcpStream::connect(address).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    write!(stream, "{request} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    Some((head.to_owned(), body.to_owned()))
+}
+
+fn status(address: SocketAddr, request: &str) -> u16 {
+    ask(address, request).0.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn each_page_answers_and_nothing_can_be_changed() {
+    let served = serve(&["--tenant", "acme"], &["cat"]);
+    let at = served.address;
+    for (request, code) in [
+        ("GET /metrics", 200),
+        ("HEAD /metrics", 200),
+        ("GET /livez", 200),
+        ("GET /readyz", 200),
+        ("GET /status", 200),
+        ("GET /", 200),
+        ("GET /nope", 404),
+        ("POST /metrics", 405),
+        ("DELETE /", 405),
+    ] {
+        assert_eq!(status(at, request), code, "{request}");
+    }
+    let (head, body) = ask(at, "GET /metrics");
+    assert!(head.contains("text/plain; version=0.0.4"), "{head}");
+    assert!(body.contains("claude_agent_process_starts_total{tenant=\"acme\"} 1\n"), "{body}");
+    assert!(body.contains("agent_sidecar_build_info{version="), "{body}");
+    assert!(ask(at, "HEAD /metrics").1.is_empty());
+    let (head, body) = ask(at, "GET /status");
+    assert!(head.contains("application/json"), "{head}");
+    let status: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert!(status["sessions"].is_array(), "{body}");
+}
+
+#[test]
+fn slow_clients_keep_no_probe_out() {
+    let served = serve(&[], &["cat"]);
+    let half = |request: &[u8]| {
+        let mut stream = TcpStream::connect(served.address).unwrap();
+        stream.write_all(request).unwrap();
+        stream
+    };
+    // Some never end their request, some never read the answers.
+    let slow: Vec<TcpStream> = (0..100).map(|_| half(b"GET /metrics HTTP/1.1\r\n")).collect();
+    let deaf: Vec<TcpStream> = (0..100).map(|_| half(&b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n".repeat(50))).collect();
+    let start = Instant::now();
+    assert_eq!(status(served.address, "GET /livez"), 200);
+    assert_eq!(status(served.address, "GET /metrics"), 200);
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    drop((slow, deaf));
+}
+
+#[test]
+fn a_taken_port_is_said_once_and_the_agent_runs() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let out = Command::new(SIDECAR)
+        .args(["run", "--listen", &taken.local_addr().unwrap().to_string(), "--", "echo", "done"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert_eq!((out.status.code(), out.stdout.as_slice()), (Some(0), b"done\n".as_slice()), "{said}");
+    assert_eq!(said.matches("metrics are not served").count(), 1, "{said}");
+    assert!(said.contains("--listen"), "{said}");
+}
+
+#[test]
+fn the_last_numbers_wait_for_one_more_reader_and_the_app_does_not() {
+    for args in [&["cat"][..], &["sh", "-c", "cat", "sh", "--input-format", "stream-json", "--output-format", "stream-json"]] {
+        let mut served = serve(&["--linger", "20s", "--platform-grace", "60s"], args);
+        served.running.close_stdin();
+        let start = Instant::now();
+        assert!(served.running.rest().is_empty());
+        assert!(start.elapsed() < Duration::from_secs(15), "the app has its end before the numbers are read");
+        // The agent is gone. Until somebody has read that, it can be read.
+        let last = wait_for("the exit to be read", || {
+            let body = try_ask(served.address, "GET /metrics")?.1;
+            body.contains("claude_agent_process_exits_total{reason=\"clean\"} 1\n").then_some(body)
+        });
+        assert!(last.contains("claude_agent_sessions_active 0\n"), "{last}");
+        // Whoever read it before the wait began has not ended it.
+        wait_for("the wrapper to go", || try_ask(served.address, "GET /metrics").is_none().then_some(()));
+        assert_eq!(served.running.code(), Some(0));
+        let mut rest = String::new();
+        served.log.read_to_string(&mut rest).unwrap();
+        assert!(!rest.contains("nobody read"), "{rest}");
+    }
+}
+
+#[test]
+fn the_exposition_pleases_the_linter() {
+    let served = serve(&[], &["cat"]);
+    let (_, body) = ask(served.address, "GET /metrics");
+    let mut lint = Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool comes with the package `prometheus`");
+    lint.stdin.take().unwrap().write_all(body.as_bytes()).unwrap();
+    let out = lint.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+}

@@ -1,0 +1,75 @@
+//! As PID 1, in a pid namespace of its own.
+
+use std::process::Command;
+
+use crate::support::*;
+
+fn as_init(args: &[&str]) -> Option<Command> {
+    let mut command = Command::new("unshare");
+    if !root() {
+        // Somebody who may make user namespaces may do the same.
+        command.arg("-r");
+    }
+    command.args(["-p", "-f", "--mount-proc", "--kill-child"]);
+    let works = Command::new("unshare").args(command.get_args()).arg("true").status().is_ok_and(|s| s.success());
+    if !works {
+        eprintln!("not tried: no namespaces here");
+        return None;
+    }
+    command.args([SIDECAR, "run", "--listen", "off", "--"]).args(args);
+    Some(command)
+}
+
+#[test]
+fn the_exit_code_is_passed_on_and_the_cli_is_not_pid_1() {
+    for args in [&STREAM_JSON[..], &[]] {
+        let Some(command) = as_init(&[&["sh", "-c", "test $$ = 1 || echo $PPID; exit 42", "sh"], args].concat()) else { return };
+        let mut running = Running::start(command);
+        running.close_stdin();
+        assert_eq!(running.line(), "1");
+        assert_eq!(running.code(), Some(42));
+    }
+}
+
+#[test]
+fn orphans_are_reaped_and_ended() {
+    let program = "
+import os, sys, time
+for _ in range(5):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0: os._exit(0)
+        if os.fork() == 0: time.sleep(1000)
+        os._exit(0)
+    os.wait()
+zombies = lambda: [p for p in os.listdir('/proc') if p.isdigit() and ') Z' in open(f'/proc/{p}/stat').read()]
+while True:
+    try:
+        if not zombies(): break
+    except OSError: pass
+print('clean', flush=True)
+sys.exit(9)
+";
+    let Some(command) = as_init(&[&["python3", "-c", program], &STREAM_JSON[..]].concat()) else { return };
+    let mut running = Running::start(command);
+    assert_eq!(running.line(), "clean");
+    assert_eq!(running.code(), Some(9));
+}
+
+#[test]
+fn signals_reach_the_cli() {
+    let program = "
+import os, signal, time
+for n in (1, 2, 3, 15): signal.signal(n, lambda n, _: os._exit(n))
+print('ready', flush=True)
+time.sleep(1000)
+";
+    let Some(command) = as_init(&["python3", "-c", program]) else { return };
+    let mut running = Running::start(command);
+    assert_eq!(running.line(), "ready");
+    // unshare's child is PID 1 inside.
+    let init = children(running.pid())[0].0;
+    let pid = rustix::process::Pid::from_raw(init).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(running.code(), Some(15));
+}
