@@ -1,0 +1,47 @@
+# The two commands of the README: `make demo` and `make test`. Each installs what it needs.
+SHELL := /bin/bash
+TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
+BIN := target/$(TARGET)/release/agent-sidecar
+CLI := .cache/cli/new/node_modules/@anthropic-ai/claude-code-linux-x64/claude
+# One build for everything: what is tested is what ships, static and optimised.
+export CARGO_BUILD_TARGET := $(TARGET)
+export RUSTFLAGS := -C target-feature=+crt-static
+export AGENT_SIDECAR_BIN := $(CURDIR)/$(BIN)
+
+.PHONY: demo test build install lint unit live docs bench clean
+
+## The real CLI under the sidecar, on a scripted API on loopback: `make demo`, or with a key `make demo LIVE=1`.
+demo: build
+	tests/install cli
+	$(if $(LIVE),$(BIN) demo --live --cli $(CLI),tests/loopback $(BIN) demo --cli $(CLI))
+
+## Every test.
+test: lint unit live
+
+build:
+	cargo build --release --locked
+
+install:
+	tests/install all
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+
+unit: build install
+	cargo test --release --locked --workspace
+
+live: build install
+	tests/live/run -n 3 -q
+
+## The generated pages.
+docs: build
+	$(BIN) catalog --format markdown > docs/metrics.md
+	$(BIN) check --format markdown > docs/settings.md
+
+bench: build
+	benches/run
+
+clean:
+	cargo clean
+	rm -rf .cache

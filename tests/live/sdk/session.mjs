@@ -1,0 +1,125 @@
+// One session of the TypeScript SDK: `node session.mjs SCENARIO EXECUTABLE WORK`. Prints all that the caller sees, callbacks
+// included, as JSON lines; an iteration that throws is a line of its own.
+import { existsSync } from "node:fs";
+import { setTimeout as sleep } from "node:timers/promises";
+
+const modules = new URL("../../../.cache/sdk-ts/node_modules/", import.meta.url);
+const { createSdkMcpServer, query, tool } = await import(new URL("@anthropic-ai/claude-agent-sdk/sdk.mjs", modules));
+const { z } = await import(new URL("zod/index.js", modules));
+
+const [scenario, executable, work] = process.argv.slice(2);
+const options = (more = {}) => ({ pathToClaudeCodeExecutable: executable, cwd: work, allowedTools: ["Bash"], settingSources: [], ...more });
+
+const saw = (message) => process.stdout.write(`${JSON.stringify(message)}\n`);
+
+async function until(what, holds) {
+  const end = Date.now() + 30_000;
+  while (!holds()) {
+    if (Date.now() > end) throw new Error(`no ${what} within 30 s`);
+    await sleep(20);
+  }
+}
+const working = () => until("tool call", () => existsSync(`${work}/started`));
+
+async function all(messages) {
+  for await (const message of messages) saw(message);
+}
+
+// A conversation: `ask` sends a message and returns its result.
+function conversation(more) {
+  const waiting = [];
+  let wake = () => {};
+  async function* prompts() {
+    for (;;) {
+      while (waiting.length === 0) await new Promise((resolve) => (wake = resolve));
+      const text = waiting.shift();
+      if (text === null) return;
+      yield { type: "user", message: { role: "user", content: text }, parent_tool_use_id: null, session_id: "" };
+    }
+  }
+  const put = (text) => (waiting.push(text), wake());
+  const messages = query({ prompt: prompts(), options: options(more) });
+  const result = async () => {
+    for (;;) {
+      const { value, done } = await messages.next();
+      if (done) throw new Error("ended without a result");
+      saw(value);
+      if (value.type === "result") return value;
+    }
+  };
+  const ask = async (text) => (put(text), await result());
+  const end = async () => (put(null), await all(messages));
+  return { messages, put, result, ask, end };
+}
+
+const scenarios = {
+  async one_shot() {
+    await all(query({ prompt: "go", options: options() }));
+  },
+  async turns() {
+    const talk = conversation();
+    for (const text of ["one", "two", "three"]) {
+      const since = Date.now();
+      await talk.ask(text);
+      saw({ type: "asked", duration_ms: Date.now() - since });
+    }
+    await talk.end();
+  },
+  async permissions() {
+    const canUseTool = async (name, input) => {
+      saw(["asked", name, input.command]);
+      return input.command.includes("denied") ? { behavior: "deny", message: "not this one" } : { behavior: "allow", updatedInput: input };
+    };
+    const talk = conversation({ allowedTools: [], canUseTool });
+    await talk.ask("go");
+    await talk.end();
+  },
+  async hooks() {
+    const before = async ({ tool_name, tool_input }) => {
+      saw(["hook", tool_name, tool_input]);
+      const refused = tool_input.command.includes("refused");
+      const decision = refused ? { permissionDecision: "deny", permissionDecisionReason: "a hook says no" } : {};
+      return { hookSpecificOutput: { hookEventName: "PreToolUse", ...decision } };
+    };
+    await all(query({ prompt: "go", options: options({ hooks: { PreToolUse: [{ matcher: "Bash", hooks: [before] }] } }) }));
+  },
+  async mcp() {
+    const add = tool("add", "Adds two numbers", { a: z.number(), b: z.number() }, async ({ a, b }) => {
+      saw(["called", { a, b }]);
+      return { content: [{ type: "text", text: String(a + b) }] };
+    });
+    const sums = createSdkMcpServer({ name: "sums", tools: [add] });
+    const talk = conversation({ mcpServers: { sums }, allowedTools: ["mcp__sums__add"] });
+    await talk.ask("go");
+    await talk.end();
+  },
+  async interrupt() {
+    const talk = conversation();
+    talk.put("work forever");
+    const [result] = await Promise.all([talk.result(), working().then(() => talk.messages.interrupt())]);
+    if (result.terminal_reason !== "aborted_tools") throw new Error(result.terminal_reason);
+    await talk.ask("and now?");
+    await talk.end();
+  },
+  async abort() {
+    const abortController = new AbortController();
+    working().then(() => abortController.abort());
+    await all(query({ prompt: "go", options: options({ abortController }) }));
+  },
+  async close() {
+    const messages = query({ prompt: "go", options: options() });
+    working().then(() => messages.close());
+    await all(messages);
+  },
+  // For somebody who kills this process.
+  async stay() {
+    const talk = conversation();
+    await talk.ask("go");
+  },
+};
+
+try {
+  await scenarios[scenario]();
+} catch (error) {
+  saw({ type: "thrown", name: error.name, message: error.message });
+}
