@@ -62,7 +62,7 @@ pub(super) fn run<M: Watch>(supervisor: Supervisor<M>) -> Result<u8, Failure> {
         tracing::warn!(%error, "not a subreaper: what the CLI leaves behind cannot be ended");
     }
     // Handlers first: a child that dies at once must not die unheard.
-    let signals = Signals::take(shared_group).map_err(|e| Failure::own("signals cannot be handled", e))?;
+    let signals = Signals::take().map_err(|e| Failure::own("signals cannot be handled", e))?;
 
     let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| Failure::own("no pipe can be made", e));
     let stdin = if stdin_json { Some(pipe()?) } else { None };
@@ -115,6 +115,7 @@ pub(super) fn run<M: Watch>(supervisor: Supervisor<M>) -> Result<u8, Failure> {
         killing: None,
         stops: Vec::new(),
         converted: None,
+        heard: None,
         stopped: false,
         stdout_ended: relay.is_none(),
         relay_done: relay.is_none(),
@@ -168,6 +169,8 @@ struct Init<M> {
     stops: Vec<Stopping>,
     /// The first stop signal that the monitor made something else of, as long as the CLI was not sent it after all.
     converted: Option<i32>,
+    /// The stop signal that the terminal has sent the CLI as it sent it to us.
+    heard: Option<i32>,
     /// Somebody asked for the end.
     stopped: bool,
     stdout_ended: bool,
@@ -317,13 +320,13 @@ impl<M: Watch> Init<M> {
         }
     }
 
+    /// Returns when somebody has continued us.
     fn stop_ourselves(&self) {
-        let us = rustix::process::getpid();
-        if us == Pid::INIT {
+        if rustix::process::getpid() == Pid::INIT {
             // Nobody stops PID 1, and nobody would wake the CLI.
             self.send(Signal::CONT);
         } else {
-            rustix::process::kill_process(us, Signal::STOP).ok();
+            signals::stop_now();
         }
     }
 
@@ -354,8 +357,10 @@ impl<M: Watch> Init<M> {
             _ if signals::is_stop(signal) => self.stop_arrived(signal, sender),
             signals::TSTP | signals::TTIN | signals::TTOU => {
                 self.forward(signals::TSTP, sender);
-                if rustix::process::getpid() != Pid::INIT {
-                    rustix::process::kill_process(rustix::process::getpid(), Signal::STOP).ok();
+                // A CLI that shares our group decides for both: were we stopped before it, the shell would take the terminal back
+                // while the CLI still reads from it.
+                if !self.shared_group && rustix::process::getpid() != Pid::INIT {
+                    signals::stop_now();
                 }
             }
             _ => self.forward(signal, sender),
@@ -402,6 +407,11 @@ impl<M: Watch> Init<M> {
 
     /// Tells the monitor, which answers by a letter; or does the plain thing.
     fn ask(&mut self, stop: Stop, sender: Sender, now: Duration) {
+        if let Stop::Signal(Number(signal)) = stop
+            && self.told_by_terminal(signal, sender)
+        {
+            self.heard = Some(signal);
+        }
         let answered = !self.tap.urgent(Urgent::Stop(stop));
         self.stops.push(Stopping { stop, sender, came: now, answered });
         if answered {
@@ -430,14 +440,18 @@ impl<M: Watch> Init<M> {
         }
         let Some(signal) = child::signal(number) else { return };
         match (sender, self.shared_group) {
-            // The terminal has told the whole group. But a hang-up is said to the leader of the session alone.
-            (Sender::Kernel, true) if number != signals::HUP || !leads_session() => {}
+            _ if self.told_by_terminal(number, sender) => {}
             // What the terminal says to a group, it says to all of it: servers of the CLI's are in there.
             (Sender::Kernel, false) => {
                 rustix::process::kill_process_group(self.cli, signal).ok();
             }
             (Sender::Kernel | Sender::Process | Sender::Ourselves, _) => self.send(signal),
         }
+    }
+
+    /// A terminal tells its whole group. But a hang-up is said to the leader of the session alone.
+    fn told_by_terminal(&self, number: i32, sender: Sender) -> bool {
+        sender == Sender::Kernel && self.shared_group && (number != signals::HUP || !leads_session())
     }
 
     // ---- letters
@@ -458,7 +472,9 @@ impl<M: Watch> Init<M> {
                 if self.converted == Some(number) {
                     self.converted = None;
                 }
-                if let Some(signal) = child::signal(number) {
+                // A second one would be an order to end at once.
+                let heard = self.heard.take_if(|heard| *heard == number).is_some();
+                if let Some(signal) = child::signal(number).filter(|_| !heard) {
                     self.send(signal);
                 }
             }

@@ -38,13 +38,11 @@ impl Signals {
     /// Takes every signal that can be taken, but for
     /// - faults of our own (ILL, TRAP, BUS, FPE, SEGV, SYS): returning from their handler would only repeat them;
     /// - PIPE, which our own writes raise: EPIPE says it better;
-    /// - 32 and 33, which belong to the C library;
-    /// - and, when the terminal's group is shared with the CLI, TSTP, TTIN and TTOU: they stop us as they stop it.
-    pub(crate) fn take(shared_group: bool) -> io::Result<Self> {
-        let plain = [HUP, INT, QUIT, 6, 10, 12, 14, TERM, 16, CHLD, CONT, 23, 24, 25, 26, 27, 28, 29, 30];
-        let stops: &[i32] = if shared_group { &[] } else { &[TSTP, TTIN, TTOU] };
+    /// - 32 and 33, which belong to the C library.
+    pub(crate) fn take() -> io::Result<Self> {
+        let plain = [HUP, INT, QUIT, 6, 10, 12, 14, TERM, 16, CHLD, CONT, TSTP, TTIN, TTOU, 23, 24, 25, 26, 27, 28, 29, 30];
         let (read, write) = UnixStream::pair()?;
-        let all = plain.into_iter().chain(stops.iter().copied()).chain(34..=64);
+        let all = plain.into_iter().chain(34..=64);
         let delivery = SignalDelivery::with_pipe(read, write, WithOrigin::default(), all)?;
         Ok(Self { delivery, us: rustix::process::getpid().as_raw_nonzero().get() })
     }
@@ -68,6 +66,12 @@ impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.delivery.get_read().as_fd()
     }
+}
+
+/// Stops this process, and returns when it was continued. Said to this thread alone: said to the process, another thread might take
+/// it, and this one would go on for a while.
+pub(crate) fn stop_now() {
+    signal_hook::low_level::raise(rustix::process::Signal::STOP.as_raw()).ok();
 }
 
 /// Asks for an end of the CLI.

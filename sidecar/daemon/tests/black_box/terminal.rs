@@ -167,10 +167,11 @@ fn a_one_shot_that_is_read_has_the_terminal_as_its_stdin() {
         r#"
 expect(r"\[up 1 1 \d+\]")
 type("quit\r"); expect(r"\[bye\]"); expect("PROMPT> ")
-type(f"{sys.argv[1]} run --listen off -- python3 -u {sys.argv[2]} --output-format stream-json\r")
+type(f"{sys.argv[1]} run --listen off --stop-terminate 60s -- python3 -u {sys.argv[2]} --output-format stream-json\r")
 expect(r"\[up 1 0 \d+\]")
 type("hello\r"); expect(r"\[read hello ints 0\]")
 type("\x03"); expect(r"\[heard 2 time 1 ")
+type("on\r"); expect(r"\[read on ints 1\]")
 type("\x1a"); expect(r"Stopped"); expect("PROMPT> ")
 type("fg\r"); expect(r"stream-json\r?\n")
 type("quit\r"); expect(r"\[bye\]")
