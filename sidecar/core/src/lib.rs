@@ -19,6 +19,7 @@ pub mod record;
 pub mod report;
 pub mod sample;
 pub mod session;
+pub mod telemetry;
 pub mod tokens;
 pub mod update;
 

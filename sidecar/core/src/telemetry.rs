@@ -1,0 +1,96 @@
+//! What a tracing or logging backend is handed, as plain data: made by folds over [`crate::update::Update`], encoded by an
+//! exporter. Times are since the Unix epoch. Names of attributes follow the GenAI semantic conventions, or begin with `claude_agent.`.
+
+use std::time::Duration;
+
+/// Names one trace: a user turn and all that was done for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TraceId(pub [u8; 16]);
+
+/// Names one span of a trace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SpanId(pub [u8; 8]);
+
+/// Where something belongs: what a `traceparent` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Context {
+    pub trace: TraceId,
+    pub span: SpanId,
+    pub sampled: bool,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    Str(String),
+    Int(i64),
+    Float(f64),
+    Bool(bool),
+    List(Vec<String>),
+}
+
+/// In the order in which they were said; no key twice.
+pub type Attributes = Vec<(&'static str, Value)>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SpanKind {
+    Internal,
+    /// A request to somebody else: the model.
+    Client,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Status {
+    Unset,
+    Ok,
+    /// What went wrong, as a word of a bounded vocabulary.
+    Error(String),
+}
+
+/// Something with a beginning and an end, both real.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Span {
+    pub context: Context,
+    pub parent: Option<SpanId>,
+    pub name: String,
+    pub kind: SpanKind,
+    pub start: Duration,
+    pub end: Duration,
+    pub attributes: Attributes,
+    pub events: Vec<SpanEvent>,
+    pub links: Vec<Link>,
+    pub status: Status,
+}
+
+/// A moment within a span.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SpanEvent {
+    pub time: Duration,
+    pub name: &'static str,
+    pub attributes: Attributes,
+}
+
+/// A span elsewhere that this one follows from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Link {
+    pub to: Context,
+    pub attributes: Attributes,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    Info,
+    Warn,
+    Error,
+}
+
+/// Something that happened: one of a fixed list of names.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogEvent {
+    pub time: Duration,
+    pub name: &'static str,
+    pub severity: Severity,
+    /// Numbers the events of a run without a gap.
+    pub sequence: u64,
+    pub context: Option<Context>,
+    pub attributes: Attributes,
+}
