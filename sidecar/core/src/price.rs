@@ -4,6 +4,7 @@
 //! flight), checks the CLI's arithmetic, and takes over where a configuration knows better (a discount, a model of one's own).
 
 use std::borrow::Cow;
+use std::cell::LazyCell;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -229,9 +230,11 @@ impl PriceTable {
 }
 
 fn latest<'a>(rows: &'a [Price], model: &str, at: Duration) -> Option<&'a Price> {
-    let today = day(at);
+    // Most prices have always held, and this is asked for each answer.
+    let today = LazyCell::new(|| day(at));
+    let holds = |row: &&Price| *row.from == *ALWAYS || *row.from <= **today;
     // The later of two equal days wins: it was added later.
-    rows.iter().filter(|row| row.model == model && *row.from <= *today).max_by(|a, b| a.from.cmp(&b.from))
+    rows.iter().filter(|row| row.model == model).filter(holds).max_by(|a, b| a.from.cmp(&b.from))
 }
 
 fn searches(n: u64) -> Usd {

@@ -34,6 +34,10 @@ const INJECTS: usize = 64;
 /// Writes to the app in a row before the other descriptors get their turn.
 const TURNS: usize = 16;
 
+/// An app that draws breath gets this long before more of what the CLI says is taken off its pipe and kept for it: what it takes in
+/// time is copied once, and the CLI does not notice, because its pipe has room for as much as it says in this time.
+const BREATH: Duration = Duration::from_millis(20);
+
 /// What the relay is asked to do.
 #[derive(Debug)]
 enum Order {
@@ -165,6 +169,8 @@ enum Eof {
 struct Outlet {
     app: Option<End>,
     backlog: Backlog,
+    /// When the app last had everything, if it does not have it now.
+    behind_since: Option<Duration>,
     /// Nobody reads any more.
     gone: bool,
     delivered: u64,
@@ -247,6 +253,7 @@ impl<M> Relay<M> {
         let outlet = Outlet {
             app: Some(End::given(std::io::stdout().as_fd(), OFlags::WRONLY)?),
             backlog: Backlog::new(parts.bounds),
+            behind_since: None,
             gone: false,
             delivered: 0,
         };
@@ -317,13 +324,15 @@ impl<M> Relay<M> {
         self.throttled = self.cli_stdout.is_some() && !room;
 
         let backlogged = !self.outlet.backlog.is_empty();
+        let breath = self.outlet.breath(now);
+        let read = room && breath.is_none();
         let unsent = self.stdin.has_unsent();
         // After its end was read, or while the CLI takes nothing, the app's stdin is left alone: poll(2) would report a hang-up for ever.
         let listen = self.stdin.cli.is_some() && !unsent;
         let none = PollFlags::empty();
         let wants = [
             Some((self.orders.bell.as_fd(), PollFlags::IN)),
-            self.cli_stdout.as_ref().filter(|_| room).map(|e| (e.as_fd(), PollFlags::IN)),
+            self.cli_stdout.as_ref().filter(|_| read).map(|e| (e.as_fd(), PollFlags::IN)),
             // Without a question poll(2) still tells when the reader is gone.
             self.outlet.app.as_ref().map(|e| (e.as_fd(), if backlogged { PollFlags::OUT } else { none })),
             self.stdin.app.as_ref().filter(|_| listen).map(|e| (e.as_fd(), PollFlags::IN)),
@@ -333,15 +342,21 @@ impl<M> Relay<M> {
             Eof::Held { until } => Some(until),
             Eof::NotYet | Eof::Released => None,
         };
-        let mut timeout = self.filter.deadline().into_iter().chain(held).min().map(|at| at.saturating_sub(now));
-        if self.finishing && room {
+        let until = self.filter.deadline().into_iter().chain(held).chain(breath).min();
+        let mut timeout = until.map(|at| at.saturating_sub(now));
+        if self.finishing && read {
             timeout = Some(Duration::ZERO);
         }
         let [bell, cli_out, app_out, app_in, cli_in] = poll(wants, timeout);
         let broken = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
 
-        if room && (self.finishing || !cli_out.is_empty()) {
-            self.take_stdout(buf);
+        if read && (self.finishing || !cli_out.is_empty()) {
+            // A full buffer means that there is more: no need to ask again, unless others have waited for long.
+            for _ in 0..TURNS {
+                if self.take_stdout(buf) < buf.len() || !self.outlet.backlog.is_empty() {
+                    break;
+                }
+            }
         }
         if app_out.contains(PollFlags::OUT) {
             self.outlet.catch_up();
@@ -359,8 +374,9 @@ impl<M> Relay<M> {
         }
     }
 
-    fn take_stdout(&mut self, buf: &mut [u8]) {
-        let Some(cli) = &self.cli_stdout else { return };
+    /// One read, and how much it gave.
+    fn take_stdout(&mut self, buf: &mut [u8]) -> usize {
+        let Some(cli) = &self.cli_stdout else { return 0 };
         match cli.read(buf) {
             Step::Moved(n) => {
                 let chunk = &buf[..n];
@@ -368,6 +384,7 @@ impl<M> Relay<M> {
                 self.filter.push(self.clock.mono(), chunk, |b| self.outlet.deliver(b));
                 self.tap.bytes(Stream::Stdout, chunk);
                 self.counts.stdout_bytes.fetch_add(n as u64, Relaxed);
+                return n;
             }
             Step::NotNow if !self.finishing => {}
             // Somebody out of our reach still holds the pipe: what he may say is not the CLI's.
@@ -378,6 +395,7 @@ impl<M> Relay<M> {
                 self.mail.send(Letter::StdoutEnded);
             }
         }
+        0
     }
 
     fn take_stdin(&mut self) {
@@ -518,6 +536,16 @@ impl Inlet {
 }
 
 impl Outlet {
+    /// Until when the app may draw breath.
+    fn breath(&mut self, now: Duration) -> Option<Duration> {
+        if self.app.is_none() || self.backlog.is_empty() {
+            self.behind_since = None;
+            return None;
+        }
+        let until = *self.behind_since.get_or_insert(now) + BREATH;
+        (now < until).then_some(until)
+    }
+
     fn has_room(&mut self) -> bool {
         self.app.is_none() || self.backlog.is_empty() || self.backlog.has_room(CHUNK)
     }

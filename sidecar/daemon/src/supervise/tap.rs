@@ -15,6 +15,13 @@ use super::backlog::{Backlog, Bounds, Next};
 /// first line would be judged without it.
 const SOON: u64 = 256 * 1024;
 
+/// More than this waiting, and still rising by [`POUR`] in each [`LOOK`], is a flood: a hundred times what the CLI says at its
+/// fastest, one huge tool result after another. Then the bytes go first and are counted behind, but no later than [`LATEST`].
+const FLOOD: u64 = 512 * 1024;
+const POUR: u64 = 512 * 1024;
+const LOOK: Duration = Duration::from_millis(5);
+const LATEST: Duration = Duration::from_millis(250);
+
 /// Something to do with the monitor, on its thread.
 pub(crate) type Visit<M> = Box<dyn FnOnce(&mut M, Now) + Send>;
 
@@ -69,6 +76,7 @@ struct State<M> {
     lost_total: u64,
     /// The monitor sleeps: whoever puts something in wakes it.
     asleep: bool,
+    flood: Flood,
     /// Nobody takes anything any more.
     shut: bool,
     /// Bytes taken so far: the sign of life of the other side.
@@ -83,6 +91,7 @@ impl<M> Tap<M> {
             lost: 0,
             lost_total: 0,
             asleep: false,
+            flood: Flood::default(),
             shut: false,
             taken: 0,
         };
@@ -160,8 +169,15 @@ impl<M> Tap<M> {
     }
 
     /// Waits until there is something, or for so long. Either gives an urgent one, or fills `portion`.
-    pub(crate) fn take(&self, portion: &mut Portion, timeout: Option<Duration>) -> Option<Urgent<M>> {
+    pub(crate) fn take(&self, now: Duration, portion: &mut Portion, timeout: Option<Duration>) -> Option<Urgent<M>> {
         let mut state = self.lock();
+        let (waiting, handed) = (state.frames.len(), state.taken + state.frames.len());
+        if state.urgent.is_empty() && state.flood.rises(now, waiting, handed) {
+            // Not asleep: bytes do not wake it. What is urgent waits for a few milliseconds.
+            drop(state);
+            std::thread::sleep(LOOK);
+            state = self.lock();
+        }
         if state.urgent.is_empty() && state.frames.is_empty() && timeout != Some(Duration::ZERO) {
             state.asleep = true;
             state = match timeout {
@@ -228,6 +244,34 @@ impl<M> State<M> {
             let lost = head(LOST, std::mem::take(&mut self.lost));
             self.frames.push_always(&lost);
         }
+    }
+}
+
+/// Whether the monitor stands back.
+#[derive(Debug, Default)]
+struct Flood {
+    /// When it began.
+    since: Option<Duration>,
+    /// The last look, and how much had been handed in by then.
+    looked: Duration,
+    handed: u64,
+}
+
+impl Flood {
+    fn rises(&mut self, now: Duration, waiting: u64, handed: u64) -> bool {
+        if waiting < FLOOD {
+            self.since = None;
+            return false;
+        }
+        if now < self.looked + LOOK {
+            return false;
+        }
+        let pours = POUR <= handed - self.handed;
+        (self.looked, self.handed) = (now, handed);
+        if !pours {
+            self.since = None;
+        }
+        pours && now < *self.since.get_or_insert(now) + LATEST
     }
 }
 
@@ -319,7 +363,7 @@ mod tests {
         let mut said = String::new();
         loop {
             let before = tap.progress().0;
-            assert!(tap.take(&mut portion, Some(Duration::ZERO)).is_none());
+            assert!(tap.take(Duration::ZERO, &mut portion, Some(Duration::ZERO)).is_none());
             while let Some(piece) = portion.next() {
                 said += &match piece {
                     Piece::Bytes(Stream::Stdout, b) => String::from_utf8_lossy(b).into_owned(),
@@ -359,17 +403,34 @@ mod tests {
     }
 
     #[test]
+    fn in_a_flood_the_bytes_go_first_but_not_for_long() {
+        let mut flood = Flood::default();
+        let mut handed = 0;
+        let mut looks = |n: u64, waiting: u64, each: u64| {
+            (1..=n)
+                .filter(|_| {
+                    handed += each;
+                    flood.rises(LOOK * u32::try_from(handed / each).unwrap(), waiting, handed)
+                })
+                .count() as u64
+        };
+        // From the second look on it is seen to rise; after that it may take its time, once.
+        assert_eq!(looks(10, FLOOD - 1, 2 * POUR), 0, "what is waiting is taken soon");
+        assert_eq!(looks(200, FLOOD, 2 * POUR), (LATEST.as_millis() / LOOK.as_millis()) as u64);
+    }
+
+    #[test]
     fn what_is_urgent_overtakes_much_and_not_little() {
         let tap = tap(usize::MAX / 4, usize::MAX / 4);
         let mut portion = Portion::default();
         tap.bytes(Stream::Stdin, b"hello");
         tap.urgent(Urgent::Spawned { pid: 1 });
-        assert!(tap.take(&mut portion, None).is_none());
+        assert!(tap.take(Duration::ZERO, &mut portion, None).is_none());
         assert_eq!(portion.next(), Some(Piece::Bytes(Stream::Stdin, b"hello")));
-        assert!(matches!(tap.take(&mut portion, None), Some(Urgent::Spawned { pid: 1 })));
+        assert!(matches!(tap.take(Duration::ZERO, &mut portion, None), Some(Urgent::Spawned { pid: 1 })));
         tap.bytes(Stream::Stdout, &vec![b'x'; 300_000]);
         tap.urgent(Urgent::Spawned { pid: 2 });
-        assert!(matches!(tap.take(&mut portion, None), Some(Urgent::Spawned { pid: 2 })));
+        assert!(matches!(tap.take(Duration::ZERO, &mut portion, None), Some(Urgent::Spawned { pid: 2 })));
     }
 
     proptest! {

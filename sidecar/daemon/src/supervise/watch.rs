@@ -75,9 +75,10 @@ impl<M: Watch> Dispatcher<M> {
         let mut tried = None;
         loop {
             let due = self.monitor.poll_timeout();
+            let now = self.clock.mono();
             let floor = if due.is_some() && due == tried { TICK } else { Duration::ZERO };
-            let timeout = due.map(|at| at.saturating_sub(self.clock.mono()).max(floor));
-            match self.tap.take(&mut portion, timeout) {
+            let timeout = due.map(|at| at.saturating_sub(now).max(floor));
+            match self.tap.take(now, &mut portion, timeout) {
                 Some(urgent) => self.urgent(urgent),
                 None => self.portion(&mut portion),
             }
