@@ -380,9 +380,9 @@ impl<M> Relay<M> {
         match cli.read(buf) {
             Step::Moved(n) => {
                 let chunk = &buf[..n];
-                // Only while there are questions does the time matter.
-                self.filter.push(self.clock.mono(), chunk, |b| self.outlet.deliver(b));
-                self.tap.bytes(Stream::Stdout, chunk);
+                let now = self.clock.mono();
+                self.filter.push(now, chunk, |b| self.outlet.deliver(b));
+                self.tap.bytes(now, Stream::Stdout, chunk);
                 self.counts.stdout_bytes.fetch_add(n as u64, Relaxed);
                 return n;
             }
@@ -454,7 +454,7 @@ impl<M> Relay<M> {
                         stdin.sent += n;
                         // Before the monitor hears of it: it may answer at once.
                         self.orders.open.store(stdin.spoken, Relaxed);
-                        self.tap.bytes(Stream::Stdin, sent);
+                        self.tap.bytes(now, Stream::Stdin, sent);
                         self.counts.stdin_bytes.fetch_add(n as u64, Relaxed);
                     }
                     Step::NotNow => return,

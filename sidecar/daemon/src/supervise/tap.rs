@@ -8,12 +8,20 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_sidecar_core::monitor::{Exit, Monitor, Now, Stop};
+use memchr::memmem;
 
 use super::backlog::{Backlog, Bounds, Next};
 
 /// What is urgent keeps its place behind this much, which takes the monitor less than a millisecond: a stop that overtakes the app's
 /// first line would be judged without it.
 const SOON: u64 = 256 * 1024;
+
+/// How each piece of a streamed answer begins, and what is somewhere in it (never in its text, where quotes are escaped). They are most
+/// of all lines and say next to nothing: the monitor is not woken for each, but for the first of them in [`LAZY`]. What comes behind
+/// them, and whoever asks the monitor something, brings it up to date.
+const STREAM_EVENT: &[u8] = br#"{"type":"stream_event","event":{"#;
+const DELTA: &[u8] = br#""type":"content_block_delta""#;
+const LAZY: Duration = Duration::from_millis(100);
 
 /// More than this waiting, and still rising by [`POUR`] in each [`LOOK`], is a flood: a hundred times what the CLI says at its
 /// fastest, one huge tool result after another. Then the bytes go first and are counted behind, but no later than [`LATEST`].
@@ -76,6 +84,8 @@ struct State<M> {
     lost_total: u64,
     /// The monitor sleeps: whoever puts something in wakes it.
     asleep: bool,
+    /// When it was last woken.
+    woken: Duration,
     flood: Flood,
     /// Nobody takes anything any more.
     shut: bool,
@@ -91,6 +101,7 @@ impl<M> Tap<M> {
             lost: 0,
             lost_total: 0,
             asleep: false,
+            woken: Duration::ZERO,
             flood: Flood::default(),
             shut: false,
             taken: 0,
@@ -99,7 +110,7 @@ impl<M> Tap<M> {
     }
 
     /// Hands in bytes that have been forwarded.
-    pub(crate) fn bytes(&self, stream: Stream, bytes: &[u8]) {
+    pub(crate) fn bytes(&self, now: Duration, stream: Stream, bytes: &[u8]) {
         if bytes.is_empty() {
             return;
         }
@@ -119,6 +130,10 @@ impl<M> Tap<M> {
         };
         state.frames.push_always(&head(kind, bytes.len() as u64));
         state.frames.push_always(bytes);
+        if now < state.woken + LAZY && only_deltas(bytes) {
+            return;
+        }
+        state.woken = now;
         self.wake(state);
     }
 
@@ -245,6 +260,12 @@ impl<M> State<M> {
             self.frames.push_always(&lost);
         }
     }
+}
+
+/// Whole lines, and none that says more than the next few words of an answer.
+fn only_deltas(bytes: &[u8]) -> bool {
+    let delta = |line: &[u8]| line.starts_with(STREAM_EVENT) && memmem::find(line, DELTA).is_some();
+    bytes.ends_with(b"\n") && bytes.split_inclusive(|byte| *byte == b'\n').all(delta)
 }
 
 /// Whether the monitor stands back.
@@ -381,10 +402,10 @@ mod tests {
     #[test]
     fn bytes_and_marks_keep_their_order() {
         let tap = tap(1000, 1000);
-        tap.bytes(Stream::Stdout, b"one ");
-        tap.bytes(Stream::Stdin, b"two ");
+        tap.bytes(Duration::ZERO, Stream::Stdout, b"one ");
+        tap.bytes(Duration::ZERO, Stream::Stdin, b"two ");
         tap.mark(Mark::StdinEnd);
-        tap.bytes(Stream::Stdout, b"three");
+        tap.bytes(Duration::ZERO, Stream::Stdout, b"three");
         tap.mark(Mark::StdoutEnd);
         tap.mark(Mark::Exited(Exit::Code(3)));
         assert_eq!(drain(&tap), "one TWO [StdinEnd]three[StdoutEnd][Exited(Code(3))]");
@@ -393,13 +414,26 @@ mod tests {
     #[test]
     fn what_cannot_be_kept_is_counted_where_it_was_lost() {
         let tap = tap(50, 50);
-        tap.bytes(Stream::Stdout, b"kept ");
-        tap.bytes(Stream::Stdout, &[b'x'; 60]);
-        tap.bytes(Stream::Stdout, &[b'y'; 40]);
+        tap.bytes(Duration::ZERO, Stream::Stdout, b"kept ");
+        tap.bytes(Duration::ZERO, Stream::Stdout, &[b'x'; 60]);
+        tap.bytes(Duration::ZERO, Stream::Stdout, &[b'y'; 40]);
         tap.mark(Mark::StdoutEnd);
         assert_eq!(drain(&tap), "kept [lost 100][StdoutEnd]");
-        tap.bytes(Stream::Stdout, b"later");
+        tap.bytes(Duration::ZERO, Stream::Stdout, b"later");
         assert_eq!(drain(&tap), "later");
+    }
+
+    #[test]
+    fn only_the_next_words_of_an_answer_can_wait() {
+        let delta = [STREAM_EVENT, DELTA, br#","delta":{"text":"word"}}}"#, b"\n"].concat();
+        assert!(only_deltas(&delta) && only_deltas(&delta.repeat(3)));
+        let result = b"{\"type\":\"result\"}\n".as_slice();
+        let quoted = [STREAM_EVENT, br#""type":"x","text":"\"type\":\"content_block_delta\""}}"#, b"\n"].concat();
+        for more in
+            [&delta[..delta.len() - 1], &delta[1..], result, &quoted, &[&delta, result].concat(), &[&delta, &delta[..9]].concat()]
+        {
+            assert!(!only_deltas(more), "{}", String::from_utf8_lossy(more));
+        }
     }
 
     #[test]
@@ -423,12 +457,12 @@ mod tests {
     fn what_is_urgent_overtakes_much_and_not_little() {
         let tap = tap(usize::MAX / 4, usize::MAX / 4);
         let mut portion = Portion::default();
-        tap.bytes(Stream::Stdin, b"hello");
+        tap.bytes(Duration::ZERO, Stream::Stdin, b"hello");
         tap.urgent(Urgent::Spawned { pid: 1 });
         assert!(tap.take(Duration::ZERO, &mut portion, None).is_none());
         assert_eq!(portion.next(), Some(Piece::Bytes(Stream::Stdin, b"hello")));
         assert!(matches!(tap.take(Duration::ZERO, &mut portion, None), Some(Urgent::Spawned { pid: 1 })));
-        tap.bytes(Stream::Stdout, &vec![b'x'; 300_000]);
+        tap.bytes(Duration::ZERO, Stream::Stdout, &vec![b'x'; 300_000]);
         tap.urgent(Urgent::Spawned { pid: 2 });
         assert!(matches!(tap.take(Duration::ZERO, &mut portion, None), Some(Urgent::Spawned { pid: 2 })));
     }
@@ -442,7 +476,7 @@ mod tests {
             let mut expected = String::new();
             for (n, len) in chunks.into_iter().enumerate() {
                 let text = char::from(b'a' + u8::try_from(n).unwrap()).to_string().repeat(len);
-                tap.bytes(Stream::Stdout, text.as_bytes());
+                tap.bytes(Duration::ZERO, Stream::Stdout, text.as_bytes());
                 expected += &text;
             }
             prop_assert!(drain(&tap) == expected);
