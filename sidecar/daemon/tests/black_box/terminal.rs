@@ -167,7 +167,7 @@ fn a_one_shot_that_is_read_has_the_terminal_as_its_stdin() {
         r#"
 expect(r"\[up 1 1 \d+\]")
 type("quit\r"); expect(r"\[bye\]"); expect("PROMPT> ")
-type(f"{sys.argv[1]} run --listen off --stop-terminate 60s -- python3 -u {sys.argv[2]} --output-format stream-json\r")
+type(f"{sys.argv[1]} run --listen off --stop-terminate 60s --platform-grace 90s -- python3 -u {sys.argv[2]} --output-format stream-json\r")
 expect(r"\[up 1 0 \d+\]")
 type("hello\r"); expect(r"\[read hello ints 0\]")
 type("\x03"); expect(r"\[heard 2 time 1 ")
