@@ -452,6 +452,11 @@ impl Ledger {
         (usd, tokens)
     }
 
+    /// What an answer in flight used, as far as the API told, and whether it told the end of it.
+    pub fn used(&self, id: &str) -> Option<(Tokens, bool)> {
+        self.open.get(id).map(|open| (open.usage.tokens, open.settled))
+    }
+
     /// Whether answers wait for a confirmation.
     pub fn has_open(&self) -> bool {
         !self.open.is_empty()

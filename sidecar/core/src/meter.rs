@@ -50,7 +50,7 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
             meters.set(&AGENT_INFO, &[version, permission_mode, api_key_source, "anthropic"], 1.0);
         }
         Update::SessionStarted { start, .. } => meters.add(&SESSIONS, &[start.as_str()], 1),
-        Update::TurnStarted { .. } => {}
+        Update::ModelChosen { .. } | Update::TurnStarted { .. } | Update::Requested { .. } | Update::Answering { .. } => {}
         Update::TurnEnded { outcome, reason, duration, answers, cost, .. } => {
             meters.add(&TURNS, &[outcome.as_str()], 1);
             if let Some(reason) = reason {
@@ -76,19 +76,22 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
         }
         Update::Unconfirmed { usd, .. } => meters.add_usd(&COST_ESTIMATED, &[], *usd),
         Update::CounterReset { cause } => meters.add(&COUNTER_RESETS, &[cause.as_str()], 1),
-        Update::ToolStarted { .. } => {}
+        Update::ToolStarted { .. } | Update::ToolProgressed { .. } | Update::PermissionAsked { .. } => {}
         Update::ToolEnded { tool, outcome, duration, .. } => {
             meters.add(&TOOL_CALLS, &[&tool_label(tool), outcome.as_str()], 1);
             meters.observe(&TOOL_DURATION, &[tool_class(tool).as_str()], duration.as_secs_f64());
         }
-        Update::PermissionDecided { decision, wait } => meters.observe(&PERMISSION_WAIT, &[decision], wait.as_secs_f64()),
+        Update::PermissionDecided { decision, wait, .. } => {
+            meters.observe(&PERMISSION_WAIT, &[decision], wait.as_secs_f64());
+        }
         Update::PermissionDenied { tool } => meters.add(&PERMISSION_DENIALS, &[&tool_label(tool)], 1),
-        Update::HookEnded { event, outcome, duration } => {
+        Update::HookStarted { .. } | Update::Compacting | Update::McpStarted { .. } | Update::Gone { .. } => {}
+        Update::HookEnded { event, outcome, duration, .. } => {
             meters.add(&HOOK_EXECUTIONS, &[event, outcome], 1);
             meters.observe(&HOOK_DURATION, &[event], duration.as_secs_f64());
         }
         Update::SubagentStarted { kind, .. } => meters.add(&SUBAGENTS_STARTED, &[kind], 1),
-        Update::SubagentEnded { outcome, duration } => {
+        Update::SubagentEnded { outcome, duration, .. } => {
             meters.observe(&SUBAGENT_DURATION, &[outcome], duration.as_secs_f64());
         }
         #[expect(clippy::cast_precision_loss, reason = "a gauge speaks in floats")]
@@ -102,7 +105,7 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
                 meters.set(&BACKGROUND_TASKS, &[SLOT, kind], *n as f64);
             }
         }
-        Update::Compacted { trigger } => meters.add(&COMPACTIONS, &[trigger], 1),
+        Update::Compacted { trigger, .. } => meters.add(&COMPACTIONS, &[trigger], 1),
         Update::Retried { error, .. } => meters.add(&API_RETRIES, &[error], 1),
         Update::ApiFailed { error, .. } => meters.add(&API_ERRORS, &[error], 1),
         Update::RateLimit { window, utilization, resets_at } => {
@@ -114,7 +117,7 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
             }
         }
         Update::McpServer { server, up } => meters.set(&MCP_SERVER_UP, &[server], f64::from(u8::from(*up))),
-        Update::McpCalled { server, duration } => {
+        Update::McpCalled { server, duration, .. } => {
             meters.observe(&MCP_TOOL_DURATION, &[server], duration.as_secs_f64());
         }
         Update::Was { state: was, lasted, now } => {
@@ -156,7 +159,7 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
             meters.add(&OWN_REQUESTS, &[request.as_str(), outcome], 1);
         }
         Update::Heard { kind } => meters.add(&EVENTS, &[kind], 1),
-        Update::Unknown => meters.add(&EVENTS, &["unknown"], 1),
+        Update::Unknown { .. } => meters.add(&EVENTS, &["unknown"], 1),
         Update::Unread { reason, count } => meters.add(&PARSE_ERRORS, &[reason], *count),
         #[expect(clippy::cast_precision_loss, reason = "a gauge speaks in floats")]
         Update::LongestLine { bytes } => meters.set(&LINE_BYTES_MAX, &[], *bytes as f64),

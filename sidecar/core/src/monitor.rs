@@ -441,11 +441,16 @@ impl Monitor {
         if !own {
             self.session.stuck(false, self.now);
         }
-        let unknown = matches!(message.event, Event::Unknown { .. });
+        let unknown = match &message.event {
+            Event::Unknown { kind, subtype } => {
+                Some(subtype.as_ref().map_or_else(|| kind.clone(), |sub| format!("{kind}/{sub}")))
+            }
+            _ => None,
+        };
         self.session.hear(message, own, self.now);
         self.drain_session();
         // After the session has its name, so that it is counted there.
-        self.fold(if unknown { Update::Unknown } else { Update::Heard { kind } });
+        self.fold(unknown.map_or(Update::Heard { kind }, |kind| Update::Unknown { kind }));
         if asks {
             self.asker.want_usage();
         }

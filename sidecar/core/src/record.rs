@@ -27,6 +27,9 @@ pub enum Fact {
     SessionStarted {
         session_id: String,
         start: Start,
+        /// The session that it goes on from.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<String>,
     },
     /// Tokens and money, never written before.
     Spent {
@@ -106,7 +109,7 @@ impl Fact {
     /// The line that a fact deserves, if any.
     pub fn of(update: &Update) -> Option<Fact> {
         Some(match update.clone() {
-            Update::SessionStarted { session, start } => Fact::SessionStarted { session_id: session, start },
+            Update::SessionStarted { session, start, from } => Fact::SessionStarted { session_id: session, start, from },
             Update::Spent(spent) => Fact::Spent {
                 session_id: spent.session,
                 model: spent.model,
@@ -153,7 +156,7 @@ impl Fact {
     /// What it says, as far as it changes sums again.
     pub fn to_update(&self) -> Option<Update> {
         Some(match self.clone() {
-            Fact::SessionStarted { session_id, start } => Update::SessionStarted { session: session_id, start },
+            Fact::SessionStarted { session_id, start, from } => Update::SessionStarted { session: session_id, start, from },
             Fact::Spent { session_id, model, source, basis, tokens, cost_usd, web_searches, unpriced } => {
                 Update::Spent(crate::update::Spent {
                     session: session_id,
@@ -177,6 +180,7 @@ impl Fact {
                 reason: None,
                 duration: Duration::try_from_secs_f64(duration_seconds).unwrap_or_default(),
                 answers: 0,
+                num_turns: None,
                 cost: cost_usd,
                 confirmed,
             },

@@ -162,27 +162,35 @@ impl Report {
             Update::Retried { session, .. } => self.sums(session).api_retries += 1,
             Update::Unread { reason: "field", .. } => {}
             Update::Unread { count, .. } => self.now().parse_errors += count,
-            Update::Unknown => self.now().unknown_events += 1,
+            Update::Unknown { .. } => self.now().unknown_events += 1,
             Update::ProcessStarted
             | Update::Spoke { .. }
             | Update::Identified { .. }
+            | Update::ModelChosen { .. }
             | Update::TurnStarted { .. }
+            | Update::Requested { .. }
+            | Update::Answering { .. }
             | Update::Answered { .. }
             | Update::FirstToken { .. }
             | Update::ContextUsed { .. }
             | Update::Unconfirmed { .. }
             | Update::CounterReset { .. }
             | Update::ToolStarted { .. }
+            | Update::ToolProgressed { .. }
+            | Update::PermissionAsked { .. }
             | Update::PermissionDecided { .. }
             | Update::PermissionDenied { .. }
+            | Update::HookStarted { .. }
             | Update::HookEnded { .. }
             | Update::SubagentEnded { .. }
             | Update::Subagents { .. }
             | Update::BackgroundTasks { .. }
+            | Update::Compacting
             | Update::Compacted { .. }
             | Update::ApiFailed { .. }
             | Update::RateLimit { .. }
             | Update::McpServer { .. }
+            | Update::McpStarted { .. }
             | Update::McpCalled { .. }
             | Update::Was { .. }
             | Update::Stalled { .. }
@@ -194,6 +202,7 @@ impl Report {
             | Update::IdleShutdown
             | Update::Stopping { .. }
             | Update::StepEnded { .. }
+            | Update::Gone { .. }
             | Update::ResultMissing { .. }
             | Update::Exited { .. }
             | Update::SessionEnded { .. }

@@ -51,6 +51,8 @@ struct Turn {
     answers: u64,
     cost: Usd,
     tokens: u64,
+    /// The main loop has joined in: a background agent that goes on between two turns is accounted for as one, too.
+    announced: bool,
 }
 
 #[derive(Debug)]
@@ -58,6 +60,8 @@ struct Current {
     id: String,
     model: String,
     asked: Option<Duration>,
+    /// When its last frame came.
+    last: Duration,
     stop_reason: Option<String>,
     streamed: bool,
     wants_tool: bool,
@@ -69,6 +73,14 @@ struct Agent {
     depth: u64,
     background: bool,
     task: Option<String>,
+}
+
+/// Somebody who was asked.
+#[derive(Debug)]
+struct Permission {
+    call: Option<String>,
+    tool: String,
+    since: Duration,
 }
 
 /// What a session is to the limits: asked, never told.
@@ -87,6 +99,9 @@ pub struct Session {
     id: String,
     start: Start,
     asked_id: Option<String>,
+    /// The session that the next one goes on from.
+    from: Option<String>,
+    model: Option<String>,
     version: Option<String>,
     began: Duration,
     spoke: bool,
@@ -105,7 +120,7 @@ pub struct Session {
     session_cost: Usd,
     session_tokens: u64,
     calls: BTreeMap<String, Call>,
-    permissions: BTreeMap<String, (Option<String>, Duration)>,
+    permissions: BTreeMap<String, Permission>,
     mcp_calls: BTreeMap<String, (String, Duration)>,
     hooks: BTreeMap<String, (String, Duration)>,
     agents: BTreeMap<String, Agent>,
@@ -153,7 +168,9 @@ impl Session {
             ledger: Ledger::new(prices, opening.base, opening.eager),
             id: String::new(),
             start: opening.start,
+            from: opening.resume.clone().filter(|id| is_id(id)),
             asked_id: opening.resume,
+            model: None,
             version: None,
             began: now.mono,
             spoke: false,
@@ -268,7 +285,7 @@ impl Session {
 
     /// The oldest tool call in flight that is not waiting for a permission: its tool and when it started.
     pub fn oldest_call(&self) -> Option<(&str, Duration)> {
-        let waiting: BTreeSet<&str> = self.permissions.values().filter_map(|(call, _)| call.as_deref()).collect();
+        let waiting: BTreeSet<&str> = self.permissions.values().filter_map(|permission| permission.call.as_deref()).collect();
         self.calls
             .iter()
             .filter(|(id, call)| !waiting.contains(id.as_str()) && !is_agent(&call.tool))
@@ -328,14 +345,18 @@ impl Session {
             Event::User(user) => self.user(&user, parent, now),
             Event::Stream(stream) => self.stream(stream, parent, now),
             Event::Result(result) => self.result(&result, now),
-            Event::ApiRetry { delay_ms, error, .. } => {
+            Event::ApiRetry { delay_ms, error, status, .. } => {
                 self.begin_turn(now);
-                self.retry_until = Some(now.mono + Duration::from_millis(delay_ms));
-                self.retried(error);
+                let delay = Duration::from_millis(delay_ms);
+                self.retry_until = Some(now.mono + delay);
+                self.retried(error, None, status, Some(delay));
             }
-            Event::ToolProgress { retry_error, .. } => {
+            Event::ToolProgress { call, elapsed_s, heartbeat, retry_error, .. } => {
                 if let Some(error) = retry_error {
-                    self.retried(Some(error));
+                    self.retried(Some(error), message.parent.clone(), None, None);
+                } else if let (true, Some(call)) = (heartbeat, call) {
+                    let after = Duration::try_from_secs_f64(elapsed_s).unwrap_or_default();
+                    self.out.push(Update::ToolProgressed { call, after });
                 }
             }
             Event::TaskStarted(task) => self.task_started(task, now),
@@ -350,10 +371,11 @@ impl Session {
                 self.background.truncate(OPEN);
                 self.background_changed();
             }
-            Event::Compacted { trigger, .. } => {
+            Event::Compacted { trigger, pre_tokens, post_tokens, duration_ms } => {
                 self.compacting = false;
                 self.ledger.unseen_call();
-                self.out.push(Update::Compacted { trigger: name(trigger, "unknown") });
+                let duration = Duration::from_millis(duration_ms);
+                self.out.push(Update::Compacted { trigger: name(trigger, "unknown"), pre_tokens, post_tokens, duration });
             }
             Event::ConversationReset => {
                 self.ledger.reset(ResetCause::Clear);
@@ -368,14 +390,16 @@ impl Session {
             }
             Event::HookStarted { hook, event } => {
                 if self.hooks.len() < OPEN {
-                    self.hooks.insert(hook, (name(event, "unknown"), now.mono));
+                    let event = name(event, "unknown");
+                    self.out.push(Update::HookStarted { hook: hook.clone(), event: event.clone() });
+                    self.hooks.insert(hook, (event, now.mono));
                 }
             }
             Event::HookEnded { hook, event, outcome, .. } => {
                 let started = self.hooks.remove(&hook);
                 let duration = started.as_ref().map(|(_, at)| now.mono.saturating_sub(*at)).unwrap_or_default();
                 let event = name(event, started.as_ref().map_or("unknown", |(event, _)| event.as_str()));
-                self.out.push(Update::HookEnded { event, outcome: name(outcome, "unknown"), duration });
+                self.out.push(Update::HookEnded { hook, event, outcome: name(outcome, "unknown"), duration });
             }
             Event::SessionState { state } => match state {
                 // The CLI's own word that something waits for a person; what it is comes with a control request.
@@ -396,13 +420,11 @@ impl Session {
             Event::ControlRequest { id, request } => self.cli_asks(id, request, now),
             Event::ControlResponse { ok: true, answer, .. } => self.cli_answers(answer, now),
             Event::ControlCancel { id } => {
-                if let Some((_, since)) = self.permissions.remove(&id) {
-                    let wait = now.mono.saturating_sub(since);
-                    self.out.push(Update::PermissionDecided { decision: "cancelled", wait });
-                }
                 self.mcp_calls.remove(&id);
+                self.decided(id, "cancelled", now);
             }
-            Event::ModelFallback { .. }
+            Event::ModelFallback { to: Some(model), .. } => self.chosen(Some(model)),
+            Event::ModelFallback { to: None, .. }
             | Event::TaskProgress { .. }
             | Event::ThinkingTokens
             | Event::CommandLifecycle { .. }
@@ -426,21 +448,27 @@ impl Session {
                 }
             }
             Event::ControlResponse { id, answer, .. } => {
-                if let Some((_, since)) = self.permissions.remove(&id) {
-                    let decision = match answer {
-                        Answer::Permission { allow: true } => "allow",
-                        Answer::Permission { allow: false } => "deny",
-                        _ => "error",
-                    };
-                    self.out.push(Update::PermissionDecided { decision, wait: now.mono.saturating_sub(since) });
-                }
                 if let Some((server, since)) = self.mcp_calls.remove(&id) {
-                    self.out.push(Update::McpCalled { server, duration: now.mono.saturating_sub(since) });
+                    let duration = now.mono.saturating_sub(since);
+                    self.out.push(Update::McpCalled { request: id.clone(), server, duration });
                 }
+                let decision = match answer {
+                    Answer::Permission { allow: true } => "allow",
+                    Answer::Permission { allow: false } => "deny",
+                    _ => "error",
+                };
+                self.decided(id, decision, now);
             }
             _ => {}
         }
         self.settle(now, true);
+    }
+
+    fn decided(&mut self, request: String, decision: &'static str, now: Now) {
+        if let Some(Permission { call, tool, since }) = self.permissions.remove(&request) {
+            let wait = now.mono.saturating_sub(since);
+            self.out.push(Update::PermissionDecided { request, call, tool, decision, wait });
+        }
     }
 
     /// The app asked with its command line; there is a turn from the start.
@@ -493,13 +521,14 @@ impl Session {
             ExitReason::Clean => (Outcome::NoResult, MissingCause::Unknown, ToolOutcome::Lost),
             ExitReason::Error | ExitReason::InitFailed => (Outcome::Crashed, MissingCause::Crash, ToolOutcome::Lost),
         };
+        self.out.push(Update::Gone { cause });
         self.complete_all(now);
         self.ledger.close(now.unix);
         self.flush();
         self.end_calls(|_| true, tools, now);
-        for (_, agent) in std::mem::take(&mut self.agents) {
+        for (call, agent) in std::mem::take(&mut self.agents) {
             let duration = now.mono.saturating_sub(agent.started);
-            self.out.push(Update::SubagentEnded { outcome: "lost", duration });
+            self.out.push(Update::SubagentEnded { call, outcome: "lost", duration });
         }
         self.background.clear();
         self.permissions.clear();
@@ -507,7 +536,7 @@ impl Session {
         self.hooks.clear();
         if self.turn.is_some() {
             self.out.push(Update::ResultMissing { session: self.id.clone(), cause });
-            self.end_turn(outcome, None, false, now);
+            self.end_turn(outcome, None, None, false, now);
         }
     }
 
@@ -536,13 +565,15 @@ impl Session {
             } else {
                 self.renamed = !self.live && !self.reset_seen;
                 self.start = Start::Clear;
+                self.from = Some(self.id.clone());
                 self.end_session();
             }
             self.id = id;
         }
         self.reset_seen = false;
         self.ledger.set_session(&self.id);
-        self.out.push(Update::SessionStarted { session: self.id.clone(), start: self.start });
+        let from = self.from.take();
+        self.out.push(Update::SessionStarted { session: self.id.clone(), start: self.start, from });
     }
 
     /// A recording goes on with another process.
@@ -576,11 +607,17 @@ impl Session {
         self.session_tokens = 0;
     }
 
+    /// Another process goes on with the same session.
+    fn again(&mut self) {
+        let session = self.id.clone();
+        self.out.push(Update::SessionStarted { from: Some(session.clone()), session, start: Start::Resume });
+    }
+
     /// Another pid is another process, even in the same session.
     fn note_pid(&mut self, pid: Option<u32>, now: Now) {
         if self.pid.is_some_and(|old| pid.is_some_and(|new| new != old)) {
             self.restart(now);
-            self.out.push(Update::SessionStarted { session: self.id.clone(), start: Start::Resume });
+            self.again();
         }
         self.pid = pid.or(self.pid);
     }
@@ -598,6 +635,14 @@ impl Session {
             self.version = init.version;
         }
         self.begin_turn(now);
+        self.chosen(init.model);
+    }
+
+    fn chosen(&mut self, model: Option<String>) {
+        if model.is_some() && model != self.model {
+            self.out.push(Update::ModelChosen { model: name(model.clone(), "unknown") });
+            self.model = model;
+        }
     }
 
     fn status(&mut self, status: Status, now: Now) {
@@ -606,11 +651,13 @@ impl Session {
                 self.begin_turn(now);
                 self.retry_until = None;
                 self.compacting = false;
-                self.asked_model = Some(now.mono);
+                self.asked(true, now);
             }
             Status::Compacting => {
                 self.begin_turn(now);
-                self.compacting = true;
+                if !std::mem::replace(&mut self.compacting, true) {
+                    self.out.push(Update::Compacting);
+                }
                 self.ledger.unseen_call();
             }
             Status::None => self.compacting = false,
@@ -618,11 +665,17 @@ impl Session {
         }
     }
 
+    /// The model is asked; what it answers is timed from here.
+    fn asked(&mut self, said: bool, now: Now) {
+        self.asked_model = Some(now.mono);
+        self.out.push(Update::Requested { said });
+    }
+
     fn assistant(&mut self, assistant: Assistant, parent: Option<&str>, now: Now) {
-        self.begin_turn(now);
+        self.begin_turn_of(parent, now);
         if let Some(error) = &assistant.error {
-            let error = bounded(error, NAME).to_owned();
-            self.out.push(Update::ApiFailed { session: self.id.clone(), error });
+            let (error, parent) = (bounded(error, NAME).to_owned(), parent.map(str::to_owned));
+            self.out.push(Update::ApiFailed { session: self.id.clone(), error, parent });
         }
         let model = assistant.model.as_deref().unwrap_or_default();
         let Some(id) = assistant.id.as_deref().filter(|_| model != SYNTHETIC_MODEL) else { return };
@@ -636,16 +689,16 @@ impl Session {
         for block in assistant.blocks {
             match block {
                 Block::Text { bytes } | Block::Thinking { bytes } if !streamed => self.ledger.grow(id, bytes),
-                Block::ToolUse { call, tool, input_bytes, .. } => {
+                Block::ToolUse { call, tool, input_bytes: bytes, .. } => {
                     if !streamed {
-                        self.ledger.grow(id, input_bytes);
+                        self.ledger.grow(id, bytes);
                     }
                     if !streamed {
                         // Where the stream is not shown, a call is the sign that the answer is complete.
                         self.ledger.complete(id, now.unix);
                         self.flush();
                     }
-                    self.tool_started(call, tool, parent, now);
+                    self.tool_started(call, tool, parent, bytes, now);
                 }
                 Block::Text { .. } | Block::Thinking { .. } | Block::Other => {}
             }
@@ -656,7 +709,7 @@ impl Session {
         let key = thread(parent);
         match stream {
             Stream::MessageStart { id, model, usage, ttft_ms } => {
-                self.begin_turn(now);
+                self.begin_turn_of(parent, now);
                 self.retry_until = None;
                 let model = model.unwrap_or_default();
                 if let Some(id) = id {
@@ -668,11 +721,13 @@ impl Session {
                 }
             }
             Stream::Delta { bytes } => {
-                if let Some(current) = self.threads.get(key) {
+                if let Some(current) = self.threads.get_mut(key) {
+                    current.last = now.mono;
                     self.ledger.grow(&current.id, bytes);
                 }
             }
             Stream::MessageDelta { usage, stop_reason } => {
+                self.frame(key, now);
                 if let (Some(current), Some(usage)) = (self.threads.get(key), &usage) {
                     self.ledger.final_usage(&current.id, usage);
                 }
@@ -680,13 +735,22 @@ impl Session {
                     self.stop_reason(parent, &reason);
                 }
             }
-            Stream::MessageStop => self.complete_thread(key, now),
+            Stream::MessageStop => {
+                self.frame(key, now);
+                self.complete_thread(key, now);
+            }
             Stream::BlockStart { tool } => {
                 if let (Some(_), Some(current)) = (tool, self.threads.get_mut(key)) {
                     current.wants_tool = true;
                 }
             }
             Stream::BlockStop | Stream::Other => {}
+        }
+    }
+
+    fn frame(&mut self, key: &str, now: Now) {
+        if let Some(current) = self.threads.get_mut(key) {
+            current.last = now.mono;
         }
     }
 
@@ -710,8 +774,23 @@ impl Session {
         let key = thread(parent);
         let new = self.ledger.answer(id, model, parent, usage);
         let current = self.threads.get(key).is_some_and(|current| current.id == id);
+        if current {
+            self.frame(key, now);
+        }
+        if parent.is_some_and(|call| !self.agents.contains_key(call)) && new {
+            // An older CLI announces no task.
+            let call = parent.unwrap_or_default().to_owned();
+            self.agent_started(call, None, None, false, 1, now);
+        }
         if !current && new {
             self.complete_thread(key, now);
+            let booked = crate::price::canonical(model).into_owned();
+            self.out.push(Update::Answering {
+                answer: id.to_owned(),
+                model: booked.clone(),
+                parent: parent.map(str::to_owned),
+                streamed,
+            });
             if parent.is_none() {
                 self.rounds += 1;
             }
@@ -724,7 +803,8 @@ impl Session {
                     key.to_owned(),
                     Current {
                         id: id.to_owned(),
-                        model: crate::price::canonical(model).into_owned(),
+                        model: booked,
+                        last: now.mono,
                         asked: if parent.is_none() { self.asked_model.take() } else { None },
                         stop_reason: None,
                         streamed,
@@ -735,11 +815,6 @@ impl Session {
             if let (None, Some(usage)) = (parent, usage) {
                 self.context_used(model, usage.tokens.prompt());
             }
-        }
-        if parent.is_some_and(|call| !self.agents.contains_key(call)) && new {
-            // An older CLI announces no task.
-            let call = parent.unwrap_or_default().to_owned();
-            self.agent_started(call, None, None, false, 1, now);
         }
     }
 
@@ -758,12 +833,18 @@ impl Session {
         if id.is_empty() {
             return;
         }
+        let (tokens, settled) = self.ledger.used(&id).unwrap_or_default();
         let update = Update::Answered {
             session: self.id.clone(),
+            answer: id.clone(),
             model: current.model.clone(),
             source: if key == MAIN { Source::Main } else { Source::Subagent },
+            parent: (key != MAIN).then(|| key.to_owned()),
             stop_reason: current.stop_reason.take(),
-            duration: current.asked.take().map(|asked| now.mono.saturating_sub(asked)),
+            duration: current.asked.take().map(|asked| current.last.saturating_sub(asked)),
+            since: now.mono.saturating_sub(current.last),
+            tokens,
+            settled,
         };
         self.ledger.complete(&id, now.unix);
         self.out.push(update);
@@ -793,18 +874,17 @@ impl Session {
                 let duration = now.mono.saturating_sub(agent.started);
                 let outcome = if result.error { "failed" } else { "completed" };
                 self.agents.remove(&result.call);
-                self.out.push(Update::SubagentEnded { outcome, duration });
-                self.agents_changed();
+                self.agent_ended(result.call.clone(), outcome, duration, now);
             }
-            self.permissions.retain(|_, (waiting, _)| waiting.as_deref() != Some(result.call.as_str()));
+            self.permissions.retain(|_, permission| permission.call.as_deref() != Some(result.call.as_str()));
             self.tool_ended(&result.call, call, outcome, now);
         }
         if parent.is_none() && self.turn.is_some() && (!user.results.is_empty() || user.synthetic) {
-            self.asked_model = Some(now.mono);
+            self.asked(false, now);
         }
     }
 
-    fn tool_started(&mut self, call: String, tool: String, parent: Option<&str>, now: Now) {
+    fn tool_started(&mut self, call: String, tool: String, parent: Option<&str>, bytes: usize, now: Now) {
         if let Some(current) = self.threads.get_mut(thread(parent)) {
             current.wants_tool = true;
         }
@@ -815,7 +895,13 @@ impl Session {
         if tool == "WebSearch" {
             self.ledger.unseen_call();
         }
-        self.out.push(Update::ToolStarted { session: self.id.clone(), call: call.clone(), tool: tool.clone() });
+        self.out.push(Update::ToolStarted {
+            session: self.id.clone(),
+            call: call.clone(),
+            tool: tool.clone(),
+            parent: parent.map(str::to_owned),
+            bytes,
+        });
         self.calls.insert(call, Call { tool, started: now.mono, thread: thread(parent).to_owned(), denied: false });
     }
 
@@ -870,7 +956,14 @@ impl Session {
         if self.agents.len() >= OPEN {
             return;
         }
-        self.out.push(Update::SubagentStarted { session: self.id.clone(), kind: name(kind, "unknown") });
+        self.out.push(Update::SubagentStarted {
+            session: self.id.clone(),
+            kind: name(kind, "unknown"),
+            call: call.clone(),
+            task: task.clone(),
+            depth,
+            background,
+        });
         self.agents.insert(call, Agent { started: now.mono, depth, background, task });
         self.agents_changed();
     }
@@ -878,16 +971,23 @@ impl Session {
     fn task_ended(&mut self, task: &str, status: Option<&str>, now: Now) {
         self.shells.remove(task);
         let found = self.agents.iter().find(|(_, agent)| agent.task.as_deref() == Some(task)).map(|(call, _)| call.clone());
-        if let Some(agent) = found.and_then(|call| self.agents.remove(&call)) {
+        if let Some((call, agent)) = found.and_then(|call| self.agents.remove_entry(&call)) {
             let outcome = match status {
                 Some("completed") => "completed",
                 Some("failed") => "failed",
                 Some("stopped" | "killed") => "stopped",
                 _ => "other",
             };
-            self.out.push(Update::SubagentEnded { outcome, duration: now.mono.saturating_sub(agent.started) });
-            self.agents_changed();
+            self.agent_ended(call, outcome, now.mono.saturating_sub(agent.started), now);
         }
+    }
+
+    fn agent_ended(&mut self, call: String, outcome: &'static str, duration: Duration, now: Now) {
+        // What it said last is all that it said.
+        self.complete_thread(&call, now);
+        self.threads.remove(&call);
+        self.out.push(Update::SubagentEnded { call, outcome, duration });
+        self.agents_changed();
     }
 
     fn agents_changed(&mut self) {
@@ -903,8 +1003,9 @@ impl Session {
         self.out.push(Update::BackgroundTasks { agents, shells, others });
     }
 
-    fn retried(&mut self, error: Option<String>) {
-        self.out.push(Update::Retried { session: self.id.clone(), error: name(error, "unknown") });
+    fn retried(&mut self, error: Option<String>, parent: Option<String>, status: Option<u64>, delay: Option<Duration>) {
+        let error = name(error, "unknown");
+        self.out.push(Update::Retried { session: self.id.clone(), error, parent, status, delay });
     }
 
     fn cli_asks(&mut self, id: String, request: Request, now: Now) {
@@ -912,16 +1013,14 @@ impl Session {
             return;
         }
         match request {
-            Request::CanUseTool { call, .. } => {
-                self.permissions.insert(id, (call, now.mono));
-            }
+            Request::CanUseTool { tool, call } => self.asks(id, call, name(tool, "unknown"), now),
             Request::McpMessage { server, method, id: true } if method.as_deref() == Some("tools/call") => {
-                self.mcp_calls.insert(id, (name(server, "unknown"), now.mono));
+                let server = name(server, "unknown");
+                self.out.push(Update::McpStarted { request: id.clone(), server: server.clone() });
+                self.mcp_calls.insert(id, (server, now.mono));
             }
             // A person is asked something.
-            Request::Other(kind) if kind == "elicitation" || kind == "request_user_dialog" => {
-                self.permissions.insert(id, (None, now.mono));
-            }
+            Request::Other(kind) if kind == "elicitation" || kind == "request_user_dialog" => self.asks(id, None, kind, now),
             Request::Initialize
             | Request::HookCallback { .. }
             | Request::McpMessage { .. }
@@ -930,6 +1029,11 @@ impl Session {
             | Request::GetUsage
             | Request::Other(_) => {}
         }
+    }
+
+    fn asks(&mut self, request: String, call: Option<String>, tool: String, now: Now) {
+        self.out.push(Update::PermissionAsked { request: request.clone(), call: call.clone(), tool: tool.clone() });
+        self.permissions.insert(request, Permission { call, tool, since: now.mono });
     }
 
     fn cli_answers(&mut self, answer: Answer, now: Now) {
@@ -957,7 +1061,7 @@ impl Session {
             let turn = self.turn.take();
             self.restart(now);
             self.turn = turn;
-            self.out.push(Update::SessionStarted { session: self.id.clone(), start: Start::Resume });
+            self.again();
         }
         if std::mem::take(&mut self.renamed)
             && result.index.is_none()
@@ -1006,13 +1110,11 @@ impl Session {
                 self.agents.iter().filter(|(_, agent)| !agent.background).map(|(call, _)| call.clone()).collect();
             for call in gone {
                 if let Some(agent) = self.agents.remove(&call) {
-                    let duration = now.mono.saturating_sub(agent.started);
-                    self.out.push(Update::SubagentEnded { outcome: "stopped", duration });
-                    self.agents_changed();
+                    self.agent_ended(call, "stopped", now.mono.saturating_sub(agent.started), now);
                 }
             }
         }
-        self.end_turn(outcome, result.terminal_reason.clone(), confirmed, now);
+        self.end_turn(outcome, result.terminal_reason.clone(), Some(result.num_turns), confirmed, now);
         if result.queued > 0 {
             self.begin_turn(now);
         }
@@ -1021,18 +1123,28 @@ impl Session {
     // ---- turns, money, time
 
     fn begin_turn(&mut self, now: Now) {
-        if self.turn.is_some() {
-            return;
-        }
-        self.turns += 1;
-        self.ledger.turn_started();
-        self.asked_model.get_or_insert(now.mono);
-        let number = self.turns;
-        self.turn = Some(Turn { number, started: now.mono, rounds: 0, answers: 0, cost: Usd::ZERO, tokens: 0 });
-        self.out.push(Update::TurnStarted { session: self.id.clone(), turn: number });
+        self.begin_turn_of(None, now);
     }
 
-    fn end_turn(&mut self, outcome: Outcome, reason: Option<String>, confirmed: bool, now: Now) {
+    /// `parent`: it is a subagent that shows it, not the main loop.
+    fn begin_turn_of(&mut self, parent: Option<&str>, now: Now) {
+        if self.turn.is_none() {
+            self.turns += 1;
+            self.ledger.turn_started();
+            let (number, started) = (self.turns, now.mono);
+            self.turn = Some(Turn { number, started, rounds: 0, answers: 0, cost: Usd::ZERO, tokens: 0, announced: false });
+            self.asked_model.get_or_insert(now.mono);
+        }
+        if let (None, Some(turn)) = (parent, &mut self.turn)
+            && !std::mem::replace(&mut turn.announced, true)
+        {
+            let turn = turn.number;
+            self.out.push(Update::TurnStarted { session: self.id.clone(), turn });
+            self.out.push(Update::Requested { said: false });
+        }
+    }
+
+    fn end_turn(&mut self, outcome: Outcome, reason: Option<String>, num_turns: Option<u64>, confirmed: bool, now: Now) {
         let Some(turn) = self.turn.take() else { return };
         self.stop_as = None;
         self.queued = 0;
@@ -1045,6 +1157,7 @@ impl Session {
             reason: reason.map(|reason| bounded(&reason, NAME).to_owned()),
             duration: now.mono.saturating_sub(turn.started),
             answers: turn.answers,
+            num_turns,
             cost: turn.cost,
             confirmed,
         });
@@ -1143,6 +1256,11 @@ pub fn is_agent(tool: &str) -> bool {
 
 fn thread(parent: Option<&str>) -> &str {
     parent.unwrap_or(MAIN)
+}
+
+/// Whether it is made as the CLI makes ids: a name or a path in its place is nobody's business.
+fn is_id(text: &str) -> bool {
+    text.len() == 36 && text.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
 }
 
 fn name(text: Option<String>, or: &str) -> String {

@@ -202,10 +202,17 @@ pub enum Update {
         permission_mode: String,
         api_key_source: String,
     },
+    /// The model that the main loop is to ask from here on.
+    ModelChosen {
+        model: String,
+    },
     SessionStarted {
         session: String,
         start: Start,
+        /// The session that it goes on from, where the CLI names them with ids.
+        from: Option<String>,
     },
+    /// The main loop is at it.
     TurnStarted {
         session: String,
         turn: u64,
@@ -217,17 +224,40 @@ pub enum Update {
         reason: Option<String>,
         duration: Duration,
         answers: u64,
+        /// As the CLI counts them, if it did.
+        num_turns: Option<u64>,
         cost: Usd,
         /// The CLI sent a result for it.
         confirmed: bool,
     },
+    /// The main loop asks the model.
+    Requested {
+        /// The CLI says so; else it must be doing so, having all that it waited for.
+        said: bool,
+    },
+    /// The first frame of an answer.
+    Answering {
+        answer: String,
+        model: String,
+        /// The call whose subagent is answered.
+        parent: Option<String>,
+        /// Its frames are shown as they come.
+        streamed: bool,
+    },
     /// An answer of the model is complete.
     Answered {
         session: String,
+        answer: String,
         model: String,
         source: Source,
+        parent: Option<String>,
         stop_reason: Option<String>,
         duration: Option<Duration>,
+        /// How long ago its last frame came.
+        since: Duration,
+        /// As far as the API told; `settled`: it told the end of it.
+        tokens: Tokens,
+        settled: bool,
     },
     FirstToken {
         model: String,
@@ -256,6 +286,15 @@ pub enum Update {
         session: String,
         call: String,
         tool: String,
+        /// The call whose subagent calls it.
+        parent: Option<String>,
+        /// Of its input.
+        bytes: usize,
+    },
+    /// A sign of life of a long call.
+    ToolProgressed {
+        call: String,
+        after: Duration,
     },
     ToolEnded {
         session: String,
@@ -264,14 +303,28 @@ pub enum Update {
         outcome: ToolOutcome,
         duration: Duration,
     },
+    /// Somebody is asked, about a call or about something else.
+    PermissionAsked {
+        request: String,
+        call: Option<String>,
+        tool: String,
+    },
     PermissionDecided {
+        request: String,
+        call: Option<String>,
+        tool: String,
         decision: &'static str,
         wait: Duration,
     },
     PermissionDenied {
         tool: String,
     },
+    HookStarted {
+        hook: String,
+        event: String,
+    },
     HookEnded {
+        hook: String,
         event: String,
         outcome: String,
         duration: Duration,
@@ -279,8 +332,14 @@ pub enum Update {
     SubagentStarted {
         session: String,
         kind: String,
+        /// The call that started it.
+        call: String,
+        task: Option<String>,
+        depth: u64,
+        background: bool,
     },
     SubagentEnded {
+        call: String,
         outcome: &'static str,
         duration: Duration,
     },
@@ -293,16 +352,28 @@ pub enum Update {
         shells: usize,
         others: usize,
     },
+    Compacting,
     Compacted {
         trigger: String,
+        pre_tokens: u64,
+        post_tokens: u64,
+        duration: Duration,
     },
+    /// A request failed and is made again.
     Retried {
         session: String,
         error: String,
+        /// The call whose subagent's request it is.
+        parent: Option<String>,
+        /// Of HTTP, where there was an answer.
+        status: Option<u64>,
+        delay: Option<Duration>,
     },
+    /// A request failed for good.
     ApiFailed {
         session: String,
         error: String,
+        parent: Option<String>,
     },
     RateLimit {
         window: String,
@@ -313,7 +384,13 @@ pub enum Update {
         server: String,
         up: bool,
     },
+    /// A tool that lives in the app is called.
+    McpStarted {
+        request: String,
+        server: String,
+    },
     McpCalled {
+        request: String,
         server: String,
         duration: Duration,
     },
@@ -354,6 +431,10 @@ pub enum Update {
         step: Step,
         lasted: Duration,
     },
+    /// The process is gone: what was open ends with what follows, and with nobody's word but ours.
+    Gone {
+        cause: MissingCause,
+    },
     ResultMissing {
         session: String,
         cause: MissingCause,
@@ -375,7 +456,9 @@ pub enum Update {
         kind: &'static str,
     },
     /// A line of a type that nobody told us of.
-    Unknown,
+    Unknown {
+        kind: String,
+    },
     /// A line, or this many fields of one, could not be read.
     Unread {
         reason: &'static str,
