@@ -13,6 +13,7 @@ use crate::ladder::{Goal, Ladder, Patience};
 use crate::ledger::Base;
 use crate::limit::{Judge, Limit, Mode, Outside, Reached, Rule, Scope, Used};
 use crate::line::{Line, Splitter};
+use crate::log::Logs;
 use crate::meter;
 use crate::metric::{MAX_SERIES, Meters};
 use crate::price::PriceTable;
@@ -20,6 +21,8 @@ use crate::record::{Fact, Record};
 use crate::report::{Report, SessionReport, Sums};
 use crate::sample::Sample;
 use crate::session::{Opening, Session};
+use crate::span::{Spans, TraceSettings};
+use crate::telemetry::{Context, LogEvent, Span};
 use crate::tokens::Usd;
 use crate::update::{Activity, Decision, ExitReason, Outcome, OwnRequest, Start, Step, Update};
 
@@ -92,6 +95,9 @@ pub enum Output {
     Record(Record),
     /// A decision about a limit, for the log.
     Decided(Decision),
+    /// It has ended.
+    Span(Span),
+    Log(LogEvent),
 }
 
 /// What the supervisor is to do.
@@ -133,6 +139,9 @@ pub struct Settings {
     pub rules: Vec<Rule>,
     pub patience: Patience,
     pub max_series: usize,
+    pub trace: TraceSettings,
+    /// Log events are wanted.
+    pub events: bool,
 }
 
 impl Default for Settings {
@@ -149,6 +158,8 @@ impl Default for Settings {
             rules: Vec::new(),
             patience: Patience::default(),
             max_series: MAX_SERIES,
+            trace: TraceSettings::default(),
+            events: false,
         }
     }
 }
@@ -198,6 +209,9 @@ pub struct Monitor {
     pid: Option<u32>,
     meters: Meters,
     report: Report,
+    /// None of these where nobody wants them.
+    spans: Option<Box<Spans>>,
+    logs: Option<Box<Logs>>,
     seq: u64,
     out: VecDeque<Output>,
     now: Now,
@@ -236,6 +250,8 @@ impl Monitor {
             pid: None,
             meters,
             report: Report::default(),
+            spans: settings.trace.on.then(|| Box::new(Spans::new(settings.trace.clone()))),
+            logs: settings.events.then(Box::default),
             seq: 0,
             out: VecDeque::new(),
             now,
@@ -264,6 +280,9 @@ impl Monitor {
             Input::Timeout => self.session.tick(self.now),
         }
         self.settle();
+        if let Some(spans) = &mut self.spans {
+            self.out.extend(spans.drain().map(Output::Span));
+        }
     }
 
     /// The next thing to do, until there is none.
@@ -294,6 +313,21 @@ impl Monitor {
 
     pub fn report(&self) -> &Report {
         &self.report
+    }
+
+    /// The span of the turn that runs: what an exemplar points at.
+    pub fn context(&self) -> Option<Context> {
+        self.spans.as_ref().and_then(|spans| spans.context())
+    }
+
+    /// What the CLI is to find as its `TRACEPARENT`, if anything: see [`crate::span`].
+    pub fn child_context(&self) -> Option<Context> {
+        self.settings.trace.child_context()
+    }
+
+    /// Spans, and events of spans, that did not fit.
+    pub fn spans_dropped(&self) -> u64 {
+        self.spans.as_ref().map_or(0, |spans| spans.dropped())
     }
 
     pub fn activity(&self) -> Activity {
@@ -545,6 +579,9 @@ impl Monitor {
         for request in self.asker.give_up() {
             self.fold(Update::Asked { request, answered: false });
         }
+        if let Some(spans) = &mut self.spans {
+            spans.finish(self.now);
+        }
     }
 
     // ---- after each input
@@ -723,6 +760,7 @@ impl Monitor {
                     ladder.goal = Goal::Process;
                     ladder.enter(Step::End, self.now.mono);
                     self.ladder = Some(ladder);
+                    self.fold(Update::Stopping { step: Step::End });
                 }
             }
         }
@@ -731,6 +769,10 @@ impl Monitor {
     fn fold(&mut self, update: Update) {
         meter::on(&mut self.meters, &self.settings.prices, &update, self.now.unix);
         self.report.on(&update);
+        let context = self.spans.as_mut().and_then(|spans| spans.on(&update, self.now));
+        if let Some(event) = self.logs.as_mut().and_then(|logs| logs.on(&update, self.now, context)) {
+            self.out.push_back(Output::Log(event));
+        }
         if let Some(fact) = Fact::of(&update) {
             let record = Record::new(&self.settings.nonce, self.seq, self.now.unix, fact);
             self.seq += 1;

@@ -75,7 +75,7 @@ impl Bench {
                     d.ceiling
                 )
                 .unwrap(),
-                Output::Record(_) => {}
+                Output::Record(_) | Output::Span(_) | Output::Log(_) => {}
             }
         }
         if !self.deaf {

@@ -10,6 +10,7 @@ use agent_sidecar_core::launch::{Launch, Mode};
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode as LimitMode, Rule, Scope};
 use agent_sidecar_core::metric;
 use agent_sidecar_core::record::Fact;
+use agent_sidecar_core::span::TraceSettings;
 use agent_sidecar_core::update::ExitReason;
 use agent_sidecar_core::{Input, Monitor, Output, Settings};
 
@@ -42,6 +43,8 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
         rules,
         patience: config.patience(),
         max_series: config.max_series(),
+        trace: TraceSettings::default(),
+        events: false,
     };
     let clock = Clock::start();
     let mut monitor = Monitor::new(settings, false, clock.now());
@@ -102,7 +105,7 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
             session = decision.session,
             "limit"
         ),
-        Output::Action(_) => {}
+        Output::Action(_) | Output::Span(_) | Output::Log(_) => {}
     }));
 
     if let Some(bound) = bound {
