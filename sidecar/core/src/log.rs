@@ -11,28 +11,28 @@ use crate::span::put;
 use crate::telemetry::{Attributes, Context, LogEvent, Severity, Value};
 use crate::update::{Decision, ExitReason, MissingCause, Outcome, Step, ToolOutcome, Update};
 
-/// Every event, and the ledger's name for it, where the ledger tells it, too.
-pub const LEDGER: &[(&str, Option<&str>)] = &[
-    ("session.started", Some("session_started")),
-    ("session.ended", Some("session_ended")),
-    ("turn.started", None),
-    ("turn.ended", Some("turn_ended")),
-    ("request.completed", None),
-    ("tool.completed", None),
-    ("permission.decided", None),
-    ("limit.warned", Some("limit_decided")),
-    ("limit.enforced", Some("limit_decided")),
-    ("stall.detected", None),
-    ("result.missing", Some("result_missing")),
-    ("process.exited", Some("process_exited")),
-    ("mcp.up", None),
-    ("mcp.down", None),
-    ("compaction", None),
-    ("rate_limit", None),
-    ("resume.failed", None),
-    ("reconciliation.mismatch", Some("corrected")),
-    ("price.unknown", None),
-    ("event.unknown", None),
+/// Every event, and what the ledger calls it, where it tells it, too.
+pub const LEDGER: &[(&str, &[&str])] = &[
+    ("session.started", &["session_started"]),
+    ("session.ended", &["session_ended"]),
+    ("turn.started", &[]),
+    ("turn.ended", &["turn_ended"]),
+    ("request.completed", &[]),
+    ("tool.completed", &[]),
+    ("permission.decided", &[]),
+    ("limit.warned", &["limit_decided"]),
+    ("limit.enforced", &["limit_decided", "limit_enforced"]),
+    ("stall.detected", &[]),
+    ("result.missing", &["result_missing"]),
+    ("process.exited", &["process_exited"]),
+    ("mcp.up", &[]),
+    ("mcp.down", &[]),
+    ("compaction", &[]),
+    ("rate_limit", &[]),
+    ("resume.failed", &[]),
+    ("reconciliation.mismatch", &["corrected"]),
+    ("price.unknown", &[]),
+    ("event.unknown", &[]),
 ];
 
 /// Names that are told once each: models without a price, types of events that nobody told us of, servers.

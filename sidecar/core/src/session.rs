@@ -834,6 +834,8 @@ impl Session {
             return;
         }
         let (tokens, settled) = self.ledger.used(&id).unwrap_or_default();
+        // What the CLI itself puts behind a stream that was cut is no word of the API.
+        let settled = settled && (current.stop_reason.is_some() || !current.streamed);
         let update = Update::Answered {
             session: self.id.clone(),
             answer: id.clone(),

@@ -33,7 +33,7 @@ use self::id::Ids;
 pub use self::semconv::Semconv;
 pub(crate) use self::semconv::put;
 use self::semconv::{AGENT_PROVIDER, CACHE_READ, CACHE_WRITE, PROVIDER};
-use self::tree::{Key, Open, Place, Tree};
+use self::tree::{Key, Open, Place, Tree, blank};
 use self::turn::class;
 use crate::Now;
 use crate::limit::{Limit, Mode};
@@ -139,6 +139,7 @@ pub struct Spans {
     behind: Option<Context>,
     gone: Option<MissingCause>,
     limit: Option<Limit>,
+    step: Option<Step>,
     exit: Option<ExitReason>,
 }
 
@@ -166,6 +167,7 @@ impl Spans {
             behind: None,
             gone: None,
             limit: None,
+            step: None,
             exit: None,
         }
     }
@@ -193,7 +195,7 @@ impl Spans {
                 (self.gone, self.behind) = (None, None);
                 if let Some(context) = self.process {
                     let name = String::from("claude_agent.process");
-                    self.tree.start(Key::Process, context, None, None, name, SpanKind::Internal, at);
+                    self.tree.start(Key::Process, None, blank(context, None, name, SpanKind::Internal, at));
                 }
                 None
             }
@@ -383,7 +385,10 @@ impl Spans {
                 enforced.extend(overshoot.map(|usd| ("claude_agent.overshoot_usd", usd.into())));
                 self.stop_event(at, "enforced", enforced)
             }
+            // A kill is repeated until it has its way.
+            Update::Stopping { step } if self.step == Some(*step) => self.context(),
             Update::Stopping { step } => {
+                self.step = Some(*step);
                 if matches!(step, Step::End | Step::Terminate | Step::Kill) && !self.tree.has(&Key::Shutdown) {
                     self.shutdown(at);
                 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::semconv::put;
-use crate::telemetry::{Attributes, Context, Span, SpanEvent, SpanKind, Status};
+use crate::telemetry::{Attributes, Context, Span, SpanEvent, SpanId, SpanKind, Status};
 
 /// Open at once. The session itself keeps track of more calls than this, but nobody reads such a trace.
 const OPEN: usize = 1_024;
@@ -57,6 +57,22 @@ pub(super) struct Place {
     pub(super) under: Option<Key>,
 }
 
+/// Of which nothing is known but that it has begun.
+pub(super) fn blank(context: Context, parent: Option<SpanId>, name: String, kind: SpanKind, start: Duration) -> Span {
+    Span {
+        context,
+        parent,
+        name,
+        kind,
+        start,
+        end: start,
+        attributes: Attributes::new(),
+        events: Vec::new(),
+        links: Vec::new(),
+        status: Status::Unset,
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Tree {
     open: BTreeMap<Key, Open>,
@@ -86,33 +102,11 @@ impl Tree {
         self.open.get(&key).map(|open| Place { parent: open.span.context, under: Some(key) })
     }
 
-    /// `parent`: of another process, where nothing is above it here.
-    pub(super) fn start(
-        &mut self,
-        key: Key,
-        context: Context,
-        parent: Option<crate::telemetry::SpanId>,
-        under: Option<Key>,
-        name: String,
-        kind: SpanKind,
-        start: Duration,
-    ) -> Option<&mut Open> {
+    pub(super) fn start(&mut self, key: Key, under: Option<Key>, span: Span) -> Option<&mut Open> {
         if self.open.len() >= OPEN && !matches!(key, Key::Turn | Key::Shutdown) {
             self.dropped += 1;
             return None;
         }
-        let span = Span {
-            context,
-            parent,
-            name,
-            kind,
-            start,
-            end: start,
-            attributes: Attributes::new(),
-            events: Vec::new(),
-            links: Vec::new(),
-            status: Status::Unset,
-        };
         let open = Open { span, under, asked: None, streamed: false, dropped: 0 };
         Some(self.open.entry(key).insert_entry(open).into_mut())
     }

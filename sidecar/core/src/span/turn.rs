@@ -85,7 +85,7 @@ impl Spans {
         self.last = Some((context, session.clone()));
         self.behind = Some(context);
         if self.gone.is_none() && !self.tree.has(&Key::Shutdown) {
-            self.limit = None;
+            (self.limit, self.step) = (None, None);
         }
         Some(context)
     }
@@ -291,7 +291,7 @@ impl Spans {
         let context = Context { trace, span: self.ids.span(), sampled };
         let session = self.session.clone();
         let parent: Option<SpanId> = parent.map(|parent| parent.span);
-        let open = self.tree.start(key, context, parent, under, name, kind, at)?;
+        let open = self.tree.start(key, under, blank(context, parent, name, kind, at))?;
         if !session.is_empty() {
             put(&mut open.span.attributes, "gen_ai.conversation.id", session);
         }
@@ -303,6 +303,9 @@ impl Spans {
         let attributes = &mut open.span.attributes;
         if !self.session.is_empty() && !attributes.iter().any(|(key, _)| *key == "gen_ai.conversation.id") {
             put(attributes, "gen_ai.conversation.id", self.session.as_str());
+        }
+        if matches!(key, Key::Permission(_)) && !attributes.iter().any(|(key, _)| *key == "claude_agent.decision") {
+            put(attributes, "claude_agent.decision", "cancelled");
         }
         let ours = self.gone.is_some() || end == End::Lost;
         let error = match (end, self.gone) {
