@@ -234,8 +234,8 @@ impl Logs {
                 say("claude_agent.model", spent.model.as_str().into());
                 ("price.unknown", Warn)
             }
-            Update::Unknown { kind } if once(&mut self.kinds, kind) => {
-                say("claude_agent.kind", kind.as_str().into());
+            Update::Unknown { kind } if once(&mut self.kinds, word(kind)) => {
+                say("claude_agent.kind", word(kind).into());
                 ("event.unknown", Info)
             }
             Update::Spent(_)
@@ -292,6 +292,12 @@ fn decided(decision: &Decision, say: &mut impl FnMut(&'static str, Value)) {
     say("claude_agent.observed", decision.observed.into());
     say("claude_agent.ceiling", decision.ceiling.into());
     say("claude_agent.level", decision.level.into());
+}
+
+/// A type's name; what does not look like one might be anything.
+fn word(kind: &str) -> &str {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-./".contains(&b);
+    if kind.bytes().all(plain) { kind } else { "other" }
 }
 
 fn once(names: &mut BTreeSet<String>, name: &str) -> bool {

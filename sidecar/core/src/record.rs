@@ -182,6 +182,7 @@ impl Fact {
                 answers: 0,
                 num_turns: None,
                 cost: cost_usd,
+                tokens: Tokens::default(),
                 confirmed,
             },
             Fact::ResultMissing { session_id, cause } => Update::ResultMissing { session: session_id, cause },

@@ -19,7 +19,7 @@ use crate::event::{
 use crate::ledger::{Base, Ledger};
 use crate::metric::bounded;
 use crate::price::PriceTable;
-use crate::tokens::Usd;
+use crate::tokens::{Tokens, Usd};
 use crate::update::{Activity, ExitReason, MissingCause, Outcome, ResetCause, Source, Start, ToolOutcome, Update};
 
 /// Open things of one kind that are kept track of; a CLI that opens more is counted right but timed no longer.
@@ -50,7 +50,7 @@ struct Turn {
     rounds: u64,
     answers: u64,
     cost: Usd,
-    tokens: u64,
+    tokens: Tokens,
     /// The main loop has joined in: a background agent that goes on between two turns is accounted for as one, too.
     announced: bool,
 }
@@ -234,7 +234,7 @@ impl Session {
             started: turn.started,
             rounds: turn.rounds,
             cost: turn.cost,
-            tokens: turn.tokens,
+            tokens: turn.tokens.total(),
         })
     }
 
@@ -1134,7 +1134,15 @@ impl Session {
             self.turns += 1;
             self.ledger.turn_started();
             let (number, started) = (self.turns, now.mono);
-            self.turn = Some(Turn { number, started, rounds: 0, answers: 0, cost: Usd::ZERO, tokens: 0, announced: false });
+            self.turn = Some(Turn {
+                number,
+                started,
+                rounds: 0,
+                answers: 0,
+                cost: Usd::ZERO,
+                tokens: Tokens::default(),
+                announced: false,
+            });
             self.asked_model.get_or_insert(now.mono);
         }
         if let (None, Some(turn)) = (parent, &mut self.turn)
@@ -1161,6 +1169,7 @@ impl Session {
             answers: turn.answers,
             num_turns,
             cost: turn.cost,
+            tokens: turn.tokens,
             confirmed,
         });
     }
@@ -1174,7 +1183,7 @@ impl Session {
                     self.session_tokens = self.session_tokens.saturating_add(spent.tokens.total());
                     if let Some(turn) = &mut self.turn {
                         turn.cost += spent.cost;
-                        turn.tokens = turn.tokens.saturating_add(spent.tokens.total());
+                        turn.tokens += spent.tokens;
                     }
                 }
                 Update::Corrected { usd, tokens, .. } => {
@@ -1182,6 +1191,7 @@ impl Session {
                     self.session_tokens = self.session_tokens.saturating_sub(tokens.total());
                     if let Some(turn) = &mut self.turn {
                         turn.cost = turn.cost - *usd;
+                        turn.tokens = turn.tokens.saturating_sub(*tokens);
                     }
                 }
                 _ => {}

@@ -112,7 +112,6 @@ struct Request {
 /// What is told of a turn when it ends.
 #[derive(Debug, Default)]
 struct Turn {
-    tokens: Tokens,
     failure: Option<&'static str>,
     missing: Option<MissingCause>,
     keep: bool,
@@ -355,14 +354,6 @@ impl Spans {
             Update::Stalled { kind, on: true } => {
                 self.event(&Key::Turn, at, "stall", vec![("claude_agent.kind", kind.as_str().into())])
             }
-            Update::Spent(spent) => {
-                self.turn.tokens += spent.tokens;
-                self.context()
-            }
-            Update::Corrected { tokens, .. } => {
-                self.turn.tokens = self.turn.tokens.saturating_sub(*tokens);
-                self.context()
-            }
             Update::Decided(decision) => {
                 if decision.mode == Mode::Enforce && decision.step != Step::Warn {
                     self.limit = Some(decision.limit);
@@ -416,6 +407,8 @@ impl Spans {
             | Update::Spoke { .. }
             | Update::Identified { .. }
             | Update::ContextUsed { .. }
+            | Update::Spent(_)
+            | Update::Corrected { .. }
             | Update::Unconfirmed { .. }
             | Update::PermissionDenied { .. }
             | Update::Subagents { .. }

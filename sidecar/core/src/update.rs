@@ -227,6 +227,7 @@ pub enum Update {
         /// As the CLI counts them, if it did.
         num_turns: Option<u64>,
         cost: Usd,
+        tokens: Tokens,
         /// The CLI sent a result for it.
         confirmed: bool,
     },

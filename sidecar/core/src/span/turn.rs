@@ -17,7 +17,7 @@ impl Spans {
     }
 
     pub(super) fn turn_ended(&mut self, update: &Update, at: Duration) -> Option<Context> {
-        let Update::TurnEnded { session, outcome, reason, answers, num_turns, cost, confirmed, .. } = update else {
+        let Update::TurnEnded { session, outcome, reason, answers, num_turns, cost, tokens, confirmed, .. } = update else {
             return None;
         };
         // Nobody waits for these any more.
@@ -55,10 +55,10 @@ impl Spans {
         put(attributes, "claude_agent.answers", *answers);
         put(attributes, "claude_agent.cost_usd", *cost);
         put(attributes, "claude_agent.confirmed", *confirmed);
-        usage(attributes, turn.tokens);
+        usage(attributes, *tokens);
         // The conventions have no cached tokens here.
-        put(attributes, "claude_agent.usage.cache_read.input_tokens", turn.tokens.cache_read);
-        put(attributes, "claude_agent.usage.cache_write.input_tokens", written(turn.tokens));
+        put(attributes, "claude_agent.usage.cache_read.input_tokens", tokens.cache_read);
+        put(attributes, "claude_agent.usage.cache_write.input_tokens", written(*tokens));
         if turn.keep {
             put(attributes, "claude_agent.keep", true);
         }

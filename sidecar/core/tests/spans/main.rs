@@ -21,6 +21,8 @@ const GIVEN: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 struct Run {
     monitor: Monitor,
     now: Duration,
+    /// What the wall clock said at the beginning.
+    day: Duration,
     spans: Vec<Span>,
     logs: Vec<LogEvent>,
     records: Vec<serde_json::Value>,
@@ -36,6 +38,7 @@ impl Run {
         let mut run = Run {
             monitor,
             now: Duration::ZERO,
+            day: DAY,
             spans: Vec::new(),
             logs: Vec::new(),
             records: Vec::new(),
@@ -51,7 +54,7 @@ impl Run {
     }
 
     fn put(&mut self, input: Input<'_>) -> &mut Run {
-        self.monitor.handle(Now { mono: self.now, unix: DAY + self.now }, input);
+        self.monitor.handle(Now { mono: self.now, unix: self.day + self.now }, input);
         while let Some(output) = self.monitor.poll_output() {
             match output {
                 Output::Span(span) => self.spans.push(span),

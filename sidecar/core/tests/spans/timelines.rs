@@ -9,7 +9,7 @@ use agent_sidecar_core::telemetry::{Context, Span, Status, Value};
 use agent_sidecar_core::update::Start;
 use agent_sidecar_core::{Exit, Input, Settings, Signal, Stop};
 
-use crate::{GIVEN, Run, get, int, text, told_alike, trace};
+use crate::{DAY, GIVEN, Run, get, int, text, told_alike, trace};
 
 const SESSION: &str = "5f0a2f6e-95cb-4b0f-a56c-0a3e2d1c9b7f";
 
@@ -287,6 +287,22 @@ fn names_follow_the_version_that_is_wanted() {
 }
 
 #[test]
+fn a_clock_that_is_set_back_ends_nothing_before_it_began() {
+    let mut run = Run::live(trace(), &[]);
+    run.ask().init("s").at(10.0);
+    run.day -= Duration::from_secs(3_600);
+    run.at(20.0).answer(1, None, None).result("s", "success", "completed").at(30.0).ask().at(31.0).result(
+        "s",
+        "success",
+        "completed",
+    );
+    run.exit(Exit::Code(0));
+    let times: Vec<_> = run.named("invoke_agent claude-code").iter().map(|turn| (turn.start, turn.end)).collect();
+    let at = |day: Duration, seconds| day + Duration::from_secs(seconds);
+    assert_eq!(times, [(at(DAY, 0), at(DAY, 20)), (at(run.day, 30), at(run.day, 31))]);
+}
+
+#[test]
 fn some_things_are_told_once() {
     let mut run = Run::live(trace(), &[]);
     for _ in 0..3 {
@@ -294,8 +310,11 @@ fn some_things_are_told_once() {
         run.cli(
             r#"{"type":"system","subtype":"init","session_id":"s","mcp_servers":[{"name":"a","status":"connected"},{"name":"b","status":"failed"}]}"#,
         );
-        run.cli(r#"{"type":"telepathy","session_id":"s"}"#).result("s", "success", "completed");
+        run.cli(r#"{"type":"telepathy","session_id":"s"}"#);
+        run.cli(r#"{"type":"mail me at me@example.com","session_id":"s"}"#).result("s", "success", "completed");
     }
     let count = |name| run.logs.iter().filter(|event| event.name == name).count();
-    assert_eq!((count("mcp.up"), count("mcp.down"), count("event.unknown"), count("turn.ended")), (1, 1, 1, 3));
+    assert_eq!((count("mcp.up"), count("mcp.down"), count("event.unknown"), count("turn.ended")), (1, 1, 2, 3));
+    let told = run.logs.iter().filter(|event| event.name == "event.unknown").map(|event| event.attributes[1].1.clone());
+    assert_eq!(told.collect::<Vec<_>>(), [Value::Str("telepathy".into()), Value::Str("other".into())]);
 }
