@@ -9,7 +9,7 @@ use crate::Now;
 use crate::limit::Mode;
 use crate::span::put;
 use crate::telemetry::{Attributes, Context, LogEvent, Severity, Value};
-use crate::update::{Decision, ExitReason, MissingCause, Outcome, Step, ToolOutcome, Update};
+use crate::update::{Answered, Decision, ExitReason, MissingCause, Outcome, Step, ToolOutcome, Update};
 
 /// Every event, and what the ledger calls it, where it tells it, too.
 pub const LEDGER: &[(&str, &[&str])] = &[
@@ -115,7 +115,8 @@ impl Logs {
                 };
                 ("turn.ended", severity)
             }
-            Update::Answered { answer, model, source, stop_reason, duration, tokens, settled, .. } => {
+            Update::Answered(answered) => {
+                let Answered { answer, model, source, stop_reason, duration, tokens, settled, .. } = &**answered;
                 say("gen_ai.response.id", answer.as_str().into());
                 say("gen_ai.response.model", model.as_str().into());
                 if let Some(reason) = stop_reason {

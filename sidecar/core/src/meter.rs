@@ -3,7 +3,7 @@
 use crate::metric::*;
 use crate::price::PriceTable;
 use crate::tokens::{TOKEN_KINDS, Tokens};
-use crate::update::{Activity, ExitReason, Outcome, Spent, Stall, ToolClass, Update};
+use crate::update::{Activity, Answered, ExitReason, Outcome, Spent, Stall, ToolClass, Update};
 
 /// The place of this CLI among those of its container.
 const SLOT: &str = "0";
@@ -61,7 +61,8 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
             meters.observe(&TURN_MODEL_REQUESTS, &[], *answers as f64);
             meters.observe(&TURN_COST, &[], cost.to_f64());
         }
-        Update::Answered { model, source, stop_reason, duration, .. } => {
+        Update::Answered(answered) => {
+            let Answered { model, source, stop_reason, duration, .. } = &**answered;
             let reason = stop_reason.as_deref().unwrap_or("unknown");
             meters.add(&MODEL_REQUESTS, &[model, source.as_str(), reason], 1);
             if let Some(duration) = duration {

@@ -766,12 +766,20 @@ impl Monitor {
         }
     }
 
+    /// Apart, so that nobody pays for it who does not want it.
+    #[cold]
+    fn tell(&mut self, update: &Update) {
+        let context = self.spans.as_mut().and_then(|spans| spans.on(update, self.now));
+        if let Some(event) = self.logs.as_mut().and_then(|logs| logs.on(update, self.now, context)) {
+            self.out.push_back(Output::Log(event));
+        }
+    }
+
     fn fold(&mut self, update: Update) {
         meter::on(&mut self.meters, &self.settings.prices, &update, self.now.unix);
         self.report.on(&update);
-        let context = self.spans.as_mut().and_then(|spans| spans.on(&update, self.now));
-        if let Some(event) = self.logs.as_mut().and_then(|logs| logs.on(&update, self.now, context)) {
-            self.out.push_back(Output::Log(event));
+        if self.spans.is_some() || self.logs.is_some() {
+            self.tell(&update);
         }
         if let Some(fact) = Fact::of(&update) {
             let record = Record::new(&self.settings.nonce, self.seq, self.now.unix, fact);

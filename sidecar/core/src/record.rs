@@ -182,7 +182,7 @@ impl Fact {
                 answers: 0,
                 num_turns: None,
                 cost: cost_usd,
-                tokens: Tokens::default(),
+                tokens: Box::default(),
                 confirmed,
             },
             Fact::ResultMissing { session_id, cause } => Update::ResultMissing { session: session_id, cause },

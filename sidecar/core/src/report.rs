@@ -170,7 +170,7 @@ impl Report {
             | Update::TurnStarted { .. }
             | Update::Requested { .. }
             | Update::Answering { .. }
-            | Update::Answered { .. }
+            | Update::Answered(_)
             | Update::FirstToken { .. }
             | Update::ContextUsed { .. }
             | Update::Unconfirmed { .. }

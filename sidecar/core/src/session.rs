@@ -20,7 +20,7 @@ use crate::ledger::{Base, Ledger};
 use crate::metric::bounded;
 use crate::price::PriceTable;
 use crate::tokens::{Tokens, Usd};
-use crate::update::{Activity, ExitReason, MissingCause, Outcome, ResetCause, Source, Start, ToolOutcome, Update};
+use crate::update::{Activity, Answered, ExitReason, MissingCause, Outcome, ResetCause, Source, Start, ToolOutcome, Update};
 
 /// Open things of one kind that are kept track of; a CLI that opens more is counted right but timed no longer.
 const OPEN: usize = 4_096;
@@ -836,7 +836,7 @@ impl Session {
         let (tokens, settled) = self.ledger.used(&id).unwrap_or_default();
         // What the CLI itself puts behind a stream that was cut is no word of the API.
         let settled = settled && (current.stop_reason.is_some() || !current.streamed);
-        let update = Update::Answered {
+        let update = Update::Answered(Box::new(Answered {
             session: self.id.clone(),
             answer: id.clone(),
             model: current.model.clone(),
@@ -847,7 +847,7 @@ impl Session {
             since: now.mono.saturating_sub(current.last),
             tokens,
             settled,
-        };
+        }));
         self.ledger.complete(&id, now.unix);
         self.out.push(update);
         self.flush();
@@ -1169,7 +1169,7 @@ impl Session {
             answers: turn.answers,
             num_turns,
             cost: turn.cost,
-            tokens: turn.tokens,
+            tokens: Box::new(turn.tokens),
             confirmed,
         });
     }

@@ -32,7 +32,7 @@ use std::time::Duration;
 use self::id::Ids;
 pub use self::semconv::Semconv;
 pub(crate) use self::semconv::put;
-use self::semconv::{AGENT_PROVIDER, CACHE_READ, CACHE_WRITE, PROVIDER};
+use self::semconv::{AGENT_PROVIDER, CACHE_READ, CACHE_WRITE, FIRST_CHUNK, PROVIDER};
 use self::tree::{Key, Open, Place, Tree, blank};
 use self::turn::class;
 use crate::Now;
@@ -40,7 +40,7 @@ use crate::limit::{Limit, Mode};
 use crate::meter::tool_class;
 use crate::telemetry::{Attributes, Context, Link, Span, SpanEvent, SpanKind, Status, Value};
 use crate::tokens::Tokens;
-use crate::update::{ExitReason, MissingCause, Outcome, ResetCause, Start, Step, ToolClass, ToolOutcome, Update};
+use crate::update::{Answered, ExitReason, MissingCause, Outcome, ResetCause, Start, Step, ToolClass, ToolOutcome, Update};
 
 /// Anthropic's name in the conventions.
 const ANTHROPIC: &str = "anthropic";
@@ -221,10 +221,10 @@ impl Spans {
             }
             Update::FirstToken { after, .. } => {
                 let chat = self.tree.get(&Key::Chat(MAIN.to_owned()))?;
-                put(&mut chat.span.attributes, "claude_agent.time_to_first_token_seconds", *after);
+                self.settings.semconv.put(&mut chat.span.attributes, FIRST_CHUNK, *after);
                 Some(chat.span.context)
             }
-            Update::Answered { .. } => self.answered(update, at),
+            Update::Answered(answered) => self.answered(answered, at),
             Update::Retried { error, parent, status, delay, .. } => {
                 let mut retry = vec![("error.type", class(error).into())];
                 if let Some(status) = status {
@@ -377,7 +377,7 @@ impl Spans {
                 self.stop_event(at, "enforced", enforced)
             }
             // A kill is repeated until it has its way.
-            Update::Stopping { step } if self.step == Some(*step) => self.context(),
+            Update::Stopping { step } if self.step == Some(*step) => None,
             Update::Stopping { step } => {
                 self.step = Some(*step);
                 if matches!(step, Step::End | Step::Terminate | Step::Kill) && !self.tree.has(&Key::Shutdown) {
@@ -403,31 +403,32 @@ impl Spans {
                 self.exit = Some(*reason);
                 self.tree.place(Key::Shutdown).map(|place| place.parent)
             }
+            // Of these there is a log event at most.
+            Update::Spent(_)
+            | Update::Corrected { .. }
+            | Update::McpServer { .. }
+            | Update::Resumed { .. }
+            | Update::SessionEnded { .. }
+            | Update::Unknown { .. } => self.context(),
             Update::CounterReset { cause: ResetCause::Clear | ResetCause::Decrease }
             | Update::Spoke { .. }
             | Update::Identified { .. }
             | Update::ContextUsed { .. }
-            | Update::Spent(_)
-            | Update::Corrected { .. }
             | Update::Unconfirmed { .. }
             | Update::PermissionDenied { .. }
             | Update::Subagents { .. }
             | Update::BackgroundTasks { .. }
-            | Update::McpServer { .. }
             | Update::Was { .. }
             | Update::Stalled { on: false, .. }
-            | Update::Resumed { .. }
             | Update::Active { .. }
             | Update::LimitUsed { .. }
             | Update::IdleShutdown
             | Update::StepEnded { .. }
-            | Update::SessionEnded { .. }
             | Update::Asked { .. }
             | Update::Heard { .. }
-            | Update::Unknown { .. }
             | Update::Unread { .. }
             | Update::LongestLine { .. }
-            | Update::Lost { .. } => self.context(),
+            | Update::Lost { .. } => None,
         }
     }
 

@@ -174,6 +174,24 @@ pub struct Spent {
     pub unpriced: bool,
 }
 
+/// An answer of the model, whole. Boxed where it is a fact: there are few of these among thousands that are small.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answered {
+    pub session: String,
+    pub answer: String,
+    pub model: String,
+    pub source: Source,
+    /// The call whose subagent is answered.
+    pub parent: Option<String>,
+    pub stop_reason: Option<String>,
+    pub duration: Option<Duration>,
+    /// How long ago its last frame came.
+    pub since: Duration,
+    /// As far as the API told; `settled`: it told the end of it.
+    pub tokens: Tokens,
+    pub settled: bool,
+}
+
 /// One decision about a limit, with its numbers.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Decision {
@@ -227,7 +245,8 @@ pub enum Update {
         /// As the CLI counts them, if it did.
         num_turns: Option<u64>,
         cost: Usd,
-        tokens: Tokens,
+        /// Boxed for its size: facts are moved by the thousand.
+        tokens: Box<Tokens>,
         /// The CLI sent a result for it.
         confirmed: bool,
     },
@@ -246,20 +265,7 @@ pub enum Update {
         streamed: bool,
     },
     /// An answer of the model is complete.
-    Answered {
-        session: String,
-        answer: String,
-        model: String,
-        source: Source,
-        parent: Option<String>,
-        stop_reason: Option<String>,
-        duration: Option<Duration>,
-        /// How long ago its last frame came.
-        since: Duration,
-        /// As far as the API told; `settled`: it told the end of it.
-        tokens: Tokens,
-        settled: bool,
-    },
+    Answered(Box<Answered>),
     FirstToken {
         model: String,
         after: Duration,

@@ -61,6 +61,10 @@ pub(super) const CACHE_READ: Name =
 pub(super) const CACHE_WRITE: Name =
     Name { old: Some("gen_ai.usage.cache_creation.input_tokens"), new: Some("gen_ai.usage.cache_write.input_tokens") };
 
+/// From the request to the first of its answer, in seconds.
+pub(super) const FIRST_CHUNK: Name =
+    Name { old: Some("claude_agent.time_to_first_token_seconds"), new: Some("gen_ai.response.time_to_first_chunk") };
+
 /// No key twice: what is said later holds.
 pub(crate) fn put(attributes: &mut Attributes, key: &'static str, value: impl Into<Value>) {
     let value = value.into();

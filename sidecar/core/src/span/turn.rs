@@ -55,10 +55,10 @@ impl Spans {
         put(attributes, "claude_agent.answers", *answers);
         put(attributes, "claude_agent.cost_usd", *cost);
         put(attributes, "claude_agent.confirmed", *confirmed);
-        usage(attributes, *tokens);
+        usage(attributes, **tokens);
         // The conventions have no cached tokens here.
         put(attributes, "claude_agent.usage.cache_read.input_tokens", tokens.cache_read);
-        put(attributes, "claude_agent.usage.cache_write.input_tokens", written(*tokens));
+        put(attributes, "claude_agent.usage.cache_write.input_tokens", written(**tokens));
         if turn.keep {
             put(attributes, "claude_agent.keep", true);
         }
@@ -145,7 +145,7 @@ impl Spans {
         if let Some(open) = self.tree.get(&Key::Chat(thread.to_owned())) {
             open.streamed = streamed;
             if let Some(waited) = waited {
-                put(&mut open.span.attributes, "claude_agent.time_to_first_token_seconds", waited);
+                self.settings.semconv.put(&mut open.span.attributes, FIRST_CHUNK, waited);
             }
         }
         Some(context)
@@ -184,8 +184,8 @@ impl Spans {
         Some(open.span.context)
     }
 
-    pub(super) fn answered(&mut self, update: &Update, at: Duration) -> Option<Context> {
-        let Update::Answered { answer, parent, stop_reason, since, tokens, settled, .. } = update else { return None };
+    pub(super) fn answered(&mut self, answered: &Answered, at: Duration) -> Option<Context> {
+        let Answered { answer, parent, stop_reason, since, tokens, settled, .. } = answered;
         let key = Key::Chat(parent.clone().unwrap_or_default());
         let semconv = self.settings.semconv;
         let open = self.tree.get(&key)?;
