@@ -3,7 +3,7 @@
 use crate::metric::*;
 use crate::price::PriceTable;
 use crate::tokens::{TOKEN_KINDS, Tokens};
-use crate::update::{Activity, Answered, ExitReason, Outcome, Spent, Stall, ToolClass, Update};
+use crate::update::{Activity, Answered, ExitReason, Outcome, Spent, Stall, ToolClass, ToolOutcome, Update};
 
 /// The place of this CLI among those of its container.
 const SLOT: &str = "0";
@@ -35,6 +35,7 @@ pub fn tool_class(tool: &str) -> ToolClass {
 
 /// Moves what one fact moves.
 pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::time::Duration) {
+    meters.set_time(unix);
     match update {
         Update::ProcessStarted => {
             meters.add(&PROCESS_STARTS, &[], 1);
@@ -47,7 +48,7 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
         Update::Spoke { after } => meters.observe(&STARTUP, &[], after.as_secs_f64()),
         Update::Identified { version, permission_mode, api_key_source } => {
             meters.clear(&AGENT_INFO);
-            meters.set(&AGENT_INFO, &[version, permission_mode, api_key_source, "anthropic"], 1.0);
+            meters.set(&AGENT_INFO, &[version, permission_mode, api_key_source, gen_ai::PROVIDER], 1.0);
         }
         Update::SessionStarted { start, .. } => meters.add(&SESSIONS, &[start.as_str()], 1),
         Update::ModelChosen { .. } | Update::TurnStarted { .. } | Update::Requested { .. } | Update::Answering { .. } => {}
@@ -60,6 +61,9 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
             #[expect(clippy::cast_precision_loss, reason = "a histogram speaks in floats")]
             meters.observe(&TURN_MODEL_REQUESTS, &[], *answers as f64);
             meters.observe(&TURN_COST, &[], cost.to_f64());
+            meters.observe(&gen_ai::INVOKE_AGENT_DURATION, &[turn_error(*outcome)], duration.as_secs_f64());
+            #[expect(clippy::cast_precision_loss, reason = "a histogram speaks in floats")]
+            meters.observe(&gen_ai::INVOKE_AGENT_INFERENCE_CALLS, &[], *answers as f64);
         }
         Update::Answered(answered) => {
             let Answered { model, source, stop_reason, duration, .. } = &**answered;
@@ -67,9 +71,13 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
             meters.add(&MODEL_REQUESTS, &[model, source.as_str(), reason], 1);
             if let Some(duration) = duration {
                 meters.observe(&REQUEST_DURATION, &[model], duration.as_secs_f64());
+                meters.observe(&gen_ai::OPERATION_DURATION, &[model], duration.as_secs_f64());
             }
         }
-        Update::FirstToken { model, after } => meters.observe(&TIME_TO_FIRST_TOKEN, &[model], after.as_secs_f64()),
+        Update::FirstToken { model, after } => {
+            meters.observe(&TIME_TO_FIRST_TOKEN, &[model], after.as_secs_f64());
+            meters.observe(&gen_ai::TIME_TO_FIRST_CHUNK, &[model], after.as_secs_f64());
+        }
         Update::ContextUsed { ratio } => meters.set(&CONTEXT_USED, &[SLOT], *ratio),
         Update::Spent(spent) => self::spent(meters, prices, spent, unix),
         Update::Corrected { direction, usd, .. } => {
@@ -81,6 +89,8 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
         Update::ToolEnded { tool, outcome, duration, .. } => {
             meters.add(&TOOL_CALLS, &[&tool_label(tool), outcome.as_str()], 1);
             meters.observe(&TOOL_DURATION, &[tool_class(tool).as_str()], duration.as_secs_f64());
+            let error = if *outcome == ToolOutcome::Ok { "" } else { outcome.as_str() };
+            meters.observe(&gen_ai::EXECUTE_TOOL_DURATION, &[&tool_label(tool), error], duration.as_secs_f64());
         }
         Update::PermissionDecided { decision, wait, .. } => {
             meters.observe(&PERMISSION_WAIT, &[decision], wait.as_secs_f64());
@@ -168,6 +178,22 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
     }
 }
 
+/// What went wrong with a turn, as an `error.type`: nothing if it ended well, or as somebody wanted.
+fn turn_error(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Success | Outcome::Interrupted => "",
+        Outcome::SuccessIsError
+        | Outcome::MaxTurns
+        | Outcome::DuringExecution
+        | Outcome::MaxBudget
+        | Outcome::StructuredOutput
+        | Outcome::NoResult
+        | Outcome::StuckKilled
+        | Outcome::LimitStopped
+        | Outcome::Crashed => outcome.as_str(),
+    }
+}
+
 fn state(meters: &mut Meters, now: Activity) {
     for activity in Activity::ALL {
         meters.set(&PROCESS_STATE, &[SLOT, activity.as_str()], f64::from(u8::from(*activity == now)));
@@ -180,6 +206,14 @@ fn spent(meters: &mut Meters, prices: &PriceTable, spent: &Spent, unix: std::tim
         meters.add(&TOKENS, &[model, kind, source], n);
         if spent.unpriced {
             meters.add(&UNPRICED_TOKENS, &[model, kind], n);
+        }
+    }
+    // Input is all that was sent, cached or not. What was confirmed for several answers at once is one observation: the sum is the
+    // ledger's in any case.
+    #[expect(clippy::cast_precision_loss, reason = "a histogram speaks in floats")]
+    for (kind, n) in [("input", spent.tokens.prompt()), ("output", spent.tokens.output)] {
+        if n > 0 {
+            meters.observe(&gen_ai::TOKEN_USAGE, &[model, kind], n as f64);
         }
     }
     meters.add_usd(&COST, &[model, source], spent.cost);

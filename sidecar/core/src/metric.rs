@@ -7,6 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use crate::exponential::Exponential;
+use crate::telemetry::Context;
 use crate::tokens::Usd;
 
 /// An instrument: everything that an exporter, a reference page or a dashboard's check has to know.
@@ -21,7 +23,7 @@ pub struct Metric {
     pub zero: &'static [&'static [&'static str]],
     /// Upper bounds of a histogram's buckets.
     pub buckets: &'static [f64],
-    /// Its place in [`CATALOG`].
+    /// Its place in [`CATALOG`], after which come those of [`gen_ai::CATALOG`].
     index: usize,
 }
 
@@ -105,21 +107,25 @@ const STOP_SECONDS: &[f64] = &[0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 const COST_USD: &[f64] = &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 50.0, 100.0];
 const DEPTH: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
-/// Declares each metric as a `static` and lists them all, each with its place in the list.
+/// Declares each metric as a `static` and lists them all, each with its place in the list; `after` are counted before the first.
 macro_rules! catalog {
-    ($($id:ident = $metric:expr;)*) => {
-        #[expect(non_camel_case_types, clippy::upper_case_acronyms, reason = "they only number the statics of the same name")]
+    (after $before:expr; $($id:ident = $metric:expr;)*) => {
+        #[allow(non_camel_case_types, clippy::upper_case_acronyms, reason = "they only number the statics of the same name")]
         enum Place { $($id),* }
-        $(pub static $id: Metric = Metric { index: Place::$id as usize, ..$metric };)*
+        $(pub static $id: Metric = Metric { index: $before + Place::$id as usize, ..$metric };)*
         /// Every metric there is.
         pub static CATALOG: &[&Metric] = &[$(&$id),*];
+        #[allow(dead_code, reason = "the last list has none after it")]
+        const CATALOG_LEN: usize = [$(Place::$id),*].len();
     };
 }
+
+pub mod gen_ai;
 
 use Unit::{Bytes, None as Plain, Ratio, Seconds, Tokens, Usd as Dollars};
 
 #[rustfmt::skip]
-catalog! {
+catalog! { after 0;
     // Accounting: what did it cost, who, why; can it be trusted?
     TOKENS = counter("claude_agent_tokens_total", Tokens, &["model", "type", "source"], "Tokens by kind; input excludes what was cached.");
     COST = counter("claude_agent_cost_usd_total", Dollars, &["model", "source"], "Spend in US dollars, as the CLI confirmed it; unconfirmed answers by the price table.");
@@ -259,14 +265,15 @@ pub enum Cell {
 }
 
 impl Cell {
-    fn new(metric: &Metric) -> Cell {
+    fn new(metric: &Metric, exponential: bool) -> Cell {
         match (metric.kind, metric.unit) {
             (Kind::Counter, Unit::Usd) => Cell::Usd(Usd::ZERO),
             (Kind::Counter, Unit::Seconds) => Cell::Time(Duration::ZERO),
             (Kind::Counter, _) => Cell::Count(0),
             (Kind::Gauge | Kind::Info, _) => Cell::Gauge(0.0),
             (Kind::Histogram, _) => {
-                Cell::Histogram(Histogram { counts: vec![0; metric.buckets.len() + 1], ..Histogram::default() })
+                let exponential = exponential.then(Box::default);
+                Cell::Histogram(Histogram { counts: vec![0; metric.buckets.len() + 1], exponential, ..Histogram::default() })
             }
         }
     }
@@ -290,6 +297,17 @@ pub struct Histogram {
     pub counts: Vec<u64>,
     pub count: u64,
     pub sum: f64,
+    /// The same observations in buckets of its own choice, if [`Detail::exponential`].
+    pub exponential: Option<Box<Exponential>>,
+}
+
+/// What stands for a count: one thing that was counted, and where it happened.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Exemplar {
+    /// What was observed, or by how much a counter rose.
+    pub value: f64,
+    pub unix: Duration,
+    pub context: Context,
 }
 
 /// One series: its label values, in the order of the metric's labels, and its number.
@@ -297,6 +315,17 @@ pub struct Histogram {
 pub struct Series {
     pub values: Vec<String>,
     pub cell: Cell,
+    /// The last of each bucket of a histogram, or of a counter. Empty until there is one.
+    pub exemplars: Vec<Option<Exemplar>>,
+}
+
+impl Series {
+    fn exemplify(&mut self, bucket: usize, buckets: usize, exemplar: Option<Exemplar>) {
+        if exemplar.is_some() {
+            self.exemplars.resize(buckets, None);
+            self.exemplars[bucket] = exemplar;
+        }
+    }
 }
 
 /// The series of one metric, in the order of their label values.
@@ -310,15 +339,37 @@ impl Family {
     pub fn series(&self) -> impl Iterator<Item = &Series> {
         self.series.values()
     }
+
+    /// The same, each with what names it within its family.
+    pub fn keyed(&self) -> impl Iterator<Item = (&str, &Series)> {
+        self.series.iter().map(|(key, series)| (key.as_str(), series))
+    }
+}
+
+/// What is kept beside the plain numbers, for exporters that can say it. Costs memory, so nothing is unless asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Detail {
+    /// Histograms also keep exponential buckets.
+    pub exponential: bool,
+    /// Histograms, tokens and costs keep exemplars, while there is a sampled context.
+    pub exemplars: bool,
+    /// The instruments of the GenAI conventions are kept too.
+    pub gen_ai: bool,
 }
 
 /// Where the numbers are kept: a family for each metric of the catalogue, and the bounds.
 #[derive(Clone, Debug)]
 pub struct Meters {
+    /// Those of [`CATALOG`], then those of [`gen_ai::CATALOG`], if they are kept.
     families: Vec<Family>,
     admitted: BTreeMap<&'static str, BTreeSet<String>>,
     count: usize,
+    /// How many of the series are of the GenAI conventions; they have room of their own, so as not to take it from ours.
+    gen_ai_count: usize,
     max_series: usize,
+    detail: Detail,
+    context: Option<Context>,
+    unix: Duration,
     key: String,
 }
 
@@ -332,7 +383,17 @@ impl Meters {
     /// All families, those that start at zero filled.
     pub fn new(max_series: usize) -> Meters {
         let families = CATALOG.iter().map(|&metric| Family { metric, series: BTreeMap::new() }).collect();
-        let mut meters = Meters { families, admitted: BTreeMap::new(), count: 0, max_series, key: String::new() };
+        let mut meters = Meters {
+            families,
+            admitted: BTreeMap::new(),
+            count: 0,
+            gen_ai_count: 0,
+            max_series,
+            detail: Detail::default(),
+            context: None,
+            unix: Duration::ZERO,
+            key: String::new(),
+        };
         for &metric in CATALOG {
             for values in metric.zero {
                 meters.with(metric, values, |_| {});
@@ -341,31 +402,78 @@ impl Meters {
         meters
     }
 
-    pub fn families(&self) -> impl Iterator<Item = &Family> {
-        self.families.iter()
+    /// Says what else to keep from now on: to be called before anything happened.
+    pub fn keep(&mut self, detail: Detail) {
+        self.detail = detail;
+        self.families.truncate(CATALOG.len());
+        self.gen_ai_count = 0;
+        if detail.gen_ai {
+            self.families.extend(gen_ai::CATALOG.iter().map(|&metric| Family { metric, series: BTreeMap::new() }));
+        }
+        for series in self.families.iter_mut().flat_map(|family| family.series.values_mut()) {
+            match &mut series.cell {
+                // One that counts already would not know what it has missed.
+                Cell::Histogram(h) if h.count == 0 => h.exponential = detail.exponential.then(Box::default),
+                _ => {}
+            }
+        }
     }
 
-    /// How many series there are; a histogram's buckets, sum and count are one each.
+    /// Where what is counted from now on happens: what exemplars point to.
+    pub fn set_context(&mut self, context: Option<Context>) {
+        self.context = context;
+    }
+
+    /// When what is counted from now on happens.
+    pub fn set_time(&mut self, unix: Duration) {
+        self.unix = unix;
+    }
+
+    /// The families of [`CATALOG`].
+    pub fn families(&self) -> impl Iterator<Item = &Family> {
+        self.families.iter().take(CATALOG.len())
+    }
+
+    /// The families of [`gen_ai::CATALOG`], if they are kept.
+    pub fn gen_ai(&self) -> impl Iterator<Item = &Family> {
+        self.families.iter().skip(CATALOG.len())
+    }
+
+    /// The family of a metric.
+    pub fn family(&self, metric: &'static Metric) -> Option<&Family> {
+        self.families.get(metric.index)
+    }
+
+    /// How many series of [`CATALOG`] there are; a histogram's buckets, sum and count are one each.
     pub fn series_count(&self) -> usize {
         self.count
     }
 
     pub fn add(&mut self, metric: &'static Metric, values: &[&str], n: u64) {
-        self.with(metric, values, |cell| match cell {
-            Cell::Count(count) => *count = count.saturating_add(n),
+        #[expect(clippy::cast_precision_loss, reason = "an exemplar speaks in floats")]
+        let exemplar = self.exemplar(n as f64).filter(|_| metric.unit == Unit::Tokens && n > 0);
+        self.with(metric, values, |series| match &mut series.cell {
+            Cell::Count(count) => {
+                *count = count.saturating_add(n);
+                series.exemplify(0, 1, exemplar);
+            }
             other => debug_assert!(false, "{} is no count: {other:?}", metric.name),
         });
     }
 
     pub fn add_usd(&mut self, metric: &'static Metric, values: &[&str], usd: Usd) {
-        self.with(metric, values, |cell| match cell {
-            Cell::Usd(sum) => *sum += usd,
+        let exemplar = self.exemplar(usd.to_f64()).filter(|_| !usd.is_zero());
+        self.with(metric, values, |series| match &mut series.cell {
+            Cell::Usd(sum) => {
+                *sum += usd;
+                series.exemplify(0, 1, exemplar);
+            }
             other => debug_assert!(false, "{} is no money: {other:?}", metric.name),
         });
     }
 
     pub fn add_time(&mut self, metric: &'static Metric, values: &[&str], time: Duration) {
-        self.with(metric, values, |cell| match cell {
+        self.with(metric, values, |series| match &mut series.cell {
             Cell::Time(sum) => *sum = sum.saturating_add(time),
             other => debug_assert!(false, "{} is no time: {other:?}", metric.name),
         });
@@ -373,7 +481,7 @@ impl Meters {
 
     /// Sets a counter to a total that somebody else keeps (the kernel's counters); it never falls.
     pub fn raise(&mut self, metric: &'static Metric, values: &[&str], total: f64) {
-        self.with(metric, values, |cell| match cell {
+        self.with(metric, values, |series| match &mut series.cell {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates at what no counter reaches")]
             Cell::Count(n) => *n = (*n).max(total as u64),
             Cell::Time(time) => *time = (*time).max(Duration::try_from_secs_f64(total).unwrap_or_default()),
@@ -382,19 +490,28 @@ impl Meters {
     }
 
     pub fn set(&mut self, metric: &'static Metric, values: &[&str], value: f64) {
-        self.with(metric, values, |cell| match cell {
+        self.with(metric, values, |series| match &mut series.cell {
             Cell::Gauge(gauge) => *gauge = value,
             other => debug_assert!(false, "{} is no gauge: {other:?}", metric.name),
         });
     }
 
     pub fn observe(&mut self, metric: &'static Metric, values: &[&str], value: f64) {
-        self.with(metric, values, |cell| match cell {
+        // One that is not a number would be in the sum for ever.
+        if !value.is_finite() {
+            return;
+        }
+        let exemplar = self.exemplar(value);
+        self.with(metric, values, |series| match &mut series.cell {
             Cell::Histogram(h) => {
                 let bucket = metric.buckets.iter().position(|bound| value <= *bound).unwrap_or(metric.buckets.len());
                 h.counts[bucket] = h.counts[bucket].saturating_add(1);
                 h.count = h.count.saturating_add(1);
                 h.sum += value;
+                if let Some(exponential) = &mut h.exponential {
+                    exponential.observe(value);
+                }
+                series.exemplify(bucket, metric.buckets.len() + 1, exemplar);
             }
             other => debug_assert!(false, "{} is no histogram: {other:?}", metric.name),
         });
@@ -407,13 +524,21 @@ impl Meters {
         family.series.clear();
     }
 
-    /// What a series says now, if it exists.
-    pub fn get(&self, metric: &'static Metric, values: &[&str]) -> Option<&Cell> {
-        self.families[metric.index].series.get(&values.join("\x1f")).map(|series| &series.cell)
+    fn exemplar(&self, value: f64) -> Option<Exemplar> {
+        let context = self.context.filter(|context| self.detail.exemplars && context.sampled)?;
+        Some(Exemplar { value, unix: self.unix, context })
     }
 
-    fn with(&mut self, metric: &'static Metric, values: &[&str], change: impl FnOnce(&mut Cell)) {
+    /// What a series says now, if it exists.
+    pub fn get(&self, metric: &'static Metric, values: &[&str]) -> Option<&Cell> {
+        self.family(metric)?.series.get(&values.join("\x1f")).map(|series| &series.cell)
+    }
+
+    fn with(&mut self, metric: &'static Metric, values: &[&str], change: impl FnOnce(&mut Series)) {
         debug_assert_eq!(metric.labels.len(), values.len(), "{}", metric.name);
+        if metric.index >= self.families.len() {
+            return;
+        }
         self.key.clear();
         for (i, value) in values.iter().enumerate() {
             if i > 0 {
@@ -422,22 +547,24 @@ impl Meters {
             self.key.push_str(value);
         }
         if let Some(series) = self.families[metric.index].series.get_mut(self.key.as_str()) {
-            return change(&mut series.cell);
+            return change(series);
         }
         let values: Vec<String> = metric.labels.iter().zip(values).map(|(label, value)| self.admit(label, value)).collect();
         let key = values.join("\x1f");
-        let full = self.count + weight(metric) > self.max_series;
+        let ours = metric.index < CATALOG.len();
+        let count = if ours { &mut self.count } else { &mut self.gen_ai_count };
+        let full = *count + weight(metric) > self.max_series;
         let family = &mut self.families[metric.index];
         if let Some(series) = family.series.get_mut(&key) {
-            return change(&mut series.cell);
+            return change(series);
         }
         // The counter of refusals is the one that has to find room.
         if full && !std::ptr::eq(metric, &raw const SERIES_LIMIT_HITS) {
             return self.add(&SERIES_LIMIT_HITS, &[metric.name], 1);
         }
-        self.count += weight(metric);
-        let mut series = Series { values, cell: Cell::new(metric) };
-        change(&mut series.cell);
+        *count += weight(metric);
+        let mut series = Series { values, cell: Cell::new(metric, self.detail.exponential), exemplars: Vec::new() };
+        change(&mut series);
         family.series.insert(key, series);
     }
 
