@@ -208,14 +208,7 @@ fn spent(meters: &mut Meters, prices: &PriceTable, spent: &Spent, unix: std::tim
             meters.add(&UNPRICED_TOKENS, &[model, kind], n);
         }
     }
-    // Input is all that was sent, cached or not. What was confirmed for several answers at once is one observation: the sum is the
-    // ledger's in any case.
-    #[expect(clippy::cast_precision_loss, reason = "a histogram speaks in floats")]
-    for (kind, n) in [("input", spent.tokens.prompt()), ("output", spent.tokens.output)] {
-        if n > 0 {
-            meters.observe(&gen_ai::TOKEN_USAGE, &[model, kind], n as f64);
-        }
-    }
+    gen_ai_tokens(meters, model, &spent.tokens);
     meters.add_usd(&COST, &[model, source], spent.cost);
     meters.add_usd(&COST_CLI_REPORTED, &[], spent.reported);
     if spent.web_searches > 0 {
@@ -233,6 +226,26 @@ fn spent(meters: &mut Meters, prices: &PriceTable, spent: &Spent, unix: std::tim
         Tokens { cache_write_5m: spent.tokens.cache_write_5m, cache_write_1h: spent.tokens.cache_write_1h, ..Tokens::default() };
     let plain = Tokens { input: written.total(), ..Tokens::default() };
     meters.add_usd(&CACHE_PREMIUM, &[model], cost(written) - cost(plain));
+}
+
+/// Input is all that was sent, cached or not. What was confirmed for several answers at once is one observation: the sum is the
+/// ledger's in any case.
+fn gen_ai_tokens(meters: &mut Meters, model: &str, tokens: &Tokens) {
+    let (input, output) = (tokens.prompt(), tokens.output);
+    for (kind, n) in [("input", input), ("output", output)] {
+        if n > 0 {
+            #[expect(clippy::cast_precision_loss, reason = "a histogram speaks in floats")]
+            meters.observe(&gen_ai::TOKEN_USAGE, &[model, kind], n as f64);
+        }
+    }
+    for (metric, n) in [
+        (&gen_ai::USAGE_INPUT, input),
+        (&gen_ai::USAGE_OUTPUT, output),
+        (&gen_ai::USAGE_CACHE_READ, tokens.cache_read),
+        (&gen_ai::USAGE_CACHE_WRITE, tokens.cache_write_5m.saturating_add(tokens.cache_write_1h)),
+    ] {
+        meters.add(metric, &[model], n);
+    }
 }
 
 /// What is true before anything happened.

@@ -332,10 +332,16 @@ impl Series {
 #[derive(Clone, Debug)]
 pub struct Family {
     pub metric: &'static Metric,
+    /// A counter whose totals somebody else keeps: see [`Meters::raise`].
+    pub raised: bool,
     series: BTreeMap<String, Series>,
 }
 
 impl Family {
+    fn new(metric: &'static Metric) -> Family {
+        Family { metric, raised: false, series: BTreeMap::new() }
+    }
+
     pub fn series(&self) -> impl Iterator<Item = &Series> {
         self.series.values()
     }
@@ -382,7 +388,7 @@ impl Default for Meters {
 impl Meters {
     /// All families, those that start at zero filled.
     pub fn new(max_series: usize) -> Meters {
-        let families = CATALOG.iter().map(|&metric| Family { metric, series: BTreeMap::new() }).collect();
+        let families = CATALOG.iter().copied().map(Family::new).collect();
         let mut meters = Meters {
             families,
             admitted: BTreeMap::new(),
@@ -408,7 +414,7 @@ impl Meters {
         self.families.truncate(CATALOG.len());
         self.gen_ai_count = 0;
         if detail.gen_ai {
-            self.families.extend(gen_ai::CATALOG.iter().map(|&metric| Family { metric, series: BTreeMap::new() }));
+            self.families.extend(gen_ai::CATALOG.iter().copied().map(Family::new));
         }
         for series in self.families.iter_mut().flat_map(|family| family.series.values_mut()) {
             match &mut series.cell {
@@ -481,6 +487,9 @@ impl Meters {
 
     /// Sets a counter to a total that somebody else keeps (the kernel's counters); it never falls.
     pub fn raise(&mut self, metric: &'static Metric, values: &[&str], total: f64) {
+        if let Some(family) = self.families.get_mut(metric.index) {
+            family.raised = true;
+        }
         self.with(metric, values, |series| match &mut series.cell {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates at what no counter reaches")]
             Cell::Count(n) => *n = (*n).max(total as u64),

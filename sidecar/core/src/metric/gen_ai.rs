@@ -3,7 +3,7 @@
 //! Prometheus series is made of them.
 //!
 //! Which name an instrument goes by, and with which attributes, is the exporter's to choose: the conventions renamed most of them.
-//! The names here are those of 1.36, where it had one. A label that is empty does not apply.
+//! The names here are those of 1.36, where it has one. A label that is empty does not apply.
 
 use super::*;
 
@@ -40,6 +40,10 @@ const CALLS: &[f64] = DEPTH;
 #[rustfmt::skip]
 catalog! { after super::CATALOG_LEN;
     TOKEN_USAGE = histogram("gen_ai.client.token.usage", Unit::Tokens, &["model", "type"], TOKENS_USED, "Number of input and output tokens used.");
+    USAGE_INPUT = counter("gen_ai.client.inference.usage.input_tokens", Unit::Tokens, &["model"], "Input tokens used, including cached tokens.");
+    USAGE_OUTPUT = counter("gen_ai.client.inference.usage.output_tokens", Unit::Tokens, &["model"], "Output tokens used, including reasoning tokens.");
+    USAGE_CACHE_READ = counter("gen_ai.client.inference.usage.cache_read.input_tokens", Unit::Tokens, &["model"], "Input tokens served from the provider's cache.");
+    USAGE_CACHE_WRITE = counter("gen_ai.client.inference.usage.cache_write.input_tokens", Unit::Tokens, &["model"], "Input tokens written to the provider's cache.");
     OPERATION_DURATION = histogram("gen_ai.client.operation.duration", Unit::Seconds, &["model"], DURATION, "GenAI operation duration.");
     TIME_TO_FIRST_CHUNK = histogram("gen_ai.client.operation.time_to_first_chunk", Unit::Seconds, &["model"], DURATION, "Time to receive the first chunk.");
     EXECUTE_TOOL_DURATION = histogram("gen_ai.execute_tool.duration", Unit::Seconds, &["tool", "error_type"], DURATION, "Duration of a tool execution.");
@@ -63,7 +67,7 @@ mod tests {
         for (i, metric) in CATALOG.iter().enumerate() {
             assert_eq!(metric.index, super::super::CATALOG.len() + i, "{} knows its place", metric.name);
             assert!(metric.name.starts_with("gen_ai."), "{}", metric.name);
-            assert_eq!((metric.kind, metric.zero.len() <= 1), (Kind::Histogram, true), "{}", metric.name);
+            assert_eq!(!metric.buckets.is_empty(), metric.kind == Kind::Histogram, "{}", metric.name);
             assert!(metric.buckets.windows(2).all(|pair| pair[0] < pair[1]), "{}", metric.name);
         }
     }
