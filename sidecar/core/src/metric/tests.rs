@@ -1,0 +1,55 @@
+use super::*;
+
+#[test]
+fn names_follow_the_rules_of_the_trade() {
+    let mut names = BTreeSet::new();
+    for (i, metric) in CATALOG.iter().enumerate() {
+        let name = metric.name;
+        assert_eq!(metric.index, i, "{name} knows its place");
+        assert!(names.insert(name), "{name} is there once");
+        assert!(name.starts_with("claude_agent_") || name.starts_with("agent_sidecar_"), "{name}");
+        assert_eq!(name.ends_with("_total"), metric.kind == Kind::Counter, "{name}");
+        assert_eq!(name.ends_with("_info"), metric.kind == Kind::Info, "{name}");
+        assert_eq!(!metric.buckets.is_empty(), metric.kind == Kind::Histogram, "{name}");
+        assert!(metric.buckets.windows(2).all(|pair| pair[0] < pair[1]), "{name}");
+        assert!(metric.help.ends_with('.'), "{name}: {}", metric.help);
+        assert!(metric.unit == Unit::None || name.contains(metric.unit.as_str()), "{name}");
+        assert!(metric.zero.iter().all(|values| values.len() == metric.labels.len()), "{name}");
+        for label in metric.labels {
+            assert!(!["session", "session_id", "user", "pid", "path", "cwd", "le"].contains(label), "{name}: {label}");
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_counted_and_the_bound_holds() {
+    let mut meters = Meters::new(300);
+    let start = meters.series_count();
+    assert!(start < 300, "{start} series at the start");
+    for i in 0..1_000 {
+        meters.add(&ENFORCEMENTS, &[&format!("limit{i}"), "turn", "warn", "shadow"], 1);
+    }
+    assert_eq!(meters.series_count(), 301, "the bound, and the counter of the refusals");
+    assert_eq!(meters.get(&SERIES_LIMIT_HITS, &[ENFORCEMENTS.name]), Some(&Cell::Count(1_000 - (300 - start) as u64)),);
+}
+
+#[test]
+fn a_label_that_others_choose_is_bounded() {
+    let mut meters = Meters::default();
+    for i in 0..100 {
+        meters.add(&PERMISSION_DENIALS, &[&format!("tool{i}")], 1);
+    }
+    assert_eq!(meters.get(&PERMISSION_DENIALS, &["tool22"]), Some(&Cell::Count(1)));
+    assert_eq!(meters.get(&PERMISSION_DENIALS, &["tool23"]), None);
+    assert_eq!(meters.get(&PERMISSION_DENIALS, &[OTHER]), Some(&Cell::Count(77)));
+}
+
+#[test]
+fn histograms_put_a_bound_into_its_own_bucket() {
+    let mut meters = Meters::default();
+    for value in [0.001, 0.002, 1_000.0] {
+        meters.observe(&TURN_COST, &[], value);
+    }
+    let Some(Cell::Histogram(h)) = meters.get(&TURN_COST, &[]) else { panic!("no histogram") };
+    assert_eq!((h.counts[0], h.counts[1], h.counts[COST_USD.len()], h.count), (1, 1, 1, 3));
+}
