@@ -299,6 +299,41 @@ fn every_recorded_session_is_exported_as_it_is_scraped_and_sums_to_the_ledger() 
     }
 }
 
+/// How many observations all series of a metric have, and their sum.
+fn observed(request: &ExportMetricsServiceRequest, name: &str) -> (u64, f64) {
+    match find_or_none(request, name) {
+        Some(Data::Histogram(h)) => {
+            (h.data_points.iter().map(|p| p.count).sum(), h.data_points.iter().map(|p| p.sum.unwrap()).sum())
+        }
+        None => (0, 0.0),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_others_call_by_another_name_is_what_we_measured() {
+    let same = [
+        ("claude_agent_request_duration_seconds", "gen_ai.client.operation.duration"),
+        ("claude_agent_request_duration_seconds", "gen_ai.client.inference.duration"),
+        ("claude_agent_time_to_first_token_seconds", "gen_ai.client.operation.time_to_first_chunk"),
+        ("claude_agent_time_to_first_token_seconds", "gen_ai.client.inference.time_to_first_chunk"),
+        ("claude_agent_tool_duration_seconds", "gen_ai.execute_tool.duration"),
+        ("claude_agent_turn_duration_seconds", "gen_ai.invoke_agent.duration"),
+        ("claude_agent_turn_model_requests", "gen_ai.invoke_agent.inference_calls"),
+    ];
+    let mut seen = [0; 7];
+    for path in recordings() {
+        let request = once(replayed(&path, MetricsOptions::default()).meters(), MetricsOptions::default());
+        for ((ours, theirs), seen) in same.iter().zip(&mut seen) {
+            let (a, b) = (observed(&request, ours), observed(&request, theirs));
+            assert_eq!(a.0, b.0, "{theirs} in {}", path.display());
+            assert!((a.1 - b.1).abs() < 1e-9, "{theirs} in {}: {a:?} {b:?}", path.display());
+            *seen += b.0;
+        }
+    }
+    assert!(seen.iter().all(|n| *n > 0), "each is in some recording: {seen:?}");
+}
+
 fn find_or_none<'a>(request: &'a ExportMetricsServiceRequest, name: &str) -> Option<&'a Data> {
     all(request).find(|metric| metric.name == name).and_then(|metric| metric.data.as_ref())
 }
