@@ -6,6 +6,7 @@
 
 pub mod ask;
 pub mod event;
+pub mod explain;
 pub mod exponential;
 pub mod ladder;
 pub mod launch;

@@ -17,7 +17,7 @@ use crate::log::Logs;
 use crate::meter;
 use crate::metric::{MAX_SERIES, Meters};
 use crate::price::PriceTable;
-use crate::record::{Fact, Record};
+use crate::record::{Record, Recorder};
 use crate::report::{Report, SessionReport, Sums};
 use crate::sample::Sample;
 use crate::session::{Opening, Session};
@@ -212,7 +212,7 @@ pub struct Monitor {
     /// None of these where nobody wants them.
     spans: Option<Box<Spans>>,
     logs: Option<Box<Logs>>,
-    seq: u64,
+    recorder: Recorder,
     out: VecDeque<Output>,
     now: Now,
 }
@@ -252,7 +252,7 @@ impl Monitor {
             report: Report::default(),
             spans: settings.trace.on.then(|| Box::new(Spans::new(settings.trace.clone()))),
             logs: settings.events.then(Box::default),
-            seq: 0,
+            recorder: Recorder::new(&settings.nonce),
             out: VecDeque::new(),
             now,
             settings,
@@ -781,11 +781,8 @@ impl Monitor {
         if self.spans.is_some() || self.logs.is_some() {
             self.tell(&update);
         }
-        if let Some(fact) = Fact::of(&update) {
-            let record = Record::new(&self.settings.nonce, self.seq, self.now.unix, fact);
-            self.seq += 1;
-            self.out.push_back(Output::Record(record));
-        }
+        let out = &mut self.out;
+        self.recorder.on(&update, self.now.unix, |record| out.push_back(Output::Record(record)));
         if let Update::Decided(decision) = update {
             self.out.push_back(Output::Decided(decision));
         }

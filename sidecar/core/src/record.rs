@@ -1,11 +1,15 @@
-//! The ledger file: one JSON line per accounting fact, append-only. What `replay --ledger` sums is what was written here.
+//! The ledger file: one JSON line per accounting fact, append-only. What `replay --ledger` sums is what was written here, and what
+//! `explain` tells is made of the same lines: the money, and beside it what it was spent on.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::tokens::{Tokens, Usd};
-use crate::update::{Basis, Decision, Direction, ExitReason, MissingCause, Outcome, Source, Start, Update};
+use crate::update::{
+    Activity, Answered, Basis, Decision, Direction, ExitReason, MissingCause, Outcome, Source, Start, ToolOutcome, Update,
+};
 
 /// A line of the ledger.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,6 +55,71 @@ pub enum Fact {
         direction: Direction,
         cost_usd: Usd,
         tokens: Tokens,
+    },
+    TurnStarted {
+        session_id: String,
+        turn: u64,
+    },
+    /// An answer of the model. Its tokens are what the API told of it: the money is in `spent`.
+    RequestCompleted {
+        session_id: String,
+        model: String,
+        source: Source,
+        /// The call whose subagent was answered.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        parent: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        stop_reason: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        duration_seconds: Option<f64>,
+        tokens: Tokens,
+        /// Whether the API told its end; if not, the output is unknown.
+        settled: bool,
+    },
+    ToolCompleted {
+        session_id: String,
+        call: String,
+        tool: String,
+        outcome: ToolOutcome,
+        duration_seconds: f64,
+        /// The call whose subagent made it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        parent: Option<String>,
+    },
+    SubagentStarted {
+        session_id: String,
+        call: String,
+        kind: String,
+        background: bool,
+    },
+    SubagentEnded {
+        session_id: String,
+        call: String,
+        outcome: String,
+        duration_seconds: f64,
+    },
+    /// A request failed and was made again.
+    RequestRetried {
+        session_id: String,
+        error: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        delay_seconds: Option<f64>,
+    },
+    /// A request failed for good.
+    RequestFailed {
+        session_id: String,
+        error: String,
+    },
+    Compacted {
+        session_id: String,
+        trigger: String,
+        pre_tokens: u64,
+        post_tokens: u64,
+    },
+    /// How long the agent was in which state since the last such line.
+    TimeSpent {
+        session_id: String,
+        seconds: BTreeMap<Activity, f64>,
     },
     TurnEnded {
         session_id: String,
@@ -105,9 +174,65 @@ impl Record {
     }
 }
 
-impl Fact {
-    /// The line that a fact deserves, if any.
-    pub fn of(update: &Update) -> Option<Fact> {
+/// Calls whose callers are remembered at a time: more than ever run at once.
+const CALLS: usize = 1_024;
+
+/// Writes the lines of one run.
+#[derive(Debug)]
+pub struct Recorder {
+    run: String,
+    seq: u64,
+    session: String,
+    /// Time in each state that no line has told yet.
+    times: BTreeMap<Activity, Duration>,
+    /// Open calls of subagents, by the call that started the subagent.
+    parents: BTreeMap<String, String>,
+}
+
+impl Recorder {
+    pub fn new(run: &str) -> Recorder {
+        Recorder { run: run.to_owned(), seq: 0, session: String::new(), times: BTreeMap::new(), parents: BTreeMap::new() }
+    }
+
+    /// The lines that a fact deserves: mostly one or none.
+    pub fn on(&mut self, update: &Update, unix: Duration, mut write: impl FnMut(Record)) {
+        match update {
+            Update::SessionStarted { session, .. } if *session != self.session => {
+                // What came before belongs to the session before; what came before any, to the first.
+                if !self.session.is_empty() {
+                    self.told(unix, &mut write);
+                }
+                self.session.clone_from(session);
+            }
+            Update::Was { state, lasted, .. } => *self.times.entry(*state).or_default() += *lasted,
+            Update::ToolStarted { call, parent: Some(parent), .. } if self.parents.len() < CALLS => {
+                self.parents.insert(call.clone(), parent.clone());
+            }
+            Update::Exited { .. } => self.told(unix, &mut write),
+            _ => {}
+        }
+        if let Some(fact) = self.fact(update) {
+            self.line(fact, unix, &mut write);
+        }
+        if let Update::TurnEnded { .. } = update {
+            self.told(unix, &mut write);
+        }
+    }
+
+    fn told(&mut self, unix: Duration, write: &mut impl FnMut(Record)) {
+        if self.times.is_empty() {
+            return;
+        }
+        let seconds = std::mem::take(&mut self.times).into_iter().map(|(state, time)| (state, time.as_secs_f64())).collect();
+        self.line(Fact::TimeSpent { session_id: self.session.clone(), seconds }, unix, write);
+    }
+
+    fn line(&mut self, fact: Fact, unix: Duration, write: &mut impl FnMut(Record)) {
+        write(Record::new(&self.run, self.seq, unix, fact));
+        self.seq += 1;
+    }
+
+    fn fact(&mut self, update: &Update) -> Option<Fact> {
         Some(match update.clone() {
             Update::SessionStarted { session, start, from } => Fact::SessionStarted { session_id: session, start, from },
             Update::Spent(spent) => Fact::Spent {
@@ -122,6 +247,45 @@ impl Fact {
             },
             Update::Corrected { session, model, direction, usd, tokens } => {
                 Fact::Corrected { session_id: session, model, direction, cost_usd: usd, tokens }
+            }
+            Update::TurnStarted { session, turn } => Fact::TurnStarted { session_id: session, turn },
+            Update::Answered(answered) => {
+                let Answered { session, model, source, parent, stop_reason, duration, tokens, settled, .. } = *answered;
+                let duration_seconds = duration.map(|d| d.as_secs_f64());
+                Fact::RequestCompleted {
+                    session_id: session,
+                    model,
+                    source,
+                    parent,
+                    stop_reason,
+                    duration_seconds,
+                    tokens,
+                    settled,
+                }
+            }
+            Update::ToolEnded { session, call, tool, outcome, duration } => Fact::ToolCompleted {
+                session_id: session,
+                parent: self.parents.remove(&call),
+                call,
+                tool,
+                outcome,
+                duration_seconds: duration.as_secs_f64(),
+            },
+            Update::SubagentStarted { session, kind, call, background, .. } => {
+                Fact::SubagentStarted { session_id: session, call, kind, background }
+            }
+            Update::SubagentEnded { call, outcome, duration } => Fact::SubagentEnded {
+                session_id: self.session.clone(),
+                call,
+                outcome: outcome.to_owned(),
+                duration_seconds: duration.as_secs_f64(),
+            },
+            Update::Retried { session, error, delay, .. } => {
+                Fact::RequestRetried { session_id: session, error, delay_seconds: delay.map(|d| d.as_secs_f64()) }
+            }
+            Update::ApiFailed { session, error, .. } => Fact::RequestFailed { session_id: session, error },
+            Update::Compacted { trigger, pre_tokens, post_tokens, .. } => {
+                Fact::Compacted { session_id: self.session.clone(), trigger, pre_tokens, post_tokens }
             }
             Update::TurnEnded { session, turn, outcome, duration, cost, confirmed, .. } => Fact::TurnEnded {
                 session_id: session,
@@ -151,6 +315,32 @@ impl Fact {
             Update::Exited { reason, session } => Fact::ProcessExited { session_id: session, reason },
             _ => return None,
         })
+    }
+}
+
+impl Fact {
+    /// The session that it is about.
+    pub fn session_id(&self) -> Option<&str> {
+        match self {
+            Fact::SessionStarted { session_id, .. }
+            | Fact::Spent { session_id, .. }
+            | Fact::Corrected { session_id, .. }
+            | Fact::TurnStarted { session_id, .. }
+            | Fact::RequestCompleted { session_id, .. }
+            | Fact::ToolCompleted { session_id, .. }
+            | Fact::SubagentStarted { session_id, .. }
+            | Fact::SubagentEnded { session_id, .. }
+            | Fact::RequestRetried { session_id, .. }
+            | Fact::RequestFailed { session_id, .. }
+            | Fact::Compacted { session_id, .. }
+            | Fact::TimeSpent { session_id, .. }
+            | Fact::TurnEnded { session_id, .. }
+            | Fact::LimitDecided { session_id, .. }
+            | Fact::ResultMissing { session_id, .. }
+            | Fact::SessionEnded { session_id, .. }
+            | Fact::ProcessExited { session_id, .. } => Some(session_id),
+            Fact::LimitEnforced { .. } => None,
+        }
     }
 
     /// What it says, as far as it changes sums again.
@@ -188,7 +378,31 @@ impl Fact {
             Fact::ResultMissing { session_id, cause } => Update::ResultMissing { session: session_id, cause },
             Fact::SessionEnded { session_id, cost_usd } => Update::SessionEnded { session: session_id, cost: cost_usd },
             Fact::ProcessExited { session_id, reason } => Update::Exited { reason, session: session_id },
-            Fact::LimitDecided { .. } | Fact::LimitEnforced { .. } => return None,
+            Fact::ToolCompleted { session_id, call, tool, outcome, duration_seconds, .. } => Update::ToolEnded {
+                session: session_id,
+                call,
+                tool,
+                outcome,
+                duration: Duration::try_from_secs_f64(duration_seconds).unwrap_or_default(),
+            },
+            Fact::SubagentStarted { session_id, call, kind, background } => {
+                Update::SubagentStarted { session: session_id, kind, call, task: None, depth: 0, background }
+            }
+            Fact::RequestRetried { session_id, error, delay_seconds } => Update::Retried {
+                session: session_id,
+                error,
+                parent: None,
+                status: None,
+                delay: delay_seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
+            },
+            Fact::TurnStarted { .. }
+            | Fact::RequestCompleted { .. }
+            | Fact::SubagentEnded { .. }
+            | Fact::RequestFailed { .. }
+            | Fact::Compacted { .. }
+            | Fact::TimeSpent { .. }
+            | Fact::LimitDecided { .. }
+            | Fact::LimitEnforced { .. } => return None,
         })
     }
 }

@@ -505,6 +505,12 @@ impl Session {
     /// The process is gone: everything open ends here.
     pub fn exited(&mut self, reason: ExitReason, truncated: bool, now: Now) {
         self.settle(now, false);
+        let lasted = now.mono.saturating_sub(self.accounted);
+        if !lasted.is_zero() {
+            // Nobody comes back for the rest.
+            self.out.push(Update::Was { state: self.activity, lasted, now: self.activity });
+            self.accounted = now.mono;
+        }
         self.abandon(reason, truncated, now);
         self.out.push(Update::Exited { reason, session: self.id.clone() });
         self.end_session();

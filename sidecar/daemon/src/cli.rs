@@ -11,7 +11,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::config::{Config, Kind, Mistakes, SETTINGS, Sources};
 use crate::supervise::OWN_FAILURE;
-use crate::{demo, messages_api, reference, replay, run};
+use crate::{demo, explain, messages_api, reference, replay, run};
 
 /// A word on the command line that nobody understands.
 const USAGE: u8 = 2;
@@ -72,6 +72,21 @@ fn command() -> Command {
                 .arg(Arg::new("ledger").long("ledger").action(ArgAction::SetTrue).help("the files are ledgers, not recordings"))
                 .arg(format(&["text", "json", "prometheus"]))
                 .arg(files),
+        )
+        .subcommand(
+            Command::new("explain")
+                .about("Say what a session cost and why, from its ledger")
+                .arg(config.clone())
+                .arg(
+                    Arg::new("files")
+                        .long("ledger")
+                        .value_name("FILE")
+                        .action(ArgAction::Append)
+                        .value_parser(value_parser!(PathBuf))
+                        .help("a ledger file, or several; by default the configured one"),
+                )
+                .arg(format(&["text", "json"]))
+                .arg(Arg::new("session").value_name("SESSION").help("a session's id or its beginning; not needed if there is only one")),
         )
         .subcommand(
             Command::new("check")
@@ -160,6 +175,14 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             } else {
                 replay::streams(&files, config.prices.clone(), format, &mut out)?;
             }
+        }
+        Some(("explain", matches)) => {
+            let config = config(matches)?;
+            crate::logging::start(&config);
+            let named: Vec<PathBuf> = matches.get_many("files").into_iter().flatten().cloned().collect();
+            let files = if named.is_empty() { config.ledger().into_iter().collect() } else { named };
+            let json = matches.get_one::<String>("format").is_some_and(|format| format == "json");
+            explain::explain(matches.get_one::<String>("session").map(String::as_str), &files, json, &mut out)?;
         }
         Some(("check", matches)) if matches.contains_id("format") => reference::settings(&mut out)?,
         Some(("check", matches)) => {

@@ -3,6 +3,7 @@
 mod cli;
 mod config;
 mod demo;
+mod explain;
 mod export;
 mod http;
 mod ledger;

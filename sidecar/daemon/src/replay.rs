@@ -78,6 +78,12 @@ pub(crate) fn ledgers(files: &[PathBuf], format: Format, out: &mut impl Write) -
 /// What ledger files add up to.
 pub(crate) fn read_ledgers(files: &[PathBuf]) -> Result<Report, Error> {
     let mut report = Report::default();
+    records(files, |record| record.fact.to_update().iter().for_each(|update| report.on(update)))?;
+    Ok(report)
+}
+
+/// Each line of ledger files.
+pub(crate) fn records(files: &[PathBuf], mut take: impl FnMut(Record)) -> Result<(), Error> {
     for path in files {
         let failed = |source| Error::Read { path: path.clone(), source };
         for (n, line) in BufReader::new(open(path).map_err(failed)?).split(b'\n').enumerate() {
@@ -86,13 +92,13 @@ pub(crate) fn read_ledgers(files: &[PathBuf]) -> Result<Report, Error> {
                 continue;
             }
             match serde_json::from_slice::<Record>(&line) {
-                Ok(record) => record.fact.to_update().iter().for_each(|update| report.on(update)),
+                Ok(record) => take(record),
                 // A machine that lost power in the middle of a line.
                 Err(error) => tracing::warn!(file = %path.display(), line = n + 1, %error, "not a line of a ledger: left out"),
             }
         }
     }
-    Ok(report)
+    Ok(())
 }
 
 fn open(path: &Path) -> io::Result<Box<dyn Read>> {

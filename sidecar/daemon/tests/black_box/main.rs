@@ -4,6 +4,7 @@ mod bytes;
 mod check;
 mod descriptors;
 mod exit_codes;
+mod explain;
 mod http;
 mod inherited;
 mod namespaces;
