@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use crate::event::{ModelTotal, TurnResult, Usage};
+use crate::native::Increment;
 use crate::price::{PriceTable, canonical};
 use crate::tokens::{Tokens, Usd};
 use crate::update::{Basis, Direction, ResetCause, Source, Spent, Update};
@@ -377,6 +378,21 @@ impl Ledger {
         self.unseen_calls = false;
         self.in_turn = false;
         confirmed
+    }
+
+    /// Spending that nobody but the CLI's telemetry tells of: never of a session whose stream is read.
+    pub fn native(&mut self, new: Increment, at: Duration) {
+        let cost = self.worth(&new, at);
+        let unpriced = !self.prices.knows(&new.model, at);
+        let Increment { session, model, source, tokens, usd } = new;
+        let (basis, reported, web_searches) = (Basis::Confirmed, usd, 0);
+        self.out.push(Update::Spent(Spent { session, model, source, basis, tokens, cost, reported, web_searches, unpriced }));
+    }
+
+    /// What is paid for it.
+    pub fn worth(&self, new: &Increment, at: Duration) -> Usd {
+        let fallback = if self.prices.knows(&new.model, at) { None } else { self.prices.fallback_cost(&new.tokens) };
+        fallback.unwrap_or_else(|| self.prices.confirmed(&new.model, at, &new.tokens, 0, new.usd))
     }
 
     /// A result covers every answer that was seen: what background agents go on with comes as new ones.

@@ -17,6 +17,7 @@ pub mod log;
 pub mod meter;
 pub mod metric;
 pub mod monitor;
+pub mod native;
 pub mod price;
 pub mod record;
 pub mod report;

@@ -15,7 +15,7 @@ use crate::update::{Answered, Decision, ExitReason, MissingCause, Outcome, Step,
 pub const LEDGER: &[(&str, &[&str])] = &[
     ("session.started", &["session_started"]),
     ("session.ended", &["session_ended"]),
-    ("turn.started", &[]),
+    ("turn.started", &["turn_started"]),
     ("turn.ended", &["turn_ended"]),
     ("request.completed", &[]),
     ("tool.completed", &[]),
@@ -27,7 +27,7 @@ pub const LEDGER: &[(&str, &[&str])] = &[
     ("process.exited", &["process_exited"]),
     ("mcp.up", &[]),
     ("mcp.down", &[]),
-    ("compaction", &[]),
+    ("compaction", &["compacted"]),
     ("rate_limit", &[]),
     ("resume.failed", &[]),
     ("reconciliation.mismatch", &["corrected"]),
@@ -259,6 +259,7 @@ impl Logs {
             | Update::PermissionDenied { .. }
             | Update::HookStarted { .. }
             | Update::HookEnded { .. }
+            | Update::HookAnswered { .. }
             | Update::SubagentStarted { .. }
             | Update::SubagentEnded { .. }
             | Update::Subagents { .. }

@@ -96,7 +96,12 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
             meters.observe(&PERMISSION_WAIT, &[decision], wait.as_secs_f64());
         }
         Update::PermissionDenied { tool } => meters.add(&PERMISSION_DENIALS, &[&tool_label(tool)], 1),
-        Update::HookStarted { .. } | Update::Compacting | Update::McpStarted { .. } | Update::Gone { .. } => {}
+        // The app's own answers would be counted twice where the CLI tells of its hooks.
+        Update::HookStarted { .. }
+        | Update::HookAnswered { .. }
+        | Update::Compacting
+        | Update::McpStarted { .. }
+        | Update::Gone { .. } => {}
         Update::HookEnded { event, outcome, duration, .. } => {
             meters.add(&HOOK_EXECUTIONS, &[event, outcome], 1);
             meters.observe(&HOOK_DURATION, &[event], duration.as_secs_f64());

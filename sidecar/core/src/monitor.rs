@@ -15,12 +15,13 @@ use crate::limit::{Judge, Limit, Mode, Outside, Reached, Rule, Scope, Used};
 use crate::line::{Line, Splitter};
 use crate::log::Logs;
 use crate::meter;
-use crate::metric::{MAX_SERIES, Meters};
+use crate::metric::{COST_RECONCILIATION_ERROR, MAX_SERIES, Meters};
+use crate::native;
 use crate::price::PriceTable;
 use crate::record::{Record, Recorder};
 use crate::report::{Report, SessionReport, Sums};
 use crate::sample::Sample;
-use crate::session::{Opening, Session};
+use crate::session::{Opening, Reconciliation, Session};
 use crate::span::{Spans, TraceSettings};
 use crate::telemetry::{Context, LogEvent, Span};
 use crate::tokens::Usd;
@@ -52,6 +53,8 @@ pub enum Input<'a> {
     Lost { bytes: u64 },
     /// A line that was to be injected could not be: the app's end was already forwarded.
     NotInjected { request_id: &'a str },
+    /// What the CLI's own telemetry said, in a POST of its own.
+    Native(&'a native::Report),
     /// What the container and the processes use.
     Sample(&'a Sample),
     /// Somebody wants the agent gone.
@@ -274,6 +277,7 @@ impl Monitor {
             Input::StdinEnd => self.stdin_ended(),
             Input::Lost { bytes } => self.fold(Update::Lost { bytes }),
             Input::NotInjected { request_id } => self.not_injected(request_id),
+            Input::Native(report) => self.native(report),
             Input::Sample(sample) => self.sampled(sample),
             Input::Stop(stop) => self.stop(stop),
             Input::Exited(exit) => self.exit(exit),
@@ -360,6 +364,16 @@ impl Monitor {
     /// What this run has cost so far, by confirmations and live totals.
     pub fn cost(&self) -> Usd {
         self.report.totals().cost_usd
+    }
+
+    /// Whether the CLI's telemetry said anything.
+    pub fn native_heard(&self) -> bool {
+        self.session.native_heard()
+    }
+
+    /// What the stream and the CLI's telemetry say was spent, where both are read: compare them when the CLI has ended.
+    pub fn reconciliation(&self) -> Option<Reconciliation> {
+        self.session.reconciliation()
     }
 
     /// The CLI's pid, while it runs.
@@ -543,6 +557,11 @@ impl Monitor {
         }
     }
 
+    fn native(&mut self, report: &native::Report) {
+        self.session.native(report, self.now);
+        self.drain_session();
+    }
+
     fn sampled(&mut self, sample: &Sample) {
         self.outside.memory_bytes = sample.working_set();
         self.oom_kills = self.oom_kills.max(sample.oom_kills());
@@ -581,6 +600,10 @@ impl Monitor {
         }
         if let Some(spans) = &mut self.spans {
             spans.finish(self.now);
+        }
+        if let Some(Reconciliation { stream, native }) = self.session.reconciliation() {
+            self.meters.add_usd(&COST_RECONCILIATION_ERROR, &["over"], stream.saturating_sub(native));
+            self.meters.add_usd(&COST_RECONCILIATION_ERROR, &["under"], native.saturating_sub(stream));
         }
     }
 
@@ -646,7 +669,8 @@ impl Monitor {
             self.refuse(rule, reason);
             return;
         }
-        let first = rule.first_step();
+        // Where nothing can be said to the CLI, its process is all that can be ended.
+        let first = if self.settings.parse { rule.first_step() } else { rule.first_step().max(Step::End) };
         let goal = if first == Step::Interrupt { Goal::Turn } else { Goal::Process };
         self.begin(goal, rule.scope, reason, first, SIGTERM, rule.spending());
     }
@@ -776,6 +800,10 @@ impl Monitor {
     }
 
     fn fold(&mut self, update: Update) {
+        self.meters.set_time(self.now.unix);
+        if let Some(spans) = &self.spans {
+            self.meters.set_context(spans.context());
+        }
         meter::on(&mut self.meters, &self.settings.prices, &update, self.now.unix);
         self.report.on(&update);
         if self.spans.is_some() || self.logs.is_some() {

@@ -181,6 +181,7 @@ impl Report {
             | Update::PermissionDecided { .. }
             | Update::PermissionDenied { .. }
             | Update::HookStarted { .. }
+            | Update::HookAnswered { .. }
             | Update::HookEnded { .. }
             | Update::SubagentEnded { .. }
             | Update::Subagents { .. }

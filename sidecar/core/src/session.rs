@@ -34,6 +34,9 @@ const ACCOUNT: Duration = Duration::from_secs(1);
 /// The thread of the main loop, where subagents' threads are named by the call that started them.
 const MAIN: &str = "";
 
+mod native;
+pub use native::Reconciliation;
+
 #[derive(Debug)]
 struct Call {
     tool: String,
@@ -123,6 +126,8 @@ pub struct Session {
     permissions: BTreeMap<String, Permission>,
     mcp_calls: BTreeMap<String, (String, Duration)>,
     hooks: BTreeMap<String, (String, Duration)>,
+    /// Hooks that the app was asked to run.
+    callbacks: BTreeSet<String>,
     agents: BTreeMap<String, Agent>,
     shells: BTreeSet<String>,
     background: Vec<(String, Option<String>)>,
@@ -144,6 +149,7 @@ pub struct Session {
     accounted: Duration,
     last_active: Duration,
     idle_since: Option<Duration>,
+    native: native::Native,
     out: Vec<Update>,
 }
 
@@ -189,6 +195,7 @@ impl Session {
             permissions: BTreeMap::new(),
             mcp_calls: BTreeMap::new(),
             hooks: BTreeMap::new(),
+            callbacks: BTreeSet::new(),
             agents: BTreeMap::new(),
             shells: BTreeSet::new(),
             background: Vec::new(),
@@ -210,6 +217,7 @@ impl Session {
             accounted: now.mono,
             last_active: now.mono,
             idle_since: None,
+            native: native::Native::default(),
             out: Vec::new(),
         }
     }
@@ -421,6 +429,7 @@ impl Session {
             Event::ControlResponse { ok: true, answer, .. } => self.cli_answers(answer, now),
             Event::ControlCancel { id } => {
                 self.mcp_calls.remove(&id);
+                self.called_back(&id, "cancelled");
                 self.decided(id, "cancelled", now);
             }
             Event::ModelFallback { to: Some(model), .. } => self.chosen(Some(model)),
@@ -447,7 +456,8 @@ impl Session {
                     self.begin_turn(now);
                 }
             }
-            Event::ControlResponse { id, answer, .. } => {
+            Event::ControlResponse { id, ok, answer } => {
+                self.called_back(&id, if ok { "success" } else { "error" });
                 if let Some((server, since)) = self.mcp_calls.remove(&id) {
                     let duration = now.mono.saturating_sub(since);
                     self.out.push(Update::McpCalled { request: id.clone(), server, duration });
@@ -462,6 +472,12 @@ impl Session {
             _ => {}
         }
         self.settle(now, true);
+    }
+
+    fn called_back(&mut self, id: &str, outcome: &'static str) {
+        if let Some(hook) = self.callbacks.take(id) {
+            self.out.push(Update::HookAnswered { hook, outcome });
+        }
     }
 
     fn decided(&mut self, request: String, decision: &'static str, now: Now) {
@@ -511,6 +527,7 @@ impl Session {
             self.out.push(Update::Was { state: self.activity, lasted, now: self.activity });
             self.accounted = now.mono;
         }
+        self.native_over(reason, now);
         self.abandon(reason, truncated, now);
         self.out.push(Update::Exited { reason, session: self.id.clone() });
         self.end_session();
@@ -540,6 +557,7 @@ impl Session {
         self.permissions.clear();
         self.mcp_calls.clear();
         self.hooks.clear();
+        self.callbacks.clear();
         if self.turn.is_some() {
             self.out.push(Update::ResultMissing { session: self.id.clone(), cause });
             self.end_turn(outcome, None, None, false, now);
@@ -1017,7 +1035,7 @@ impl Session {
     }
 
     fn cli_asks(&mut self, id: String, request: Request, now: Now) {
-        if self.permissions.len() + self.mcp_calls.len() >= OPEN {
+        if self.permissions.len() + self.mcp_calls.len() + self.callbacks.len() >= OPEN {
             return;
         }
         match request {
@@ -1029,8 +1047,11 @@ impl Session {
             }
             // A person is asked something.
             Request::Other(kind) if kind == "elicitation" || kind == "request_user_dialog" => self.asks(id, None, kind, now),
+            Request::HookCallback { event } => {
+                self.out.push(Update::HookStarted { hook: id.clone(), event: name(event, "unknown") });
+                self.callbacks.insert(id);
+            }
             Request::Initialize
-            | Request::HookCallback { .. }
             | Request::McpMessage { .. }
             | Request::Interrupt
             | Request::EndSession
@@ -1186,6 +1207,7 @@ impl Session {
             match &update {
                 Update::Spent(spent) => {
                     self.session_cost += spent.cost;
+                    self.native.streamed += spent.cost;
                     self.session_tokens = self.session_tokens.saturating_add(spent.tokens.total());
                     if let Some(turn) = &mut self.turn {
                         turn.cost += spent.cost;
@@ -1194,6 +1216,7 @@ impl Session {
                 }
                 Update::Corrected { usd, tokens, .. } => {
                     self.session_cost = self.session_cost - *usd;
+                    self.native.streamed = self.native.streamed - *usd;
                     self.session_tokens = self.session_tokens.saturating_sub(tokens.total());
                     if let Some(turn) = &mut self.turn {
                         turn.cost = turn.cost - *usd;

@@ -324,11 +324,8 @@ impl Spans {
                 put(&mut open.span.attributes, "claude_agent.hook.event", event.as_str());
                 Some(open.span.context)
             }
-            Update::HookEnded { hook, outcome, .. } => {
-                let key = Key::Hook(hook.clone());
-                put(&mut self.tree.get(&key)?.span.attributes, "claude_agent.outcome", outcome.as_str());
-                self.end(&key, at, if outcome == "error" { End::Failed("hook_error") } else { End::Neutral })
-            }
+            Update::HookEnded { hook, outcome, .. } => self.hook_ended(hook, outcome, at),
+            Update::HookAnswered { hook, outcome } => self.hook_ended(hook, outcome, at),
             Update::Compacting => {
                 let place = self.home(None, at);
                 self.start(Key::Compact, place, String::from("compact"), SpanKind::Internal, at).map(|open| open.span.context)

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use serde::ser::{Serialize, SerializeMap, Serializer};
+
 /// Names one trace: a user turn and all that was done for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TraceId(pub [u8; 16]);
@@ -93,4 +95,45 @@ pub struct LogEvent {
     pub sequence: u64,
     pub context: Option<Context>,
     pub attributes: Attributes,
+}
+
+impl Severity {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Severity::Info => "info",
+            Severity::Warn => "warn",
+            Severity::Error => "error",
+        }
+    }
+}
+
+impl Serialize for Value {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Value::Str(text) => s.serialize_str(text),
+            Value::Int(n) => s.serialize_i64(*n),
+            Value::Float(n) => s.serialize_f64(*n),
+            Value::Bool(b) => s.serialize_bool(*b),
+            Value::List(texts) => texts.serialize(s),
+        }
+    }
+}
+
+/// As a line of the file of events: one flat object.
+impl Serialize for LogEvent {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        let mut map = s.serialize_map(None)?;
+        map.serialize_entry("time", &self.time.as_secs_f64())?;
+        map.serialize_entry("event", self.name)?;
+        map.serialize_entry("severity", self.severity.as_str())?;
+        map.serialize_entry("sequence", &self.sequence)?;
+        if let Some(context) = &self.context {
+            map.serialize_entry("trace_id", &context.trace.to_string())?;
+            map.serialize_entry("span_id", &context.span.to_string())?;
+        }
+        for (key, value) in &self.attributes {
+            map.serialize_entry(key, value)?;
+        }
+        map.end()
+    }
 }

@@ -326,6 +326,7 @@ pub enum Update {
     PermissionDenied {
         tool: String,
     },
+    /// The CLI runs a hook, or has the app run one.
     HookStarted {
         hook: String,
         event: String,
@@ -335,6 +336,11 @@ pub enum Update {
         event: String,
         outcome: String,
         duration: Duration,
+    },
+    /// The app answered for a hook of its own.
+    HookAnswered {
+        hook: String,
+        outcome: &'static str,
     },
     SubagentStarted {
         session: String,

@@ -226,6 +226,12 @@ impl Spans {
         self.end(&key, at, end)
     }
 
+    pub(super) fn hook_ended(&mut self, hook: &str, outcome: &str, at: Duration) -> Option<Context> {
+        let key = Key::Hook(hook.to_owned());
+        put(&mut self.tree.get(&key)?.span.attributes, "claude_agent.outcome", outcome);
+        self.end(&key, at, if outcome == "error" { End::Failed("hook_error") } else { End::Neutral })
+    }
+
     pub(super) fn shutdown(&mut self, at: Duration) {
         let place = self.tree.place(Key::Turn);
         let (behind, limit) = (self.behind.filter(|_| place.is_none()), self.limit);

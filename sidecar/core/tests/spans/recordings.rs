@@ -194,6 +194,47 @@ fn each_recording_is_a_sound_trace_of_what_it_counts() {
 }
 
 #[test]
+fn processes_one_after_another_are_told_apart() {
+    let all = recordings();
+    let names = ["04a_first", "04b_resume", "04c_fork", "04j_kill9", "04k_resume_killed", "01b_basic_old", "05c_subagent_bg"];
+    let joined: Vec<u8> = names.iter().flat_map(|name| all[*name].clone()).collect();
+    let told = replay("", &joined, Exit::Code(0), trace());
+    let mut known = Run::new(Settings { trace: trace(), events: true, ..Settings::default() }, true);
+    for (n, name) in names.iter().enumerate() {
+        if n > 0 {
+            known.put(Input::Spawned { pid: 8 });
+        }
+        for line in all[*name].split_inclusive(|b| *b == b'\n') {
+            known.now += Duration::from_millis(10);
+            known.put(Input::Stdout(line));
+        }
+        known.put(Input::StdoutEnd);
+    }
+    known.exit(Exit::Code(0));
+    for run in [told, known] {
+        sound(&run, &trace()).unwrap();
+        let turns = run.spans.iter().filter(|span| is_turn(span)).count() as u64;
+        assert_eq!(turns, run.monitor.report().totals().turns, "{}", run.tree());
+        // What one left open ended with it, and not with the last.
+        let killed = run.spans.iter().find(|span| get(span, "claude_agent.closed_by").is_some()).unwrap();
+        assert!(killed.end < run.spans.last().unwrap().start, "{}", run.tree());
+        let resumed = run.spans.iter().filter(|span| is_turn(span) && !span.links.is_empty()).count();
+        assert!(resumed >= 3, "{resumed} turns are linked\n{}", run.tree());
+    }
+}
+
+#[test]
+fn what_the_app_itself_answers_is_timed_at_the_wire() {
+    let run = replay("11_ts_full.wire", &recordings()["11_ts_full.wire"], Exit::Code(0), trace());
+    let lasted = |name: &str| {
+        let span = run.one(name);
+        (span.end - span.start).as_micros()
+    };
+    assert_eq!((lasted("hook PreToolUse"), lasted("hook Stop")), (6_000, 700));
+    assert_eq!(lasted("permission Bash"), 3_300);
+}
+
+#[test]
 fn the_apps_own_trace_holds_them_all() {
     let parent = Context::from_traceparent(GIVEN);
     let settings = TraceSettings { parent, ..trace() };
@@ -279,6 +320,8 @@ fn canaries(value: &serde_json::Value, inside: bool, found: &mut BTreeSet<String
                     "resolvedModel",
                     "status",
                     "hook_event",
+                    "hook_event_name",
+                    "hookEventName",
                     "behavior",
                 ];
                 if names.contains(&key.as_str()) {

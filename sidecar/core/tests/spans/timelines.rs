@@ -89,6 +89,33 @@ invoke_agent claude-code 41-43 outcome=success
 }
 
 #[test]
+fn what_goes_on_between_turns_belongs_to_the_turn_before_or_to_a_root_of_its_own() {
+    let hook = |id: &str, event: &str, outcome: Option<&str>| match outcome {
+        None => {
+            format!(r#"{{"type":"system","subtype":"hook_started","session_id":"s","hook_id":"{id}","hook_event":"{event}"}}"#)
+        }
+        Some(outcome) => format!(
+            r#"{{"type":"system","subtype":"hook_response","session_id":"s","hook_id":"{id}","hook_event":"{event}","outcome":"{outcome}"}}"#
+        ),
+    };
+    let mut run = Run::live(trace(), &[]);
+    run.cli(&hook("a", "SessionStart", None)).at(1.0).cli(&hook("b", "SessionStart", None));
+    run.at(2.0).cli(&hook("a", "SessionStart", Some("success"))).at(3.0).cli(&hook("b", "SessionStart", Some("error")));
+    run.at(4.0).ask().init("s").at(5.0).answer(1, None, None).at(6.0).result("s", "success", "completed");
+    run.at(7.0).cli(&hook("c", "Notification", None)).at(8.0).cli(&hook("c", "Notification", Some("success")));
+    run.at(9.0).exit(Exit::Code(0));
+    assert_eq!(
+        run.tree(),
+        "claude_agent.background 0-3
+  hook SessionStart 0-2 outcome=success
+  hook SessionStart 1-3 outcome=error !hook_error
+invoke_agent claude-code 4-6 outcome=success
+  chat claude-opus-5-5 4-5 timing=inferred
+  hook Notification 7-8 outcome=success"
+    );
+}
+
+#[test]
 fn a_crash_closes_all_that_is_open() {
     let mut run = Run::live(trace(), &[]);
     run.ask().init("s").at(1.0).answer(1, None, Some(("toolu_1", "Bash"))).at(2.0);
