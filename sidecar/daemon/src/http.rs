@@ -18,7 +18,7 @@ use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 
-use crate::export::prometheus;
+use crate::export::{otlp, prometheus};
 use crate::supervise::{Counts, Handle};
 
 /// A monitor that does not answer a visit for so long is not alive.
@@ -89,6 +89,8 @@ pub(crate) struct Site {
     pub(crate) scrapes: Arc<Scrapes>,
     /// Constant labels: see [`prometheus::text`].
     pub(crate) labels: Vec<(&'static str, String)>,
+    /// What became of what was to be exported.
+    pub(crate) exports: Arc<otlp::Counts>,
 }
 
 /// Serves until the process ends.
@@ -183,12 +185,13 @@ async fn answer(request: &Request<Incoming>, site: &Site) -> Response<Full<Bytes
     }
 }
 
-async fn metrics(Site { handle, scrapes, labels }: &Site) -> Response<Full<Bytes>> {
+async fn metrics(Site { handle, scrapes, labels, exports }: &Site) -> Response<Full<Bytes>> {
     // The scrape itself counts, so that the last one says that it was.
     let last = scrapes.last_unix_ms.load(Relaxed);
-    let counts = handle.clone();
+    let (counts, exports) = (handle.clone(), Arc::clone(exports));
     let copy = visit(handle, move |monitor, _| {
         relayed(monitor.meters_mut(), counts.counts());
+        exports.fill(monitor.meters_mut());
         if last > 0 {
             #[expect(clippy::cast_precision_loss, reason = "a timestamp")]
             monitor.meters_mut().set(&metric::LAST_SCRAPE, &[], last as f64 / 1e3);

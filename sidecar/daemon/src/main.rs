@@ -6,14 +6,16 @@ mod demo;
 mod explain;
 mod export;
 mod http;
-mod ledger;
+mod lines;
 mod logging;
 mod messages_api;
+mod receive;
 mod reference;
 mod replay;
 mod run;
 mod sample;
 mod supervise;
+mod telemetry;
 
 use std::error::Error;
 use std::process::ExitCode;

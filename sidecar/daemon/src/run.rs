@@ -4,34 +4,42 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
 
 use agent_sidecar_core::ask::ID_PREFIX;
 use agent_sidecar_core::launch::{Launch, Mode};
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode as LimitMode, Rule, Scope};
 use agent_sidecar_core::metric;
 use agent_sidecar_core::record::Fact;
-use agent_sidecar_core::span::TraceSettings;
 use agent_sidecar_core::update::ExitReason;
 use agent_sidecar_core::{Input, Monitor, Output, Settings};
 
 use crate::config::Config;
+use crate::export::otlp::pipeline::Pipeline;
 use crate::http::{self, Scrapes, Site};
-use crate::ledger::LedgerFile;
+use crate::lines::{LineFile, Use};
+use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
-use crate::supervise::{self, Clock, Failure, Handle, Job, Supervisor};
+use crate::supervise::{self, BeforeExit, Clock, Ending, Failure, Handle, Job, Supervisor};
+use crate::telemetry::{self, Telemetry};
 
 /// What the CLI itself exits with after an error.
 const CUT_SHORT: u8 = 1;
+/// What the CLI had sent before its end is read within this; a connection that a tool holds open ends the wait.
+const SETTLE: Duration = Duration::from_millis(250);
+/// What is still to be forwarded then has this long: less than the CLI itself would wait for a collector that hangs.
+const FORWARD: Duration = Duration::from_secs(1);
 
 /// Runs a command to its end, and says what to exit with.
 pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
     let launch = Launch::of(&argv, std::io::stdin().is_terminal(), std::io::stdout().is_terminal());
-    let rules = config.rules();
+    let rules = judged(config.rules(), &launch);
     let argv = match native_turns(&rules).filter(|_| launch.asks_model) {
         Some(turns) => launch.with_max_turns(&argv, turns),
         None => argv,
     };
     let nonce = format!("{:016x}", supervise::random());
+    let telemetry = Telemetry::plan(config, &nonce);
     let settings = Settings {
         nonce: nonce.clone(),
         start: launch.start,
@@ -43,12 +51,13 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
         rules,
         patience: config.patience(),
         max_series: config.max_series(),
-        trace: TraceSettings::default(),
-        events: false,
+        trace: telemetry.trace_settings(),
+        events: telemetry.wants_events() || config.events().is_some(),
     };
     let clock = Clock::start();
     let mut monitor = Monitor::new(settings, false, clock.now());
     let meters = monitor.meters_mut();
+    telemetry.prepare(meters);
     meters.set(&metric::BUILD_INFO, &[env!("CARGO_PKG_VERSION")], 1.0);
     meters.set(&metric::CONFIG_INFO, &[&config.fingerprint()], 1.0);
     meters.set(&metric::IDLE_TIMEOUT, &[], config.idle_timeout().unwrap_or_default().as_secs_f64());
@@ -65,13 +74,25 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
             None
         }
     });
-    let mut ledger = config.ledger().map(|path| LedgerFile::open(path, meters));
+    let receiver = native(config, &launch).and_then(|plan| match Receiver::bind() {
+        Ok(receiver) => Some((receiver, plan)),
+        Err(error) => {
+            tracing::warn!(%error, "the CLI's own telemetry cannot be received");
+            meters.set(&metric::DEGRADED, &["native"], 1.0);
+            None
+        }
+    });
+    let env = receiver.iter().flat_map(|(receiver, plan)| plan.variables(&receiver.base()));
+    let env = env.map(|(name, value)| (name.into(), value.into())).chain(telemetry.variables()).collect();
+    let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, meters));
+    let mut events = config.events().map(|path| LineFile::open(Use::Events, path, meters));
 
     let mut argv = argv.into_iter();
     let job = Job {
         program: argv.next().unwrap_or_default(),
         arg0: None,
         args: argv.collect(),
+        env,
         mode: launch.mode,
         request_prefix: format!("{ID_PREFIX}{nonce}"),
         spill_dir: config.spill_dir(),
@@ -82,6 +103,9 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
     let (limited, missing) = (Arc::clone(&by_limit), Arc::clone(&without_result));
     let supervisor = Supervisor::new(job, monitor, clock)?;
     let handle = supervisor.handle();
+    let counts = Arc::clone(&telemetry.counts);
+    let pipeline = telemetry.start(&handle);
+    let inlet = pipeline.as_ref().map(Pipeline::inlet);
     let failures = handle.clone();
     let mut supervisor = supervisor.sink(Box::new(move |_, output| match output {
         Output::Record(record) => {
@@ -105,20 +129,53 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
             session = decision.session,
             "limit"
         ),
-        Output::Action(_) | Output::Span(_) | Output::Log(_) => {}
+        Output::Span(span) => {
+            if let Some(inlet) = &inlet {
+                inlet.span(span);
+            }
+        }
+        Output::Log(event) => {
+            if let Some(events) = &mut events {
+                events.write(&event, &failures);
+            }
+            if let Some(inlet) = &inlet {
+                inlet.event(event);
+            }
+        }
+        Output::Action(_) => {}
     }));
 
+    let mut last: Vec<BeforeExit> = Vec::new();
+    if let Some((receiver, plan)) = receiver {
+        match receiver.serve(handle.clone(), &plan) {
+            Ok(served) => {
+                let settled = served.clone();
+                supervisor = supervisor.last_words(Box::new(move || settled.settle(SETTLE)));
+                if plan.forwards() {
+                    last.push(Box::new(move |_| served.flush(FORWARD)));
+                }
+            }
+            Err(error) => tracing::warn!(%error, "the CLI's own telemetry is not received"),
+        }
+        let handle = handle.clone();
+        last.push(Box::new(move |ending| reconcile(&handle, ending)));
+    }
+    if let Some(pipeline) = pipeline {
+        let (handle, counts) = (handle.clone(), Arc::clone(&counts));
+        last.push(Box::new(move |_| telemetry::end(&pipeline, &counts, &handle)));
+    }
     if let Some(bound) = bound {
         let scrapes = Arc::new(Scrapes::default());
-        if let Err(error) =
-            http::serve(bound, Site { handle: handle.clone(), scrapes: Arc::clone(&scrapes), labels: config.labels() })
-        {
+        if let Err(error) = http::serve(
+            bound,
+            Site { handle: handle.clone(), scrapes: Arc::clone(&scrapes), labels: config.labels(), exports: counts },
+        ) {
             tracing::warn!(%error, "metrics are not served");
         }
         let linger = config.linger();
         if !linger.is_zero() {
             let handle = handle.clone();
-            supervisor = supervisor.before_exit(Box::new(move |_| {
+            last.push(Box::new(move |_| {
                 // The reader's own scrape already says that it happened.
                 let told =
                     http::visit_blocking(&handle, |monitor, _| monitor.meters_mut().add(&metric::FINAL_FLUSH, &["scraped"], 1));
@@ -127,6 +184,9 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
                 }
             }));
         }
+    }
+    if !last.is_empty() {
+        supervisor = supervisor.before_exit(Box::new(move |ending| last.into_iter().for_each(|last| last(ending))));
     }
     sample_for_ever(handle);
     let code = supervisor.run()?;
@@ -137,6 +197,52 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
         None if code == 0 && without_result.load(Relaxed) => CUT_SHORT,
         None => code,
     })
+}
+
+/// Whether, and how, the CLI's own telemetry comes to us.
+fn native(config: &Config, launch: &Launch) -> Option<Plan> {
+    let blind = launch.asks_model && !matches!(launch.mode, Mode::Parse { .. });
+    match receive::decide(config.native(), launch.asks_model, blind, &Surroundings::here()) {
+        Decision::On(plan) => Some(plan),
+        Decision::Off => None,
+        Decision::StayOut(why) => {
+            tracing::warn!(%why, "the CLI's own telemetry is left alone: what it spends is not known here");
+            None
+        }
+    }
+}
+
+/// Says what the telemetry and the stream do not agree on, or that there was none.
+fn reconcile(handle: &Handle, ending: Ending) {
+    let Some((heard, both)) = http::visit_blocking(handle, |monitor, _| (monitor.native_heard(), monitor.reconciliation()))
+    else {
+        return;
+    };
+    // Who fails at once has had nothing to export.
+    if !heard && ending.exit_code == 0 {
+        tracing::warn!("the CLI exported no telemetry: what it spent is not known here");
+    }
+    if let Some(both) = both.filter(|both| both.stream != both.native) {
+        let (stream, native) = (both.stream.to_f64(), both.native.to_f64());
+        tracing::warn!(stream, native, "the CLI's stream and its telemetry do not agree on what was spent");
+    }
+}
+
+/// The rules that can be judged. Of a CLI whose stream is not read, nobody knows whether it is silent or busy.
+fn judged(rules: Vec<Rule>, launch: &Launch) -> Vec<Rule> {
+    let blind = !matches!(launch.mode, Mode::Parse { .. });
+    let (deaf, judged): (Vec<Rule>, Vec<Rule>) = rules
+        .into_iter()
+        .partition(|rule| blind && matches!(rule.limit, Limit::Startup | Limit::Stall | Limit::Result | Limit::Idle));
+    if launch.asks_model {
+        for rule in deaf {
+            tracing::warn!(
+                limit = rule.limit.as_str(),
+                "this limit needs --output-format stream-json or json, and does not hold here"
+            );
+        }
+    }
+    judged
 }
 
 /// The ceiling on turns that the CLI itself can hold.

@@ -16,6 +16,7 @@ const TABLES: &[(&str, &str)] = &[
     ("limits.modes", "write [limits.modes] above lines like max_cost_usd = \"shadow\""),
     ("stop", "write [stop] above its keys"),
     ("ledger", "write [ledger] above its keys"),
+    ("otlp", "write [otlp] above its keys"),
     ("log", "write [log] above its keys"),
     ("relay", "write [relay] above its keys"),
     ("usage", "write [usage] above its keys"),

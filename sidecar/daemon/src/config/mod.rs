@@ -14,7 +14,10 @@ use std::time::Duration;
 use agent_sidecar_core::ladder::Patience;
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, Scope};
 use agent_sidecar_core::price::PriceTable;
+use agent_sidecar_core::span::Semconv;
 use agent_sidecar_core::tokens::Usd;
+
+use crate::export::otlp::environment::{Headers, Own};
 
 pub(crate) use value::{Kind, Value};
 
@@ -65,12 +68,30 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("linger", "linger", Kind::Pause, "0s", "keep the metrics up after the agent's end until they were read once, this long at most"),
     setting("listen", "listen", Kind::Address, ":9477", "where /metrics, /livez, /readyz and /status are served; port 0 picks one, off serves nothing"),
     setting("ledger.path", "ledger", Kind::Path, "", "append one JSON line for each accounting fact to this file"),
+    setting("events.path", "events", Kind::Path, "", "append one JSON line for each event (turns, requests, tools, limits, ends) to this file"),
+    setting("otlp.endpoint", "otlp-endpoint", Kind::Url, "", "where spans, metrics and logs are sent, like http://collector:4318; unset, the OTEL_EXPORTER_OTLP_* variables say it, and without them nothing is sent; off sends nothing whatever they say"),
+    setting("otlp.protocol", "otlp-protocol", Kind::Choice(&["http/protobuf", "grpc"]), "", "how; unset, http/protobuf"),
+    setting("otlp.headers", "otlp-headers", Kind::Headers, "", "headers of each request, as name=value,name=value, percent-encoded; never shown; others can read a flag, so better in the file or the environment"),
+    setting("otlp.timeout", "otlp-timeout", Kind::Time, "", "how long one request may take; unset, 10s"),
+    setting("otlp.compression", "otlp-compression", Kind::Choice(&["gzip", "none"]), "", "of each request; unset, none"),
+    setting("otlp.certificate", "otlp-certificate", Kind::Path, "", "the only root certificate that is trusted, instead of those of the web"),
+    setting("otlp.client_certificate", "otlp-client-certificate", Kind::Path, "", "our own certificate, for a collector that asks for one"),
+    setting("otlp.client_key", "otlp-client-key", Kind::Path, "", "its key"),
+    setting("otlp.traces", "otlp-traces", Kind::Switch, "", "whether spans are sent; unset, OTEL_TRACES_EXPORTER says it beside OTEL_EXPORTER_OTLP_*, and yes beside otlp.endpoint"),
+    setting("otlp.metrics", "otlp-metrics", Kind::Switch, "", "the same for metrics"),
+    setting("otlp.logs", "otlp-logs", Kind::Switch, "", "the same for logs"),
+    setting("otlp.semconv", "semconv", Kind::Choice(&["v1.36", "genai-0.1", "both"]), "genai-0.1", "which edition of the GenAI conventions names spans' attributes and the gen_ai.* metrics"),
+    setting("otlp.agent_name", "agent-name", Kind::Label, "claude-code", "gen_ai.agent.name of each turn"),
+    setting("otlp.queue_dir", "otlp-queue-dir", Kind::Path, "", "where what is not sent yet waits, and outlives us: unset, agent-sidecar/otlp below $XDG_STATE_HOME, /var/lib for root or ~/.local/state; wrappers may share it; name a volume to outlive the container"),
+    setting("otlp.queue_max", "otlp-queue-max", Kind::Size, "64MiB", "how much may wait there before the oldest is dropped"),
+    setting("otlp.flush", "otlp-flush", Kind::Time, "3s", "how long the end waits for a collector that hangs; one that is down or asks for patience is not waited for"),
     setting("log.format", "log-format", Kind::Choice(&["text", "json"]), "text", "format of the log on stderr"),
     setting("log.level", "log-level", Kind::Choice(&["error", "warn", "info", "debug"]), "warn", "what is logged"),
     setting("log.quiet", "quiet", Kind::Switch, "false", "log errors only"),
     setting("relay.spill_dir", "spill-dir", Kind::Path, "", "where output waits that the app does not read; before $TMPDIR, /tmp and /dev/shm"),
     setting("relay.spill_max", "spill-max", Kind::Size, "1GiB", "how much may wait there"),
     setting("usage.poll", "usage-poll", Kind::Switch, "true", "ask the CLI for its running totals between its results"),
+    setting("native.telemetry", "native-telemetry", Kind::Choice(&["auto", "on", "off"]), "auto", "have the CLI export its own telemetry to us too: auto where nothing else tells what is spent (text, terminals), on also beside a stream that is read, to be held against it"),
     setting("metrics.max_series", "max-series", Kind::Count, "1500", "series in the exposition at most"),
     setting("labels.tenant", "tenant", Kind::Label, "", "who this container works for: the label `tenant` of each claude_agent_* series"),
     setting("labels.team", "team", Kind::Label, "", "the label `team` of each of them"),
@@ -249,6 +270,8 @@ impl Config {
                 return;
             }
         };
+        // Keys are kept as values alone, which do not print: not in `check --print`, and not in the fingerprint.
+        let text = if matches!(value, Some(Value::Headers(_))) { "(hidden)" } else { text };
         self.values.insert(setting.key, Effective { text: text.to_owned(), value, origin });
     }
 
@@ -273,18 +296,28 @@ impl Config {
             }
         }
         // A signal skips the interrupt: what has to fit is the rest, and the reading of the last numbers.
-        let needed = self.patience().end + self.patience().terminate + self.linger();
+        let flush = if self.value("otlp.endpoint").is_some() { self.time("otlp.flush") } else { None };
+        let needed = self.patience().end + self.patience().terminate + self.linger() + flush.unwrap_or_default();
         let grace = self.time("stop.platform_grace").unwrap_or(Duration::MAX);
         if needed >= grace {
             mistakes.push(Mistake {
                 origin: self.values["stop.platform_grace"].origin.clone(),
                 what: format!(
-                    "a stop may take {needed:?} (stop.end + stop.terminate + linger), and the platform kills after {grace:?}"
+                    "a stop may take {needed:?} (stop.end + stop.terminate + linger, and otlp.flush where it is used), and the platform kills after {grace:?}"
                 ),
                 remedy: String::from(
                     "raise the platform's grace period and `stop.platform_grace` with it, or shorten the others",
                 ),
             });
+        }
+        for (one, other) in [("otlp.client_certificate", "otlp.client_key"), ("otlp.client_key", "otlp.client_certificate")] {
+            if self.value(one).is_some() && self.value(other).is_none() {
+                mistakes.push(Mistake {
+                    origin: self.values[one].origin.clone(),
+                    what: format!("`{one}` is of no use without `{other}`"),
+                    remedy: String::from("set both, or none"),
+                });
+            }
         }
         if !self.linger().is_zero() && self.listen().is_none() {
             mistakes.push(Mistake {
@@ -341,9 +374,13 @@ impl Config {
                     Value::Size(n) => Ceiling::Bytes(*n),
                     Value::Money(usd) => Ceiling::Usd(Usd::from_f64(*usd)),
                     Value::Time(time) => Ceiling::Time(*time),
-                    Value::Switch(_) | Value::Mode(_) | Value::Code(_) | Value::Factor(_) | Value::Text | Value::Address(_) => {
-                        return None;
-                    }
+                    Value::Switch(_)
+                    | Value::Mode(_)
+                    | Value::Code(_)
+                    | Value::Factor(_)
+                    | Value::Text
+                    | Value::Headers(_)
+                    | Value::Address(_) => return None,
                 };
                 let mode = self.modes.get(name).map_or(common, |(mode, _)| *mode);
                 Some(Rule { limit, scope, ceiling, mode })
@@ -375,6 +412,49 @@ impl Config {
         self.path("ledger.path")
     }
 
+    pub(crate) fn events(&self) -> Option<PathBuf> {
+        self.path("events.path")
+    }
+
+    pub(crate) fn semconv(&self) -> Semconv {
+        Semconv::of(self.text("otlp.semconv")).unwrap_or_default()
+    }
+
+    pub(crate) fn agent_name(&self) -> String {
+        self.text("otlp.agent_name").to_owned()
+    }
+
+    /// The table `[otlp]`, for [`crate::export::otlp::environment::read`].
+    pub(crate) fn otlp(&self) -> Own {
+        let text = |key: &str| self.value(key).map(|_| self.text(key).to_owned());
+        let headers = |key: &str| -> Option<Headers> {
+            match self.value(key) {
+                Some(Value::Headers(headers)) => Some(headers.clone()),
+                _ => None,
+            }
+        };
+        // `off` unsets what has no default, and here it is also what is meant.
+        let switch = |key: &str| match self.value(key) {
+            Some(Value::Switch(on)) => Some(*on),
+            _ => matches!(self.text(key), "off" | "none").then_some(false),
+        };
+        Own {
+            endpoint: text("otlp.endpoint"),
+            off: matches!(self.text("otlp.endpoint"), "off" | "none"),
+            protocol: text("otlp.protocol"),
+            headers: headers("otlp.headers"),
+            timeout: self.time("otlp.timeout"),
+            compression: text("otlp.compression").or_else(|| (self.text("otlp.compression") == "none").then(|| "none".into())),
+            certificate: self.path("otlp.certificate"),
+            client_certificate: self.path("otlp.client_certificate"),
+            client_key: self.path("otlp.client_key"),
+            signals: ["otlp.traces", "otlp.metrics", "otlp.logs"].map(switch),
+            queue_dir: self.path("otlp.queue_dir"),
+            queue_max: self.count("otlp.queue_max"),
+            flush: self.time("otlp.flush"),
+        }
+    }
+
     pub(crate) fn json_log(&self) -> bool {
         self.text("log.format") == "json"
     }
@@ -399,6 +479,14 @@ impl Config {
 
     pub(crate) fn poll(&self) -> bool {
         self.switch("usage.poll")
+    }
+
+    pub(crate) fn native(&self) -> crate::receive::Choice {
+        match self.text("native.telemetry") {
+            "on" => crate::receive::Choice::On,
+            "off" => crate::receive::Choice::Off,
+            _ => crate::receive::Choice::Auto,
+        }
     }
 
     pub(crate) fn max_series(&self) -> usize {

@@ -184,3 +184,30 @@ fn no_linger_is_said_as_zero_or_off() {
     let labels = load("[labels]\ntenant = \"a\"\n", &[("AGENT_SIDECAR_COST_CENTER", "42")], &[]).unwrap().labels();
     assert_eq!(labels, [("tenant", String::from("a")), ("cost_center", String::from("42"))]);
 }
+
+#[test]
+fn where_telemetry_goes_is_ours_to_say_and_its_keys_are_nobodys_to_see() {
+    let file = "[otlp]\nendpoint = \"https://c:4318\"\nprotocol = \"grpc\"\ntraces = false\nheaders = \"authorization=geheim\"\n";
+    let config = load(file, &[("AGENT_SIDECAR_OTLP_TIMEOUT", "2s")], &[("otlp-logs", "off")]).unwrap();
+    let own = config.otlp();
+    assert_eq!((own.endpoint.as_deref(), own.off, own.protocol.as_deref()), (Some("https://c:4318"), false, Some("grpc")));
+    assert_eq!((own.timeout, own.signals), (Some(Duration::from_secs(2)), [Some(false), None, Some(false)]));
+    assert!(own.headers.is_some());
+    let mut printed = Vec::new();
+    crate::reference::effective(&config, &mut printed).unwrap();
+    let printed = String::from_utf8(printed).unwrap();
+    assert!(printed.lines().any(|line| line.starts_with("otlp.headers") && line.contains("(hidden) ")), "{printed}");
+    assert!(!printed.contains("geheim") && !format!("{config:?} {own:?}").contains("geheim"));
+    let other_key = load(&file.replace("geheim", "g"), &[("AGENT_SIDECAR_OTLP_TIMEOUT", "2s")], &[("otlp-logs", "off")]).unwrap();
+    assert_eq!(other_key.fingerprint(), config.fingerprint());
+    let off = load(file, &[("AGENT_SIDECAR_OTLP_ENDPOINT", "off")], &[]).unwrap().otlp();
+    assert_eq!((off.endpoint, off.off), (None, true));
+    let wrong = "[otlp]\nendpoint = \"https://u:geheim@c\"\nheaders = \"geheim\"\nclient_key = \"/k\"\n";
+    let mistakes = load(wrong, &[], &[("otlp-endpoint", "geheim:4318")]).unwrap_err().to_string();
+    assert!(!mistakes.contains("geheim"), "{mistakes}");
+    for part in
+        ["4 mistakes", "header 1 has no `=`", "a user or a password", "without `otlp.client_certificate`", "does not begin with"]
+    {
+        assert!(mistakes.contains(part), "{part}: {mistakes}");
+    }
+}

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use agent_sidecar_core::limit::Mode;
 
+use crate::export::otlp::environment::{self, Headers};
+
 /// What a setting takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -24,6 +26,10 @@ pub(crate) enum Kind {
     Path,
     Address,
     Choice(&'static [&'static str]),
+    /// Of a collector.
+    Url,
+    /// Of its requests: secret.
+    Headers,
 }
 
 /// What a setting was given.
@@ -41,6 +47,7 @@ pub(crate) enum Value {
     Address(Option<SocketAddr>),
     /// The text itself is the value.
     Text,
+    Headers(Headers),
 }
 
 impl Value {
@@ -51,7 +58,7 @@ impl Value {
             Value::Count(n) | Value::Size(n) => *n as f64,
             Value::Money(n) | Value::Factor(n) => *n,
             Value::Time(time) => time.as_secs_f64(),
-            Value::Switch(_) | Value::Mode(_) | Value::Code(_) | Value::Address(_) | Value::Text => 0.0,
+            Value::Switch(_) | Value::Mode(_) | Value::Code(_) | Value::Address(_) | Value::Text | Value::Headers(_) => 0.0,
         }
     }
 }
@@ -108,6 +115,9 @@ impl Kind {
             Kind::Address => address(text).map(Value::Address).ok_or(()).map_err(not),
             Kind::Choice(words) if words.contains(&text) => Ok(Value::Text),
             Kind::Choice(_) => Err(not(())),
+            // Neither says the text: it may hold a key.
+            Kind::Url => environment::check_endpoint(text).map(|()| Value::Text).map_err(|what| format!("is wrong: {what}")),
+            Kind::Headers => environment::headers(text).map(Value::Headers).map_err(|what| format!("is wrong: {what}")),
         }
     }
 
@@ -126,6 +136,8 @@ impl Kind {
             Kind::Path => String::from("a path"),
             Kind::Address => String::from("an address"),
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
+            Kind::Url => String::from("a URL"),
+            Kind::Headers => String::from("a list of headers"),
         }
     }
 
@@ -146,6 +158,8 @@ impl Kind {
             Kind::Label => String::from("write a name, like \"research\""),
             Kind::Address => String::from("write an address and a port, like 127.0.0.1:9477 or :9477, or off"),
             Kind::Choice(words) => format!("write {}", words.join(" or ")),
+            Kind::Url => String::from("write it like http://collector:4318"),
+            Kind::Headers => String::from(environment::HEADERS_REMEDY),
         }
     }
 
@@ -165,6 +179,8 @@ impl Kind {
             Kind::Label => String::from("text"),
             Kind::Address => String::from("address or off"),
             Kind::Choice(words) => words.join(" or "),
+            Kind::Url => String::from("URL or off"),
+            Kind::Headers => String::from("name=value,…"),
         }
     }
 }

@@ -54,13 +54,14 @@ pub(crate) fn spawn(
     program: &OsString,
     arg0: Option<&OsString>,
     args: &[OsString],
+    env: &[(OsString, OsString)],
     stdio: Stdio2,
     own_group: bool,
     ignored: Ignored,
 ) -> Result<Pid, Failure> {
     let us = rustix::process::getpid();
     let mut command = Command::new(program);
-    command.args(args);
+    command.args(args).envs(env.iter().map(|(name, value)| (name, value)));
     if let Some(arg0) = arg0 {
         command.arg0(arg0);
     }

@@ -22,7 +22,9 @@ use super::relay::{self, Orders, Parts, Relay};
 use super::signals::{self, Sender, Signals};
 use super::tap::{Mark, Tap, Urgent};
 use super::watch::{Dispatcher, Watch};
-use super::{BeforeExit, Clock, Counts, Ending, Failure, Letter, Mail, STDOUT_MEMORY, Supervisor, child, timespec, tree};
+use super::{
+    BeforeExit, Clock, Counts, Ending, Failure, LastWords, Letter, Mail, STDOUT_MEMORY, Supervisor, child, timespec, tree,
+};
 
 /// A monitor that says nothing to a stop for so long is not there: the signal goes its plain way.
 const ANSWER: Duration = Duration::from_millis(100);
@@ -50,7 +52,7 @@ const STUCK: Duration = Duration::from_secs(1);
 const PIPE: usize = 256 * 1024;
 
 pub(super) fn run<M: Watch>(supervisor: Supervisor<M>) -> Result<u8, Failure> {
-    let Supervisor { job, monitor, handle, mail, sink, before_exit } = supervisor;
+    let Supervisor { job, monitor, handle, mail, sink, last_words, before_exit } = supervisor;
     let parse = matches!(job.mode, Mode::Parse { .. });
     let stdin_json = job.mode == Mode::Parse { stdin_json: true };
     // A CLI in a group of its own must not have the terminal as its stdin: it would be stopped as a background job.
@@ -96,7 +98,7 @@ pub(super) fn run<M: Watch>(supervisor: Supervisor<M>) -> Result<u8, Failure> {
     };
 
     let stdio = Stdio2 { stdin: cli_reads, stdout: cli_writes };
-    let pid = child::spawn(&job.program, job.arg0.as_ref(), &job.args, stdio, !shared_group, ignored)?;
+    let pid = child::spawn(&job.program, job.arg0.as_ref(), &job.args, &job.env, stdio, !shared_group, ignored)?;
     if parse && !stdin_json {
         // Only the CLI has the app's stdin now: when it closes it, the app sees that.
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, rustix::fs::Mode::empty());
@@ -121,6 +123,8 @@ pub(super) fn run<M: Watch>(supervisor: Supervisor<M>) -> Result<u8, Failure> {
         relay_done: relay.is_none(),
         monitor_done: false,
         lingered: false,
+        words_over: last_words.is_none(),
+        last_words,
         before_exit,
         orders: orders.clone(),
         tap: Arc::clone(&handle.tap),
@@ -177,6 +181,9 @@ struct Init<M> {
     relay_done: bool,
     monitor_done: bool,
     lingered: bool,
+    /// Nobody but the CLI has anything more to say.
+    words_over: bool,
+    last_words: Option<LastWords>,
     before_exit: Option<BeforeExit>,
     orders: Option<Arc<Orders>>,
     tap: Arc<Tap<M>>,
@@ -491,6 +498,7 @@ impl<M: Watch> Init<M> {
             }
             Letter::StdoutEnded => self.stdout_ended = true,
             Letter::RelayDone => self.relay_done = true,
+            Letter::LastWords => self.words_over = true,
             Letter::Lingered => self.lingered = true,
         }
     }
@@ -532,6 +540,9 @@ impl<M: Watch> Init<M> {
         if let (Stage::Running, Some(exit)) = (&self.stage, self.exit) {
             tracing::debug!(?exit, "the agent has ended");
             self.watch_stdout = false;
+            if let Some(last_words) = self.last_words.take() {
+                self.words_over = !self.beside("words", Letter::LastWords, last_words);
+            }
             self.stage = Stage::Orphans { asked: HashSet::new(), until: now + GRACE };
         }
         if let Stage::Orphans { .. } = self.stage
@@ -573,7 +584,7 @@ impl<M: Watch> Init<M> {
 
     fn drained(&mut self, now: Duration) -> bool {
         let Stage::Draining { exit_given, app, monitor } = &mut self.stage else { return false };
-        if self.stdout_ended && !*exit_given {
+        if self.stdout_ended && self.words_over && !*exit_given {
             *exit_given = true;
             if let Some(exit) = self.exit {
                 self.tap.mark(Mark::Exited(exit));
@@ -603,18 +614,23 @@ impl<M: Watch> Init<M> {
         if self.orders.is_none() {
             relay::replace(|null| rustix::stdio::dup2_stdout(null));
         }
-        let mail = Arc::clone(&self.mail);
-        let lingering = std::thread::Builder::new().name("linger".into()).spawn(move || {
-            struct Tell(Arc<Mail>);
-            impl Drop for Tell {
-                fn drop(&mut self) {
-                    self.0.send(Letter::Lingered);
-                }
+        self.lingered = !self.beside("linger", Letter::Lingered, Box::new(move || before_exit(ending)));
+    }
+
+    /// Does something on a thread of its own, and has us told when it is over, even by a panic. Says whether there is such a thread.
+    fn beside(&self, name: &str, done: Letter, what: Box<dyn FnOnce() + Send>) -> bool {
+        struct Tell(Arc<Mail>, Option<Letter>);
+        impl Drop for Tell {
+            fn drop(&mut self) {
+                self.1.take().into_iter().for_each(|letter| self.0.send(letter));
             }
-            let _tell = Tell(mail);
-            before_exit(ending);
+        }
+        let mail = Arc::clone(&self.mail);
+        let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+            let _tell = Tell(mail, Some(done));
+            what();
         });
-        self.lingered = lingering.is_err();
+        thread.is_ok()
     }
 
     fn exit_code(&self) -> u8 {

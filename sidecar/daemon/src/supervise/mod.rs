@@ -64,6 +64,8 @@ pub(crate) struct Job {
     /// What the program finds as its own name, if not `program`.
     pub(crate) arg0: Option<OsString>,
     pub(crate) args: Vec<OsString>,
+    /// What the CLI finds in its environment instead of what we have there.
+    pub(crate) env: Vec<(OsString, OsString)>,
     pub(crate) mode: Mode,
     /// What the ids of the monitor's requests begin with; unguessable.
     pub(crate) request_prefix: String,
@@ -95,6 +97,10 @@ pub(crate) struct Ending {
 /// return soon; a further stop signal does not wait for it.
 pub(crate) type BeforeExit = Box<dyn FnOnce(Ending) + Send>;
 
+/// Called, on a thread of its own, when the CLI is gone and before the monitor hears of it: whoever else listened to the CLI hands in
+/// what is left. Should return at once.
+pub(crate) type LastWords = Box<dyn FnOnce() + Send>;
+
 /// Why the CLI was never started, with the exit code that says so.
 #[derive(Debug, thiserror::Error)]
 #[error("the agent was not started")]
@@ -123,6 +129,7 @@ pub(crate) struct Supervisor<M = Monitor> {
     handle: Handle<M>,
     mail: Arc<Mail>,
     sink: Sink,
+    last_words: Option<LastWords>,
     before_exit: Option<BeforeExit>,
 }
 
@@ -132,13 +139,19 @@ impl<M: Watch> Supervisor<M> {
         let tap = Arc::new(Tap::new(job.bounds(TAP_MEMORY)));
         let mail = Arc::new(Mail::new().map_err(|e| Failure::own("an eventfd cannot be made", e))?);
         let handle = Handle { tap, counts: Arc::default(), clock };
-        Ok(Self { job, monitor, handle, mail, sink: Box::new(|_, _| {}), before_exit: None })
+        Ok(Self { job, monitor, handle, mail, sink: Box::new(|_, _| {}), last_words: None, before_exit: None })
     }
 
     /// Where what the monitor says goes, besides actions.
     #[must_use]
     pub(crate) fn sink(mut self, sink: Sink) -> Self {
         self.sink = sink;
+        self
+    }
+
+    #[must_use]
+    pub(crate) fn last_words(mut self, last_words: LastWords) -> Self {
+        self.last_words = Some(last_words);
         self
     }
 
@@ -252,6 +265,8 @@ enum Letter {
     /// All that the CLI wrote was handed on.
     StdoutEnded,
     RelayDone,
+    /// Nobody has more to say of what the CLI did.
+    LastWords,
     /// Nobody wants to look at us any more.
     Lingered,
 }

@@ -78,6 +78,7 @@ fn as_wrapper() {
         program: "python3".into(),
         arg0: None,
         args: vec!["-u".into(), "-c".into(), program],
+        env: vec![],
         mode: Mode::Parse { stdin_json: true },
         request_prefix: String::from("agent-sidecar:test:"),
         spill_dir: None,

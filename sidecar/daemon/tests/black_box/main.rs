@@ -8,6 +8,7 @@ mod explain;
 mod http;
 mod inherited;
 mod namespaces;
+mod native;
 mod orphans;
 mod signals;
 mod support;

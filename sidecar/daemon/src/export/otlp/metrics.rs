@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use agent_sidecar_core::metric::{Cell, Detail, Family, Histogram, Kind, Meters, Metric, Series, Unit, gen_ai};
+use agent_sidecar_core::span::Semconv;
 use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
 use opentelemetry_proto::tonic::common::v1::KeyValue;
 use opentelemetry_proto::tonic::metrics::v1 as proto;
@@ -33,25 +34,6 @@ pub(crate) enum Temporality {
     LowMemory,
 }
 
-/// Which edition of the GenAI conventions is spoken.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Semconv {
-    V1_36,
-    GenAi0_1,
-    #[default]
-    Both,
-}
-
-impl Semconv {
-    fn editions(self) -> &'static [Edition] {
-        match self {
-            Semconv::V1_36 => &[Edition::V1_36],
-            Semconv::GenAi0_1 => &[Edition::GenAi0_1],
-            Semconv::Both => &[Edition::V1_36, Edition::GenAi0_1],
-        }
-    }
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Edition {
     V1_36,
@@ -59,6 +41,15 @@ enum Edition {
 }
 
 impl Edition {
+    /// Those that are spoken.
+    fn of(semconv: Semconv) -> &'static [Edition] {
+        match semconv {
+            Semconv::V136 => &[Edition::V1_36],
+            Semconv::GenAi01 => &[Edition::GenAi0_1],
+            Semconv::Both => &[Edition::V1_36, Edition::GenAi0_1],
+        }
+    }
+
     /// Where its names are explained. That of 0.1 is published nowhere.
     fn schema(self) -> &'static str {
         match self {
@@ -127,7 +118,7 @@ impl Metrics {
         let mut scopes = vec![scope(origin, "", meters.families().filter_map(|family| self.ours(family, now)).collect())];
         let foreign: Vec<_> =
             meters.gen_ai().map(|family| (family.metric, self.window(family, now), self.rows(family))).collect();
-        for edition in self.options.semconv.editions() {
+        for edition in Edition::of(self.options.semconv) {
             let names = NAMES.iter().filter(|name| name.edition == *edition);
             let metrics = names.filter_map(|name| {
                 let (metric, window, rows) = foreign.iter().find(|(metric, ..)| std::ptr::eq(*metric, name.of))?;

@@ -15,6 +15,10 @@ use crate::export::prometheus;
 const START: Duration = Duration::from_secs(1_795_392_000);
 const LABELS: [(&str, &str); 2] = [("tenant", "a \"b\"\\\n"), ("team", "ä")];
 
+fn both() -> MetricsOptions {
+    MetricsOptions { semconv: Semconv::Both, ..MetricsOptions::default() }
+}
+
 fn labels() -> Vec<(&'static str, String)> {
     LABELS.map(|(key, value)| (key, value.to_owned())).to_vec()
 }
@@ -215,9 +219,9 @@ fn agree(meters: &Meters) {
     let scraped = scraped(meters);
     for strategy in [UnderscoreEscapingWithSuffixes, UnderscoreEscapingWithoutSuffixes, NoUtf8EscapingWithSuffixes, NoTranslation]
     {
-        assert_same(&stored(&once(meters, MetricsOptions::default()), strategy, true), &scraped);
+        assert_same(&stored(&once(meters, both()), strategy, true), &scraped);
     }
-    let exponential = MetricsOptions { exponential: true, ..MetricsOptions::default() };
+    let exponential = MetricsOptions { exponential: true, ..both() };
     let without: BTreeMap<_, _> = scraped.into_iter().filter(|((name, _), _)| !name.ends_with("_bucket")).collect();
     let buckets = |((name, _), _): &(Named, f64)| !name.ends_with("_bucket");
     let stored: BTreeMap<_, _> =
@@ -261,11 +265,11 @@ fn sum(data: &Data, which: impl Fn(&BTreeMap<String, String>) -> bool) -> f64 {
 #[test]
 fn every_recorded_session_is_exported_as_it_is_scraped_and_sums_to_the_ledger() {
     for path in recordings() {
-        let monitor = replayed(&path, MetricsOptions::default());
+        let monitor = replayed(&path, both());
         agree(monitor.meters());
-        agree(replayed(&path, MetricsOptions { exponential: true, ..MetricsOptions::default() }).meters());
+        agree(replayed(&path, MetricsOptions { exponential: true, ..both() }).meters());
 
-        let request = once(monitor.meters(), MetricsOptions::default());
+        let request = once(monitor.meters(), both());
         let totals = monitor.report().totals();
         let name = path.display();
         let (tokens, cost) =
@@ -323,7 +327,7 @@ fn what_others_call_by_another_name_is_what_we_measured() {
     ];
     let mut seen = [0; 7];
     for path in recordings() {
-        let request = once(replayed(&path, MetricsOptions::default()).meters(), MetricsOptions::default());
+        let request = once(replayed(&path, both()).meters(), both());
         for ((ours, theirs), seen) in same.iter().zip(&mut seen) {
             let (a, b) = (observed(&request, ours), observed(&request, theirs));
             assert_eq!(a.0, b.0, "{theirs} in {}", path.display());
@@ -396,14 +400,14 @@ proptest! {
 
     #[test]
     fn random_meters_are_exported_as_they_are_scraped(moves in moves(), exponential: bool) {
-        let mut meters = kept(MetricsOptions { exponential, ..MetricsOptions::default() });
+        let mut meters = kept(MetricsOptions { exponential, ..both() });
         moves.iter().for_each(|one| one.perform(&mut meters));
         agree(&meters);
     }
 
     #[test]
     fn deltas_add_up_to_the_totals(rounds in prop::collection::vec(moves(), 1..4)) {
-        let options = MetricsOptions { temporality: Temporality::Delta, ..MetricsOptions::default() };
+        let options = MetricsOptions { temporality: Temporality::Delta, ..both() };
         let mut meters = kept(options);
         let mut delta = Metrics::new(options, &labels(), START);
         let mut sums = BTreeMap::new();
@@ -424,7 +428,7 @@ proptest! {
             accumulate(&mut sums, &request, is_counter);
         }
         let mut totals = BTreeMap::new();
-        accumulate(&mut totals, &once(&meters, MetricsOptions::default()), is_counter);
+        accumulate(&mut totals, &once(&meters, both()), is_counter);
         // What never moved was never said.
         totals.retain(|(name, labels), value| *value != 0.0 || sums.contains_key(&(name.clone(), labels.clone())));
         prop_assert_eq!(totals.keys().collect::<Vec<_>>(), sums.keys().collect::<Vec<_>>());
@@ -438,7 +442,7 @@ proptest! {
 
     #[test]
     fn exponential_deltas_add_up_too(a in prop::collection::vec(0.0..1e6, 1..50), b in prop::collection::vec(1e-6..1e3, 1..50)) {
-        let options = MetricsOptions { temporality: Temporality::Delta, exponential: true, ..MetricsOptions::default() };
+        let options = MetricsOptions { temporality: Temporality::Delta, exponential: true, ..both() };
         let mut meters = kept(options);
         let mut delta = Metrics::new(options, &[], START);
         for (values, at) in [(&a, 1), (&b, 2)] {
@@ -456,7 +460,7 @@ proptest! {
 
 #[test]
 fn low_memory_leaves_what_others_total_as_it_is() {
-    let options = MetricsOptions { temporality: Temporality::LowMemory, ..MetricsOptions::default() };
+    let options = MetricsOptions { temporality: Temporality::LowMemory, ..both() };
     let mut meters = kept(options);
     meters.raise(&metric::SIDECAR_CPU, &[], 2.5);
     meters.add(&metric::PROCESS_STARTS, &[], 1);
@@ -475,7 +479,7 @@ fn low_memory_leaves_what_others_total_as_it_is() {
 
 #[test]
 fn a_clock_that_was_set_back_makes_no_point_that_ends_before_it_starts() {
-    let options = MetricsOptions { temporality: Temporality::Delta, ..MetricsOptions::default() };
+    let options = MetricsOptions { temporality: Temporality::Delta, ..both() };
     let mut meters = kept(options);
     let mut metrics = Metrics::new(options, &[], START);
     for now in [START + Duration::from_secs(60), START - Duration::from_secs(3_600)] {
@@ -490,7 +494,7 @@ fn a_clock_that_was_set_back_makes_no_point_that_ends_before_it_starts() {
 fn an_exemplar_says_which_trace_it_is_of_and_is_said_once_where_deltas_are() {
     let context = Context { trace: TraceId([1; 16]), span: SpanId([2; 8]), sampled: true };
     for (temporality, again) in [(Temporality::Cumulative, 1), (Temporality::Delta, 0)] {
-        let options = MetricsOptions { temporality, exemplars: true, ..MetricsOptions::default() };
+        let options = MetricsOptions { temporality, exemplars: true, ..both() };
         let mut meters = kept(options);
         let mut metrics = Metrics::new(options, &[], START);
         meters.set_context(Some(context));
@@ -525,7 +529,7 @@ fn an_exemplar_says_which_trace_it_is_of_and_is_said_once_where_deltas_are() {
 
 #[test]
 fn each_edition_of_the_conventions_is_spoken_as_it_is_written() {
-    let mut meters = kept(MetricsOptions::default());
+    let mut meters = kept(both());
     meters.observe(&gen_ai::TOKEN_USAGE, &["claude-sonnet-5", "input"], 100.0);
     meters.observe(&gen_ai::TOKEN_USAGE, &["claude-sonnet-5", "output"], 10.0);
     meters.add(&gen_ai::USAGE_INPUT, &["claude-sonnet-5"], 100);
@@ -536,11 +540,8 @@ fn each_edition_of_the_conventions_is_spoken_as_it_is_written() {
     meters.observe(&gen_ai::INVOKE_AGENT_DURATION, &["crashed"], 0.5);
     meters.observe(&gen_ai::INVOKE_AGENT_INFERENCE_CALLS, &[], 3.0);
     let lines = |semconv| {
-        let request = sent(
-            &mut Metrics::new(MetricsOptions { semconv, ..MetricsOptions::default() }, &[("team", "t".into())], START),
-            &meters,
-            START,
-        );
+        let request =
+            sent(&mut Metrics::new(MetricsOptions { semconv, ..both() }, &[("team", "t".into())], START), &meters, START);
         let mut lines = Vec::new();
         for metric in all(&request).filter(|metric| metric.name.starts_with("gen_ai.")) {
             let attributes: Vec<_> = match metric.data.as_ref().unwrap() {
@@ -573,8 +574,8 @@ fn each_edition_of_the_conventions_is_spoken_as_it_is_written() {
         "invoke_agent.duration s error.type=crashed operation.name=invoke_agent team=t",
         "invoke_agent.inference_calls {inference_call} operation.name=invoke_agent team=t",
     ];
-    assert_eq!(lines(Semconv::V1_36), old);
-    assert_eq!(lines(Semconv::GenAi0_1), new);
+    assert_eq!(lines(Semconv::V136), old);
+    assert_eq!(lines(Semconv::GenAi01), new);
     assert_eq!(lines(Semconv::Both), [&old[..], &new[..]].concat());
 }
 
@@ -600,7 +601,7 @@ fn every_metric_has_a_name_and_every_translator_leaves_it_alone() {
 
 #[test]
 fn a_full_container_is_said_in_a_moment() {
-    let mut meters = kept(MetricsOptions { exponential: true, ..MetricsOptions::default() });
+    let mut meters = kept(MetricsOptions { exponential: true, ..both() });
     for i in 0.. {
         let (model, tool) = (format!("claude-model-{}", i % 8), format!("Tool{}", i % 24));
         meters.add(&metric::TOOL_CALLS, &[&tool, ["ok", "error", "denied", "lost"][i % 4]], 1);
@@ -614,7 +615,7 @@ fn a_full_container_is_said_in_a_moment() {
     }
     let origin = origin();
     for temporality in [Temporality::Cumulative, Temporality::Delta] {
-        let mut metrics = Metrics::new(MetricsOptions { temporality, ..MetricsOptions::default() }, &labels(), START);
+        let mut metrics = Metrics::new(MetricsOptions { temporality, ..both() }, &labels(), START);
         let times = (1..=50).map(|i| {
             meters.add(&metric::PROCESS_STARTS, &[], 1);
             let start = std::time::Instant::now();

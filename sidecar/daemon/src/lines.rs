@@ -1,4 +1,4 @@
-//! The ledger file: opened once, appended to line by line, each line in one write. It never holds anybody up but the monitor.
+//! Files of JSON lines: opened once, appended to line by line, each line in one write. They never hold anybody up but the monitor.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -6,12 +6,36 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use agent_sidecar_core::metric::{self, Meters};
-use agent_sidecar_core::record::Record;
+use serde::Serialize;
 
 use crate::supervise::Handle;
 
+/// What a file is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    Ledger,
+    Events,
+}
+
+impl Use {
+    fn component(self) -> &'static str {
+        match self {
+            Use::Ledger => "ledger",
+            Use::Events => "events",
+        }
+    }
+
+    fn lost(self, meters: &mut Meters, lines: u64) {
+        match self {
+            Use::Ledger => meters.add(&metric::LEDGER_ERRORS, &[], lines),
+            Use::Events => meters.add(&metric::EVENTS_FILE_ERRORS, &[], lines),
+        }
+    }
+}
+
 /// See the module's head.
-pub(crate) struct LedgerFile {
+pub(crate) struct LineFile {
+    what: Use,
     path: PathBuf,
     file: Option<File>,
     /// The last line was written in part: the next one starts on a line of its own.
@@ -19,36 +43,37 @@ pub(crate) struct LedgerFile {
     warned: bool,
 }
 
-impl LedgerFile {
+impl LineFile {
     /// Opens or makes it, for the owner only. A file that cannot be opened is tried again with each line.
-    pub(crate) fn open(path: PathBuf, meters: &mut Meters) -> LedgerFile {
-        let mut ledger = LedgerFile { path, file: None, torn: false, warned: false };
-        if let Err(error) = ledger.ready() {
-            ledger.warn(&error);
-            meters.set(&metric::DEGRADED, &["ledger"], 1.0);
+    pub(crate) fn open(what: Use, path: PathBuf, meters: &mut Meters) -> LineFile {
+        let mut lines = LineFile { what, path, file: None, torn: false, warned: false };
+        if let Err(error) = lines.ready() {
+            lines.warn(&error);
+            meters.set(&metric::DEGRADED, &[what.component()], 1.0);
         }
-        ledger
+        lines
     }
 
     /// Appends a line; what cannot be written is counted and said once.
-    pub(crate) fn write(&mut self, record: &Record, handle: &Handle) {
-        let written = self.append(record);
+    pub(crate) fn write(&mut self, line: &impl Serialize, handle: &Handle) {
+        let written = self.append(line);
         let failed = written.is_err();
         if let Err(error) = &written {
             self.warn(error);
         }
         if failed || self.warned {
             self.warned = failed;
+            let what = self.what;
             handle.visit(move |monitor, _| {
-                monitor.meters_mut().add(&metric::LEDGER_ERRORS, &[], u64::from(failed));
-                monitor.meters_mut().set(&metric::DEGRADED, &["ledger"], f64::from(u8::from(failed)));
+                what.lost(monitor.meters_mut(), u64::from(failed));
+                monitor.meters_mut().set(&metric::DEGRADED, &[what.component()], f64::from(u8::from(failed)));
             });
         }
     }
 
-    fn append(&mut self, record: &Record) -> io::Result<()> {
+    fn append(&mut self, what: &impl Serialize) -> io::Result<()> {
         let mut line = if self.torn { vec![b'\n'] } else { Vec::new() };
-        serde_json::to_writer(&mut line, record)?;
+        serde_json::to_writer(&mut line, what)?;
         line.push(b'\n');
         let file = self.ready()?;
         let written = file.write(&line)?;
@@ -69,7 +94,8 @@ impl LedgerFile {
 
     fn warn(&mut self, error: &io::Error) {
         if !std::mem::replace(&mut self.warned, true) {
-            tracing::error!(path = %self.path.display(), %error, "the ledger cannot be written; make room, or choose another --ledger");
+            let (what, path) = (self.what.component(), self.path.display());
+            tracing::error!(%path, %error, "the {what} file cannot be written; make room, or choose another");
         }
     }
 }

@@ -1,0 +1,270 @@
+//! From the monitor's thread to the exporter: spans and events gathered into batches, the meters read at their interval, all of it
+//! encoded here. Who hands something in never waits; what does not fit is counted as lost.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use agent_sidecar_core::telemetry::{LogEvent, Span};
+use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
+use opentelemetry_proto::tonic::metrics::v1::metric::Data;
+
+use super::encode::{self, Origin};
+use super::environment::Batching;
+use super::metrics::{Metrics, MetricsOptions};
+use super::{Cause, Counts, Exporter, Flushed, OtlpConfig, Signal};
+use crate::http::visit_blocking;
+use crate::supervise::Handle;
+
+/// What a pipeline says of the process it serves.
+pub(crate) struct Identity {
+    pub(crate) origin: Origin,
+    pub(crate) options: MetricsOptions,
+    /// Labels of each series of the agent.
+    pub(crate) labels: Vec<(&'static str, String)>,
+}
+
+/// Things of one kind that wait for their batch.
+struct Waiting<T> {
+    items: VecDeque<T>,
+    since: Option<Instant>,
+    batching: Batching,
+}
+
+impl<T> Waiting<T> {
+    fn new(batching: Batching) -> Self {
+        Self { items: VecDeque::new(), since: None, batching }
+    }
+
+    /// Says whether somebody has to look, and whether the oldest had to go.
+    fn push(&mut self, item: T) -> (bool, bool) {
+        let full = self.items.len() >= self.batching.max_queue;
+        if full {
+            self.items.pop_front();
+        }
+        self.items.push_back(item);
+        let first = self.since.is_none();
+        self.since.get_or_insert_with(Instant::now);
+        (first || self.items.len() >= self.batching.max_batch, full)
+    }
+
+    fn due(&self) -> Option<Instant> {
+        let since = self.since?;
+        Some(if self.items.len() >= self.batching.max_batch { since } else { since + self.batching.delay })
+    }
+
+    /// A batch, if it is time for one.
+    fn take(&mut self, now: Instant, all: bool) -> Vec<T> {
+        if self.items.is_empty() || !all && self.due().is_none_or(|due| now < due) {
+            return Vec::new();
+        }
+        let n = self.items.len().min(self.batching.max_batch.max(1));
+        let batch = self.items.drain(..n).collect();
+        self.since = (!self.items.is_empty()).then_some(now);
+        batch
+    }
+}
+
+struct State {
+    spans: Waiting<Span>,
+    events: Waiting<LogEvent>,
+    ending: bool,
+    /// The thread has handed over all that there was.
+    done: bool,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    counts: Arc<Counts>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Whoever panicked did so between two whole states.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn hand_in(&self, signal: Signal, push: impl FnOnce(&mut State) -> (bool, bool)) {
+        let (look, lost) = push(&mut self.lock());
+        if look {
+            self.changed.notify_all();
+        }
+        if lost {
+            self.counts.lose(signal, Cause::MemoryFull, 1);
+        }
+    }
+}
+
+/// What the monitor's thread hands spans and events to.
+#[derive(Clone)]
+pub(crate) struct Inlet(Arc<Shared>);
+
+impl Inlet {
+    pub(crate) fn span(&self, span: Span) {
+        self.0.hand_in(Signal::Traces, |state| state.spans.push(span));
+    }
+
+    pub(crate) fn event(&self, event: LogEvent) {
+        self.0.hand_in(Signal::Logs, |state| state.events.push(event));
+    }
+}
+
+/// See the module's head.
+pub(crate) struct Pipeline {
+    shared: Arc<Shared>,
+    exporter: Arc<Exporter>,
+    flush: Duration,
+}
+
+impl Pipeline {
+    /// Starts its threads; `None` if nothing is to be exported.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub(crate) fn start(
+        config: OtlpConfig,
+        counts: Arc<Counts>,
+        identity: Identity,
+        handle: Handle,
+    ) -> std::io::Result<Option<Pipeline>> {
+        let (spans, logs, interval, flush) = (config.spans, config.logs, config.metrics.interval, config.flush);
+        let metered = config.exported()[Signal::Metrics as usize];
+        let Some(exporter) = Exporter::start(config, Arc::clone(&counts))? else { return Ok(None) };
+        let exporter = Arc::new(exporter);
+        let state = State { spans: Waiting::new(spans), events: Waiting::new(logs), ending: false, done: false };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), counts });
+        let reader = metered.then(|| Reader {
+            metrics: Arc::new(Mutex::new(Metrics::new(identity.options, &identity.labels, unix()))),
+            handle,
+            interval,
+            next: Instant::now() + interval,
+        });
+        let worker =
+            Worker { shared: Arc::clone(&shared), exporter: Arc::clone(&exporter), origin: Arc::new(identity.origin), reader };
+        std::thread::Builder::new().name(String::from("telemetry")).stack_size(512 * 1024).spawn(move || worker.run())?;
+        Ok(Some(Pipeline { shared, exporter, flush }))
+    }
+
+    pub(crate) fn inlet(&self) -> Inlet {
+        Inlet(Arc::clone(&self.shared))
+    }
+
+    /// Hands over what there is, reads the meters for the last time, and waits for the collector, no longer than configured.
+    pub(crate) fn end(&self) -> Flushed {
+        let until = Instant::now() + self.flush;
+        let mut state = self.shared.lock();
+        state.ending = true;
+        self.shared.changed.notify_all();
+        while !state.done
+            && let Some(left) = until.checked_duration_since(Instant::now())
+        {
+            (state, _) = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(state);
+        self.exporter.flush(until.saturating_duration_since(Instant::now()))
+    }
+}
+
+/// Reads the meters, on the monitor's thread.
+struct Reader {
+    metrics: Arc<Mutex<Metrics>>,
+    handle: Handle,
+    interval: Duration,
+    next: Instant,
+}
+
+struct Worker {
+    shared: Arc<Shared>,
+    exporter: Arc<Exporter>,
+    origin: Arc<Origin>,
+    reader: Option<Reader>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        /// Nobody waits for a thread that panicked.
+        struct Done(Arc<Shared>);
+        impl Drop for Done {
+            fn drop(&mut self) {
+                self.0.lock().done = true;
+                self.0.changed.notify_all();
+            }
+        }
+        let done = Done(Arc::clone(&self.shared));
+        loop {
+            let (spans, events, ending) = self.wait();
+            if !spans.is_empty() {
+                let n = spans.len();
+                self.exporter.offer_message(Signal::Traces, &encode::spans(&spans, &self.origin), n);
+            }
+            if !events.is_empty() {
+                let n = events.len();
+                self.exporter.offer_message(Signal::Logs, &encode::logs(&events, &self.origin), n);
+            }
+            if spans.is_empty() && events.is_empty() || !ending {
+                self.meters(ending);
+                if ending {
+                    break;
+                }
+            }
+        }
+        drop(done);
+    }
+
+    /// Until there is something to do, and what that is.
+    fn wait(&self) -> (Vec<Span>, Vec<LogEvent>, bool) {
+        let mut state = self.shared.lock();
+        loop {
+            let now = Instant::now();
+            let ending = state.ending;
+            let (spans, events) = (state.spans.take(now, ending), state.events.take(now, ending));
+            let read = self.reader.as_ref().map(|reader| reader.next);
+            if ending || !spans.is_empty() || !events.is_empty() || read.is_some_and(|at| at <= now) {
+                return (spans, events, ending);
+            }
+            let due = [state.spans.due(), state.events.due(), read].into_iter().flatten().min();
+            state = match due {
+                Some(due) => {
+                    let left = due.saturating_duration_since(now);
+                    self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+
+    fn meters(&mut self, last: bool) {
+        let Some(reader) = &mut self.reader else { return };
+        let now = Instant::now();
+        if !last && now < reader.next {
+            return;
+        }
+        // Readings that were missed are not made up for.
+        reader.next = now + reader.interval;
+        let (metrics, origin, counts) = (Arc::clone(&reader.metrics), Arc::clone(&self.origin), Arc::clone(&self.shared.counts));
+        let read = visit_blocking(&reader.handle, move |monitor, now| {
+            counts.fill(monitor.meters_mut());
+            metrics.lock().unwrap_or_else(PoisonError::into_inner).request(monitor.meters(), &origin, now.unix)
+        });
+        if let Some(request) = read {
+            self.exporter.offer_message(Signal::Metrics, &request, points(&request));
+        }
+    }
+}
+
+fn points(request: &ExportMetricsServiceRequest) -> usize {
+    let scopes = request.resource_metrics.iter().flat_map(|resource| &resource.scope_metrics);
+    let points = |data: &Data| match data {
+        Data::Gauge(gauge) => gauge.data_points.len(),
+        Data::Sum(sum) => sum.data_points.len(),
+        Data::Histogram(histogram) => histogram.data_points.len(),
+        Data::ExponentialHistogram(histogram) => histogram.data_points.len(),
+        Data::Summary(summary) => summary.data_points.len(),
+    };
+    scopes.flat_map(|scope| &scope.metrics).filter_map(|metric| metric.data.as_ref()).map(points).sum()
+}
+
+fn unix() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
