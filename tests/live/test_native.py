@@ -1,0 +1,341 @@
+"""What the CLI's own telemetry tells where its stream is not read, and that its user's collector misses nothing."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import inspect
+import json
+import os
+import pty
+import signal
+import ssl
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import harness
+import pytest
+from harness import wait_for
+from test_bare import CASES, TOOLS, USAGE, bash, main, script, subagent
+from test_wrapped import LONG, SLOW, children, kinds, replayed
+
+
+def whole(request: http.server.BaseHTTPRequestHandler) -> bytes:
+    """A body, in one piece or in chunks."""
+    if length := request.headers["content-length"]:
+        return request.rfile.read(int(length))
+    body = b""
+    while size := int(request.rfile.readline(), 16):
+        body += request.rfile.read(size)
+        request.rfile.readline()
+    request.rfile.readline()
+    return body
+
+
+class Collector:
+    """Takes every POST, and keeps its head and its bytes."""
+
+    def __init__(self, delay: float = 0, refusals: int = 0, certificate: Path | None = None, port: int = 0):
+        self.posts: list[tuple[str, dict[str, str], bytes]] = []
+        collector = self
+        left = [refusals]
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = whole(self)
+                time.sleep(delay)
+                status = 503 if left[0] > 0 else 200
+                left[0] -= 1
+                if status == 200:
+                    headers = {name.lower(): value for name, value in self.headers.items()}
+                    collector.posts.append((self.path, headers, body))
+                self.send_response(status)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+            self.url = self.url.replace("http", "https")
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def collector():
+    started = []
+
+    def start(**how) -> Collector:
+        started.append(Collector(**how))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+def start(argv, api, home, **env) -> subprocess.Popen:
+    work = home / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    pipe = subprocess.PIPE
+    argv = [str(word) for word in argv]
+    return subprocess.Popen(argv, cwd=work, env=harness.environment(api, home, **env), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+
+
+def ask(wrapper, version, api, tmp_path, *args, **env) -> tuple[subprocess.Popen, str]:
+    """One question in text mode, to its end; the process and what it said to stderr."""
+    process = start([*wrapper.argv, harness.cli(version), "-p", "go", *TOOLS, *args], api, tmp_path / "home", **env)
+    _, said = process.communicate(timeout=60)
+    return process, said.decode()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_text_mode_costs_what_was_served(case, version, api, sidecar, tmp_path):
+    rules, _ = CASES[case]
+    served, wrapper = api(script(*rules)), sidecar()
+    process, said = ask(wrapper, version, served, tmp_path)
+    assert (process.returncode, said) == (0, "")
+    books = replayed(wrapper.ledger_file)["totals"]
+    # An older CLI does not tell for how long it wrote to the cache, and its metrics cannot know.
+    tokens, expected = books["tokens"], kinds(served.tokens())
+    if version == "old":
+        for sums in (tokens, expected):
+            sums["cache_write_5m"] += sums.pop("cache_write_1h")
+    assert tokens == expected
+    assert books["cost_usd"] == pytest.approx(served.cost_usd(version), abs=1e-9)
+    assert not books["cost_estimated"]
+    # What a background agent brings back is a prompt of its own.
+    assert books["turns"] == (2 if "background" in case else 1)
+    assert sorted(books["models"]) == sorted(served.tokens())
+
+
+def test_a_budget_ends_text_mode(version, api, sidecar, tmp_path):
+    served, wrapper = api(script(*[main(i, bash("sleep 1")) for i in range(30)])), sidecar("--max-cost-usd", "0.02")
+    started = time.monotonic()
+    process, _ = ask(wrapper, version, served, tmp_path)
+    assert process.returncode == 143
+    assert time.monotonic() - started < 20
+    lines = wrapper.ledger()
+    (stop,) = [line for line in lines if line["event"] == "limit_decided" and line["level"] == 1.0]
+    assert (stop["limit"], stop["action"]) == ("usd", "stop")
+    books = replayed(wrapper.ledger_file)["totals"]
+    assert books["cost_usd"] == pytest.approx(served.cost_usd(version), abs=1e-9)
+    assert 0.02 <= books["cost_usd"] < 0.06
+
+
+def test_a_kill_loses_an_interval_at_most(version, api, sidecar, tmp_path):
+    served, wrapper = api(script(*[main(i, bash("sleep 0.2")) for i in range(100)])), sidecar()
+    process = start([*wrapper.argv, harness.cli(version), "-p", "go", *TOOLS], served, tmp_path / "home")
+    wait_for("some answers", lambda: len(served.requests()) >= 8, 30)
+    (pid,) = children(process.pid)
+    before = [line["n"] for line in served.requests()]
+    time.sleep(1.5)
+    os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=20)
+    assert process.returncode == 137
+    books = replayed(wrapper.ledger_file)["totals"]
+    counted = books["tokens"]["output"] // USAGE["output_tokens"]
+    print(f"counted {counted} of {len(served.requests())} answers, {len(before)} of them older than the interval")
+    assert len(before) <= counted <= len(served.requests())
+
+
+def test_a_terminal_costs_what_was_served(version, api, sidecar, tmp_path):
+    rules, requests = CASES["three steps"]
+    served, wrapper = api(script(*rules)), sidecar()
+    home = tmp_path / "home"
+    work = home / "work"
+    work.mkdir(parents=True)
+    state = {
+        "hasCompletedOnboarding": True,
+        "theme": "dark",
+        "customApiKeyResponses": {"approved": ["sk-ant-test"[-20:]], "rejected": []},
+        "projects": {str(work): {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}},
+    }
+    (home / ".claude.json").write_text(json.dumps(state))
+    argv = [*wrapper.argv, harness.cli(version), "--permission-mode", "default", *TOOLS, "--", "go"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(work)
+        env = harness.environment(served, home, TERM="xterm-256color")
+        os.execve(argv[0], [str(word) for word in argv], env)
+    seen = []
+    threading.Thread(target=drain, args=(terminal, seen), daemon=True).start()
+    try:
+        wait_for("the answers", lambda: len(served.requests()) >= requests, 30)
+        cost = lambda: wrapper.status()["totals"]["cost_usd"]
+        wait_for("the cost, while it runs", lambda: cost() == pytest.approx(served.cost_usd(version), abs=1e-9), 10)
+        os.kill(pid, signal.SIGTERM)
+        wait_for("the end", lambda: os.waitpid(pid, os.WNOHANG)[0] == pid, 20)
+    except BaseException:
+        print(b"".join(seen)[-2000:])
+        os.kill(pid, signal.SIGKILL)
+        raise
+    books = replayed(wrapper.ledger_file)["totals"]
+    assert books["cost_usd"] == pytest.approx(served.cost_usd(version), abs=1e-9)
+    assert books["turns"] == 1
+
+
+def drain(terminal: int, seen: list[bytes]) -> None:
+    try:
+        while chunk := os.read(terminal, 65536):
+            seen.append(chunk)
+    except OSError:
+        pass
+
+
+@pytest.mark.parametrize("case", ["three steps", "subagent in the foreground", "web search"])
+def test_both_witnesses_agree(case, version, api, session, sidecar):
+    rules, _ = CASES[case]
+    served, wrapper = api(script(*rules)), sidecar("--native-telemetry", "on", "--linger", "20s")
+    cli = session(served, *TOOLS, sidecar=wrapper)
+    result = cli.ask("go")
+    cli.process.stdin.close()
+    metrics = {}
+
+    def over() -> bool:
+        # Whoever has read the last numbers is the last to read any.
+        metrics.update(wrapper.metrics())
+        return metrics["claude_agent_process_exits_total{reason=\"clean\"}"] == 1
+
+    wait_for("the end", over)
+    assert cli.close() == 0
+    assert metrics["agent_sidecar_native_reports_total{signal=\"metrics\",outcome=\"taken\"}"] > 0
+    assert sum(n for name, n in metrics.items() if name.startswith("claude_agent_cost_usd_total")) == pytest.approx(result["total_cost_usd"], abs=1e-9)
+    for direction in ("over", "under"):
+        assert metrics[f"claude_agent_cost_reconciliation_error_usd_total{{direction=\"{direction}\"}}"] == 0
+    assert "do not agree" not in cli.tail()
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "http/json"])
+@pytest.mark.parametrize("compression", ["none", "gzip"])
+def test_a_collector_gets_the_same_bytes(protocol, compression, version, api, sidecar, collector, tmp_path):
+    """A second receiver stands between the CLI and the wrapper's own, so that both ends can be compared."""
+    served, wrapper, his = api(script(*subagent())), sidecar(), collector(refusals=1)
+    user = {
+        "CLAUDE_CODE_ENABLE_TELEMETRY": "1",
+        "OTEL_METRICS_EXPORTER": "otlp",
+        "OTEL_LOGS_EXPORTER": "otlp",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": his.url,
+        "OTEL_EXPORTER_OTLP_HEADERS": "authorization=secret",
+        "OTEL_EXPORTER_OTLP_COMPRESSION": compression,
+    }
+    # The CLI is started through a tap on what it sends to the wrapper.
+    tap = tmp_path / "claude"
+    tap.write_text(TAP.format(whole=inspect.getsource(whole), cli=harness.cli(version), log=tmp_path / "tap"))
+    tap.chmod(0o755)
+    process = start([*wrapper.argv, tap, "-p", "go", *TOOLS], served, tmp_path / "home", **user)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, b"")
+    sent = [line.split(" ", 1) for line in (tmp_path / "tap").read_text().splitlines()]
+    assert [(path, body.hex()) for path, _, body in his.posts] == [(path, body) for path, body in sent]
+    assert {path for path, _, _ in his.posts} == {"/v1/metrics", "/v1/logs"}
+    for _, headers, body in his.posts:
+        assert headers["authorization"] == "secret"
+        assert headers["content-type"] == ("application/json" if protocol == "http/json" else "application/x-protobuf")
+        assert (headers.get("content-encoding") == "gzip") == (compression == "gzip")
+        if compression == "gzip":
+            gzip.decompress(body)
+    books = replayed(wrapper.ledger_file)["totals"]
+    assert books["cost_usd"] == pytest.approx(served.cost_usd(version), abs=1e-9)
+
+
+TAP = """#!/usr/bin/env python3
+from __future__ import annotations
+import http.client, http.server, os, subprocess, sys, threading, urllib.parse
+env, log = dict(os.environ), open("{log}", "w", buffering=1)
+lock = threading.Lock()
+{whole}
+base = {{s: urllib.parse.urlsplit(env[f"OTEL_EXPORTER_OTLP_{{s}}_ENDPOINT"]) for s in ("METRICS", "LOGS")}}
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        body = whole(self)
+        to = base[self.path.strip("/")]
+        with lock:
+            log.write("/v1/" + self.path.strip("/").lower() + " " + body.hex() + "\\n")
+            hop = http.client.HTTPConnection(to.hostname, to.port)
+            hop.request("POST", to.path, body, {{k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length", "transfer-encoding")}})
+            answer = hop.getresponse()
+            told = answer.read()
+        self.send_response(answer.status)
+        self.send_header("content-type", answer.headers["content-type"] or "")
+        self.send_header("content-length", str(len(told)))
+        self.end_headers()
+        self.wfile.write(told)
+    def log_message(self, *_): pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+for s in base: env[f"OTEL_EXPORTER_OTLP_{{s}}_ENDPOINT"] = f"http://127.0.0.1:{{server.server_port}}/{{s}}"
+sys.exit(subprocess.run(["{cli}", *sys.argv[1:]], env=env).returncode)
+"""
+
+
+def test_a_collector_behind_tls_is_reached(version, api, sidecar, collector, tmp_path):
+    certificate = tmp_path / "certificate.pem"
+    flags = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE"
+    key = tmp_path / "key.pem"
+    subprocess.run(["openssl", *flags.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    chain = tmp_path / "chain.pem"
+    chain.write_text(key.read_text() + certificate.read_text())
+    served, wrapper, his = api(script()), sidecar(), collector(certificate=chain)
+    user = {
+        "CLAUDE_CODE_ENABLE_TELEMETRY": "1",
+        "OTEL_METRICS_EXPORTER": "otlp",
+        "OTEL_LOGS_EXPORTER": "otlp",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": his.url,
+        "NODE_EXTRA_CA_CERTS": str(certificate),
+    }
+    process, said = ask(wrapper, version, served, tmp_path, **user)
+    assert (process.returncode, said) == (0, "")
+    assert {path for path, _, _ in his.posts} == {"/v1/metrics", "/v1/logs"}
+
+
+def test_a_dead_collector_holds_nobody_up(version, api, sidecar, collector, tmp_path):
+    served, wrapper, his = api(script()), sidecar(), collector(delay=30)
+    user = {
+        "CLAUDE_CODE_ENABLE_TELEMETRY": "1",
+        "OTEL_METRICS_EXPORTER": "otlp",
+        "OTEL_LOGS_EXPORTER": "otlp",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": his.url,
+    }
+    started = time.monotonic()
+    process, said = ask(wrapper, version, served, tmp_path, **user)
+    assert process.returncode == 0
+    assert time.monotonic() - started < 10
+    assert "not forwarded in time" in said
+    assert replayed(wrapper.ledger_file)["totals"]["cost_usd"] == pytest.approx(served.cost_usd(version), abs=1e-9)
+
+
+def test_what_cannot_be_forwarded_is_left_alone(version, api, sidecar, tmp_path):
+    served, wrapper = api(script(main(0, bash("env > told")))), sidecar()
+    user = {"CLAUDE_CODE_ENABLE_TELEMETRY": "1", "OTEL_METRICS_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
+    process, said = ask(wrapper, version, served, tmp_path, **user)
+    assert process.returncode == 0
+    assert "left alone" in said and "grpc" in said
+
+
+@pytest.mark.parametrize("name,value", [("CLAUDE_CODE_ENABLE_TELEMETRY", "0"), ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://127.0.0.1:9/v1/metrics")])
+def test_a_settings_file_that_wins_is_said(name, value, version, api, sidecar, tmp_path):
+    served, wrapper = api(script()), sidecar()
+    settings = tmp_path / "home/.claude/settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"env": {name: value}}))
+    process, said = ask(wrapper, version, served, tmp_path)
+    assert process.returncode == 0
+    assert name in said
