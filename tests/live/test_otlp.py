@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import gzip
 import json
 import os
@@ -53,18 +55,19 @@ class Telemetry:
                     self.events += [event for scope in resource.scope_logs for event in scope.log_records]
             elif path.endswith("/v1/metrics"):
                 for resource in ExportMetricsServiceRequest.FromString(body).resource_metrics:
-                    self._metrics(metric for scope in resource.scope_metrics for metric in scope.metrics)
+                    run = attributes(resource.resource)["service.instance.id"]
+                    self._metrics(run, (metric for scope in resource.scope_metrics for metric in scope.metrics))
 
-    def _metrics(self, metrics) -> None:
-        """Cumulative: the last word counts."""
+    def _metrics(self, run: str, metrics) -> None:
+        """Cumulative: the last word of each run counts."""
         for metric in metrics:
             for point in getattr(metric, metric.WhichOneof("data")).data_points:
                 labels = tuple(sorted(attributes(point).items()))
                 value = point.sum if hasattr(point, "bucket_counts") else getattr(point, point.WhichOneof("value"))
-                self.points[metric.name, labels] = value
+                self.points[metric.name, run, labels] = value
 
     def sum(self, name: str) -> float:
-        return sum(value for (known, _), value in self.points.items() if known == name)
+        return sum(value for (known, *_), value in self.points.items() if known == name)
 
     def named(self, prefix: str) -> list:
         return [span for span in self.spans if span.name.startswith(prefix)]
@@ -155,7 +158,7 @@ def test_names_are_those_of_the_published_conventions(edition, api, session, sid
     for span in told.named("chat"):
         has = attributes(span)
         assert has["gen_ai.operation.name"] == "chat" and span.name == f"chat {has['gen_ai.request.model']}" and span.kind == 3
-    names = {name for name, _ in told.points if name.startswith("gen_ai.")}
+    names = {name for name, *_ in told.points if name.startswith("gen_ai.")}
     assert ("gen_ai.client.token.usage" in names) == (edition != "genai-0.1")
 
 
@@ -226,29 +229,66 @@ def test_a_bad_collector_changes_nothing_for_the_app(how, api, session, sidecar,
     assert list((tmp_path / "queue").rglob("*")), "what was not sent waits on disk"
 
 
-def test_a_real_collector_takes_it_over_grpc(api, session, sidecar, collector, tmp_path):
-    agent = next(ROTEL.glob("python*/site-packages/rotel/rotel-agent"))
-    grpc, http, got = free_port(), free_port(), collector()
+def over_grpc(port: int, tmp_path: Path) -> list[str]:
+    return flags(f"http://127.0.0.1:{port}", tmp_path, "--otlp-protocol", "grpc", "--otlp-compression", "gzip")
+
+
+@contextlib.contextmanager
+def rotel(tmp_path: Path, behind: str, grpc: int):
+    """A real collector: gRPC comes in, http/protobuf goes out."""
+    agent, http = next(ROTEL.glob("python*/site-packages/rotel/rotel-agent")), free_port()
     argv = [agent, "start", "--otlp-grpc-endpoint", f"127.0.0.1:{grpc}", "--otlp-http-endpoint", f"127.0.0.1:{http}"]
-    argv += ["--otlp-exporter-endpoint", got.url, "--otlp-exporter-protocol", "http", "--otlp-exporter-compression", "none", "--batch-timeout", "100ms"]
-    with (tmp_path / "rotel.log").open("wb") as log, subprocess.Popen(argv, stdout=log, stderr=log) as rotel:
+    argv += ["--otlp-exporter-endpoint", behind, "--otlp-exporter-protocol", "http", "--batch-timeout", "100ms"]
+    with (tmp_path / "rotel.log").open("wb") as log, subprocess.Popen(argv, stdout=log, stderr=log) as process:
         try:
             wait_for("collector", lambda: listens(grpc))
-            wrapper = sidecar(*flags(f"http://127.0.0.1:{grpc}", tmp_path, "--otlp-protocol", "grpc", "--otlp-compression", "gzip"))
-            cli = session(api(script(main(0, bash("echo hi")))), *TOOLS, sidecar=wrapper)
-            cli.ask("go")
-            assert cli.close() == 0
-            cost = replayed(wrapper.ledger_file)["totals"]["cost_usd"]
-
-
-            def arrived() -> bool:
-                told = Telemetry(got.posts)
-                exact = abs(told.sum("claude_agent_cost_usd_total") - cost) < 1e-9
-                return bool(exact and told.named("chat") and told.named("execute_tool Bash") and told.events)
-
-            wait_for("the session behind the collector", arrived)
+            yield
         finally:
-            rotel.terminate()
+            process.terminate()
+
+
+def test_a_real_collector_takes_it_over_grpc(api, session, sidecar, collector, tmp_path):
+    got, grpc = collector(), free_port()
+    with rotel(tmp_path, got.url, grpc):
+        wrapper = sidecar(*over_grpc(grpc, tmp_path))
+        cli = session(api(script(main(0, bash("echo hi")))), *TOOLS, sidecar=wrapper)
+        cli.ask("go")
+        assert cli.close() == 0
+        cost = replayed(wrapper.ledger_file)["totals"]["cost_usd"]
+
+        def arrived() -> bool:
+            told = Telemetry(got.posts)
+            exact = abs(told.sum("claude_agent_cost_usd_total") - cost) < 1e-9
+            return bool(exact and told.named("chat") and told.named("execute_tool Bash") and told.events)
+
+        wait_for("the session behind the collector", arrived)
+
+
+def test_a_thousand_short_sessions_lose_nothing(collector, tmp_path):
+    """Containers that live for a moment, a real collector that is away at first, and one ledger."""
+    recording = ROOT / "sidecar/core/tests/data/01_basic_text.jsonl"
+    ledger, got, grpc = tmp_path / "ledger.jsonl", collector(), free_port()
+    cat = ["sh", "-c", f"cat {recording}", "sh", "--output-format", "stream-json"]
+    argv = [harness.binary(), "run", "--listen", "off", "--ledger", ledger, *over_grpc(grpc, tmp_path), "--", *cat]
+
+    def many(n: int) -> None:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            run = lambda _: subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=60)
+            list(pool.map(run, range(n)))
+
+    many(100)
+    assert not got.posts and list((tmp_path / "queue").rglob("*"))
+    with rotel(tmp_path, got.url, grpc):
+        many(900)
+        books = replayed(ledger)["totals"]
+        assert books["turns"] == 1000 and books["cost_usd"] == pytest.approx(25.344, abs=1e-6)
+
+        def arrived() -> bool:
+            told = Telemetry(got.posts)
+            exact = abs(told.sum("claude_agent_cost_usd_total") - books["cost_usd"]) < 1e-6
+            return exact and told.sum("claude_agent_tokens_total") == sum(books["tokens"].values())
+
+        wait_for("a thousand sessions behind the collector", arrived, 60)
 
 
 def test_what_became_of_it_is_in_the_metrics(api, session, sidecar, collector, tmp_path):

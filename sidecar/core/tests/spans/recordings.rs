@@ -435,3 +435,16 @@ fn the_ledger_and_the_log_use_the_same_words() {
     let told: usize = recordings().iter().map(|(name, bytes)| told_alike(&replay(name, bytes, Exit::Code(0), trace()))).sum();
     assert!(told > 150, "only {told}");
 }
+
+#[test]
+fn the_page_names_all_that_is_said() {
+    let page = include_str!("../../../../docs/telemetry.md");
+    let settings = TraceSettings { semconv: Semconv::Both, ..trace() };
+    let mut said: BTreeSet<&'static str> = LEDGER.iter().map(|(name, _)| *name).collect();
+    for (name, bytes) in recordings() {
+        let run = replay(&name, &bytes, Exit::Signal(9), settings.clone());
+        said.extend(run.spans.iter().flat_map(|span| span.attributes.iter().map(|(key, _)| *key)));
+    }
+    let missing: Vec<_> = said.into_iter().filter(|word| !page.contains(&format!("`{word}`"))).collect();
+    assert!(missing.is_empty(), "docs/telemetry.md does not name {missing:?}");
+}
