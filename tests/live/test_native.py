@@ -223,7 +223,7 @@ def test_both_witnesses_agree(case, version, api, session, sidecar):
 @pytest.mark.parametrize("compression", ["none", "gzip"])
 def test_a_collector_gets_the_same_bytes(protocol, compression, version, api, sidecar, collector, tmp_path):
     """A second receiver stands between the CLI and the wrapper's own, so that both ends can be compared."""
-    served, wrapper, his = api(script(*subagent())), sidecar(), collector(refusals=1)
+    served, wrapper, his = api(script(*subagent())), sidecar("--otlp-endpoint", "off"), collector(refusals=1)
     user = {
         "CLAUDE_CODE_ENABLE_TELEMETRY": "1",
         "OTEL_METRICS_EXPORTER": "otlp",
@@ -239,7 +239,7 @@ def test_a_collector_gets_the_same_bytes(protocol, compression, version, api, si
     tap.chmod(0o755)
     process = start([*wrapper.argv, tap, "-p", "go", *TOOLS], served, tmp_path / "home", **user)
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (0, b"")
+    assert (process.returncode, said) == (0, b""), said.decode()
     sent = [line.split(" ", 1) for line in (tmp_path / "tap").read_text().splitlines()]
     assert [(path, body.hex()) for path, _, body in his.posts] == [(path, body) for path, body in sent]
     assert {path for path, _, _ in his.posts} == {"/v1/metrics", "/v1/logs"}
@@ -277,7 +277,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(told)
     def log_message(self, *_): pass
-server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 for s in base: env[f"OTEL_EXPORTER_OTLP_{{s}}_ENDPOINT"] = f"http://127.0.0.1:{{server.server_port}}/{{s}}"
 sys.exit(subprocess.run(["{cli}", *sys.argv[1:]], env=env).returncode)
@@ -291,7 +291,7 @@ def test_a_collector_behind_tls_is_reached(version, api, sidecar, collector, tmp
     subprocess.run(["openssl", *flags.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
     chain = tmp_path / "chain.pem"
     chain.write_text(key.read_text() + certificate.read_text())
-    served, wrapper, his = api(script()), sidecar(), collector(certificate=chain)
+    served, wrapper, his = api(script()), sidecar("--otlp-endpoint", "off"), collector(certificate=chain)
     user = {
         "CLAUDE_CODE_ENABLE_TELEMETRY": "1",
         "OTEL_METRICS_EXPORTER": "otlp",
@@ -306,7 +306,7 @@ def test_a_collector_behind_tls_is_reached(version, api, sidecar, collector, tmp
 
 
 def test_a_dead_collector_holds_nobody_up(version, api, sidecar, collector, tmp_path):
-    served, wrapper, his = api(script()), sidecar(), collector(delay=30)
+    served, wrapper, his = api(script()), sidecar("--otlp-endpoint", "off"), collector(delay=30)
     user = {
         "CLAUDE_CODE_ENABLE_TELEMETRY": "1",
         "OTEL_METRICS_EXPORTER": "otlp",

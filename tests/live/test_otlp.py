@@ -55,7 +55,7 @@ class Telemetry:
                     self.events += [event for scope in resource.scope_logs for event in scope.log_records]
             elif path.endswith("/v1/metrics"):
                 for resource in ExportMetricsServiceRequest.FromString(body).resource_metrics:
-                    run = attributes(resource.resource)["service.instance.id"]
+                    run = attributes(resource.resource).get("service.instance.id", "")
                     self._metrics(run, (metric for scope in resource.scope_metrics for metric in scope.metrics))
 
     def _metrics(self, run: str, metrics) -> None:
@@ -235,10 +235,10 @@ def over_grpc(port: int, tmp_path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def rotel(tmp_path: Path, behind: str, grpc: int):
-    """A real collector: gRPC comes in, http/protobuf goes out."""
+    """A real collector: gRPC comes in, http/protobuf goes out. Unbatched: its batcher loses metrics, of a thousand requests some."""
     agent, http = next(ROTEL.glob("python*/site-packages/rotel/rotel-agent")), free_port()
     argv = [agent, "start", "--otlp-grpc-endpoint", f"127.0.0.1:{grpc}", "--otlp-http-endpoint", f"127.0.0.1:{http}"]
-    argv += ["--otlp-exporter-endpoint", behind, "--otlp-exporter-protocol", "http", "--batch-timeout", "100ms"]
+    argv += ["--otlp-exporter-endpoint", behind, "--otlp-exporter-protocol", "http", "--disable-batching"]
     with (tmp_path / "rotel.log").open("wb") as log, subprocess.Popen(argv, stdout=log, stderr=log) as process:
         try:
             wait_for("collector", lambda: listens(grpc))

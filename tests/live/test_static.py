@@ -22,7 +22,7 @@ def test_a_full_disk_costs_the_ledger_and_nothing_else():
     lines = b'{"type":"user","session_id":"s","message":{"role":"user","content":"x"}}\n' * 3
     done = subprocess.run(argv, input=lines, capture_output=True, timeout=20)
     assert (done.returncode, done.stdout) == (3, lines)
-    assert done.stderr.count(b"the ledger cannot be written") == 1
+    assert done.stderr.count(b"the ledger file cannot be written") == 1
 
 
 def test_a_port_that_is_taken_costs_the_metrics_and_nothing_else():

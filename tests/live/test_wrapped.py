@@ -208,7 +208,8 @@ def test_a_tool_that_takes_too_long_is_interrupted(version, api, session, sideca
     cli = session(served, *TOOLS, sidecar=wrapper)
     result = cli.ask("go")
     assert result["subtype"] == "error_during_execution"
-    assert wrapper.metrics()['claude_agent_turns_total{outcome="limit_stopped"}'] == 1
+    # The app has the result before we have read it.
+    wait_for("the outcome", lambda: wrapper.metrics()['claude_agent_turns_total{outcome="limit_stopped"}'] == 1, 5)
     cli.close()
 
 
