@@ -173,6 +173,26 @@ def test_the_apps_own_trace_is_the_parent(version, api, session, sidecar, collec
     assert next(span for span in spans if "claude_agent.turn" in attributes(span)).parent_span_id.hex() == "b7ad6b7169203331"
 
 
+def test_the_clis_own_spans_hang_below_ours_and_nothing_is_told_twice(version, api, session, sidecar, collector, tmp_path):
+    got = collector()
+    own = {
+        "CLAUDE_CODE_ENABLE_TELEMETRY": "1",
+        "CLAUDE_CODE_ENHANCED_TELEMETRY_BETA": "1",
+        "OTEL_TRACES_EXPORTER": "otlp",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": got.url,
+    }
+    cli = session(api(script(main(0, bash("echo hi")))), *TOOLS, sidecar=sidecar(*flags(got.url, tmp_path)), **own)
+    cli.ask("go")
+    assert cli.close() == 0
+    told = Telemetry(got.posts)
+    (process,) = told.named("claude_agent.process")
+    theirs = told.named("claude_code.")
+    assert theirs and {span.trace_id for span in told.spans} == {process.trace_id}
+    assert {span.parent_span_id for span in theirs if span.name == "claude_code.interaction"} == {process.span_id}
+    assert told.named("invoke_agent") and not told.named("chat") and not told.named("execute_tool")
+
+
 def test_a_kill_in_mid_turn_closes_every_span(api, session, sidecar, collector, tmp_path):
     got = collector()
     wrapper = sidecar(*flags(got.url, tmp_path))
