@@ -152,7 +152,8 @@ def test_a_cut_stream_is_booked_as_the_cli_books_it(version, api, session, sidec
 
 
 def test_a_budget_ends_the_turn_and_the_next_message_is_refused(version, api, session, sidecar):
-    served, wrapper = api(script(*steps(30))), sidecar("--max-cost-usd", "0.03")
+    # The tool takes longer than the interrupt on a busy machine: else the next request is on its way already.
+    served, wrapper = api(script(*steps(30, "sleep 1; echo step"))), sidecar("--max-cost-usd", "0.03")
     cli = session(served, *TOOLS, sidecar=wrapper)
     result = cli.ask("go")
     assert result["is_error"] and result["subtype"] == "error_during_execution"
