@@ -56,3 +56,17 @@ def session(tmp_path: Path, version: str):
 def sidecar(tmp_path: Path):
     """A wrapper with flags, to be given to `session`."""
     return lambda *flags: harness.Sidecar(tmp_path, *flags)
+
+
+@pytest.fixture
+def collector():
+    """Starts a collector of HTTP requests, with manners."""
+    started = []
+
+    def start(**how) -> harness.Collector:
+        started.append(harness.Collector(**how))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()

@@ -3,88 +3,20 @@
 from __future__ import annotations
 
 import gzip
-import http.server
 import inspect
 import json
 import os
 import pty
 import signal
-import ssl
 import subprocess
 import threading
 import time
-from pathlib import Path
 
 import harness
 import pytest
-from harness import wait_for
+from harness import wait_for, whole
 from test_bare import CASES, TOOLS, USAGE, bash, main, script, subagent
-from test_wrapped import LONG, SLOW, children, kinds, replayed
-
-
-def whole(request: http.server.BaseHTTPRequestHandler) -> bytes:
-    """A body, in one piece or in chunks."""
-    if length := request.headers["content-length"]:
-        return request.rfile.read(int(length))
-    body = b""
-    while size := int(request.rfile.readline(), 16):
-        body += request.rfile.read(size)
-        request.rfile.readline()
-    request.rfile.readline()
-    return body
-
-
-class Collector:
-    """Takes every POST, and keeps its head and its bytes."""
-
-    def __init__(self, delay: float = 0, refusals: int = 0, certificate: Path | None = None, port: int = 0):
-        self.posts: list[tuple[str, dict[str, str], bytes]] = []
-        collector = self
-        left = [refusals]
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = whole(self)
-                time.sleep(delay)
-                status = 503 if left[0] > 0 else 200
-                left[0] -= 1
-                if status == 200:
-                    headers = {name.lower(): value for name, value in self.headers.items()}
-                    collector.posts.append((self.path, headers, body))
-                self.send_response(status)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        if certificate:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate)
-            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
-            self.url = self.url.replace("http", "https")
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
-@pytest.fixture
-def collector():
-    started = []
-
-    def start(**how) -> Collector:
-        started.append(Collector(**how))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.close()
+from test_wrapped import children, kinds, replayed
 
 
 def start(argv, api, home, **env) -> subprocess.Popen:

@@ -21,8 +21,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from test_bare import TOOLS, bash, main, script, subagent
-from test_native import Collector
-from test_wrapped import LONG, counted, replayed, slow
+from test_wrapped import LONG, replayed, slow
 
 SECRET = "canary-7f3a"
 ROTEL = ROOT / ".cache/venv/lib"
@@ -71,19 +70,6 @@ class Telemetry:
 
     def named(self, prefix: str) -> list:
         return [span for span in self.spans if span.name.startswith(prefix)]
-
-
-@pytest.fixture
-def collector():
-    started = []
-
-    def start(**how) -> Collector:
-        started.append(Collector(**how))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.close()
 
 
 PUBLISHED = {value for name, value in vars(gen_ai_attributes).items() if isinstance(value, str) and name.startswith("GEN_AI")}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import harness
 import pytest
-from harness import control, user, wait_for
-from test_bare import CASES, TOOLS, USAGE, bash, main, script, subagent
+from harness import user, wait_for
+from test_bare import CASES, TOOLS, USAGE, bash, main, script
 
 SLOW = {"first_byte_delay_ms": 100, "chunk": 4, "chunk_delay_ms": 50}
 LONG = "word " * 400
