@@ -253,6 +253,14 @@ def rotel(tmp_path: Path, behind: str, grpc: int):
             process.terminate()
 
 
+def test_a_version_is_told_without_a_collector(version, collector, tmp_path):
+    got = collector(delay=600)
+    argv = [harness.binary(), "run", "--listen", "off", *flags(got.url, tmp_path), "--", harness.cli(version), "--version"]
+    began = time.monotonic()
+    assert b"Claude Code" in subprocess.run(argv, capture_output=True, check=True, timeout=60, env={"HOME": str(tmp_path)}).stdout
+    assert not list((tmp_path / "queue").rglob("*")) and time.monotonic() - began < 20
+
+
 def test_a_real_collector_takes_it_over_grpc(api, session, sidecar, collector, tmp_path):
     got, grpc = collector(), free_port()
     with rotel(tmp_path, got.url, grpc):

@@ -39,7 +39,7 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
         None => argv,
     };
     let nonce = format!("{:016x}", supervise::random());
-    let telemetry = Telemetry::plan(config, &nonce);
+    let telemetry = Telemetry::plan(config, launch.asks_model, &nonce);
     let settings = Settings {
         nonce: nonce.clone(),
         start: launch.start,

@@ -9,7 +9,7 @@ use agent_sidecar_core::telemetry::{Context, Value};
 
 use crate::config::Config;
 use crate::export::otlp::encode::Origin;
-use crate::export::otlp::environment::{self, Histograms};
+use crate::export::otlp::environment::{self, Histograms, Own};
 use crate::export::otlp::metrics::MetricsOptions;
 use crate::export::otlp::pipeline::{Identity, Pipeline};
 use crate::export::otlp::{Counts, Flushed, OtlpConfig, Signal, resource};
@@ -33,9 +33,11 @@ pub(crate) struct Telemetry {
 }
 
 impl Telemetry {
-    /// Reads the configuration and the environment. What is wrong with the variables is said, and left out.
-    pub(crate) fn plan(config: &Config, instance: &str) -> Telemetry {
-        let (otlp, mistakes) = environment::read(&config.otlp(), variable);
+    /// Reads the configuration and the environment. What is wrong with the variables is said, and left out. Who asks no model
+    /// spends nothing, and does not wait for a collector to tell its version.
+    pub(crate) fn plan(config: &Config, asks_model: bool, instance: &str) -> Telemetry {
+        let own = if asks_model { config.otlp() } else { Own { off: true, ..Own::default() } };
+        let (otlp, mistakes) = environment::read(&own, variable);
         for mistake in mistakes {
             tracing::warn!("{mistake}");
         }
