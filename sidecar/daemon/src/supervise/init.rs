@@ -276,9 +276,26 @@ impl<M: Watch> Init<M> {
             self.watch_stdout = false;
             self.mail.send(Letter::AppGone);
         }
-        for (signal, sender) in self.signals.pending() {
+        let mut arrived = self.signals.pending();
+        if self.stopped_again(&arrived) {
+            arrived.extend(self.signals.pending());
+            let typed =
+                arrived.iter().any(|(signal, sender)| *signal == signals::TSTP && self.told_by_terminal(*signal, *sender));
+            arrived.retain(|(signal, _)| !typed || *signal != signals::CONT);
+        }
+        for (signal, sender) in arrived {
             self.arrived(signal, sender);
         }
+    }
+
+    /// Whether we hear that we were continued and find the CLI stopped: one that nobody has woken, or, if Ctrl-Z came right behind
+    /// `fg`, one that is to stay so. The terminal said that to us before the CLI stopped, so a second look finds its signal.
+    fn stopped_again(&self, arrived: &[(i32, Sender)]) -> bool {
+        self.shared_group && arrived.iter().any(|(signal, _)| *signal == signals::CONT) && self.cli_stopped()
+    }
+
+    fn cli_stopped(&self) -> bool {
+        self.alive() && tree::state(self.cli.as_raw_nonzero().get()) == Some('T')
     }
 
     fn deadline(&self, now: Duration) -> Option<Duration> {
@@ -380,7 +397,7 @@ impl<M: Watch> Init<M> {
         }
         if !self.shared_group {
             rustix::process::kill_process_group(self.cli, Signal::CONT).ok();
-        } else if tree::state(self.cli.as_raw_nonzero().get()) == Some('T') {
+        } else if self.cli_stopped() {
             // Sent to us alone; a shell's `fg` wakes the CLI itself.
             self.send(Signal::CONT);
         }
