@@ -505,6 +505,8 @@ impl<M: Watch> Init<M> {
             Letter::KillAll => self.kill_all(),
             Letter::Degraded => {
                 self.monitor_done = true;
+                // What it has answered, it may not have done; and nobody will climb the ladder for it.
+                self.stops.iter_mut().for_each(|stop| stop.answered = false);
                 self.overdue(Duration::MAX);
             }
             Letter::MonitorDone => self.monitor_done = true,
