@@ -4,15 +4,14 @@ use rustix::process::{Pid, Signal};
 
 use crate::support::*;
 
-/// Says each signal that it gets; `end` ends it.
+/// Says each signal that it gets; `end` ends it. Handlers would not do: what comes right before a read that blocks is kept until it ends.
 const LISTENER: &str = "
-import os, signal, sys
-def heard(n, _):
-    os.write(1, b'%d\\n' % n)
-for n in list(range(1, 65)):
-    if n not in (9, 19, 32, 33, 17, 13): signal.signal(n, heard)
+import os, signal, sys, threading
+heard = set(range(1, 65)) - {9, 13, 17, 19, 32, 33}
+signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+threading.Thread(target=lambda: (sys.stdin.readline(), os._exit(0))).start()
 os.write(1, b'ready\\n')
-sys.stdin.readline()
+while True: os.write(1, b'%d\\n' % signal.sigwait(heard))
 ";
 
 fn kill(pid: i32, signal: i32) {
@@ -24,7 +23,7 @@ fn kill(pid: i32, signal: i32) {
 fn every_signal_that_can_be_taken_is_forwarded() {
     let all = [6, 10, 12, 14, 16, 18, 23, 24, 25, 26, 27, 28, 29, 30, 34, 40, 64];
     for args in [&STREAM_JSON[..], &[]] {
-        let mut running = Running::start(python(LISTENER, args));
+        let mut running = Running::start(patient_python(LISTENER, args));
         assert_eq!(running.line(), "ready");
         for signal in all {
             if args.is_empty() && signal == 18 {
@@ -43,7 +42,7 @@ fn every_signal_that_can_be_taken_is_forwarded() {
 #[test]
 fn a_stop_is_forwarded_at_once_where_nobody_judges_it() {
     for signal in [1, 2, 3, 15] {
-        let mut running = Running::start(python(LISTENER, &[]));
+        let mut running = Running::start(patient_python(LISTENER, &[]));
         assert_eq!(running.line(), "ready");
         kill(running.pid(), signal);
         assert_eq!(running.number(), signal);
@@ -55,7 +54,7 @@ fn a_stop_is_forwarded_at_once_where_nobody_judges_it() {
 #[test]
 fn a_stop_before_the_app_has_spoken_is_forwarded() {
     for signal in [1, 2, 3, 15] {
-        let mut running = Running::start(python(LISTENER, &STREAM_JSON));
+        let mut running = Running::start(patient_python(LISTENER, &STREAM_JSON));
         assert_eq!(running.line(), "ready");
         kill(running.pid(), signal);
         assert_eq!(running.number(), signal);
@@ -82,7 +81,7 @@ for line in sys.stdin:
 fn a_stop_becomes_a_request_and_still_reports_the_signal() {
     // Several times: whether we may speak, and whether the monitor knows that, is decided on two threads.
     for (signal, code) in [(Signal::TERM, 143), (Signal::HUP, 129), (Signal::INT, 0)].repeat(4) {
-        let mut running = Running::start(python(POLITE, &STREAM_JSON));
+        let mut running = Running::start(patient_python(POLITE, &STREAM_JSON));
         assert_eq!(running.line(), "ready");
         running.write(b"{\"type\":\"user\"}\n").unwrap();
         running.line_after("started");
@@ -94,7 +93,7 @@ fn a_stop_becomes_a_request_and_still_reports_the_signal() {
 
 #[test]
 fn the_same_stop_said_twice_in_one_breath_is_one_request() {
-    let mut running = Running::start(python(POLITE, &STREAM_JSON));
+    let mut running = Running::start(patient_python(POLITE, &STREAM_JSON));
     assert_eq!(running.line(), "ready");
     running.write(b"{\"type\":\"user\"}\n").unwrap();
     running.line_after("started");

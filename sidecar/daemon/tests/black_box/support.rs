@@ -29,7 +29,17 @@ pub(crate) fn sidecar() -> Command {
 
 /// A CLI in Python, with `args` behind the program text.
 pub(crate) fn python(program: &str, args: &[&str]) -> Command {
-    let mut command = sidecar();
+    with_python(sidecar(), program, args)
+}
+
+/// The same, under a wrapper that waits long for an answer to a stop before it asks harder: a busy machine may be late with it.
+pub(crate) fn patient_python(program: &str, args: &[&str]) -> Command {
+    let mut command = Command::new(SIDECAR);
+    command.args(["run", "--listen", "off", "--stop-end", "60s", "--stop-terminate", "60s", "--platform-grace", "5m", "--"]);
+    with_python(command, program, args)
+}
+
+fn with_python(mut command: Command, program: &str, args: &[&str]) -> Command {
     command.args(["python3", "-u", "-c", program]).args(args);
     command
 }

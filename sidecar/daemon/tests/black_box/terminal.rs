@@ -26,13 +26,16 @@ def expect(what):
         except OSError: sys.exit(f"the terminal closed while waiting for {what!r}, saw {seen!r}")
 def type(text): os.write(tty, text.encode())
 TUI = '''
-import os, signal, sys, fcntl, termios, struct
+import os, signal, sys, fcntl, termios, struct, threading
 counts = {}
-def heard(n, _):
-    counts[n] = counts.get(n, 0) + 1
-    rows, cols = struct.unpack("HH", fcntl.ioctl(0, termios.TIOCGWINSZ, b"0000"))
-    os.write(1, b"[heard %d time %d size %dx%d]" % (n, counts[n], rows, cols))
-for n in (2, 28): signal.signal(n, heard)
+def listen():
+    while True:
+        n = signal.sigwait({2, 28})
+        counts[n] = counts.get(n, 0) + 1
+        rows, cols = struct.unpack("HH", fcntl.ioctl(0, termios.TIOCGWINSZ, b"0000"))
+        os.write(1, b"[heard %d time %d size %dx%d]" % (n, counts[n], rows, cols))
+signal.pthread_sigmask(signal.SIG_BLOCK, {2, 28})
+threading.Thread(target=listen, daemon=True).start()
 os.write(1, b"[up %d %d %d]" % (os.isatty(0), os.isatty(1), os.getpid()))
 while True:
     line = sys.stdin.readline()
