@@ -113,6 +113,33 @@ pub enum Base {
     Unknown,
 }
 
+/// What the session knows of a result beyond its words.
+#[derive(Clone, Copy, Debug)]
+pub struct Known<'a> {
+    /// The model of the main loop.
+    pub model: Option<&'a str>,
+    /// How the totals began, if no totals told it.
+    pub start: Began,
+    /// The turn was stopped in the middle of an answer, which older CLIs then leave out of their books, though the API has billed its
+    /// prompt: what they do not cover is kept as an estimate.
+    pub cut: bool,
+    /// A result before this one was lost.
+    pub missed: bool,
+    /// One process, of which nothing was missed: not a recording.
+    pub live: bool,
+}
+
+/// See [`Known::start`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Began {
+    /// At zero, resumed or not.
+    Zero,
+    /// Where the transcript ended.
+    Restored,
+    /// Either.
+    Unknown,
+}
+
 /// See the module's head.
 #[derive(Debug)]
 pub struct Ledger {
@@ -120,6 +147,10 @@ pub struct Ledger {
     session: String,
     /// The CLI's totals at the last result of this process; `None` while nobody knows where they began.
     settled: Option<Books>,
+    /// Its total cost then, for a CLI that tells no more.
+    settled_usd: Usd,
+    /// Tokens written to the cache for an hour since then, by model: older CLIs' totals do not tell them apart.
+    hours: BTreeMap<String, u64>,
     /// What has been counted since then.
     ahead: Books,
     open: BTreeMap<String, Open>,
@@ -150,6 +181,8 @@ impl Ledger {
             prices,
             session: String::new(),
             settled: (base == Base::Zero).then(Books::new),
+            settled_usd: Usd::ZERO,
+            hours: BTreeMap::new(),
             ahead: Books::new(),
             open: BTreeMap::new(),
             order: VecDeque::new(),
@@ -204,7 +237,9 @@ impl Ledger {
         if let Some(open) = self.open.get_mut(id) {
             // The stream's usage is final once told; a later frame only repeats the first.
             if let (false, Some(usage)) = (open.settled, usage) {
+                let hours = open.usage.tokens.cache_write_1h;
                 open.usage = merge(&open.usage, usage);
+                *self.hours.entry(open.model.clone()).or_default() += open.usage.tokens.cache_write_1h - hours;
             }
             return false;
         }
@@ -219,6 +254,11 @@ impl Ledger {
         self.answers += 1;
         let prompt = usage.map_or(0, |usage| usage.tokens.prompt());
         self.asked = self.asked.saturating_add(prompt);
+        let model = canonical(model).into_owned();
+        if let Some(hours) = usage.map(|usage| usage.tokens.cache_write_1h).filter(|hours| *hours > 0) {
+            let sum = self.hours.entry(model.clone()).or_default();
+            *sum = sum.saturating_add(hours);
+        }
         if parent.is_none() {
             self.main_prompts = self.main_prompts.saturating_add(prompt);
         }
@@ -228,7 +268,7 @@ impl Ledger {
         self.open.insert(
             id.to_owned(),
             Open {
-                model: canonical(model).into_owned(),
+                model,
                 source: if parent.is_some() { Source::Subagent } else { Source::Main },
                 parent: parent.map(str::to_owned),
                 usage: usage.cloned().unwrap_or_default(),
@@ -329,55 +369,115 @@ impl Ledger {
             self.reset(ResetCause::Decrease);
         }
         let settled = self.settled.clone().unwrap_or_default();
-        self.count(&since(&totals, &settled), at, false);
+        let delta = self.tell_apart(since(&totals, &settled), models);
+        self.count(&delta, at, false);
         self.forget_complete();
     }
 
-    /// The confirmation of a turn. `cut`: it was stopped in the middle of an answer, which older CLIs then leave out of their books,
-    /// though the API has billed its prompt: what they do not cover is kept as an estimate. Says whether all of it is confirmed.
-    pub fn result(&mut self, result: &TurnResult, assume_zero: bool, cut: bool, at: Duration) -> bool {
-        let totals = books(&result.model_usage);
-        self.note_basis(&result.model_usage);
+    /// The confirmation of a turn. Says whether all of it is confirmed.
+    pub fn result(&mut self, result: &TurnResult, known: Known<'_>, at: Duration) -> bool {
+        let models = result.model_usage.as_deref().unwrap_or_default();
+        let totals = books(models);
+        self.note_basis(models);
         if let Some(usage) = &result.usage {
             self.explain_main(usage);
-        }
-        let delta = match (&result.since_last, &self.settled) {
-            (Some(delta), _) => Some(books(delta)),
-            (None, Some(settled)) => {
-                if fell(settled, &totals) {
-                    self.reset(ResetCause::Decrease);
-                }
-                Some(since(&totals, self.settled.as_ref().unwrap_or(&Books::new())))
+            if let [only] = models {
+                // `json` shows no answers.
+                let hours = self.hours.entry(name_of(only)).or_default();
+                *hours = usage.tokens.cache_write_1h.max(*hours);
             }
-            // Older CLIs do not restore totals on resume.
-            (None, None) if assume_zero || self.explains(&totals) => Some(totals.clone()),
-            (None, None) => None,
-        };
+        }
+        let delta = self.delta(result, &totals, known).map(|delta| self.tell_apart(delta, models));
         let confirmed = match delta {
             Some(delta) => {
-                let covered: u64 = delta.values().map(|book| book.tokens.prompt()).sum();
-                let seen: u64 = self.main_prompts;
-                let left_out = cut && seen > covered;
+                let left_out = known.cut && self.main_prompts > prompts(&delta);
                 self.count(&delta, at, !left_out);
                 if left_out {
-                    self.estimate_uncovered(seen - covered, at);
+                    self.estimate_uncovered(self.main_prompts - prompts(&delta), at);
                 }
                 !left_out
             }
-            // Nobody can tell history from this turn: what the stream shows is all there is.
+            // Nobody can tell history from this turn: what the stream and the main loop's usage show is all there is.
             None => {
-                self.estimate_open(at);
+                self.estimate_turn(result.usage.as_ref(), &totals, known.model, at);
                 false
             }
         };
+        self.settled_usd = result.total_cost_usd.map_or_else(|| totals.values().map(|book| book.usd).sum(), Usd::from_f64);
         self.settled = Some(totals);
         self.ahead.clear();
         self.main.clear();
         self.main_prompts = 0;
+        self.hours.clear();
         self.subagents_seen = false;
         self.unseen_calls = false;
         self.in_turn = false;
         confirmed
+    }
+
+    /// What a result adds to the one before, if anybody can tell.
+    fn delta(&mut self, result: &TurnResult, totals: &Books, known: Known<'_>) -> Option<Books> {
+        if result.model_usage.is_none() && result.since_last.is_none() {
+            return self.delta_of_total(result, known.model);
+        }
+        let delta = result.since_last.as_deref().map(books);
+        match (delta, &self.settled) {
+            // What the lost result would have told is in the totals.
+            (Some(_), Some(settled)) if known.missed && !fell(settled, totals) => Some(since(totals, settled)),
+            (Some(delta), _) => Some(delta),
+            (None, Some(settled)) => {
+                // Totals that are this turn's and nothing else are those of another process: before it there was something.
+                let alone = |usage: &Usage| whole(usage.tokens) == totals.values().map(|book| whole(book.tokens)).sum();
+                let another = !known.live && prompts(settled) > 0 && result.usage.as_ref().is_some_and(alone);
+                if fell(settled, totals) || another {
+                    self.reset(ResetCause::Decrease);
+                }
+                Some(since(totals, self.settled.as_ref().unwrap_or(&Books::new())))
+            }
+            (None, None) if known.start == Began::Zero || self.explains(totals) => Some(totals.clone()),
+            (None, None) if known.start == Began::Restored => None,
+            // A recording of one result: it is a fresh session's, unless there is more in the totals than anything in it accounts for.
+            (None, None) => (!self.holds_history(result, totals)).then(|| totals.clone()),
+        }
+    }
+
+    /// Of a CLI that has no totals by model.
+    fn delta_of_total(&mut self, result: &TurnResult, model: Option<&str>) -> Option<Books> {
+        let usd = Usd::from_f64(result.total_cost_usd?);
+        let new = if usd < self.settled_usd { usd } else { usd - self.settled_usd };
+        let usage = result.usage.clone().unwrap_or_default();
+        let book = Book { tokens: usage.tokens, usd: new, searches: usage.web_searches };
+        Some(Books::from([(self.main_model(&Books::new(), model), book)]))
+    }
+
+    /// Whether totals hold more than the main loop's usage, where nothing else can have used it.
+    fn holds_history(&self, result: &TurnResult, totals: &Books) -> bool {
+        let Some(usage) = &result.usage else { return false };
+        let alone = result.subagents_spawned == Some(0) && !self.subagents_seen && !self.unseen_calls && usage.web_searches == 0;
+        let whole = result.subtype.as_deref() == Some("success") && !result.is_error;
+        alone && whole && prompts(totals) > usage.tokens.prompt()
+    }
+
+    /// Under which name the main loop's tokens are booked.
+    fn main_model(&self, totals: &Books, model: Option<&str>) -> String {
+        let seen = self.order.iter().rev().filter_map(|id| self.open.get(id)).find(|open| open.source == Source::Main);
+        let dearest = || totals.iter().max_by_key(|(_, book)| book.usd).map(|(model, _)| model.clone());
+        seen.map(|open| open.model.clone())
+            .or_else(|| model.map(|model| canonical(model).into_owned()))
+            .or_else(dearest)
+            .unwrap_or_else(|| String::from("unknown"))
+    }
+
+    /// Cache writes that a total does not tell apart, as the answers do.
+    fn tell_apart(&self, mut delta: Books, models: &[ModelTotal]) -> Books {
+        for model in models.iter().filter(|total| !total.told_apart).map(name_of) {
+            if let Some((book, hours)) = delta.get_mut(&model).zip(self.hours.get(&model)) {
+                let hours = book.tokens.cache_write_5m.min(*hours);
+                book.tokens.cache_write_5m -= hours;
+                book.tokens.cache_write_1h += hours;
+            }
+        }
+        delta
     }
 
     /// Spending that nobody but the CLI's telemetry tells of: never of a session whose stream is read.
@@ -425,6 +525,7 @@ impl Ledger {
     /// The CLI's totals start again at zero.
     pub fn reset(&mut self, cause: ResetCause) {
         self.settled = Some(Books::new());
+        self.settled_usd = Usd::ZERO;
         self.ahead.clear();
         self.out.push(Update::CounterReset { cause });
     }
@@ -432,6 +533,8 @@ impl Ledger {
     /// A new process speaks: nothing of the old one's totals holds.
     pub fn restart(&mut self, base: Base) {
         self.settled = (base == Base::Zero).then(Books::new);
+        self.settled_usd = Usd::ZERO;
+        self.hours.clear();
         self.ahead.clear();
         self.main.clear();
         self.main_prompts = 0;
@@ -509,6 +612,40 @@ impl Ledger {
         }
     }
 
+    /// A turn of which no total tells: the main loop's own usage, and what the stream shows of subagents.
+    fn estimate_turn(&mut self, usage: Option<&Usage>, totals: &Books, model: Option<&str>, at: Duration) {
+        let Some(usage) = usage else { return self.estimate_open(at) };
+        let model = self.main_model(totals, model);
+        let mut seen = Book::default();
+        for id in self.order.iter().cloned().collect::<Vec<_>>() {
+            if let Some(open) = self.open.get_mut(&id) {
+                // The sum tells what these wrote.
+                open.settled |= open.source == Source::Main;
+            }
+            self.estimate(&id, at);
+            if let Some(open) = self.open.get(&id).filter(|open| open.source == Source::Main) {
+                seen = seen.plus(open.counted);
+            }
+        }
+        let tokens = usage.tokens.saturating_sub(seen.tokens);
+        let rest = Usage { tokens, web_searches: usage.web_searches.saturating_sub(seen.searches), ..usage.clone() };
+        if rest.tokens.is_zero() {
+            return;
+        }
+        let price = self.prices.answer(&model, at, &rest);
+        self.out.push(Update::Spent(Spent {
+            session: self.session.clone(),
+            model,
+            source: Source::Main,
+            basis: Basis::Estimate,
+            tokens: rest.tokens,
+            cost: price.unwrap_or_default(),
+            reported: Usd::ZERO,
+            web_searches: rest.web_searches,
+            unpriced: price.is_none(),
+        }));
+    }
+
     fn estimate_open(&mut self, at: Duration) {
         let ids: Vec<String> = self.order.iter().cloned().collect();
         for id in ids {
@@ -551,7 +688,7 @@ impl Ledger {
 
     /// Whether the answers that were seen account for all of these totals: then they began at zero.
     fn explains(&self, totals: &Books) -> bool {
-        totals.values().map(|book| book.tokens.prompt()).sum::<u64>() <= self.asked
+        prompts(totals) <= self.asked
     }
 
     fn note_basis(&mut self, models: &[ModelTotal]) {
@@ -654,6 +791,16 @@ fn merge(start: &Usage, later: &Usage) -> Usage {
 /// Whether running totals are below what they were: the CLI started them again.
 fn fell(before: &Books, now: &Books) -> bool {
     before.iter().any(|(model, book)| !now.get(model).copied().unwrap_or_default().covers(book))
+}
+
+/// Not told apart by how long the cache keeps it.
+fn whole(tokens: Tokens) -> Tokens {
+    let cache_write_5m = tokens.cache_write_5m.saturating_add(tokens.cache_write_1h);
+    Tokens { cache_write_5m, cache_write_1h: 0, ..tokens }
+}
+
+fn prompts(books: &Books) -> u64 {
+    books.values().fold(0, |sum, book| sum.saturating_add(book.tokens.prompt()))
 }
 
 fn since(now: &Books, before: &Books) -> Books {

@@ -8,7 +8,7 @@
 //!
 //! States are derived from what is open (calls, permissions, retries, tasks), never from silence: six silent minutes are normal.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use crate::Now;
@@ -16,7 +16,7 @@ use crate::event::{
     Answer, Assistant, Block, Event, Init, Message, Request, SYNTHETIC_MODEL, SessionState, Status, Stream, Task, TurnResult,
     User,
 };
-use crate::ledger::{Base, Ledger};
+use crate::ledger::{Base, Began, Known, Ledger};
 use crate::metric::bounded;
 use crate::price::PriceTable;
 use crate::tokens::{Tokens, Usd};
@@ -24,6 +24,8 @@ use crate::update::{Activity, Answered, ExitReason, MissingCause, Outcome, Reset
 
 /// Open things of one kind that are kept track of; a CLI that opens more is counted right but timed no longer.
 const OPEN: usize = 4_096;
+/// Results that are remembered by name, so that one that comes again does not count again.
+const RESULTS: usize = 64;
 /// A name that others choose is kept this long.
 const NAME: usize = 96;
 /// Up to this version a CLI starts its totals at zero when it resumes; later ones start where the session ended.
@@ -141,6 +143,12 @@ pub struct Session {
     reset_seen: bool,
     pid: Option<u32>,
     result_index: Option<u64>,
+    /// The last results by name, and whether nothing was heard since the last one: one that comes twice ends no other turn.
+    results: VecDeque<String>,
+    rested: bool,
+    last_retry: Option<String>,
+    /// Calls of this turn that are over.
+    answered: BTreeSet<String>,
     api_ms: u64,
     window: Option<u64>,
     windows: BTreeMap<String, u64>,
@@ -209,6 +217,10 @@ impl Session {
             reset_seen: false,
             pid: None,
             result_index: None,
+            results: VecDeque::new(),
+            rested: false,
+            last_retry: None,
+            answered: BTreeSet::new(),
             api_ms: 0,
             window: None,
             windows: BTreeMap::new(),
@@ -353,15 +365,15 @@ impl Session {
             Event::User(user) => self.user(&user, parent, now),
             Event::Stream(stream) => self.stream(stream, parent, now),
             Event::Result(result) => self.result(&result, now),
-            Event::ApiRetry { delay_ms, error, status, .. } => {
+            Event::ApiRetry { uuid, delay_ms, error, status, .. } => {
                 self.begin_turn(now);
                 let delay = Duration::from_millis(delay_ms);
                 self.retry_until = Some(now.mono + delay);
-                self.retried(error, None, status, Some(delay));
+                self.retried(uuid, error, None, status, Some(delay));
             }
-            Event::ToolProgress { call, elapsed_s, heartbeat, retry_error, .. } => {
+            Event::ToolProgress { uuid, call, elapsed_s, heartbeat, retry_error, .. } => {
                 if let Some(error) = retry_error {
-                    self.retried(Some(error), message.parent.clone(), None, None);
+                    self.retried(uuid, Some(error), message.parent.clone(), None, None);
                 } else if let (true, Some(call)) = (heartbeat, call) {
                     let after = Duration::try_from_secs_f64(elapsed_s).unwrap_or_default();
                     self.out.push(Update::ToolProgressed { call, after });
@@ -450,6 +462,7 @@ impl Session {
         match message.event {
             Event::User(user) if user.prompt && !user.silent => {
                 self.fed = true;
+                self.rested = false;
                 if self.turn.is_some() {
                     self.queued += 1;
                 } else {
@@ -574,7 +587,7 @@ impl Session {
         if self.id.is_empty() {
             self.id = id;
             if let Some(asked) = self.asked_id.take() {
-                let not_found = matches!(event, Event::Result(result) if result.is_error && result.model_usage.is_empty());
+                let not_found = matches!(event, Event::Result(result) if result.is_error && result.model_usage.as_deref().is_none_or(<[_]>::is_empty));
                 let outcome = match () {
                     () if not_found => "not_found",
                     () if asked == self.id || self.start == Start::Fork => "ok",
@@ -615,6 +628,8 @@ impl Session {
         self.ledger.restart(Base::Unknown);
         self.threads.clear();
         self.shells.clear();
+        self.results.clear();
+        self.answered.clear();
         self.result_index = None;
         self.api_ms = 0;
         self.pid = None;
@@ -647,6 +662,7 @@ impl Session {
     }
 
     fn init(&mut self, init: Init, now: Now) {
+        self.rested = false;
         for (server, status) in init.mcp_servers {
             self.out.push(Update::McpServer { server: name(Some(server), "unknown"), up: status == "connected" });
         }
@@ -696,6 +712,7 @@ impl Session {
     }
 
     fn assistant(&mut self, assistant: Assistant, parent: Option<&str>, now: Now) {
+        self.rested = false;
         self.begin_turn_of(parent, now);
         if let Some(error) = &assistant.error {
             let (error, parent) = (bounded(error, NAME).to_owned(), parent.map(str::to_owned));
@@ -733,6 +750,7 @@ impl Session {
         let key = thread(parent);
         match stream {
             Stream::MessageStart { id, model, usage, ttft_ms } => {
+                self.rested = false;
                 self.begin_turn_of(parent, now);
                 self.retry_until = None;
                 let model = model.unwrap_or_default();
@@ -889,6 +907,9 @@ impl Session {
         for result in &user.results {
             self.complete_thread(thread(parent), now);
             let Some(call) = self.calls.remove(&result.call) else { continue };
+            if self.answered.len() < OPEN {
+                self.answered.insert(result.call.clone());
+            }
             let outcome = match () {
                 () if call.denied || result.denied => ToolOutcome::Denied,
                 () if result.interrupted => ToolOutcome::Interrupted,
@@ -914,7 +935,7 @@ impl Session {
         if let Some(current) = self.threads.get_mut(thread(parent)) {
             current.wants_tool = true;
         }
-        if self.calls.contains_key(&call) || self.calls.len() >= OPEN {
+        if self.calls.contains_key(&call) || self.answered.contains(&call) || self.calls.len() >= OPEN {
             return;
         }
         let tool = bounded(&tool, NAME).to_owned();
@@ -1029,7 +1050,19 @@ impl Session {
         self.out.push(Update::BackgroundTasks { agents, shells, others });
     }
 
-    fn retried(&mut self, error: Option<String>, parent: Option<String>, status: Option<u64>, delay: Option<Duration>) {
+    fn retried(
+        &mut self,
+        uuid: Option<String>,
+        error: Option<String>,
+        parent: Option<String>,
+        status: Option<u64>,
+        delay: Option<Duration>,
+    ) {
+        // A line that comes twice tells of one retry.
+        if uuid.is_some() && uuid == self.last_retry {
+            return;
+        }
+        self.last_retry = uuid;
         let error = name(error, "unknown");
         self.out.push(Update::Retried { session: self.id.clone(), error, parent, status, delay });
     }
@@ -1080,6 +1113,16 @@ impl Session {
     }
 
     fn result(&mut self, result: &TurnResult, now: Now) {
+        if let Some(uuid) = &result.uuid {
+            if self.rested && self.results.contains(uuid) {
+                return;
+            }
+            self.results.push_back(uuid.clone());
+            if self.results.len() > RESULTS {
+                self.results.pop_front();
+            }
+        }
+        self.rested = true;
         // A process that counts its results from zero again, or its time, is another one.
         let again = match (self.result_index, result.index) {
             (Some(last), Some(index)) => index <= last,
@@ -1099,22 +1142,31 @@ impl Session {
             // No `/clear`, which asks no model and leaves the times as they were: the totals are another process's.
             self.ledger.restart(Base::Unknown);
         }
-        self.result_index = result.index;
+        let index = std::mem::replace(&mut self.result_index, result.index);
         if result.duration_api_ms > 0 {
             self.api_ms = result.duration_api_ms;
         }
         self.begin_turn(now);
         self.complete_thread(MAIN, now);
-        for total in &result.model_usage {
+        for total in result.model_usage.iter().flatten() {
             if let Some(window) = total.context_window.filter(|_| self.windows.len() < OPEN) {
                 let model = crate::price::canonical(total.canonical.as_deref().unwrap_or(&total.model)).into_owned();
                 self.windows.insert(model, window);
                 self.window = Some(window);
             }
         }
-        let old = self.version.as_deref().is_none_or(|version| parse_version(version) <= RESUMES_AT_ZERO);
         let cut = result.terminal_reason.as_deref().is_some_and(|reason| reason.starts_with("aborted"));
-        let confirmed = self.ledger.result(result, old, cut, now.unix);
+        let confirmed = self.ledger.result(
+            result,
+            Known {
+                model: self.model.as_deref(),
+                start: self.known_start(result),
+                cut,
+                missed: result.index.is_some_and(|now| now > index.map_or(0, |last| last.saturating_add(1))),
+                live: self.live,
+            },
+            now.unix,
+        );
         self.flush();
         self.ledger.forget();
         self.retry_until = None;
@@ -1149,6 +1201,20 @@ impl Session {
         }
     }
 
+    /// Where this CLI begins to count, as far as its version, its words and its command line tell.
+    fn known_start(&self, result: &TurnResult) -> Began {
+        let old = match &self.version {
+            Some(version) => parse_version(version) <= RESUMES_AT_ZERO,
+            // `json` says no version; one that counts its results restores its totals, too.
+            None => result.index.is_none(),
+        };
+        match self.start {
+            _ if old => Began::Zero,
+            Start::Resume | Start::Continue | Start::Fork => Began::Restored,
+            Start::Fresh | Start::Clear => Began::Unknown,
+        }
+    }
+
     // ---- turns, money, time
 
     fn begin_turn(&mut self, now: Now) {
@@ -1159,6 +1225,7 @@ impl Session {
     fn begin_turn_of(&mut self, parent: Option<&str>, now: Now) {
         if self.turn.is_none() {
             self.turns += 1;
+            self.answered.clear();
             self.ledger.turn_started();
             let (number, started) = (self.turns, now.mono);
             self.turn = Some(Turn {

@@ -29,6 +29,14 @@ struct Call {
     twice: bool,
 }
 
+/// How often a result arrives.
+#[derive(Clone, Copy, Debug)]
+enum Told {
+    Once,
+    Twice,
+    Lost,
+}
+
 #[derive(Clone, Debug)]
 enum Op {
     /// Answers of the main loop, of a subagent in the foreground, and calls that the stream does not show.
@@ -36,6 +44,7 @@ enum Op {
         main: Vec<Call>,
         sub: Vec<Call>,
         unseen: Vec<Call>,
+        told: Told,
     },
     /// A background subagent whose calls fall on both sides of a result.
     Background {
@@ -63,9 +72,14 @@ fn calls(max: usize) -> impl Strategy<Value = Vec<Call>> {
     proptest::collection::vec(call(), 0..max)
 }
 
+fn told() -> impl Strategy<Value = Told> {
+    prop_oneof![4 => Just(Told::Once), 1 => Just(Told::Twice), 1 => Just(Told::Lost)]
+}
+
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        4 => (proptest::collection::vec(call(), 1..4), calls(3), calls(2)).prop_map(|(main, sub, unseen)| Op::Turn { main, sub, unseen }),
+        4 => (proptest::collection::vec(call(), 1..4), calls(3), calls(2), told())
+            .prop_map(|(main, sub, unseen, told)| Op::Turn { main, sub, unseen, told }),
         1 => (calls(3), calls(3)).prop_map(|(before, after)| Op::Background { before, after }),
         1 => call().prop_map(Op::Suggestion),
         1 => Just(Op::Clear),
@@ -129,6 +143,15 @@ impl Cli {
         }
     }
 
+    /// The stream does not show it. What it wrote for an hour nobody could tell of an older CLI.
+    fn unseen(&mut self, call: &Call) {
+        let mut call = call.clone();
+        if self.old {
+            call.tokens[4] = 0;
+        }
+        self.book(&call);
+    }
+
     fn answer(&mut self, call: &Call, parent: Option<&str>) {
         self.ids += 1;
         let id = format!("msg_{}", self.ids);
@@ -161,35 +184,51 @@ impl Cli {
         }
     }
 
-    fn table(totals: &BTreeMap<usize, Total>) -> Value {
+    fn table(&self, totals: &BTreeMap<usize, Total>) -> Value {
         let rows = totals.iter().map(|(model, total)| {
             let t = total.tokens;
-            let row = json!({"inputTokens": t.input, "outputTokens": t.output, "cacheReadInputTokens": t.cache_read,
+            let mut row = json!({"inputTokens": t.input, "outputTokens": t.output, "cacheReadInputTokens": t.cache_read,
                 "cacheCreationInputTokens": t.cache_write_5m + t.cache_write_1h,
                 "cacheCreationEphemeral5mInputTokens": t.cache_write_5m,
                 "cacheCreationEphemeral1hInputTokens": t.cache_write_1h, "costUSD": total.usd, "webSearchRequests": 0});
+            if self.old {
+                // Only its answers tell how long what they wrote is kept.
+                row.as_object_mut().unwrap().retain(|key, _| !key.contains("Ephemeral"));
+            }
             (MODELS[*model].to_owned(), row)
         });
         Value::Object(rows.collect())
     }
 
     fn usage(&mut self) {
-        let table = Cli::table(&self.totals);
+        let table = self.table(&self.totals);
         self.say(json!({"type": "control_response", "response": {"subtype": "success", "request_id": "q",
             "response": {"session": {"total_cost_usd": 0, "model_usage": table}}}}));
     }
 
-    fn result(&mut self, command: bool) {
+    fn result(&mut self, command: bool, told: Told) {
         self.api_ms += 10;
         let mut result = json!({"type": "result", "subtype": "success", "is_error": false, "terminal_reason": "completed",
-            "num_turns": 1, "duration_api_ms": if command { 0 } else { self.api_ms }, "modelUsage": Cli::table(&self.totals)});
+            "num_turns": 1, "duration_api_ms": if command { 0 } else { self.api_ms }, "modelUsage": self.table(&self.totals)});
         if !self.old {
-            result["model_usage_since_last_result"] = Cli::table(&self.since);
+            result["model_usage_since_last_result"] = self.table(&self.since);
             result["result_index"] = json!(self.index);
         }
+        result["uuid"] = json!(format!("result-{}-{}", self.pid, self.index));
         self.index += 1;
         self.since.clear();
-        self.say(result);
+        match told {
+            Told::Once => self.say(result),
+            Told::Twice => {
+                self.say(result.clone());
+                self.say(result);
+            }
+            // The next one still tells of it.
+            Told::Lost => {
+                self.init();
+                self.result(true, Told::Once);
+            }
+        }
     }
 
     /// Another process; what it starts with depends on its version and on how the one before ended.
@@ -212,7 +251,7 @@ impl Cli {
 
     fn run(&mut self, op: &Op) {
         match op {
-            Op::Turn { main, sub, unseen } => {
+            Op::Turn { main, sub, unseen, told } => {
                 self.init();
                 for call in main {
                     self.answer(call, None);
@@ -221,9 +260,9 @@ impl Cli {
                     self.answer(call, Some("toolu_sub"));
                 }
                 for call in unseen {
-                    self.book(call);
+                    self.unseen(call);
                 }
-                self.result(false);
+                self.result(false, *told);
             }
             Op::Background { before, after } => {
                 self.init();
@@ -232,18 +271,18 @@ impl Cli {
                 for call in before {
                     self.answer(call, Some("toolu_bg"));
                 }
-                self.result(false);
+                self.result(false, Told::Once);
                 for call in after {
                     self.answer(call, Some("toolu_bg"));
                 }
                 self.say(json!({"type": "system", "subtype": "task_notification", "task_id": "t", "status": "completed"}));
                 self.init();
-                self.result(false);
+                self.result(false, Told::Once);
                 // Held back results come twice in the same moment; the second has nothing new.
-                self.result(false);
+                self.result(false, Told::Once);
             }
             Op::Suggestion(call) => {
-                self.book(call);
+                self.unseen(call);
                 self.usage();
             }
             Op::Clear => {
@@ -252,11 +291,11 @@ impl Cli {
                 self.totals.clear();
                 self.since.clear();
                 self.init();
-                self.result(true);
+                self.result(true, Told::Once);
             }
             Op::LocalCommand => {
                 self.init();
-                self.result(true);
+                self.result(true, Told::Once);
             }
             Op::Resume { fork } => self.process(*fork, true),
             Op::Kill(calls) => {

@@ -83,7 +83,7 @@ fn the_order_of_keys_says_nothing() {
             }),
             Event::Result(result) => {
                 result.total_cost_usd.iter_mut().for_each(to_the_digit);
-                for totals in std::iter::once(&mut result.model_usage).chain(&mut result.since_last) {
+                for totals in result.model_usage.iter_mut().chain(&mut result.since_last) {
                     totals.sort_by(|a, b| a.model.cmp(&b.model));
                     totals.iter_mut().for_each(|total| to_the_digit(&mut total.cost_usd));
                 }
@@ -119,6 +119,7 @@ fn what_each_message_says() {
         tokens,
         cost_usd: 0.007448,
         web_searches: 2,
+        told_apart: true,
         cost_basis: some("list"),
         context_window: Some(1_000_000),
     };
@@ -250,6 +251,7 @@ fn what_each_message_says() {
                 "ttft_ms":8,"startup_failure_reason":"auth""#
             ),
             Event::Result(Box::new(TurnResult {
+                uuid: some("u"),
                 subtype: some("error_max_turns"),
                 is_error: true,
                 terminal_reason: some("max_turns"),
@@ -258,7 +260,7 @@ fn what_each_message_says() {
                 duration_api_ms: 5,
                 total_cost_usd: Some(0.25),
                 usage: Some(usage.clone()),
-                model_usage: vec![old_total],
+                model_usage: Some(vec![old_total]),
                 since_last: Some(vec![total.clone()]),
                 index: Some(0),
                 queued: 1,
@@ -273,23 +275,31 @@ fn what_each_message_says() {
         ),
         (
             r#""type":"result","subtype":"success","model_usage_since_last_result":{},"api_error_status":null"#.into(),
-            Event::Result(Box::new(TurnResult { subtype: some("success"), since_last: Some(Vec::new()), ..TurnResult::default() })),
+            Event::Result(Box::new(TurnResult { uuid: some("u"), subtype: some("success"), since_last: Some(Vec::new()), ..TurnResult::default() })),
         ),
         (
             r#""type":"system","subtype":"api_retry","attempt":2,"retry_delay_ms":1207,"error_status":null,"error":"unknown""#.into(),
-            Event::ApiRetry { attempt: 2, delay_ms: 1_207, status: None, error: some("unknown") },
+            Event::ApiRetry { uuid: some("u"), attempt: 2, delay_ms: 1_207, status: None, error: some("unknown") },
         ),
         (
             r#""type":"tool_progress","tool_use_id":"c-heartbeat-0","tool_name":"Bash","parent_tool_use_id":"c",
                "elapsed_time_seconds":30,"heartbeat":true"#
                 .into(),
-            Event::ToolProgress { tool: some("Bash"), call: some("c"), elapsed_s: 30.0, heartbeat: true, retry_error: None },
+            Event::ToolProgress {
+                uuid: some("u"),
+                tool: some("Bash"),
+                call: some("c"),
+                elapsed_s: 30.0,
+                heartbeat: true,
+                retry_error: None,
+            },
         ),
         (
             r#""type":"tool_progress","tool_use_id":"agent_msg_1","tool_name":"Agent","elapsed_time_seconds":0,
                "subagent_retry":{"attempt":1,"error_status":529,"error_category":"overloaded"}"#
                 .into(),
             Event::ToolProgress {
+                uuid: some("u"),
                 tool: some("Agent"),
                 call: some("agent_msg_1"),
                 elapsed_s: 0.0,
@@ -430,7 +440,7 @@ fn what_each_message_says() {
         (r#""type":"system","subtype":"new""#.into(), Event::Unknown { kind: "system".into(), subtype: some("new") }),
         (r#""type":"system""#.into(), Event::Unknown { kind: "system".into(), subtype: None }),
     ] {
-        for line in [format!("{{{line},\"session_id\":\"s\"}}"), format!("{{\"uuid\":\"u\",\"session_id\":\"s\",{line}}}")] {
+        for line in [format!("{{{line},\"session_id\":\"s\",\"uuid\":\"u\"}}"), format!("{{\"uuid\":\"u\",\"session_id\":\"s\",{line}}}")] {
             let mut message = parse_stdout(line.as_bytes()).unwrap_or_else(|broken| panic!("{broken:?}: {line}"));
             if let (Event::User(read), Event::User(User { uuid: None, .. })) = (&mut message.event, &event) {
                 read.uuid = None;

@@ -16,6 +16,8 @@ enum Truth {
     Served,
     /// The CLI itself had to guess the output of a cut answer; its own word is all there is.
     CliGuess,
+    /// To the last token, by our own prices: the CLI's totals hold what the session cost before.
+    Priced,
     /// No result came: our own estimate, of which the input is exact.
     Estimate,
     /// Most of the stream was never delivered.
@@ -78,6 +80,10 @@ const RECORDINGS: &[Row] = &[
     ("22b_suggest_cost", Served, "0.001938", 2, "success", "", 0, 0, 0),
     ("24c_sub_retry", Served, "0.022344", 1, "success", "Agent 1/0", 1, 3, 0),
     ("24f_perm_interrupt", CliGuess, "0.007448", 1, "interrupted", "Bash 0/1", 0, 0, 0),
+    ("30_json_resume", Priced, "0.00178", 1, "success", "", 0, 0, 0),
+    ("30_json_verbose_resume", Priced, "0.00534", 1, "success", "Bash 2/0", 0, 0, 0),
+    ("30_old_first", Served, "0.002475", 1, "success", "", 0, 0, 0),
+    ("30_old_resume", Served, "0.007425", 1, "success", "Bash 2/0", 0, 0, 0),
 ];
 
 fn path(file: &str) -> PathBuf {
@@ -140,10 +146,10 @@ fn each_recording_yields_what_was_served() {
         assert_eq!((totals.turns, tools(report).as_str()), (turns, calls), "{name}");
         assert_eq!((totals.subagents, totals.api_retries), (subagents, retries), "{name}");
         assert_eq!((totals.parse_errors, totals.unknown_events), (errors, 0), "{name}");
-        assert_eq!(totals.cost_estimated, matches!(truth, Estimate | Cut), "{name}");
+        assert_eq!(totals.cost_estimated, matches!(truth, Priced | Estimate | Cut), "{name}");
         let served = served(name);
         match truth {
-            Served => assert_eq!(totals.tokens, served, "{name}"),
+            Served | Priced => assert_eq!(totals.tokens, served, "{name}"),
             CliGuess | Estimate => {
                 let inputs = |tokens: Tokens| Tokens { output: 0, ..tokens };
                 assert_eq!(inputs(totals.tokens), inputs(served), "{name}");
@@ -177,6 +183,63 @@ fn how_the_bytes_come_changes_nothing() {
             assert_eq!(*replay(&[&bytes], chunk).report(), whole, "{name} in pieces of {chunk}");
         }
     }
+}
+
+/// A recording, line by line.
+fn lines(name: &str) -> Vec<Vec<u8>> {
+    let bytes = std::fs::read(path(&format!("{name}.jsonl"))).unwrap();
+    bytes.split_inclusive(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect()
+}
+
+#[test]
+fn a_line_that_comes_twice_counts_once() {
+    // Without a result what was written is guessed by its length, and a list is one line, which holds a process.
+    let confirmed = |truth| matches!(truth, Served | CliGuess);
+    for &(name, ..) in RECORDINGS.iter().filter(|row| confirmed(row.1) && row.0 != "16_json_verbose") {
+        let lines = lines(name);
+        let twice: Vec<&[u8]> = lines.iter().flat_map(|line| [line.as_slice(), line]).collect();
+        assert_eq!(*replay(&[&twice.concat()], 65_536).report(), *replay(&[&lines.concat()], 65_536).report(), "{name}");
+    }
+}
+
+#[test]
+fn a_result_that_was_lost_is_in_the_next_ones_totals() {
+    for name in ["02_control_ro", "02c_noinit", "04a_first", "05c_subagent_bg", "07o_stream_maxturns2"] {
+        let mut lines = lines(name);
+        let whole = replay(&[&lines.concat()], 65_536).report().totals();
+        let first = lines.iter().position(|line| line.windows(15).any(|part| part == b"\"type\":\"result\"")).unwrap();
+        lines.remove(first);
+        let now = Now { mono: Duration::ZERO, unix: DAY };
+        let mut monitor = Monitor::new(Settings::default(), false, now);
+        monitor.handle(now, Input::Spawned { pid: 1 });
+        monitor.handle(now, Input::Stdout(&lines.concat()));
+        monitor.handle(now, Input::Exited(Exit::Code(0)));
+        let totals = monitor.report().totals();
+        assert_eq!((totals.cost_usd, totals.tokens), (whole.cost_usd, whole.tokens), "{name}");
+    }
+}
+
+#[test]
+fn an_older_process_that_did_more_than_the_one_before_is_another() {
+    // Its totals begin at zero again and are no smaller: nothing in them falls.
+    let (first, second) = (lines("30_old_first"), lines("30_old_resume"));
+    let totals = replay(&[&[first.concat(), second.concat()].concat()], 65_536).report().totals();
+    assert_eq!(totals.tokens, served("30_old_first") + served("30_old_resume"));
+    assert_eq!(totals.cost_usd.to_string(), "0.0099");
+}
+
+#[test]
+fn a_cli_that_tells_no_models_is_believed_its_total() {
+    let turn = |total: f64| {
+        format!(
+            r#"{{"type":"assistant","session_id":"s","message":{{"id":"m{total}","model":"claude-opus-5-5","content":[]}}}}
+{{"type":"result","subtype":"success","session_id":"s","total_cost_usd":{total},"usage":{{"input_tokens":10,"output_tokens":7}}}}
+"#
+        )
+    };
+    let totals = replay(&[[turn(0.25), turn(0.75)].concat().as_bytes()], 65_536).report().totals();
+    assert_eq!((totals.cost_usd.to_string().as_str(), totals.turns, totals.cost_estimated), ("0.75", 2, false));
+    assert_eq!(totals.models["claude-opus-5-5"].tokens, Tokens { input: 20, output: 14, ..Tokens::default() });
 }
 
 #[test]

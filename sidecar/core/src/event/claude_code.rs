@@ -320,15 +320,16 @@ fn system<'a>(line: &mut Line<'a>, json: &mut Json<'a>) -> Event {
             Event::Status { status, permission_mode, compact_failed }
         }
         b"api_retry" => {
-            let (mut attempt, mut delay_ms, mut status, mut error) = (None, None, None, None);
+            let (mut uuid, mut attempt, mut delay_ms, mut status, mut error) = (None, None, None, None, None);
             line.read(json, |key, json| match key {
+                b"uuid" => uuid = json.name(),
                 b"attempt" => attempt = json.count(),
                 b"retry_delay_ms" => delay_ms = json.count(),
                 b"error_status" => status = json.count(),
                 b"error" => error = json.name(),
                 _ => {}
             });
-            Event::ApiRetry { attempt: attempt.unwrap_or_default(), delay_ms: delay_ms.unwrap_or_default(), status, error }
+            Event::ApiRetry { uuid, attempt: attempt.unwrap_or_default(), delay_ms: delay_ms.unwrap_or_default(), status, error }
         }
         b"task_started" | b"task_progress" | b"task_updated" | b"task_notification" => task(&subtype, line, json),
         b"background_tasks_changed" => {
@@ -682,6 +683,7 @@ fn model_total(model: Str<'_>, json: &mut Json<'_>) -> Option<ModelTotal> {
         _ => {}
     });
     total.model = model.name();
+    total.told_apart = minutes.is_some() || hour.is_some();
     total.tokens = tokens(input, output, read, created, minutes, hour);
     object.then_some(total)
 }
@@ -821,6 +823,7 @@ fn tool_use(json: &mut Json<'_>) -> Option<(String, String)> {
 fn result<'a>(line: &mut Line<'a>, json: &mut Json<'a>) -> TurnResult {
     let mut result = TurnResult::default();
     line.read(json, |key, json| match key {
+        b"uuid" => result.uuid = json.name(),
         b"is_error" => result.is_error = json.flag().unwrap_or_default(),
         b"terminal_reason" => result.terminal_reason = json.name(),
         b"num_turns" => result.num_turns = json.count().unwrap_or_default(),
@@ -828,7 +831,7 @@ fn result<'a>(line: &mut Line<'a>, json: &mut Json<'a>) -> TurnResult {
         b"duration_api_ms" => result.duration_api_ms = json.count().unwrap_or_default(),
         b"total_cost_usd" => result.total_cost_usd = json.amount(),
         b"usage" => result.usage = usage(json),
-        b"modelUsage" => result.model_usage = totals(json).unwrap_or_default(),
+        b"modelUsage" => result.model_usage = totals(json),
         b"model_usage_since_last_result" => result.since_last = totals(json),
         b"result_index" => result.index = json.count(),
         b"queued_turn_count" => result.queued = json.count().unwrap_or_default(),
@@ -866,9 +869,10 @@ fn result<'a>(line: &mut Line<'a>, json: &mut Json<'a>) -> TurnResult {
 /// A tool's sign of life, or a retry inside a subagent. A sign of life has an id of its own (`<call>-heartbeat-<n>`) and names its call
 /// as the parent, on the main thread, too.
 fn tool_progress<'a>(line: &mut Line<'a>, json: &mut Json<'a>) -> Event {
-    let (mut tool, mut call, mut elapsed, mut heartbeat, mut retry_error): (_, Option<String>, _, _, _) =
-        (None, None, None, None, None);
+    let (mut uuid, mut tool, mut call, mut elapsed, mut heartbeat, mut retry_error): (_, _, Option<String>, _, _, _) =
+        (None, None, None, None, None, None);
     line.read(json, |key, json| match key {
+        b"uuid" => uuid = json.name(),
         b"tool_name" => tool = json.name(),
         b"tool_use_id" => call = json.name(),
         b"elapsed_time_seconds" => elapsed = json.amount(),
@@ -890,6 +894,7 @@ fn tool_progress<'a>(line: &mut Line<'a>, json: &mut Json<'a>) -> Event {
         call = Some(own.to_owned());
     }
     Event::ToolProgress {
+        uuid,
         tool,
         call,
         elapsed_s: elapsed.unwrap_or_default(),

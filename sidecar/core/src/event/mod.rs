@@ -32,12 +32,15 @@ pub enum Event {
     Stream(Stream),
     Result(Box<TurnResult>),
     ApiRetry {
+        /// The line's own name, by which one that comes twice is known.
+        uuid: Option<String>,
         attempt: u64,
         delay_ms: u64,
         status: Option<u64>,
         error: Option<String>,
     },
     ToolProgress {
+        uuid: Option<String>,
         tool: Option<String>,
         call: Option<String>,
         elapsed_s: f64,
@@ -298,6 +301,8 @@ pub struct ModelTotal {
     pub tokens: Tokens,
     pub cost_usd: f64,
     pub web_searches: u64,
+    /// Cache writes are told by how long they are kept; else all of them are taken for the shorter kind.
+    pub told_apart: bool,
     /// `list`, `managed`, `unknown`.
     pub cost_basis: Option<String>,
     pub context_window: Option<u64>,
@@ -305,6 +310,7 @@ pub struct ModelTotal {
 
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct TurnResult {
+    pub uuid: Option<String>,
     pub subtype: Option<String>,
     pub is_error: bool,
     pub terminal_reason: Option<String>,
@@ -314,7 +320,8 @@ pub struct TurnResult {
     pub total_cost_usd: Option<f64>,
     /// Main loop, this turn: incomplete by design, kept for checks only.
     pub usage: Option<Usage>,
-    pub model_usage: Vec<ModelTotal>,
+    /// Absent where it cannot be read.
+    pub model_usage: Option<Vec<ModelTotal>>,
     /// The exact delta since the last result of this process, where the CLI offers it.
     pub since_last: Option<Vec<ModelTotal>>,
     pub index: Option<u64>,
