@@ -404,7 +404,11 @@ impl Ledger {
             }
         };
         self.settled_usd = result.total_cost_usd.map_or_else(|| totals.values().map(|book| book.usd).sum(), Usd::from_f64);
-        self.settled = Some(totals);
+        // Where it told none, the next totals are what is behind it.
+        self.settled = result.model_usage.as_ref().map(|_| totals);
+        if self.settled.is_none() {
+            (self.answers, self.asked) = (0, 0);
+        }
         self.ahead.clear();
         self.main.clear();
         self.main_prompts = 0;

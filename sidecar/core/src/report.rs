@@ -90,6 +90,8 @@ pub struct Report {
     current: Option<usize>,
     /// What was read before any session had a name, and sessions beyond the bound.
     loose: Sums,
+    /// How the last turn of no session ended.
+    loose_outcome: Option<Outcome>,
 }
 
 impl Report {
@@ -123,6 +125,7 @@ impl Report {
                     report.sums.cost_estimated = report.estimate_stays;
                 } else {
                     self.loose.turns += 1;
+                    self.loose_outcome = Some(*outcome);
                 }
             }
             Update::Spent(spent) => {
@@ -225,10 +228,14 @@ impl Report {
         }
         self.current = Some(self.sessions.len());
         self.by_id.insert(id.to_owned(), self.sessions.len());
+        // What came before any name is the first one's.
+        let first = self.sessions.is_empty();
+        let (sums, outcome) =
+            if first { (std::mem::take(&mut self.loose), self.loose_outcome.take()) } else { Default::default() };
         self.sessions.push(SessionReport {
             session_id: Some(id.to_owned()),
-            outcome: None,
-            sums: Sums::default(),
+            outcome,
+            sums,
             unconfirmed: Usd::ZERO,
             estimate_stays: false,
         });
@@ -261,7 +268,16 @@ impl Serialize for Report {
             sessions: &'a [SessionReport],
             totals: Sums,
         }
-        Object { sessions: &self.sessions, totals: self.totals() }.serialize(s)
+        // A CLI that never says its session's name has one all the same.
+        let nameless = (self.sessions.is_empty() && self.loose.turns > 0).then(|| SessionReport {
+            session_id: None,
+            outcome: self.loose_outcome,
+            sums: self.loose.clone(),
+            unconfirmed: Usd::ZERO,
+            estimate_stays: false,
+        });
+        let sessions = nameless.as_ref().map_or(&self.sessions[..], std::slice::from_ref);
+        Object { sessions, totals: self.totals() }.serialize(s)
     }
 }
 

@@ -229,6 +229,34 @@ fn an_older_process_that_did_more_than_the_one_before_is_another() {
 }
 
 #[test]
+fn what_came_before_a_name_is_the_first_sessions() {
+    let report = |bytes: &[u8]| serde_json::to_value(replay(&[bytes], 65_536).report()).unwrap();
+    let named = report(&[b"[SandboxDebug]\n".to_vec(), lines("02c_noinit").concat()].concat());
+    assert_eq!((&named["sessions"][0]["parse_errors"], &named["totals"]["parse_errors"]), (&1.into(), &1.into()));
+    // And one that never has a name is one, too.
+    let text = String::from_utf8(lines("02c_noinit").concat()).unwrap().replace("session_id", "id");
+    let nameless = report(text.as_bytes());
+    assert_eq!(nameless["sessions"][0]["session_id"], serde_json::Value::Null);
+    assert_eq!(nameless["sessions"][0]["outcome"], "success");
+    assert_eq!(nameless["sessions"][0]["cost_usd"], nameless["totals"]["cost_usd"]);
+    assert_eq!(nameless["totals"]["turns"], 2);
+}
+
+#[test]
+fn totals_that_cannot_be_read_are_not_made_up_for_twice() {
+    // What the CLI was asked in between tells all of it; a result that tells nothing must not make it count again.
+    let text = String::from_utf8(lines("02_control_ro").concat()).unwrap();
+    let broken = ["modelUsage", "model_usage_since_last_result", "total_cost_usd", "usage"]
+        .iter()
+        .fold(text.clone(), |text, key| text.lines().map(|line| if line.contains("\"type\":\"result\"") { line.replace(&format!("\"{key}\""), "\"x\"") } else { line.to_owned() } + "\n").collect());
+    let (broken, whole) = (replay(&[broken.as_bytes()], 65_536), replay(&[text.as_bytes()], 65_536));
+    let (broken, whole) = (broken.report().totals(), whole.report().totals());
+    let inputs = |tokens: Tokens| Tokens { output: 0, ..tokens };
+    assert_eq!((inputs(broken.tokens), broken.cost_estimated), (inputs(whole.tokens), true));
+    assert!(broken.cost_usd <= whole.cost_usd);
+}
+
+#[test]
 fn a_cli_that_tells_no_models_is_believed_its_total() {
     let turn = |total: f64| {
         format!(

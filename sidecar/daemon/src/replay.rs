@@ -125,7 +125,7 @@ pub(crate) fn bill(report: &Report, out: &mut impl Write) -> io::Result<()> {
 }
 
 fn sums(sums: &Sums, out: &mut impl Write) -> io::Result<()> {
-    let estimated = if sums.cost_estimated { "  (partly our estimate: the agent ended without a result)" } else { "" };
+    let estimated = if sums.cost_estimated { "  (partly our estimate: no result told it)" } else { "" };
     writeln!(out, "  {:<28} {:>14}{estimated}", "cost", format!("${:.6}", sums.cost_usd.to_f64()))?;
     writeln!(out, "  {:<28} {:>14}", "turns", sums.turns)?;
     for (name, n) in [
