@@ -64,7 +64,12 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
 
     let bound = config.listen().and_then(|address| match http::bind(address) {
         Ok(bound) => {
-            tracing::info!(address = %bound.address, "serving metrics");
+            // A port that we picked nobody can know but by this line.
+            if address.port() == 0 {
+                tracing::warn!(address = %bound.address, "serving metrics at a port that was free");
+            } else {
+                tracing::info!(address = %bound.address, "serving metrics");
+            }
             Some(bound)
         }
         Err(error) => {

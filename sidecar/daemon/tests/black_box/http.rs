@@ -16,12 +16,7 @@ struct Served {
 
 fn serve(flags: &[&str], cli: &[&str]) -> Served {
     let mut command = Command::new(SIDECAR);
-    command
-        .args(["run", "--listen", "127.0.0.1:0", "--log-level", "info"])
-        .args(flags)
-        .arg("--")
-        .args(cli)
-        .stderr(Stdio::piped());
+    command.args(["run", "--listen", "127.0.0.1:0"]).args(flags).arg("--").args(cli).stderr(Stdio::piped());
     let mut running = Running::start(command);
     let mut log = BufReader::new(running.child.stderr.take().unwrap());
     let mut line = String::new();
