@@ -306,7 +306,11 @@ fn measure(
             let over = matches!(rule.ceiling, Ceiling::Count(max) if turn.rounds > max);
             Measure { hold: !over, ..count(turn.rounds, turn.started) }
         }
-        (Limit::Turns, Scope::Session) => Measure { hold: !session.goes_on(), ..count(session.rounds(), began) },
+        // A last answer may end its turn. Between two turns the next message would ask for one round more.
+        (Limit::Turns, Scope::Session) => {
+            let hold = if turn.is_some() { !session.goes_on() } else { !outside.can_refuse };
+            Measure { hold, ..count(session.rounds(), began) }
+        }
         (Limit::CostUsd, Scope::Turn) => {
             let turn = turn?;
             Measure { observed: (turn.cost + usd).to_f64(), ..count(0, turn.started) }

@@ -354,6 +354,19 @@ fn a_session_that_used_up_its_turns_gets_no_further_round() {
     b.ask().answer(1, false).result("success", "completed");
     b.at(5.0).ask().answer(2, true);
     assert!(b.log().ends_with("5 enforce turns session: refuse at 2 of 2\n     5 refuse\n     5 interrupt"), "{}", b.log());
+
+    // Used up with the last answer of a turn: that one ends as it would, and the next message is not even asked.
+    let mut b = Bench::new(&[rule(Limit::Turns, Scope::Session, Ceiling::Count(2))]);
+    b.ask().answer(1, true).tool_result(1).answer(2, false).at(3.0);
+    assert!(!b.log().contains("refuse"), "{}", b.log());
+    b.result("success", "completed").at(20.0).ask().result("success", "completed");
+    assert!(b.log().ends_with("3 enforce turns session: refuse at 2 of 2\n     3 refuse"), "{}", b.log());
+
+    // A one-shot ends there by itself.
+    let mut b = Bench::one_shot(&[rule(Limit::Turns, Scope::Session, Ceiling::Count(1))]);
+    b.cli(INIT).answer(1, false).result("success", "completed").exit(Exit::Code(0));
+    assert_eq!(b.log(), "");
+    assert_eq!(b.count(&metric::PROCESS_EXITS, &["clean"]), 1.0);
 }
 
 #[test]
