@@ -153,6 +153,8 @@ pub struct Ledger {
     hours: BTreeMap<String, u64>,
     /// What has been counted since then.
     ahead: Books,
+    /// How much of it before this turn.
+    ahead_before: Books,
     open: BTreeMap<String, Open>,
     order: VecDeque<String>,
     done: BTreeSet<String>,
@@ -184,6 +186,7 @@ impl Ledger {
             settled_usd: Usd::ZERO,
             hours: BTreeMap::new(),
             ahead: Books::new(),
+            ahead_before: Books::new(),
             open: BTreeMap::new(),
             order: VecDeque::new(),
             done: BTreeSet::new(),
@@ -220,6 +223,7 @@ impl Ledger {
 
     pub fn turn_started(&mut self) {
         self.in_turn = true;
+        self.ahead_before.clone_from(&self.ahead);
     }
 
     /// A subagent is at work: tokens that the main thread does not explain may be its own.
@@ -351,7 +355,7 @@ impl Ledger {
     }
 
     /// The CLI's running totals, as `get_usage` tells them.
-    pub fn totals(&mut self, models: &[ModelTotal], at: Duration) {
+    pub fn totals(&mut self, models: &[ModelTotal], live: bool, at: Duration) {
         let totals = books(models);
         self.note_basis(models);
         if self.settled.is_none() {
@@ -367,6 +371,11 @@ impl Ledger {
         }
         if self.settled.as_ref().is_some_and(|settled| fell(settled, &totals)) {
             self.reset(ResetCause::Decrease);
+            if !live && self.open.is_empty() {
+                // In a recording another process speaks, and has not been answered yet: it brought these along.
+                self.settled = Some(totals);
+                return;
+            }
         }
         let settled = self.settled.clone().unwrap_or_default();
         let delta = self.tell_apart(since(&totals, &settled), models);
@@ -465,10 +474,12 @@ impl Ledger {
     /// Under which name the main loop's tokens are booked.
     fn main_model(&self, totals: &Books, model: Option<&str>) -> String {
         let seen = self.order.iter().rev().filter_map(|id| self.open.get(id)).find(|open| open.source == Source::Main);
+        let told = model.map(|model| canonical(model).into_owned());
         let dearest = || totals.iter().max_by_key(|(_, book)| book.usd).map(|(model, _)| model.clone());
         seen.map(|open| open.model.clone())
-            .or_else(|| model.map(|model| canonical(model).into_owned()))
+            .or_else(|| told.clone().filter(|model| totals.contains_key(model)))
             .or_else(dearest)
+            .or(told)
             .unwrap_or_else(|| String::from("unknown"))
     }
 
@@ -532,6 +543,20 @@ impl Ledger {
         self.settled_usd = Usd::ZERO;
         self.ahead.clear();
         self.out.push(Update::CounterReset { cause });
+    }
+
+    /// A new process spoke since the last result: what was heard in this turn is its own, its totals began anew. What was counted between
+    /// the two is the other's.
+    pub fn rebase(&mut self) {
+        let before = if self.in_turn { std::mem::take(&mut self.ahead_before) } else { self.ahead.clone() };
+        for (model, book) in before {
+            let ahead = self.ahead.entry(model).or_default();
+            *ahead = ahead.minus(book);
+        }
+        self.settled = None;
+        self.settled_usd = Usd::ZERO;
+        self.answers = self.open.len() as u64;
+        self.asked = self.open.values().fold(0, |sum, open| sum.saturating_add(open.usage.tokens.prompt()));
     }
 
     /// A new process speaks: nothing of the old one's totals holds.

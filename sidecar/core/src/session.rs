@@ -596,8 +596,8 @@ impl Session {
                 self.out.push(Update::Resumed { outcome });
             }
         } else {
-            // A cleared conversation goes on under another name; an older CLI does not say so.
-            if !self.live && !self.reset_seen && self.turn.as_ref().is_some_and(|turn| turn.answers > 0) {
+            // A cleared conversation goes on under another name, from a turn of its own on; an older CLI does not say so.
+            if !self.live && !self.reset_seen && self.turn.as_ref().is_some_and(|turn| turn.announced || turn.answers > 0) {
                 self.restart(now);
             } else {
                 self.renamed = !self.live && !self.reset_seen;
@@ -1101,7 +1101,7 @@ impl Session {
     fn cli_answers(&mut self, answer: Answer, now: Now) {
         match answer {
             Answer::Usage { models, .. } => {
-                self.ledger.totals(&models, now.unix);
+                self.ledger.totals(&models, self.live, now.unix);
                 self.flush();
             }
             Answer::Initialized { pid, version } => {
@@ -1126,21 +1126,27 @@ impl Session {
         // A process that counts its results from zero again, or its time, is another one.
         let again = match (self.result_index, result.index) {
             (Some(last), Some(index)) => index <= last,
+            // A version that does not count them came before.
+            (None, Some(0)) => self.results.len() > 1 && !self.live,
             (None, None) => result.duration_api_ms > 0 && result.duration_api_ms < self.api_ms && !self.reset_seen,
             _ => false,
         };
         if again {
-            let turn = self.turn.take();
-            self.restart(now);
-            self.turn = turn;
+            // What was heard since the last result is the new one's already.
+            self.end_session();
+            self.ledger.rebase();
+            self.api_ms = 0;
+            self.result_index = None;
+            self.start = Start::Fresh;
+            self.out.push(Update::CounterReset { cause: ResetCause::Restart });
             self.again();
         }
         if std::mem::take(&mut self.renamed)
-            && result.index.is_none()
-            && !(result.num_turns == 0 && result.duration_api_ms == self.api_ms)
+            && !(result.index.is_none() && result.num_turns == 0 && result.duration_api_ms == self.api_ms)
         {
-            // No `/clear`, which asks no model and leaves the times as they were: the totals are another process's.
-            self.ledger.restart(Base::Unknown);
+            // No `/clear`: a CLI that counts its results announces one, and another's asks no model and leaves the times as they were.
+            // The totals are another process's.
+            self.ledger.rebase();
         }
         let index = std::mem::replace(&mut self.result_index, result.index);
         if result.duration_api_ms > 0 {
@@ -1203,11 +1209,9 @@ impl Session {
 
     /// Where this CLI begins to count, as far as its version, its words and its command line tell.
     fn known_start(&self, result: &TurnResult) -> Began {
-        let old = match &self.version {
-            Some(version) => parse_version(version) <= RESUMES_AT_ZERO,
-            // `json` says no version; one that counts its results restores its totals, too.
-            None => result.index.is_none(),
-        };
+        // `json` says no version; one that counts its results restores its totals, too.
+        let old =
+            result.index.is_none() && self.version.as_deref().is_none_or(|version| parse_version(version) <= RESUMES_AT_ZERO);
         match self.start {
             _ if old => Began::Zero,
             Start::Resume | Start::Continue | Start::Fork => Began::Restored,

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use agent_sidecar_core::report::Report;
-use agent_sidecar_core::tokens::Tokens;
+use agent_sidecar_core::tokens::{Tokens, Usd};
 use agent_sidecar_core::{Exit, Input, Monitor, Now, Settings};
+use proptest::prelude::*;
 
 /// How far the numbers can be held against what was served.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Truth {
     /// To the last token.
     Served,
@@ -284,4 +285,35 @@ fn processes_one_after_another_add_up() {
         (cost + totals.cost_usd, tokens + totals.tokens, turns + totals.turns)
     });
     assert_eq!((joined.cost_usd, joined.tokens, joined.turns), (cost, tokens, turns));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_processes_in_one_file_add_up(names in proptest::sample::subsequence(RECORDINGS.to_vec(), 2..5).prop_shuffle()) {
+        let mut bytes = Vec::new();
+        let (mut cost, mut tokens, mut turns, mut retries) = (Usd::ZERO, Tokens::default(), 0, 0);
+        let mut tools: Vec<String> = Vec::new();
+        for &(name, .., count, _, calls, _, again, _) in &names {
+            let one = lines(name).concat();
+            let totals = replay(&[&one], 65_536).report().totals();
+            cost += totals.cost_usd;
+            tokens += totals.tokens;
+            turns += count;
+            retries += again;
+            tools.extend(calls.split_whitespace().map(str::to_owned));
+            bytes.extend(one);
+            if bytes.last() != Some(&b'\n') {
+                bytes.push(b'\n');
+            }
+        }
+        let totals = replay(&[&bytes], 65_536).report().totals();
+        let of = |names: &[Row]| names.iter().map(|row| row.0).collect::<Vec<_>>().join(" ");
+        prop_assert_eq!((totals.cost_usd, totals.tokens), (cost, tokens), "{}", of(&names));
+        prop_assert_eq!((totals.turns, totals.api_retries), (turns, retries), "{}", of(&names));
+        let calls: u64 = totals.tool_calls.values().map(|calls| calls.ok + calls.error).sum();
+        let expected: u64 = tools.iter().filter_map(|word| word.split_once('/')).map(|(ok, error)| ok.parse::<u64>().unwrap() + error.parse::<u64>().unwrap()).sum();
+        prop_assert_eq!(calls, expected, "{}", of(&names));
+    }
 }
