@@ -369,13 +369,15 @@ impl Ledger {
             }
             self.settled = Some(Books::new());
         }
-        if self.settled.as_ref().is_some_and(|settled| fell(settled, &totals)) {
+        let fell = self.settled.as_ref().is_some_and(|settled| fell(settled, &totals));
+        let nothing = self.settled.as_ref().is_some_and(|settled| settled.values().all(Book::is_zero));
+        if fell {
             self.reset(ResetCause::Decrease);
-            if !live && self.open.is_empty() {
-                // In a recording another process speaks, and has not been answered yet: it brought these along.
-                self.settled = Some(totals);
-                return;
-            }
+        }
+        if !live && self.open.is_empty() && (fell || nothing) {
+            // In a recording another process speaks, and has not been answered yet: it brought these along.
+            self.settled = Some(totals);
+            return;
         }
         let settled = self.settled.clone().unwrap_or_default();
         let delta = self.tell_apart(since(&totals, &settled), models);
@@ -555,6 +557,8 @@ impl Ledger {
         }
         self.settled = None;
         self.settled_usd = Usd::ZERO;
+        self.done.clear();
+        self.done_order.clear();
         self.answers = self.open.len() as u64;
         self.asked = self.open.values().fold(0, |sum, open| sum.saturating_add(open.usage.tokens.prompt()));
     }

@@ -288,7 +288,7 @@ fn processes_one_after_another_add_up() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_processes_in_one_file_add_up(names in proptest::sample::subsequence(RECORDINGS.to_vec(), 2..5).prop_shuffle()) {
