@@ -141,7 +141,7 @@ pub enum Began {
 }
 
 /// See the module's head.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Ledger {
     prices: PriceTable,
     session: String,

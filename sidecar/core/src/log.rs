@@ -39,7 +39,7 @@ pub const LEDGER: &[(&str, &[&str])] = &[
 const NAMES: usize = 64;
 
 /// See the module's head.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Logs {
     session: String,
     sequence: u64,

@@ -22,8 +22,8 @@ use crate::record::{Record, Recorder};
 use crate::report::{Report, SessionReport, Sums};
 use crate::sample::Sample;
 use crate::session::{Opening, Reconciliation, Session};
-use crate::span::{Spans, TraceSettings};
-use crate::telemetry::{Context, LogEvent, Span};
+use crate::span::{Spans, TraceSettings, put};
+use crate::telemetry::{self, Context, LogEvent, Span};
 use crate::tokens::Usd;
 use crate::update::{Activity, Decision, ExitReason, Outcome, OwnRequest, Start, Step, Update};
 
@@ -121,6 +121,9 @@ pub enum Action {
 pub const EOF_HOLD: Duration = Duration::from_millis(250);
 /// Time in a state is accounted for at least this often, so that counters move during long calls.
 const TICK: Duration = Duration::from_secs(5);
+/// The `error.type` of what we left open ourselves, and who closed it then: see [`Monitor::last_words`].
+const SIDECAR_LOST: &str = "sidecar_lost";
+const SUCCESSOR: &str = "successor";
 /// A process that survives a kill for this long is beyond us.
 const UNKILLABLE: Duration = Duration::from_secs(5);
 
@@ -317,6 +320,37 @@ impl Monitor {
 
     pub fn report(&self) -> &Report {
         &self.report
+    }
+
+    /// What would have to be told if we ended here, without a word: what is open, closed by whoever comes after us. Nothing if nothing
+    /// is under way. What is kept of it must be replaced as things go on.
+    pub fn last_words(&self, now: Now) -> (Vec<Span>, Vec<LogEvent>) {
+        let mut spans = self.spans.clone();
+        if self.exited || self.session.turn().is_none() && spans.as_ref().is_none_or(|spans| spans.is_idle()) {
+            return Default::default();
+        }
+        let now = Now { mono: now.mono.max(self.now.mono), unix: now.unix };
+        let (mut session, mut logs, mut events) = (self.session.clone(), self.logs.clone(), Vec::new());
+        // If we are killed, the CLI dies with us.
+        session.exited(ExitReason::Signal, false, now);
+        for update in session.drain() {
+            let context = spans.as_mut().and_then(|spans| spans.on(&update, now));
+            events.extend(logs.as_mut().and_then(|logs| logs.on(&update, now, context)));
+        }
+        let mut open: Vec<Span> = Vec::new();
+        if let Some(spans) = &mut spans {
+            spans.finish(now);
+            open.extend(spans.drain());
+        }
+        for span in &mut open {
+            put(&mut span.attributes, "error.type", SIDECAR_LOST);
+            put(&mut span.attributes, "claude_agent.closed_by", SUCCESSOR);
+            span.status = telemetry::Status::Error(String::from(SIDECAR_LOST));
+        }
+        for event in &mut events {
+            put(&mut event.attributes, "claude_agent.closed_by", SUCCESSOR);
+        }
+        (open, events)
     }
 
     /// The span of the turn that runs: what an exemplar points at.
@@ -802,7 +836,7 @@ impl Monitor {
     fn fold(&mut self, update: Update) {
         self.meters.set_time(self.now.unix);
         if let Some(spans) = &self.spans {
-            self.meters.set_context(spans.context());
+            self.meters.set_context(spans.context().filter(|context| context.sampled));
         }
         meter::on(&mut self.meters, &self.settings.prices, &update, self.now.unix);
         self.report.on(&update);

@@ -306,7 +306,7 @@ pub struct Increment {
 }
 
 /// What was seen lately.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Seen<T> {
     all: BTreeSet<T>,
     order: VecDeque<T>,
@@ -341,7 +341,7 @@ type Spender = (String, String, Source);
 ///
 /// A delta is known by its series and the time that it covers: the same again is a repetition, another one is more, whenever it comes. A
 /// running total is known by its series and beginning: only what it is above the highest so far is new.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Book {
     deltas: Seen<(u64, Duration, Duration)>,
     totals: BTreeMap<(u64, Duration), u64>,

@@ -39,7 +39,7 @@ const MAIN: &str = "";
 mod native;
 pub use native::Reconciliation;
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Call {
     tool: String,
     started: Duration,
@@ -47,7 +47,7 @@ struct Call {
     denied: bool,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Turn {
     number: u64,
     started: Duration,
@@ -60,7 +60,7 @@ struct Turn {
     announced: bool,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Current {
     id: String,
     model: String,
@@ -72,7 +72,7 @@ struct Current {
     wants_tool: bool,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Agent {
     started: Duration,
     depth: u64,
@@ -81,7 +81,7 @@ struct Agent {
 }
 
 /// Somebody who was asked.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Permission {
     call: Option<String>,
     tool: String,
@@ -98,7 +98,7 @@ pub struct TurnView {
 }
 
 /// See the module's head.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Session {
     pub ledger: Ledger,
     id: String,

@@ -38,7 +38,7 @@ use self::turn::class;
 use crate::Now;
 use crate::limit::{Limit, Mode};
 use crate::meter::tool_class;
-use crate::telemetry::{Attributes, Context, Link, Span, SpanEvent, SpanKind, Status, Value};
+use crate::telemetry::{Attributes, Context, Link, Span, SpanEvent, SpanKind, Status, TraceId, Value};
 use crate::tokens::Tokens;
 use crate::update::{Answered, ExitReason, MissingCause, Outcome, ResetCause, Start, Step, ToolClass, ToolOutcome, Update};
 
@@ -61,6 +61,32 @@ pub struct TraceSettings {
     pub agent_name: String,
     /// The CLI exports its own spans.
     pub native_traces: bool,
+    pub sampler: Sampler,
+}
+
+/// Which traces are kept.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampler {
+    /// Of those that it decides about.
+    pub ratio: f64,
+    /// What the app decided about its own trace holds.
+    pub follow: bool,
+}
+
+impl Default for Sampler {
+    fn default() -> Sampler {
+        Sampler { ratio: 1.0, follow: true }
+    }
+}
+
+impl Sampler {
+    /// By the trace's id, so that whoever else is asked about it says the same.
+    fn keeps(self, trace: TraceId) -> bool {
+        let [.., a, b, c, d, e, f, g, h] = trace.0;
+        #[expect(clippy::cast_precision_loss, reason = "a ratio needs no more")]
+        let at = (u64::from_be_bytes([a, b, c, d, e, f, g, h]) >> 1) as f64 / (1_u64 << 63) as f64;
+        self.ratio >= 1.0 || at < self.ratio
+    }
 }
 
 impl Default for TraceSettings {
@@ -72,6 +98,7 @@ impl Default for TraceSettings {
             semconv: Semconv::default(),
             agent_name: String::from("claude-code"),
             native_traces: false,
+            sampler: Sampler::default(),
         }
     }
 }
@@ -86,7 +113,10 @@ impl TraceSettings {
     fn process(&self) -> Option<Context> {
         let wanted = self.on && self.native_traces && self.parent.is_none();
         let mut ids = Ids::new(self.seed);
-        wanted.then(|| Context { trace: ids.trace(), span: ids.span(), sampled: true })
+        wanted.then(|| {
+            let trace = ids.trace();
+            Context { trace, span: ids.span(), sampled: self.sampler.keeps(trace) }
+        })
     }
 }
 
@@ -102,7 +132,7 @@ enum End {
 }
 
 /// A request that is not answered yet.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Request {
     start: Duration,
     said: bool,
@@ -110,7 +140,7 @@ struct Request {
 }
 
 /// What is told of a turn when it ends.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Turn {
     failure: Option<&'static str>,
     missing: Option<MissingCause>,
@@ -118,7 +148,7 @@ struct Turn {
 }
 
 /// See the module's head.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Spans {
     settings: TraceSettings,
     tree: Tree,
@@ -143,7 +173,10 @@ pub struct Spans {
 }
 
 impl Spans {
-    pub fn new(settings: TraceSettings) -> Spans {
+    pub fn new(mut settings: TraceSettings) -> Spans {
+        if let Some(parent) = settings.parent.as_mut().filter(|_| !settings.sampler.follow) {
+            parent.sampled = settings.sampler.keeps(parent.trace);
+        }
         let mut ids = Ids::new(settings.seed);
         let process = settings.process();
         if process.is_some() {
@@ -184,6 +217,11 @@ impl Spans {
     /// What has ended, in the order of the ends.
     pub fn drain(&mut self) -> impl Iterator<Item = Span> + '_ {
         self.tree.done.drain(..)
+    }
+
+    /// Whether nothing is under way.
+    pub fn is_idle(&self) -> bool {
+        self.request.is_none() && self.tree.is_idle()
     }
 
     /// Takes a fact. Returns the span that it is about.
@@ -445,7 +483,7 @@ impl Spans {
     }
 
     fn at(&mut self, now: Now) -> Duration {
-        if self.request.is_none() && self.tree.is_idle() {
+        if self.is_idle() {
             self.epoch = now.unix.saturating_sub(now.mono);
         }
         self.epoch + now.mono

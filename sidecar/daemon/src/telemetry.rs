@@ -18,6 +18,8 @@ use crate::supervise::{Handle, random};
 
 /// The variable by which a process hands its span to another.
 const TRACEPARENT: &str = "TRACEPARENT";
+/// What belongs to it, and means nothing without it.
+const TRACESTATE: &str = "TRACESTATE";
 
 /// What was asked for.
 pub(crate) struct Telemetry {
@@ -74,6 +76,7 @@ impl Telemetry {
             semconv: self.semconv,
             agent_name: self.agent_name.clone(),
             native_traces: self.native_traces,
+            sampler: self.config.sampler,
         }
     }
 
@@ -115,11 +118,9 @@ impl Telemetry {
         });
         let mut attributes: Vec<(String, Value)> = found.into_iter().map(|(key, value)| (key, Value::Str(value))).collect();
         attributes.extend(self.labels.iter().map(|(key, value)| (format!("claude_agent.{key}"), Value::Str(value.clone()))));
-        let identity = Identity {
-            origin: Origin::new(attributes.iter().map(|(key, value)| (key.as_str(), value))),
-            options: self.options(),
-            labels: self.labels,
-        };
+        let origin = Origin::new(attributes.iter().map(|(key, value)| (key.as_str(), value)));
+        let trace_state = self.parent.and_then(|_| variable(TRACESTATE)).unwrap_or_default();
+        let identity = Identity { origin: origin.within(&trace_state), options: self.options(), labels: self.labels };
         match Pipeline::start(self.config, self.counts, identity, handle.clone()) {
             Ok(pipeline) => pipeline,
             Err(error) => {

@@ -12,7 +12,7 @@ use crate::tokens::Usd;
 use crate::update::{Answered, ExitReason, Outcome, Source, Start, ToolOutcome, Update};
 
 /// What the telemetry said so far.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Native {
     book: Book,
     /// It said anything at all.

@@ -29,7 +29,7 @@ pub(super) enum Key {
     Process,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Open {
     pub(super) span: Span,
     /// What it hangs from, if that is open, too.
@@ -73,7 +73,7 @@ pub(super) fn blank(context: Context, parent: Option<SpanId>, name: String, kind
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Tree {
     open: BTreeMap<Key, Open>,
     pub(super) done: Vec<Span>,

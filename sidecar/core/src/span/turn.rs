@@ -293,7 +293,7 @@ impl Spans {
             None => (self.process.or(self.settings.parent), None),
         };
         let trace = parent.map_or_else(|| self.ids.trace(), |parent| parent.trace);
-        let sampled = parent.is_none_or(|parent| parent.sampled);
+        let sampled = parent.map_or_else(|| self.settings.sampler.keeps(trace), |parent| parent.sampled);
         let context = Context { trace, span: self.ids.span(), sampled };
         let session = self.session.clone();
         let parent: Option<SpanId> = parent.map(|parent| parent.span);

@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, Scope};
-use agent_sidecar_core::span::{Semconv, TraceSettings};
+use agent_sidecar_core::span::{Sampler, Semconv, TraceSettings};
 use agent_sidecar_core::telemetry::{Context, Span, Status, Value};
 use agent_sidecar_core::update::Start;
-use agent_sidecar_core::{Exit, Input, Settings, Signal, Stop};
+use agent_sidecar_core::{Exit, Input, Now, Settings, Signal, Stop};
 
-use crate::{DAY, GIVEN, Run, get, int, text, told_alike, trace};
+use crate::{DAY, GIVEN, Run, get, int, is_turn, text, told_alike, trace};
 
 const SESSION: &str = "5f0a2f6e-95cb-4b0f-a56c-0a3e2d1c9b7f";
 
@@ -242,6 +242,59 @@ fn turns_are_linked_and_the_first_says_where_its_session_comes_from() {
     let mut run = Run::new(settings, false);
     run.ask().init(SESSION).result(SESSION, "success", "completed").exit(Exit::Code(0));
     assert_eq!(said(run.one("invoke_agent claude-code")), [SESSION, "resume", ""]);
+}
+
+#[test]
+fn if_we_are_killed_what_was_under_way_has_been_told_to_whoever_comes_next() {
+    let now = |run: &Run| Now { mono: run.now, unix: run.day + run.now };
+    let mut run = Run::live(trace(), &[]);
+    assert_eq!(run.monitor.last_words(now(&run)), (vec![], vec![]), "nothing has begun");
+    run.ask().init("s").at(2.0).answer(1, None, Some(("toolu_1", "Bash"))).at(5.0);
+    let before = run.spans.len();
+    let (spans, events) = run.monitor.last_words(now(&run));
+    let mut names: Vec<&str> = spans.iter().map(|span| span.name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["chat claude-opus-5-5", "execute_tool Bash", "invoke_agent claude-code"]);
+    let turn = spans.iter().find(|span| span.name.starts_with("invoke_agent")).unwrap();
+    assert!(matches!(get(turn, "claude_agent.cost_usd"), Some(Value::Float(usd)) if *usd > 0.0), "what is known of its cost");
+    for span in &spans {
+        assert_eq!((text(span, "error.type"), text(span, "claude_agent.closed_by")), ("sidecar_lost", "successor"));
+        // Of the answer nothing was heard since.
+        assert_eq!((span.end - DAY).as_secs_f64(), if span.name.starts_with("chat") { 2.0 } else { 5.0 });
+    }
+    let said: Vec<&str> = events.iter().map(|event| event.name).collect();
+    assert_eq!(said, ["request.completed", "tool.completed", "result.missing", "turn.ended", "process.exited", "session.ended"]);
+    assert_eq!(events[0].sequence, run.logs.last().unwrap().sequence + 1);
+    // Asked or not, nothing changes: the turn ends as ever, under the same ids.
+    assert_eq!(run.spans.len(), before);
+    run.at(6.0).tool_result("toolu_1", None, false).at(7.0).result("s", "success", "completed");
+    assert_eq!(run.one("invoke_agent claude-code").context, turn.context);
+    assert_eq!(run.monitor.last_words(now(&run)), (vec![], vec![]), "nothing is under way");
+    run.exit(Exit::Code(0));
+    assert_eq!(run.monitor.last_words(now(&run)), (vec![], vec![]));
+    told_alike(&run);
+}
+
+#[test]
+fn a_sampler_keeps_whole_traces_and_heeds_the_app_where_it_is_to() {
+    let kept = |sampler: Sampler, parent: Option<Context>| {
+        let mut run = Run::live(TraceSettings { sampler, parent, ..trace() }, &[]);
+        for n in 0..200 {
+            run.ask().init("s").answer(n, None, None).result("s", "success", "completed");
+        }
+        run.exit(Exit::Code(0));
+        let turns = run.spans.iter().filter(|span| is_turn(span) && span.context.sampled);
+        let traces: BTreeSet<_> = turns.map(|turn| turn.context.trace).collect();
+        assert!(run.spans.iter().all(|span| span.context.sampled == traces.contains(&span.context.trace)));
+        run.spans.iter().filter(|span| is_turn(span) && span.context.sampled).count()
+    };
+    let given = Context::from_traceparent(GIVEN);
+    let dropped = given.map(|context| Context { sampled: false, ..context });
+    assert_eq!(kept(Sampler { ratio: 0.0, follow: true }, None), 0);
+    assert!((20..=80).contains(&kept(Sampler { ratio: 0.25, follow: true }, None)));
+    assert_eq!(kept(Sampler { ratio: 0.0, follow: true }, given), 200);
+    assert_eq!(kept(Sampler { ratio: 0.0, follow: false }, given), 0);
+    assert_eq!(kept(Sampler { ratio: 1.0, follow: false }, dropped), 200);
 }
 
 #[test]

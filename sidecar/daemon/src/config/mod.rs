@@ -70,7 +70,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("ledger.path", "ledger", Kind::Path, "", "append one JSON line for each accounting fact to this file"),
     setting("events.path", "events", Kind::Path, "", "append one JSON line for each event (turns, requests, tools, limits, ends) to this file"),
     setting("otlp.endpoint", "otlp-endpoint", Kind::Url, "", "where spans, metrics and logs are sent, like http://collector:4318; unset, the OTEL_EXPORTER_OTLP_* variables say it, and without them nothing is sent; off sends nothing whatever they say"),
-    setting("otlp.protocol", "otlp-protocol", Kind::Choice(&["http/protobuf", "grpc"]), "", "how; unset, http/protobuf"),
+    setting("otlp.protocol", "otlp-protocol", Kind::Choice(&["http/protobuf", "http/json", "grpc"]), "", "how; unset, http/protobuf"),
     setting("otlp.headers", "otlp-headers", Kind::Headers, "", "headers of each request, as name=value,name=value, percent-encoded; never shown; others can read a flag, so better in the file or the environment"),
     setting("otlp.timeout", "otlp-timeout", Kind::Time, "", "how long one request may take; unset, 10s"),
     setting("otlp.compression", "otlp-compression", Kind::Choice(&["gzip", "none"]), "", "of each request; unset, none"),

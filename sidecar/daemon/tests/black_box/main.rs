@@ -10,6 +10,7 @@ mod inherited;
 mod namespaces;
 mod native;
 mod orphans;
+mod otlp;
 mod signals;
 mod support;
 mod terminal;

@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use hyper::StatusCode;
-use hyper::header::{HeaderMap, RETRY_AFTER};
+use hyper::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 use prost::Message;
 
 /// A collector that asks for more patience than this is not believed.
@@ -83,10 +83,16 @@ struct Delay {
 
 /// Of an answer over HTTP. `body` is `None` if it was longer than anything that we would read.
 pub(super) fn http(status: StatusCode, headers: &HeaderMap, body: Option<&[u8]>, now: SystemTime) -> Answer {
+    let json = headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
     if status.is_success() {
-        return taken(body);
+        return if json { taken_in_json(body.unwrap_or_default()) } else { taken(body) };
     }
-    let why = match body.and_then(|body| Status::decode(body).ok()).map(|status| printable(&status.message)) {
+    let message = match body {
+        Some(body) if json => serde_json::from_slice(body).ok().and_then(|status: serde_json::Value| text(&status, "message")),
+        Some(body) => Status::decode(body).ok().map(|status| status.message),
+        None => None,
+    };
+    let why = match message.map(|message| printable(&message)) {
         Some(message) if !message.is_empty() => format!("{status}: {message}"),
         _ => status.to_string(),
     };
@@ -131,6 +137,22 @@ fn taken(body: Option<&[u8]>) -> Answer {
     let partial = body.and_then(|body| Response::decode(body).ok()).and_then(|response| response.partial_success);
     let PartialSuccess { rejected, message } = partial.unwrap_or_default();
     Answer::Taken { except: u64::try_from(rejected).unwrap_or(0), said: printable(&message) }
+}
+
+/// As [`taken`]; who answers protobuf with this lies a little, and is understood.
+fn taken_in_json(body: &[u8]) -> Answer {
+    let response: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
+    let partial = &response["partialSuccess"];
+    let rejected = ["rejectedSpans", "rejectedDataPoints", "rejectedLogRecords"].into_iter().find_map(|name| {
+        // A 64-bit number is a text there; some write it plainly.
+        partial[name].as_u64().or_else(|| text(partial, name)?.parse().ok())
+    });
+    let said = text(partial, "errorMessage").unwrap_or_default();
+    Answer::Taken { except: rejected.unwrap_or(0), said: printable(&said) }
+}
+
+fn text(json: &serde_json::Value, name: &str) -> Option<String> {
+    json[name].as_str().map(str::to_owned)
 }
 
 /// Seconds, or a date.
@@ -259,7 +281,21 @@ mod tests {
         assert_eq!(http(StatusCode::OK, &HeaderMap::new(), Some(&partial.encode_to_vec()), now()), expected);
         let framed = [&[0, 0, 0, 0, 9][..], &partial.encode_to_vec()].concat();
         assert_eq!(grpc(StatusCode::OK, Some(&headers(&[("grpc-status", "0")])), Some(&framed), now()), expected);
+        let json = headers(&[("content-type", "application/json; charset=utf-8")]);
+        let mut bodies = [
+            r#"{"partialSuccess":{"rejectedSpans":"3","errorMessage":"too\nold"}}"#,
+            r#"{"partialSuccess":{"rejectedLogRecords":3,"errorMessage":"tooold"}}"#,
+        ]
+        .into_iter();
+        assert!(bodies.all(|body| http(StatusCode::OK, &json, Some(body.as_bytes()), now()) == expected));
+        assert_eq!(
+            http(StatusCode::BAD_REQUEST, &json, Some(br#"{"code":3,"message":"no tenant"}"#), now()),
+            Answer::Refused { why: String::from("400 Bad Request: no tenant") }
+        );
         let nothing = Answer::Taken { except: 0, said: String::new() };
+        for garbage in [&b""[..], b"{", b"[]", b"{\"partialSuccess\":{\"rejectedSpans\":-1}}"] {
+            assert_eq!(http(StatusCode::OK, &json, Some(garbage), now()), nothing);
+        }
         for garbage in [&b""[..], b"{}", b"\xff\xff\xff\xff", b"\x0a\x02\x08\xff"] {
             assert_eq!(http(StatusCode::OK, &HeaderMap::new(), Some(garbage), now()), nothing);
         }

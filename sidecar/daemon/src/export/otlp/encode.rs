@@ -23,6 +23,8 @@ const SAMPLED: u32 = 1;
 pub(crate) struct Origin {
     pub(super) resource: Resource,
     pub(super) scope: InstrumentationScope,
+    /// What came with the app's own span, and belongs to its whole trace.
+    trace_state: String,
 }
 
 impl Origin {
@@ -33,7 +35,20 @@ impl Origin {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..InstrumentationScope::default()
         };
-        Origin { resource: Resource { attributes: key_values(attributes), ..Resource::default() }, scope }
+        Origin {
+            resource: Resource { attributes: key_values(attributes), ..Resource::default() },
+            scope,
+            trace_state: String::new(),
+        }
+    }
+}
+
+impl Origin {
+    /// Of a trace that the app began: all spans here are of that one then. What is none by the looks of it is left out.
+    pub(crate) fn within(mut self, trace_state: &str) -> Origin {
+        let is_one = trace_state.len() <= 512 && trace_state.bytes().all(|byte| matches!(byte, b' '..=b'~'));
+        self.trace_state = if is_one { trace_state.trim().to_owned() } else { String::new() };
+        self
     }
 }
 
@@ -41,8 +56,11 @@ impl Origin {
 /// those of the GenAI conventions are in development, and may be of two versions at once.
 pub(crate) fn spans(spans: &[telemetry::Span], origin: &Origin) -> ExportTraceServiceRequest {
     let kept = spans.iter().filter(|span| span.context.sampled && is_valid(&span.context));
-    let scope_spans =
-        ScopeSpans { scope: Some(origin.scope.clone()), spans: kept.map(span).collect(), schema_url: String::new() };
+    let scope_spans = ScopeSpans {
+        scope: Some(origin.scope.clone()),
+        spans: kept.map(|one| span(one, origin)).collect(),
+        schema_url: String::new(),
+    };
     ExportTraceServiceRequest {
         resource_spans: vec![ResourceSpans {
             resource: Some(origin.resource.clone()),
@@ -68,13 +86,13 @@ pub(crate) fn logs(events: &[LogEvent], origin: &Origin) -> ExportLogsServiceReq
     }
 }
 
-fn span(span: &telemetry::Span) -> Span {
+fn span(span: &telemetry::Span, origin: &Origin) -> Span {
     let links: Vec<Link> = span.links.iter().filter(|link| is_valid(&link.to)).map(link).collect();
     Span {
         trace_id: span.context.trace.0.to_vec(),
         span_id: span.context.span.0.to_vec(),
         parent_span_id: span.parent.filter(|id| *id != SpanId([0; 8])).map_or_else(Vec::new, |id| id.0.to_vec()),
-        trace_state: String::new(),
+        trace_state: origin.trace_state.clone(),
         // Whether the parent is remote is not known here, and then neither bit about it may be set.
         flags: flags(&span.context),
         name: span.name.clone(),

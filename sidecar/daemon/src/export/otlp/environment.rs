@@ -8,6 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use agent_sidecar_core::span::Sampler;
 use hyper::Uri;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 
@@ -26,6 +27,8 @@ pub(crate) const FLUSH: Duration = Duration::from_secs(3);
 pub(crate) enum Protocol {
     /// `http/protobuf`
     Http,
+    /// `http/json`
+    Json,
     Grpc,
 }
 
@@ -42,6 +45,7 @@ impl fmt::Debug for Headers {
 /// One signal's collector.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Target {
+    pub(super) signal: Signal,
     pub(super) uri: Uri,
     pub(super) protocol: Protocol,
     pub(super) headers: Headers,
@@ -85,11 +89,12 @@ pub(crate) enum Histograms {
 }
 
 /// All that an exporter and the encoders before it have to know.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct OtlpConfig {
     /// By signal; `None` is not exported.
     pub(crate) targets: [Option<Target>; 3],
     pub(crate) spans: Batching,
+    pub(crate) sampler: Sampler,
     pub(crate) logs: Batching,
     pub(crate) metrics: Reading,
     /// `None` where no directory can be named: memory alone.
@@ -145,6 +150,7 @@ pub(crate) fn read(own: &Own, lookup: impl Fn(&str) -> Option<String>) -> (OtlpC
     let config = OtlpConfig {
         targets,
         spans: variables.batching("OTEL_BSP", Duration::from_secs(5)),
+        sampler: variables.sampler(),
         logs: variables.batching("OTEL_BLRP", Duration::from_secs(1)),
         metrics: Reading {
             interval: variables.milliseconds("OTEL_METRIC_EXPORT_INTERVAL").unwrap_or(Duration::from_secs(60)),
@@ -245,6 +251,27 @@ impl Variables<'_> {
         Batching { delay, max_batch, max_queue }
     }
 
+    fn sampler(&mut self) -> Sampler {
+        const SAMPLERS: [(&str, (Option<f64>, bool)); 6] = [
+            ("always_on", (Some(1.0), false)),
+            ("always_off", (Some(0.0), false)),
+            ("traceidratio", (None, false)),
+            ("parentbased_always_on", (Some(1.0), true)),
+            ("parentbased_always_off", (Some(0.0), true)),
+            ("parentbased_traceidratio", (None, true)),
+        ];
+        let Some((ratio, follow)) = self.word("OTEL_TRACES_SAMPLER", &SAMPLERS) else { return Sampler::default() };
+        let ratio = ratio.unwrap_or_else(|| {
+            const ARG: &str = "OTEL_TRACES_SAMPLER_ARG";
+            let text = self.get(ARG).unwrap_or_else(|| String::from("1"));
+            text.parse().ok().filter(|ratio| (0.0..=1.0).contains(ratio)).unwrap_or_else(|| {
+                self.wrong(ARG, format!("`{text}` is no ratio"), "write a number from 0 to 1, like 0.25");
+                1.0
+            })
+        });
+        Sampler { ratio, follow }
+    }
+
     /// Whether `OTEL_…_EXPORTER` asks for OTLP; it does if it is not set. `console`, `prometheus` and others are the CLI's affair.
     fn chosen(&self, signal: Signal) -> bool {
         let list = self.get(&format!("OTEL_{}_EXPORTER", signal.as_str().to_uppercase()));
@@ -265,8 +292,10 @@ impl Variables<'_> {
         let protocol = own.protocol.clone().map(|text| (text, String::from("otlp.protocol"))).or_else(|| get(self, "PROTOCOL"));
         let protocol = match protocol {
             Some((text, _)) if text == "grpc" => Protocol::Grpc,
+            Some((text, _)) if text == "http/json" => Protocol::Json,
             Some((text, name)) if text != "http/protobuf" => {
-                self.wrong(&name, format!("`{text}` is not spoken here; http/protobuf is"), "write http/protobuf or grpc");
+                let what = format!("`{text}` is not spoken here; http/protobuf is");
+                self.wrong(&name, what, "write http/protobuf, http/json or grpc");
                 Protocol::Http
             }
             _ => Protocol::Http,
@@ -320,7 +349,7 @@ impl Variables<'_> {
                 None
             }
         };
-        Some(Target { uri, protocol, headers, timeout: timeout.unwrap_or(TIMEOUT), gzip, certificate, identity })
+        Some(Target { signal, uri, protocol, headers, timeout: timeout.unwrap_or(TIMEOUT), gzip, certificate, identity })
     }
 }
 
@@ -330,7 +359,7 @@ fn endpoint(text: &str, signal: Signal, protocol: Protocol, general: bool, insec
     // gRPC endpoints are often written without a scheme, and are secure then unless somebody says otherwise.
     let with_scheme = match protocol {
         Protocol::Grpc if !text.contains("://") => format!("{}://{text}", if insecure { "http" } else { "https" }),
-        Protocol::Grpc | Protocol::Http => text.to_owned(),
+        Protocol::Grpc | Protocol::Http | Protocol::Json => text.to_owned(),
     };
     let uri: Uri = with_scheme.parse().map_err(|_| String::from("the endpoint is no URL"))?;
     let (Some(scheme @ ("http" | "https")), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
@@ -345,8 +374,8 @@ fn endpoint(text: &str, signal: Signal, protocol: Protocol, general: bool, insec
             Signal::Metrics => "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
             Signal::Logs => "/opentelemetry.proto.collector.logs.v1.LogsService/Export",
         }),
-        (Protocol::Http, true) => format!("{}/v1/{}", uri.path().trim_end_matches('/'), signal.as_str()),
-        (Protocol::Http, false) => uri.path_and_query().map_or("/", |path| path.as_str()).to_owned(),
+        (Protocol::Http | Protocol::Json, true) => format!("{}/v1/{}", uri.path().trim_end_matches('/'), signal.as_str()),
+        (Protocol::Http | Protocol::Json, false) => uri.path_and_query().map_or("/", |path| path.as_str()).to_owned(),
     };
     format!("{scheme}://{authority}{path}").parse().map_err(|_| String::from("the endpoint is no URL"))
 }

@@ -76,7 +76,7 @@ impl MetricsOptions {
 }
 
 /// Makes messages of meters. It remembers what it said, if it is to say what came since.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Metrics {
     options: MetricsOptions,
     /// Said on every series of the agent, as in the text exposition.

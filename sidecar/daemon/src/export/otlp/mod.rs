@@ -62,6 +62,8 @@ struct Offer {
 struct State {
     intake: VecDeque<Offer>,
     intake_bytes: u64,
+    /// By signal: what is to be sent if we end without another word, if that is news.
+    wills: [Option<Offer>; 3],
     /// Taken out of the intake, and not in the queue yet.
     in_hand: u64,
     /// Items on disk and in memory.
@@ -156,6 +158,16 @@ impl Exporter {
     /// The same for a message that is not encoded yet.
     pub(crate) fn offer_message(&self, signal: Signal, message: &impl prost::Message, items: usize) {
         self.offer(signal, message.encode_to_vec(), items);
+    }
+
+    /// What is to be sent in our name, by whoever comes after us, if we end without another word; it replaces what was said before. An
+    /// empty payload takes it back.
+    pub(crate) fn will(&self, signal: Signal, payload: Vec<u8>, items: usize) {
+        if self.exported[signal as usize] {
+            let items = u32::try_from(items).unwrap_or(u32::MAX);
+            self.shared.lock().wills[signal as usize] = Some(Offer { signal, items, payload: Bytes::from(payload) });
+            self.shared.wake.notify_one();
+        }
     }
 
     /// Waits until everything was sent, or `deadline` has passed, or waiting longer would change nothing: then what is left is on

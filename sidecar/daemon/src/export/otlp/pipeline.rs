@@ -1,5 +1,8 @@
 //! From the monitor's thread to the exporter: spans and events gathered into batches, the meters read at their interval, all of it
 //! encoded here. Who hands something in never waits; what does not fit is counted as lost.
+//!
+//! A `kill -9` of ours must not take along what is known: what waits here for its batch, what is still open and what the meters say is
+//! left as a will with the queue, renewed every second (the meters less often), for whoever comes after us to send.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -23,6 +26,13 @@ pub(crate) struct Identity {
     /// Labels of each series of the agent.
     pub(crate) labels: Vec<(&'static str, String)>,
 }
+
+/// So much may be lost with us.
+const RENEW: Duration = Duration::from_secs(1);
+/// Of the meters: what they say is a hundred kilobytes.
+const RENEW_METERS: Duration = Duration::from_secs(10);
+/// A will that is out of date says things twice; but in a flood of spans it is not worth to be renewed behind each batch.
+const RENEW_BEHIND_A_BATCH: Duration = Duration::from_millis(100);
 
 /// Things of one kind that wait for their batch.
 struct Waiting<T> {
@@ -101,7 +111,11 @@ impl Shared {
 pub(crate) struct Inlet(Arc<Shared>);
 
 impl Inlet {
+    /// Of a trace that nobody keeps, nothing is sent.
     pub(crate) fn span(&self, span: Span) {
+        if !span.context.sampled {
+            return;
+        }
         self.0.hand_in(Signal::Traces, |state| state.spans.push(span));
     }
 
@@ -134,14 +148,21 @@ impl Pipeline {
         let exporter = Arc::new(exporter);
         let state = State { spans: Waiting::new(spans), events: Waiting::new(logs), ending: false, done: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), counts });
+        let now = Instant::now();
         let reader = metered.then(|| Reader {
             metrics: Arc::new(Mutex::new(Metrics::new(identity.options, &identity.labels, unix()))),
-            handle,
             interval,
-            next: Instant::now() + interval,
+            next: now + interval,
+            renew: now + RENEW_METERS,
         });
-        let worker =
-            Worker { shared: Arc::clone(&shared), exporter: Arc::clone(&exporter), origin: Arc::new(identity.origin), reader };
+        let worker = Worker {
+            shared: Arc::clone(&shared),
+            exporter: Arc::clone(&exporter),
+            origin: Arc::new(identity.origin),
+            handle,
+            reader,
+            will: Will { next: now + RENEW, last: now, open: Vec::new(), events: Vec::new(), said: [false; 2] },
+        };
         std::thread::Builder::new().name(String::from("telemetry")).stack_size(512 * 1024).spawn(move || worker.run())?;
         Ok(Some(Pipeline { shared, exporter, flush }))
     }
@@ -169,16 +190,29 @@ impl Pipeline {
 /// Reads the meters, on the monitor's thread.
 struct Reader {
     metrics: Arc<Mutex<Metrics>>,
-    handle: Handle,
     interval: Duration,
     next: Instant,
+    /// When they are read for the will.
+    renew: Instant,
+}
+
+/// What the monitor had open when it was asked last.
+struct Will {
+    next: Instant,
+    last: Instant,
+    open: Vec<Span>,
+    events: Vec<LogEvent>,
+    /// Spans and events: there is something in it.
+    said: [bool; 2],
 }
 
 struct Worker {
     shared: Arc<Shared>,
     exporter: Arc<Exporter>,
     origin: Arc<Origin>,
+    handle: Handle,
     reader: Option<Reader>,
+    will: Will,
 }
 
 impl Worker {
@@ -202,14 +236,90 @@ impl Worker {
                 let n = events.len();
                 self.exporter.offer_message(Signal::Logs, &encode::logs(&events, &self.origin), n);
             }
-            if spans.is_empty() && events.is_empty() || !ending {
-                self.meters(ending);
-                if ending {
-                    break;
-                }
+            if ending && !(spans.is_empty() && events.is_empty()) {
+                continue;
             }
+            if !(spans.is_empty() && events.is_empty()) {
+                self.will.next = self.will.next.min(Instant::now().max(self.will.last + RENEW_BEHIND_A_BATCH));
+            }
+            self.meters(ending);
+            if ending {
+                self.abandoned();
+                // All is said; what is not sent yet is in the queue.
+                Signal::ALL.into_iter().for_each(|signal| self.exporter.will(signal, Vec::new(), 0));
+                break;
+            }
+            self.renew();
         }
         drop(done);
+    }
+
+    /// What is open, and what waits, goes into the will.
+    fn renew(&mut self) {
+        let now = Instant::now();
+        if now < self.will.next {
+            return;
+        }
+        (self.will.next, self.will.last) = (now + RENEW, now);
+        // A monitor that has failed leaves what it said last.
+        if let Some(words) = visit_blocking(&self.handle, |monitor, now| monitor.last_words(now)) {
+            (self.will.open, self.will.events) = words;
+            self.will.open.retain(|span| span.context.sampled);
+        }
+        // What has ended since is among those that wait, and nothing leaves those but by this thread.
+        let (mut spans, mut events): (Vec<Span>, Vec<LogEvent>) = {
+            let state = self.shared.lock();
+            (state.spans.items.iter().cloned().collect(), state.events.items.iter().cloned().collect())
+        };
+        let ended = spans.len();
+        for open in &self.will.open {
+            if !spans[..ended].iter().any(|span| span.context == open.context) {
+                spans.push(open.clone());
+            }
+        }
+        let next = events.last().map_or(0, |event| event.sequence + 1);
+        events.extend(self.will.events.iter().filter(|event| event.sequence >= next).cloned());
+        if !spans.is_empty() || self.will.said[0] {
+            let message = encode::spans(&spans, &self.origin);
+            self.leave(Signal::Traces, &message, spans.len());
+        }
+        if !events.is_empty() || self.will.said[1] {
+            let message = encode::logs(&events, &self.origin);
+            self.leave(Signal::Logs, &message, events.len());
+        }
+        self.will.said = [!spans.is_empty(), !events.is_empty()];
+        self.renew_meters();
+    }
+
+    fn leave(&self, signal: Signal, message: &impl prost::Message, items: usize) {
+        self.exporter.will(signal, if items == 0 { Vec::new() } else { message.encode_to_vec() }, items);
+    }
+
+    fn renew_meters(&mut self) {
+        let Some(reader) = &mut self.reader else { return };
+        let now = Instant::now();
+        if now < reader.renew || reader.next < now + RENEW {
+            return;
+        }
+        reader.renew = now + RENEW_METERS;
+        // A copy: nothing has been said by it.
+        if let Some(request) = self.read(true) {
+            self.leave(Signal::Metrics, &request, points(&request));
+        }
+    }
+
+    /// Where the monitor has died, nobody closes what it had open: it goes as it was seen last.
+    fn abandoned(&mut self) {
+        if self.will.open.is_empty() && self.will.events.is_empty() || visit_blocking(&self.handle, |_, _| ()).is_some() {
+            return;
+        }
+        let (spans, events) = (std::mem::take(&mut self.will.open), std::mem::take(&mut self.will.events));
+        if !spans.is_empty() {
+            self.exporter.offer_message(Signal::Traces, &encode::spans(&spans, &self.origin), spans.len());
+        }
+        if !events.is_empty() {
+            self.exporter.offer_message(Signal::Logs, &encode::logs(&events, &self.origin), events.len());
+        }
     }
 
     /// Until there is something to do, and what that is.
@@ -219,18 +329,13 @@ impl Worker {
             let now = Instant::now();
             let ending = state.ending;
             let (spans, events) = (state.spans.take(now, ending), state.events.take(now, ending));
-            let read = self.reader.as_ref().map(|reader| reader.next);
-            if ending || !spans.is_empty() || !events.is_empty() || read.is_some_and(|at| at <= now) {
+            let read = self.reader.as_ref().map_or(self.will.next, |reader| reader.next.min(self.will.next));
+            if ending || !spans.is_empty() || !events.is_empty() || read <= now {
                 return (spans, events, ending);
             }
-            let due = [state.spans.due(), state.events.due(), read].into_iter().flatten().min();
-            state = match due {
-                Some(due) => {
-                    let left = due.saturating_duration_since(now);
-                    self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
-                }
-                None => self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-            };
+            let due = [state.spans.due(), state.events.due()].into_iter().flatten().fold(read, Instant::min);
+            let left = due.saturating_duration_since(now);
+            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -242,14 +347,24 @@ impl Worker {
         }
         // Readings that were missed are not made up for.
         reader.next = now + reader.interval;
-        let (metrics, origin, counts) = (Arc::clone(&reader.metrics), Arc::clone(&self.origin), Arc::clone(&self.shared.counts));
-        let read = visit_blocking(&reader.handle, move |monitor, now| {
-            counts.fill(monitor.meters_mut());
-            metrics.lock().unwrap_or_else(PoisonError::into_inner).request(monitor.meters(), &origin, now.unix)
-        });
-        if let Some(request) = read {
+        if let Some(request) = self.read(false) {
             self.exporter.offer_message(Signal::Metrics, &request, points(&request));
+            self.exporter.will(Signal::Metrics, Vec::new(), 0);
         }
+    }
+
+    fn read(&self, only_look: bool) -> Option<ExportMetricsServiceRequest> {
+        let metrics = Arc::clone(&self.reader.as_ref()?.metrics);
+        let (origin, counts) = (Arc::clone(&self.origin), Arc::clone(&self.shared.counts));
+        visit_blocking(&self.handle, move |monitor, now| {
+            counts.fill(monitor.meters_mut());
+            let mut metrics = metrics.lock().unwrap_or_else(PoisonError::into_inner);
+            if only_look {
+                metrics.clone().request(monitor.meters(), &origin, now.unix)
+            } else {
+                metrics.request(monitor.meters(), &origin, now.unix)
+            }
+        })
     }
 }
 

@@ -5,6 +5,7 @@
 //!   <destination>-<pid>-<nonce>/          one for each process, locked while it lives
 //!     lock
 //!     <created>-<nonce>-<n>-<items>.traces
+//!     will.traces                         what is to be sent if its process ends without another word
 //!   corrupt/                              set aside, for whoever wants to know
 //! ```
 //!
@@ -170,6 +171,20 @@ impl Queue {
         self.counted();
     }
 
+    /// Keeps what is to be sent in our name if we end without another word, instead of what it was before; empty is nothing. On disk
+    /// alone: memory dies with us.
+    pub(super) fn will(&self, signal: Signal, items: u32, payload: &[u8], unix_ns: u64) {
+        let Some(Own { dir, .. }) = &self.own else { return };
+        let path = dir.join(will(signal));
+        let id = Id { created: unix_ns, nonce: self.nonce, n: 0 };
+        let written = if payload.is_empty() { fs::remove_file(&path) } else { write_to(&path, signal, id, items, payload) };
+        if let Err(error) = written
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::debug!(%error, "what is under way cannot be kept on disk");
+        }
+    }
+
     /// The oldest batch of a signal, from now on in flight until one of the next three is called.
     ///
     /// # Errors
@@ -240,6 +255,10 @@ impl Queue {
             self.counts.lose(signal, Cause::Closed, self.totals[signal as usize][MEMORY].items);
         }
         if let Some(Own { dir, .. }) = &self.own {
+            for signal in Signal::ALL {
+                // All of it was said.
+                drop(fs::remove_file(dir.join(will(signal))));
+            }
             clear_away(dir);
         }
     }
@@ -340,8 +359,9 @@ impl Queue {
             // It lives, or somebody else was faster.
             let Ok(Some(_lock)) = lock(&dir) else { continue };
             for file in fs::read_dir(&dir).into_iter().flatten().flatten() {
-                let Some(found) = file.file_name().to_str().and_then(parse) else { continue };
-                let Found { signal, id, items, torn } = found;
+                let file_name = file.file_name();
+                let found = file_name.to_str().and_then(|name| parse(name).or_else(|| self.inherited(&file.path(), name)));
+                let Some(Found { signal, id, items, torn }) = found else { continue };
                 if torn {
                     // Its writer died over it.
                     self.counts.lose(signal, Cause::Corrupt, u64::from(items));
@@ -368,6 +388,23 @@ impl Queue {
             self.make_room();
         }
         failed
+    }
+
+    /// A will: it says of itself when it was made and what is in it.
+    fn inherited(&mut self, path: &Path, file: &str) -> Option<Found> {
+        let whole = file.strip_suffix(TORN);
+        let signal = Signal::ALL.into_iter().find(|signal| whole.unwrap_or(file) == will(*signal))?;
+        let mut header = [0; HEADER];
+        let read = File::open(path).and_then(|mut file| file.read_exact(&mut header));
+        if whole.is_some() || read.is_err() {
+            // Its writer died over it, and the one before it is whole.
+            drop(fs::remove_file(path));
+            return None;
+        }
+        let created = u64::from_le_bytes(std::array::from_fn(|i| header[8 + i]));
+        let items = u32::from_le_bytes(std::array::from_fn(|i| header[16 + i]));
+        self.n += 1;
+        Some(Found { signal, id: Id { created, nonce: self.nonce, n: self.n }, items, torn: false })
     }
 
     /// Writes down what had to stay in memory.
@@ -458,14 +495,23 @@ fn parse(name: &str) -> Option<Found> {
 /// Until it is whole, a file is called something else.
 const TORN: &str = ".tmp";
 
+fn will(signal: Signal) -> String {
+    format!("will.{}", signal.as_str())
+}
+
 fn write(dir: &Path, signal: Signal, id: Id, items: u32, payload: &[u8]) -> io::Result<()> {
-    let name = name(signal, id, items);
-    let torn = dir.join(format!("{name}{TORN}"));
+    write_to(&dir.join(name(signal, id, items)), signal, id, items, payload)
+}
+
+fn write_to(path: &Path, signal: Signal, id: Id, items: u32, payload: &[u8]) -> io::Result<()> {
+    let mut torn = path.as_os_str().to_owned();
+    torn.push(TORN);
+    let torn = PathBuf::from(torn);
     let written = (|| {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&torn)?;
         file.write_all(&header(signal, id, items, payload)?)?;
         file.write_all(payload)?;
-        fs::rename(&torn, dir.join(name))
+        fs::rename(&torn, path)
     })();
     if written.is_err() {
         drop(fs::remove_file(&torn));

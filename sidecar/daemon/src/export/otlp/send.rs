@@ -66,15 +66,15 @@ impl Bench<'_> {
         &self.shared.counts
     }
 
-    /// What was offered since, whether a flush begins, and whether this is the end.
-    fn fetch(&self, flushing: &mut bool) -> (VecDeque<Offer>, bool, bool) {
+    /// What was offered since, what is left behind, whether a flush begins, and whether this is the end.
+    fn fetch(&self, flushing: &mut bool) -> (VecDeque<Offer>, [Option<Offer>; 3], bool, bool) {
         let mut state = self.shared.lock();
-        let offers = std::mem::take(&mut state.intake);
+        let (offers, wills) = (std::mem::take(&mut state.intake), std::mem::take(&mut state.wills));
         state.intake_bytes = 0;
         state.in_hand = offers.iter().map(|offer| u64::from(offer.items)).sum();
         let begins = state.flushing && !*flushing;
         *flushing = state.flushing;
-        (offers, begins, state.closing)
+        (offers, wills, begins, state.closing)
     }
 
     /// Tells those who wait for a flush.
@@ -144,13 +144,17 @@ async fn take_in(bench: &Bench<'_>) {
     let mut visit = Instant::now() + VISIT;
     let mut flushing = false;
     loop {
-        let (offers, begins, closing) = bench.fetch(&mut flushing);
+        let (offers, wills, begins, closing) = bench.fetch(&mut flushing);
         let mut came = [false; 3];
+        let unix_ns = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let unix_ns = u64::try_from(unix_ns).unwrap_or(u64::MAX);
         for offer in offers {
-            let unix_ns = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-            let unix_ns = u64::try_from(unix_ns).unwrap_or(u64::MAX);
             bench.queue.borrow_mut().put(offer.signal, offer.items, offer.payload, unix_ns);
             came[offer.signal as usize] = true;
+        }
+        // Behind the batches: what is in both for a moment is sent twice, not lost.
+        for Offer { signal, items, payload } in wills.into_iter().flatten() {
+            bench.queue.borrow().will(signal, items, &payload, unix_ns);
         }
         if begins || Instant::now() >= visit {
             bench.queue.borrow_mut().visit();

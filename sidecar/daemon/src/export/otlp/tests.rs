@@ -97,7 +97,14 @@ fn sent(items: u64) -> Flushed {
 
 #[test]
 fn all_signals_arrive_by_either_protocol_plain_or_compressed() {
-    for (protocol, compression) in [("http/protobuf", "none"), ("http/protobuf", "gzip"), ("grpc", "none"), ("grpc", "gzip")] {
+    for (protocol, compression) in [
+        ("http/protobuf", "none"),
+        ("http/protobuf", "gzip"),
+        ("http/json", "none"),
+        ("http/json", "gzip"),
+        ("grpc", "none"),
+        ("grpc", "gzip"),
+    ] {
         let (scratch, collector) = (Scratch::new(), Collector::start());
         let headers = Some(environment::headers("x-key=secret").unwrap());
         let (protocol, compression) = (Some(protocol.to_owned()), Some(compression.to_owned()));
@@ -117,6 +124,22 @@ fn all_signals_arrive_by_either_protocol_plain_or_compressed() {
         drop(exporter);
         assert_eq!(std::fs::read_dir(&*scratch).unwrap().count(), 0, "nothing is left behind");
     }
+}
+
+#[test]
+fn a_collector_that_has_moved_is_followed_within_its_host() {
+    let (scratch, collector) = (Scratch::new(), Collector::start());
+    let away: &[(&str, &str)] = &[("location", "http://elsewhere.invalid/v1/logs")];
+    let moved = Reply::Status(308, &[("location", "/moved/v1/logs?x=1")]);
+    collector.answer(Signal::Logs, &[moved, Reply::Take, Reply::Status(307, away)]);
+    let (exporter, counts) = start(&collector.url(), &scratch);
+    exporter.offer_message(Signal::Logs, &logs("a"), 1);
+    exporter.offer_message(Signal::Logs, &logs("b"), 1);
+    assert_eq!(exporter.flush(PATIENCE), Flushed { sent: 1, left_on_disk: 0, lost: 1 });
+    assert_eq!(collector.taken(Signal::Logs), ["a"]);
+    let paths: Vec<String> = collector.wait(|_| true).into_iter().map(|got| got.path).collect();
+    assert_eq!(paths, ["/v1/logs", "/moved/v1/logs", "/v1/logs"], "keys are not carried to another host");
+    assert_eq!(counts.lost(Signal::Logs, Cause::Refused), 1);
 }
 
 #[test]
@@ -326,6 +349,10 @@ fn offering_never_waits() {
             scope.spawn(|| (0..100).for_each(|_| exporter.offer_message(Signal::Traces, &spans(&[&big]), 1)));
         }
     });
+    let until = Instant::now() + PATIENCE;
+    while exporter.shared.lock().in_memory() > 0 && Instant::now() < until {
+        std::thread::yield_now();
+    }
     let flushed = exporter.flush(Duration::from_millis(200));
     assert_eq!((flushed.sent, counts.total_lost() + flushed.left_on_disk), (0, 400));
     assert!(flushed.left_on_disk >= 9, "{flushed:?}");
@@ -433,7 +460,7 @@ fn what_it_costs() {
             }
         });
         let kept = exporter.flush(Duration::from_secs(1));
-        let more = resident_kib() - before;
+        let more = resident_kib().saturating_sub(before);
         println!(
             "\n100,000 spans with the collector down: {} KiB more resident, {} on disk, {:.0} ms CPU",
             more,

@@ -1,4 +1,5 @@
-//! One request to a collector, over http/protobuf or gRPC: the same client, the same bytes, another envelope.
+//! One request to a collector, over http/protobuf or gRPC: the same client, the same bytes, another envelope. For http/json they are
+//! translated on the way out.
 //!
 //! gRPC is five bytes of framing and two trailers over HTTP/2, which the client speaks anyway; tonic would add tower and a second
 //! set of connection settings for that.
@@ -10,19 +11,26 @@ use std::time::{Duration, SystemTime};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::header::{self, HeaderMap, HeaderValue};
-use hyper::{Method, Request};
+use hyper::{Method, Request, StatusCode, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use opentelemetry_proto::tonic::collector::logs::v1::ExportLogsServiceRequest;
+use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use prost::Message;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
+use super::Signal;
 use super::answer::{self, Answer, Blame};
 use super::environment::{Protocol, Target};
 
 /// An answer says "taken", and perhaps how much was not. Longer ones are not read.
 const ANSWER_BYTES: usize = 64 * 1024;
+/// In a row.
+const REDIRECTS: usize = 3;
 /// A connection is kept for the next batch this long; then a load balancer has forgotten it, too.
 const IDLE: Duration = Duration::from_secs(60);
 
@@ -44,7 +52,7 @@ impl Collector {
         Collector { target, client: None }
     }
 
-    async fn exchange(&mut self, request: Request<Full<Bytes>>) -> Answer {
+    async fn exchange(&mut self, mut request: Request<Full<Bytes>>) -> Answer {
         let client = match &self.client {
             Some(client) => client,
             None => match client(&self.target) {
@@ -52,12 +60,20 @@ impl Collector {
                 Err(error) => return Answer::again(error, Blame::Collector),
             },
         };
-        let response = match client.request(request).await {
-            Ok(response) => response,
-            Err(error) => {
-                let blame = if error.is_connect() { Blame::Collector } else { Blame::Unclear };
-                return Answer::again(chain(&error), blame);
+        let mut redirects = 0;
+        let response = loop {
+            let response = match client.request(request.clone()).await {
+                Ok(response) => response,
+                Err(error) => {
+                    let blame = if error.is_connect() { Blame::Collector } else { Blame::Unclear };
+                    return Answer::again(chain(&error), blame);
+                }
+            };
+            match elsewhere(request.uri(), response.status(), response.headers()) {
+                Some(uri) if redirects < REDIRECTS => *request.uri_mut() = uri,
+                _ => break response,
             }
+            redirects += 1;
         };
         let (parts, body) = response.into_parts();
         let collected = Limited::new(body, ANSWER_BYTES).collect().await;
@@ -72,7 +88,7 @@ impl Collector {
         }
         match self.target.protocol {
             // Cut off behind a status that says that all was taken: the status counts.
-            Protocol::Http => answer::http(parts.status, &parts.headers, body.as_deref(), SystemTime::now()),
+            Protocol::Http | Protocol::Json => answer::http(parts.status, &parts.headers, body.as_deref(), SystemTime::now()),
             Protocol::Grpc => match broken {
                 Some(why) => Answer::again(why, Blame::Unclear),
                 // An answer without a body has the status among its headers.
@@ -87,7 +103,10 @@ impl Collector {
 
 impl Wire for Collector {
     async fn send(&mut self, payload: &Bytes) -> Answer {
-        let request = request(&self.target, payload);
+        let request = match request(&self.target, payload) {
+            Ok(request) => request,
+            Err(error) => return Answer::Refused { why: format!("it cannot be translated to JSON: {error}") },
+        };
         let answer = match tokio::time::timeout(self.target.timeout, self.exchange(request)).await {
             Ok(answer) => answer,
             Err(_) => Answer::again(format!("no answer within {:?}", self.target.timeout), Blame::Unclear),
@@ -100,11 +119,30 @@ impl Wire for Collector {
     }
 }
 
-fn request(target: &Target, payload: &Bytes) -> Request<Full<Bytes>> {
+/// Where the same request is to go instead: with its keys, so only to the same host, and not from a secret way to an open one.
+fn elsewhere(from: &Uri, status: StatusCode, headers: &HeaderMap) -> Option<Uri> {
+    if !matches!(status, StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT) {
+        return None;
+    }
+    let location = headers.get(header::LOCATION)?.to_str().ok()?;
+    let to: Uri = if location.starts_with('/') && !location.starts_with("//") {
+        format!("{}://{}{location}", from.scheme_str()?, from.authority()?).parse().ok()?
+    } else {
+        location.parse().ok()?
+    };
+    let safe = to.scheme_str() == Some("https") || to.scheme_str() == from.scheme_str();
+    (safe && to.host() == from.host()).then_some(to)
+}
+
+fn request(target: &Target, payload: &Bytes) -> Result<Request<Full<Bytes>>, String> {
+    let plain = match target.protocol {
+        Protocol::Json => json(target.signal, payload)?,
+        Protocol::Http | Protocol::Grpc => payload.clone(),
+    };
     let body = match (target.protocol, target.gzip) {
-        (Protocol::Http, false) => payload.clone(),
-        (Protocol::Http, true) => Bytes::from(gzip(Vec::new(), payload)),
-        (Protocol::Grpc, gzip) => frame(payload, gzip),
+        (Protocol::Http | Protocol::Json, false) => plain,
+        (Protocol::Http | Protocol::Json, true) => Bytes::from(gzip(Vec::new(), &plain)),
+        (Protocol::Grpc, gzip) => frame(&plain, gzip),
     };
     let mut request = Request::new(Full::new(body));
     *request.method_mut() = Method::POST;
@@ -114,7 +152,20 @@ fn request(target: &Target, payload: &Bytes) -> Request<Full<Bytes>> {
         headers.append(name, value.clone());
     }
     envelope(target, headers);
-    request
+    Ok(request)
+}
+
+/// The same message in the JSON of OTLP: ids in hexadecimal, enumerations as numbers.
+fn json(signal: Signal, payload: &Bytes) -> Result<Bytes, String> {
+    fn translated<T: Message + Default + serde::Serialize>(payload: &Bytes) -> Result<Bytes, String> {
+        let message = T::decode(payload.as_ref()).map_err(|error| error.to_string())?;
+        serde_json::to_vec(&message).map(Bytes::from).map_err(|error| error.to_string())
+    }
+    match signal {
+        Signal::Traces => translated::<ExportTraceServiceRequest>(payload),
+        Signal::Metrics => translated::<ExportMetricsServiceRequest>(payload),
+        Signal::Logs => translated::<ExportLogsServiceRequest>(payload),
+    }
 }
 
 /// Ours come last: who sets a header of the protocol's by hand does not mean to break it.
@@ -123,8 +174,9 @@ fn envelope(target: &Target, headers: &mut HeaderMap) {
     let text = HeaderValue::from_static;
     headers.insert(header::USER_AGENT, text(AGENT));
     match target.protocol {
-        Protocol::Http => {
-            headers.insert(header::CONTENT_TYPE, text("application/x-protobuf"));
+        Protocol::Http | Protocol::Json => {
+            let json = target.protocol == Protocol::Json;
+            headers.insert(header::CONTENT_TYPE, text(if json { "application/json" } else { "application/x-protobuf" }));
             if target.gzip {
                 headers.insert(header::CONTENT_ENCODING, text("gzip"));
             }
@@ -169,7 +221,7 @@ fn client(target: &Target) -> Result<Http, String> {
     let tls = tls(target)?;
     let connector = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http();
     let connector = match target.protocol {
-        Protocol::Http => connector.enable_http1().wrap_connector(tcp),
+        Protocol::Http | Protocol::Json => connector.enable_http1().wrap_connector(tcp),
         Protocol::Grpc => connector.enable_http2().wrap_connector(tcp),
     };
     let client = Client::builder(TokioExecutor::new())
@@ -219,6 +271,21 @@ mod tests {
     use std::io::Read;
 
     use super::*;
+
+    #[test]
+    fn keys_follow_no_redirect_to_another_host_or_into_the_open() {
+        let to = |from: &str, status: u16, location: &str| {
+            let headers = [(header::LOCATION, HeaderValue::from_str(location).unwrap())].into_iter().collect();
+            elsewhere(&from.parse().unwrap(), StatusCode::from_u16(status).unwrap(), &headers).map(|uri| uri.to_string())
+        };
+        let moved = |text: &str| Some(String::from(text));
+        assert_eq!(to("http://c:4318/v1/logs", 307, "/in/v1/logs"), moved("http://c:4318/in/v1/logs"));
+        assert_eq!(to("http://c:4318/v1/logs", 308, "https://c/v1/logs"), moved("https://c/v1/logs"));
+        assert_eq!(to("https://c/v1/logs", 308, "http://c/v1/logs"), None);
+        assert_eq!(to("https://c/v1/logs", 307, "https://d/v1/logs"), None);
+        assert_eq!(to("https://c/v1/logs", 307, "//d/v1/logs"), None);
+        assert_eq!(to("https://c/v1/logs", 302, "/login"), None, "that makes a GET of it");
+    }
 
     #[test]
     fn a_frame_says_how_long_it_is_and_whether_it_is_compressed() {

@@ -12,7 +12,11 @@ fn told(own: &Own, variables: &[(&str, &str)]) -> String {
         Some(target) => {
             let gzip = if target.gzip { " gzip" } else { "" };
             let headers: Vec<&str> = target.headers.0.values().map(|value| value.to_str().unwrap()).collect();
-            let protocol = if target.protocol == Protocol::Grpc { " grpc" } else { "" };
+            let protocol = match target.protocol {
+                Protocol::Http => "",
+                Protocol::Json => " json",
+                Protocol::Grpc => " grpc",
+            };
             let seconds = if target.timeout == TIMEOUT { String::new() } else { format!(" {:?}", target.timeout) };
             format!("{}{protocol}{gzip}{seconds} {}", target.uri, headers.join("+")).trim_end().to_owned()
         }
@@ -70,6 +74,31 @@ fn grpc_is_secure_unless_somebody_says_otherwise() {
 }
 
 #[test]
+fn each_signal_may_be_spoken_to_in_its_own_way() {
+    let variables = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c:1"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+        ("OTEL_EXPORTER_OTLP_LOGS_PROTOCOL", "http/protobuf"),
+    ];
+    let expected = "http://c:1/v1/traces json\nhttp://c:1/v1/metrics json\nhttp://c:1/v1/logs";
+    assert_eq!(told(&Own::default(), &variables), expected);
+}
+
+#[test]
+fn the_standard_samplers_are_known() {
+    let sampler = |name, arg| {
+        let (config, mistakes) = read(&Own::default(), &[("OTEL_TRACES_SAMPLER", name), ("OTEL_TRACES_SAMPLER_ARG", arg)]);
+        (config.sampler.ratio, config.sampler.follow, mistakes.len())
+    };
+    assert_eq!(sampler("", ""), (1.0, true, 0));
+    assert_eq!(sampler("always_off", ""), (0.0, false, 0));
+    assert_eq!(sampler("traceidratio", "0.25"), (0.25, false, 0));
+    assert_eq!(sampler("parentbased_traceidratio", ""), (1.0, true, 0));
+    assert_eq!(sampler("traceidratio", "NaN"), (1.0, false, 1));
+    assert_eq!(sampler("xray", "0.1"), (1.0, true, 1));
+}
+
+#[test]
 fn who_wants_no_telemetry_gets_none() {
     let on = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c");
     assert_eq!(told(&Own::default(), &[on, ("OTEL_SDK_DISABLED", "TRUE")]), "-\n-\n-");
@@ -102,7 +131,8 @@ fn what_is_wrong_is_named_with_its_remedy_and_leaves_the_rest_in_place() {
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c"),
         ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "c:4318"),
         ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", "http://u:geheim@c"),
-        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/xml"),
+        ("OTEL_TRACES_SAMPLER", "jaeger_remote"),
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "geheim"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd"),
@@ -111,13 +141,14 @@ fn what_is_wrong_is_named_with_its_remedy_and_leaves_the_rest_in_place() {
     ];
     let told = told(&Own::default(), &variables);
     let expected = "-\nhttp://c/v1/metrics\n-
-! OTEL_EXPORTER_OTLP_PROTOCOL: `http/json` is not spoken here; http/protobuf is; write http/protobuf or grpc
+! OTEL_EXPORTER_OTLP_PROTOCOL: `http/xml` is not spoken here; http/protobuf is; write http/protobuf, http/json or grpc
 ! OTEL_EXPORTER_OTLP_TRACES_ENDPOINT: the endpoint does not begin with http:// or https:// and a host; write it like http://collector:4318
 ! OTEL_EXPORTER_OTLP_HEADERS: header 1 has no `=`; write name=value,name=value, with %2C for a comma within a value
 ! OTEL_EXPORTER_OTLP_TIMEOUT: `10s` is no number of milliseconds; write a whole number above zero, like 5000
 ! OTEL_EXPORTER_OTLP_COMPRESSION: `zstd` is not known here; write gzip or none
 ! OTEL_EXPORTER_OTLP_LOGS_ENDPOINT: the endpoint has a user or a password in it, which belong into the headers; write it like http://collector:4318
 ! OTEL_BSP_MAX_QUEUE_SIZE: `0` is no count; write a whole number above zero, like 5000
+! OTEL_TRACES_SAMPLER: `jaeger_remote` is none of always_on, always_off, traceidratio, parentbased_always_on, parentbased_always_off, parentbased_traceidratio; write always_on or always_off or traceidratio or parentbased_always_on or parentbased_always_off or parentbased_traceidratio
 ! OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE: `dleta` is none of cumulative, delta, lowmemory; write cumulative or delta or lowmemory";
     assert_eq!(told, expected);
     assert!(!told.contains("geheim"), "no secret is repeated");

@@ -624,6 +624,7 @@ fn a_full_container_is_said_in_a_moment() {
         });
         let (best, size) = times.min().unwrap();
         println!("{} series, {temporality:?}: {size} bytes in {best:?}", meters.series_count());
-        assert!(best < Duration::from_millis(10), "{best:?}");
+        // Without optimisation, beside others, it takes ten times as long.
+        assert!(best < Duration::from_millis(if cfg!(debug_assertions) { 250 } else { 10 }), "{best:?}");
     }
 }

@@ -79,6 +79,29 @@ fn only_the_dead_are_inherited_from_and_only_by_those_who_send_to_the_same_colle
 }
 
 #[test]
+fn a_will_is_sent_by_whoever_comes_next_and_by_nobody_while_its_author_lives_or_has_said_it_all() {
+    let root = Scratch::new();
+    let (mut dead, _) = open(&root, WIDE);
+    dead.put(Signal::Traces, 1, payload(1), 1);
+    dead.will(Signal::Traces, 2, b"first", 2);
+    dead.will(Signal::Traces, 3, b"last", 3);
+    dead.will(Signal::Logs, 1, b"taken back", 3);
+    dead.will(Signal::Logs, 0, b"", 4);
+    // Killed over the next one.
+    fs::write(dead.own.as_ref().unwrap().dir.join("will.traces.tmp"), b"AOQ").unwrap();
+    fs::write(dead.own.as_ref().unwrap().dir.join("will.metrics"), b"AOQ").unwrap();
+    let (mut heir, counts) = open(&root, WIDE);
+    assert_eq!(heir.items(), [(0, 0); 3], "it lives");
+    crash(dead);
+    heir.visit();
+    assert_eq!(heir.items(), [(4, 0), (0, 0), (0, 0)]);
+    assert_eq!(drain(&mut heir, Signal::Traces), ["batch 1", "last"]);
+    heir.will(Signal::Metrics, 1, b"all of it was sent since", 5);
+    heir.close();
+    assert_eq!((counts.total_lost(), fs::read_dir(&*root).unwrap().count()), (0, 0));
+}
+
+#[test]
 fn what_is_damaged_is_set_aside_and_counted_and_blocks_nobody() {
     let root = Scratch::new();
     let (mut dead, _) = open(&root, WIDE);

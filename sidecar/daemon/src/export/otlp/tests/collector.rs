@@ -182,7 +182,8 @@ async fn handle(request: Request<Incoming>, desk: Shared) -> Result<Response<Pou
     let grpc = request.version() == Version::HTTP_2;
     let (parts, body) = request.into_parts();
     let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-    let (signal, names) = decode(parts.uri.path(), &plain(&body, grpc, &parts.headers));
+    let json = parts.headers.get("content-type").is_some_and(|kind| kind == "application/json");
+    let (signal, names) = decode(parts.uri.path(), &plain(&body, grpc, &parts.headers), json);
     let reply = {
         let mut desk = desk.0.lock().unwrap();
         let usual = desk.always[signal as usize].clone();
@@ -250,17 +251,21 @@ fn plain(body: &[u8], grpc: bool, headers: &HeaderMap) -> Vec<u8> {
     whole
 }
 
-fn decode(path: &str, body: &[u8]) -> (Signal, Vec<String>) {
+fn message<T: Message + Default + serde::de::DeserializeOwned>(body: &[u8], json: bool) -> T {
+    if json { serde_json::from_slice(body).unwrap() } else { T::decode(body).unwrap() }
+}
+
+fn decode(path: &str, body: &[u8], json: bool) -> (Signal, Vec<String>) {
     if path.contains("trace") {
-        let request = ExportTraceServiceRequest::decode(body).unwrap();
+        let request: ExportTraceServiceRequest = message(body, json);
         let scopes = request.resource_spans.into_iter().flat_map(|resource| resource.scope_spans);
         (Signal::Traces, scopes.flat_map(|scope| scope.spans).map(|span| span.name).collect())
     } else if path.contains("metrics") {
-        let request = ExportMetricsServiceRequest::decode(body).unwrap();
+        let request: ExportMetricsServiceRequest = message(body, json);
         let scopes = request.resource_metrics.into_iter().flat_map(|resource| resource.scope_metrics);
         (Signal::Metrics, scopes.flat_map(|scope| scope.metrics).map(|metric| metric.name).collect())
     } else {
-        let request = ExportLogsServiceRequest::decode(body).unwrap();
+        let request: ExportLogsServiceRequest = message(body, json);
         let scopes = request.resource_logs.into_iter().flat_map(|resource| resource.scope_logs);
         (Signal::Logs, scopes.flat_map(|scope| scope.log_records).map(|record| record.event_name).collect())
     }

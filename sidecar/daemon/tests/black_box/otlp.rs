@@ -1,0 +1,123 @@
+//! What a collector gets of a run, and of one that was killed.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+use rustix::process::Signal;
+
+use crate::support::*;
+
+/// Takes whatever is posted to it.
+struct Collector {
+    url: String,
+    posts: Arc<Mutex<Vec<(String, Vec<u8>)>>>,
+}
+
+impl Collector {
+    fn start() -> Collector {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let posts: Arc<Mutex<Vec<(String, Vec<u8>)>>> = Arc::default();
+        let theirs = Arc::clone(&posts);
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let posts = Arc::clone(&theirs);
+                std::thread::spawn(move || {
+                    let mut stream = BufReader::new(stream);
+                    while let Some(post) = post(&mut stream) {
+                        posts.lock().unwrap().push(post);
+                        stream.get_mut().write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").ok();
+                    }
+                });
+            }
+        });
+        Collector { url, posts }
+    }
+
+    /// How often a text is in what was posted to a path.
+    fn told(&self, path: &str, text: &str) -> usize {
+        let posts = self.posts.lock().unwrap();
+        let of = posts.iter().filter(|(to, _)| to == path);
+        of.map(|(_, body)| body.windows(text.len()).filter(|window| *window == text.as_bytes()).count()).sum()
+    }
+}
+
+fn post(stream: &mut impl BufRead) -> Option<(String, Vec<u8>)> {
+    let (mut path, mut length) = (String::new(), 0);
+    loop {
+        let mut line = String::new();
+        stream.read_line(&mut line).ok().filter(|n| *n > 0)?;
+        match line.trim_end().split_once(' ') {
+            None => break,
+            Some(("POST", rest)) => path = rest.split(' ').next().unwrap().to_owned(),
+            Some((name, value)) if name.eq_ignore_ascii_case("content-length:") => length = value.parse().unwrap(),
+            Some(_) => {}
+        }
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).ok()?;
+    Some((path, body))
+}
+
+/// A wrapper around a CLI in sh, which has the lines of the recording at hand.
+fn run(dir: &Path, collector: &str, program: &str) -> Command {
+    let mut command = Command::new(SIDECAR);
+    command.args(["run", "--listen", "off", "--otlp-endpoint", collector, "--otlp-queue-dir"]).arg(dir.join("queue"));
+    command.args(["--", "sh", "-c", program, "sh"]).args(ONE_SHOT);
+    for (variable, _) in std::env::vars().filter(|(name, _)| name.starts_with("OTEL_") || name.starts_with("TRACE")) {
+        command.env_remove(variable);
+    }
+    command
+}
+
+fn fresh(name: &str) -> PathBuf {
+    let dir = scratch(name);
+    std::fs::remove_dir_all(dir.join("queue")).ok();
+    dir
+}
+
+const CALL: &str = r#"{"type":"assistant","session_id":"s","parent_tool_use_id":null,"message":{"id":"msg_1","model":"claude-opus-5-5","usage":{"input_tokens":10,"output_tokens":1},"content":[{"type":"tool_use","id":"toolu_1","name":"Bash","input":{}}]}}"#;
+
+#[test]
+fn a_kill_of_ours_in_mid_turn_is_told_by_the_next_start() {
+    let (dir, collector) = (fresh("otlp-killed"), Collector::start());
+    let program = format!("echo '{INIT}'; echo '{CALL}'; exec sleep 600");
+    let mut killed = Running::start(run(&dir, &collector.url, &program));
+    let will = || {
+        let dirs = std::fs::read_dir(dir.join("queue")).ok()?.flatten();
+        let will = dirs.map(|entry| entry.path().join("will.traces")).find_map(|path| std::fs::read(path).ok())?;
+        will.windows(17).any(|window| window == b"execute_tool Bash").then_some(())
+    };
+    wait_for("the open call to be on disk", will);
+    killed.signal(Signal::KILL);
+    killed.code();
+    assert_eq!(collector.told("/v1/traces", "execute_tool"), 0, "nothing had ended");
+
+    let done = run(&dir, &collector.url, &format!("echo '{INIT}'")).stdin(Stdio::null()).output().unwrap();
+    assert!(done.status.success(), "{done:?}");
+    wait_for("the dead one's trace", || (collector.told("/v1/traces", "execute_tool Bash") > 0).then_some(()));
+    assert_eq!(collector.told("/v1/traces", "execute_tool Bash"), 1, "once");
+    // Its turn, its answer and its call: each has it as attribute and as status.
+    assert_eq!(collector.told("/v1/traces", "sidecar_lost"), 6);
+    wait_for("the dead one's events", || (collector.told("/v1/logs", "successor") > 0).then_some(()));
+    assert_eq!(std::fs::read_dir(dir.join("queue")).unwrap().count(), 0, "nothing is left");
+}
+
+#[test]
+fn a_trace_that_the_app_does_not_keep_is_not_sent_and_one_that_it_keeps_has_its_state() {
+    let (dir, collector) = (fresh("otlp-unsampled"), Collector::start());
+    let told = |flags: &str| {
+        let parent = format!("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-{flags}");
+        let mut command = run(&dir, &collector.url, &format!("echo '{INIT}'; echo '{CALL}'"));
+        command.env("TRACEPARENT", parent).env("TRACESTATE", "vendor=t61rcWkgMzE").stdin(Stdio::null()).output().unwrap();
+        (collector.told("/v1/traces", "execute_tool Bash"), collector.told("/v1/traces", "vendor=t61rcWkgMzE"))
+    };
+    assert_eq!(told("00"), (0, 0));
+    assert!(collector.posts.lock().unwrap().iter().all(|(path, _)| path != "/v1/traces"), "not even an empty message");
+    let (tools, states) = told("01");
+    assert_eq!(tools, 1);
+    assert_eq!(states, 3, "the turn, the answer and the call");
+}
