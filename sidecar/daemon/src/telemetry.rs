@@ -144,7 +144,7 @@ pub(crate) fn end(pipeline: &Pipeline, counts: &Arc<Counts>, handle: &Handle) {
         );
     }
     if lost > 0 {
-        tracing::warn!(lost, sent, "what could not be sent is lost: there is no disk to keep it on");
+        tracing::warn!(lost, sent, "some of the last was refused, or could not be sent and has no disk to wait on: it is lost");
     }
     let counts = Arc::clone(counts);
     // Nobody there: then nobody reads it either.

@@ -71,6 +71,8 @@ struct State {
     /// Nothing of this signal will leave before the flush ends.
     hopeless: [bool; 3],
     flushing: bool,
+    /// When the flush ends.
+    until: Option<Instant>,
     closing: bool,
     /// The thread has ended, in whatever way.
     ended: bool,
@@ -177,6 +179,7 @@ impl Exporter {
         let (sent, lost) = (self.shared.counts.total_sent(), self.shared.counts.total_lost());
         let mut state = self.shared.lock();
         state.flushing = true;
+        state.until = Some(until);
         state.hopeless = [false; 3];
         self.shared.wake.notify_one();
         while !state.settled()
@@ -184,7 +187,7 @@ impl Exporter {
         {
             (state, _) = self.shared.progress.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
         }
-        state.flushing = false;
+        (state.flushing, state.until) = (false, None);
         self.shared.wake.notify_one();
         let in_memory = state.in_memory() + state.queued.iter().map(|(_, memory)| memory).sum::<u64>();
         Flushed {

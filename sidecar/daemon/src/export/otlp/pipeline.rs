@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use agent_sidecar_core::telemetry::{LogEvent, Span};
 use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
 use opentelemetry_proto::tonic::metrics::v1::metric::Data;
+use prost::Message;
 
 use super::encode::{self, Origin};
 use super::environment::Batching;
@@ -33,6 +34,9 @@ const RENEW: Duration = Duration::from_secs(1);
 const RENEW_METERS: Duration = Duration::from_secs(10);
 /// A will that is out of date says things twice; but in a flood of spans it is not worth to be renewed behind each batch.
 const RENEW_BEHIND_A_BATCH: Duration = Duration::from_millis(100);
+
+/// A batch is no larger than this, if it can be helped: proxies take a megabyte, by default, and gRPC servers four.
+const LARGE: usize = 768 * 1024;
 
 /// Things of one kind that wait for their batch.
 struct Waiting<T> {
@@ -228,14 +232,8 @@ impl Worker {
         let done = Done(Arc::clone(&self.shared));
         loop {
             let (spans, events, ending) = self.wait();
-            if !spans.is_empty() {
-                let n = spans.len();
-                self.exporter.offer_message(Signal::Traces, &encode::spans(&spans, &self.origin), n);
-            }
-            if !events.is_empty() {
-                let n = events.len();
-                self.exporter.offer_message(Signal::Logs, &encode::logs(&events, &self.origin), n);
-            }
+            self.offer(Signal::Traces, &spans, |spans| encode::spans(spans, &self.origin).encode_to_vec());
+            self.offer(Signal::Logs, &events, |events| encode::logs(events, &self.origin).encode_to_vec());
             if ending && !(spans.is_empty() && events.is_empty()) {
                 continue;
             }
@@ -314,11 +312,22 @@ impl Worker {
             return;
         }
         let (spans, events) = (std::mem::take(&mut self.will.open), std::mem::take(&mut self.will.events));
-        if !spans.is_empty() {
-            self.exporter.offer_message(Signal::Traces, &encode::spans(&spans, &self.origin), spans.len());
+        self.offer(Signal::Traces, &spans, |spans| encode::spans(spans, &self.origin).encode_to_vec());
+        self.offer(Signal::Logs, &events, |events| encode::logs(events, &self.origin).encode_to_vec());
+    }
+
+    /// Hands over a batch, in halves while it is too large.
+    fn offer<T>(&self, signal: Signal, items: &[T], encode: impl Fn(&[T]) -> Vec<u8> + Copy) {
+        if items.is_empty() {
+            return;
         }
-        if !events.is_empty() {
-            self.exporter.offer_message(Signal::Logs, &encode::logs(&events, &self.origin), events.len());
+        let payload = encode(items);
+        if payload.len() > LARGE && items.len() > 1 {
+            let (first, second) = items.split_at(items.len() / 2);
+            self.offer(signal, first, encode);
+            self.offer(signal, second, encode);
+        } else {
+            self.exporter.offer(signal, payload, items.len());
         }
     }
 

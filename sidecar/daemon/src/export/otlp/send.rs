@@ -87,6 +87,11 @@ impl Bench<'_> {
         self.shared.progress.notify_all();
     }
 
+    /// Whether a flush that has begun lasts for so long.
+    fn has_time_for(&self, pause: Duration) -> bool {
+        self.shared.lock().until.is_some_and(|until| std::time::Instant::now() + pause < until)
+    }
+
     fn hopeless(&self, signal: Signal) {
         self.shared.lock().hopeless[signal as usize] = true;
         self.shared.progress.notify_all();
@@ -238,10 +243,11 @@ async fn send_by(signal: Signal, collector: &str, wire: &mut impl Wire, bench: &
         }
         let hurrying = *hurry.borrow_and_update();
         hurried = if hurrying { hurried + 1 } else { 0 };
-        if hurried >= HOPELESS || (hurrying && asked.is_some()) {
+        let pause = backoff.next(asked, hurrying, chance());
+        if hurried >= HOPELESS || (hurrying && asked.is_some() && !bench.has_time_for(pause)) {
             bench.hopeless(signal);
         }
-        let mut pause = std::pin::pin!(sleep(backoff.next(asked, hurrying, chance())));
+        let mut pause = std::pin::pin!(sleep(pause));
         let mut calm = !hurrying;
         loop {
             tokio::select! {
@@ -252,10 +258,12 @@ async fn send_by(signal: Signal, collector: &str, wire: &mut impl Wire, bench: &
                         backoff.failures = 0;
                         break;
                     }
-                    // Unless the collector asked for peace.
+                    // Unless the collector asked for peace: for how long is what counts.
                     Some(_) => {
                         calm = false;
-                        bench.hopeless(signal);
+                        if !bench.has_time_for(pause.deadline().saturating_duration_since(Instant::now())) {
+                            bench.hopeless(signal);
+                        }
                     }
                 },
             }

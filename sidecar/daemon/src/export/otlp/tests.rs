@@ -247,6 +247,27 @@ fn an_answer_without_end_is_not_read_to_it() {
 }
 
 #[test]
+fn what_was_taken_is_not_sent_again_because_the_rest_of_the_answer_is_late() {
+    let (scratch, collector) = (Scratch::new(), Collector::start());
+    collector.answer(Signal::Logs, &[Reply::Dawdle]);
+    let (exporter, counts) = start(&collector.url(), &scratch);
+    exporter.offer_message(Signal::Logs, &logs("a"), 1);
+    assert_eq!((exporter.flush(PATIENCE), counts.retried(Signal::Logs)), (sent(1), 0));
+    assert_eq!(collector.taken(Signal::Logs), ["a"]);
+}
+
+#[test]
+fn the_end_waits_as_long_as_the_collector_asks_for_if_it_has_the_time() {
+    let (scratch, collector) = (Scratch::new(), Collector::start());
+    collector.answer(Signal::Logs, &[Reply::Status(429, &[("retry-after", "1")])]);
+    collector.answer(Signal::Traces, &[Reply::Status(503, &[("retry-after", "200")])]);
+    let (exporter, _) = start(&collector.url(), &scratch);
+    exporter.offer_message(Signal::Logs, &logs("a"), 1);
+    exporter.offer_message(Signal::Traces, &spans(&["b"]), 1);
+    assert_eq!(exporter.flush(PATIENCE), Flushed { sent: 1, left_on_disk: 1, lost: 0 });
+}
+
+#[test]
 fn somebody_who_speaks_another_protocol_takes_nothing() {
     let scratch = Scratch::new();
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -467,7 +488,7 @@ fn what_it_costs() {
             kept.left_on_disk,
             ran("otlp") as f64 / 1e6
         );
-        assert!(more < 4_096, "{more} KiB more");
+        assert!(more < 8_192, "{more} KiB more");
         return;
     }
     let (protocol, compression) = asked.split_once(' ').unwrap();

@@ -29,6 +29,8 @@ use super::environment::{Protocol, Target};
 
 /// An answer says "taken", and perhaps how much was not. Longer ones are not read.
 const ANSWER_BYTES: usize = 64 * 1024;
+/// The rest of an answer whose beginning says all that matters.
+const REST: Duration = Duration::from_secs(1);
 /// In a row.
 const REDIRECTS: usize = 3;
 /// A connection is kept for the next batch this long; then a load balancer has forgotten it, too.
@@ -76,7 +78,14 @@ impl Collector {
             redirects += 1;
         };
         let (parts, body) = response.into_parts();
-        let collected = Limited::new(body, ANSWER_BYTES).collect().await;
+        let collected = Limited::new(body, ANSWER_BYTES).collect();
+        // A status that says that all was taken counts, whatever becomes of the rest; the status of gRPC is the last of it.
+        let collected = match self.target.protocol {
+            Protocol::Http | Protocol::Json if parts.status.is_success() => {
+                tokio::time::timeout(REST, collected).await.unwrap_or_else(|late| Err(late.into()))
+            }
+            Protocol::Http | Protocol::Json | Protocol::Grpc => collected.await,
+        };
         let (mut body, mut trailers, mut broken) = (None, None, None);
         match collected {
             Ok(collected) => {
@@ -87,7 +96,6 @@ impl Collector {
             Err(error) => broken = Some(chain(&*error)),
         }
         match self.target.protocol {
-            // Cut off behind a status that says that all was taken: the status counts.
             Protocol::Http | Protocol::Json => answer::http(parts.status, &parts.headers, body.as_deref(), SystemTime::now()),
             Protocol::Grpc => match broken {
                 Some(why) => Answer::again(why, Blame::Unclear),

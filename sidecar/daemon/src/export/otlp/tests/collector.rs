@@ -39,6 +39,8 @@ pub(in super::super) enum Reply {
     Hang,
     /// Half of an answer, then the end of the connection.
     Cut,
+    /// Taken, but the answer never ends.
+    Dawdle,
     /// An answer of ten gigabytes.
     Endless,
     /// An answer in which nothing makes sense.
@@ -189,7 +191,7 @@ async fn handle(request: Request<Incoming>, desk: Shared) -> Result<Response<Pou
         let usual = desk.always[signal as usize].clone();
         desk.script[signal as usize].pop_front().or(usual).unwrap_or(Reply::Take)
     };
-    let taken = matches!(reply, Reply::Take | Reply::Part(_));
+    let taken = matches!(reply, Reply::Take | Reply::Part(_) | Reply::Dawdle);
     let got = Got { signal, names, headers: parts.headers, path: parts.uri.path().to_owned(), taken };
     desk.0.lock().unwrap().got.push(got);
     desk.1.notify_all();
@@ -219,6 +221,11 @@ async fn handle(request: Request<Incoming>, desk: Shared) -> Result<Response<Pou
             response.headers_mut().insert("content-length", "1000".parse().unwrap());
             response.body_mut().frames.push_back(Frame::data(Bytes::from_static(b"half")));
             response.body_mut().cut = true;
+            return Ok(response);
+        }
+        Reply::Dawdle => {
+            response.headers_mut().insert("content-length", "1000".parse().unwrap());
+            response.body_mut().dawdles = true;
             return Ok(response);
         }
         Reply::Endless => {
@@ -276,6 +283,7 @@ fn decode(path: &str, body: &[u8], json: bool) -> (Signal, Vec<String>) {
 struct Pour {
     frames: VecDeque<Frame<Bytes>>,
     cut: bool,
+    dawdles: bool,
     endless: Option<Shared>,
 }
 
@@ -292,6 +300,7 @@ impl Body for Pour {
         }
         match self.frames.pop_front() {
             Some(frame) => Poll::Ready(Some(Ok(frame))),
+            None if self.dawdles => Poll::Pending,
             None if self.cut => Poll::Ready(Some(Err(std::io::Error::other("cut")))),
             None => Poll::Ready(None),
         }
