@@ -116,7 +116,8 @@ impl Telemetry {
             pid: std::process::id(),
             instance: &self.instance,
         });
-        let mut attributes: Vec<(String, Value)> = found.into_iter().map(|(key, value)| (key, Value::Str(value))).collect();
+        let mut attributes: Vec<(String, Value)> =
+            found.into_iter().map(|(key, value)| (key.clone(), resource::value(&key, value))).collect();
         attributes.extend(self.labels.iter().map(|(key, value)| (format!("claude_agent.{key}"), Value::Str(value.clone()))));
         let origin = Origin::new(attributes.iter().map(|(key, value)| (key.as_str(), value)));
         let trace_state = self.parent.and_then(|_| variable(TRACESTATE)).unwrap_or_default();

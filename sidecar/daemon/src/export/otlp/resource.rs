@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use agent_sidecar_core::telemetry::Value;
+
 use super::environment::percent_decoded;
 
 /// By name; names follow the semantic conventions.
@@ -168,6 +170,14 @@ pub(crate) fn detect(of: &Surroundings<'_>) -> Resource {
     resource
 }
 
+/// As the conventions have it: these are numbers.
+pub(crate) fn value(name: &str, text: String) -> Value {
+    match text.parse::<i64>() {
+        Ok(number) if matches!(name, "process.pid" | "process.parent_pid" | "gcp.cloud_run.job.task_index") => Value::Int(number),
+        _ => Value::Str(text),
+    }
+}
+
 /// `name=value,name=value`, both percent-encoded. By the specification one that is wrong spoils all.
 fn attributes(text: &str) -> Vec<(String, String)> {
     let pairs = text.split(',').map(str::trim).filter(|pair| !pair.is_empty());
@@ -252,6 +262,13 @@ mod tests {
             ["host.arch", "host.name", "os.type", "process.pid", "service.instance.id", "service.name", "service.version"];
         assert_eq!(names, expected);
         assert_eq!((resource["host.name"].as_str(), resource["service.name"].as_str()), ("box", "agent-sidecar"));
+    }
+
+    #[test]
+    fn numbers_are_numbers_where_the_conventions_have_them() {
+        assert_eq!(value("process.pid", String::from("7")), Value::Int(7));
+        assert_eq!(value("process.pid", String::from("x")), Value::Str(String::from("x")));
+        assert_eq!(value("k8s.pod.name", String::from("7")), Value::Str(String::from("7")));
     }
 
     #[test]

@@ -127,6 +127,18 @@ impl Wire for Collector {
     }
 }
 
+/// What is not there is left out: not everybody who reads numbers can read `null`.
+fn absent(json: &mut serde_json::Value) {
+    match json {
+        serde_json::Value::Object(fields) => {
+            fields.retain(|_, value| !value.is_null());
+            fields.values_mut().for_each(absent);
+        }
+        serde_json::Value::Array(values) => values.iter_mut().for_each(absent),
+        _ => {}
+    }
+}
+
 /// Where the same request is to go instead: with its keys, so only to the same host, and not from a secret way to an open one.
 fn elsewhere(from: &Uri, status: StatusCode, headers: &HeaderMap) -> Option<Uri> {
     if !matches!(status, StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT) {
@@ -167,7 +179,9 @@ fn request(target: &Target, payload: &Bytes) -> Result<Request<Full<Bytes>>, Str
 fn json(signal: Signal, payload: &Bytes) -> Result<Bytes, String> {
     fn translated<T: Message + Default + serde::Serialize>(payload: &Bytes) -> Result<Bytes, String> {
         let message = T::decode(payload.as_ref()).map_err(|error| error.to_string())?;
-        serde_json::to_vec(&message).map(Bytes::from).map_err(|error| error.to_string())
+        let mut json = serde_json::to_value(&message).map_err(|error| error.to_string())?;
+        absent(&mut json);
+        serde_json::to_vec(&json).map(Bytes::from).map_err(|error| error.to_string())
     }
     match signal {
         Signal::Traces => translated::<ExportTraceServiceRequest>(payload),
@@ -293,6 +307,25 @@ mod tests {
         assert_eq!(to("https://c/v1/logs", 307, "https://d/v1/logs"), None);
         assert_eq!(to("https://c/v1/logs", 307, "//d/v1/logs"), None);
         assert_eq!(to("https://c/v1/logs", 302, "/login"), None, "that makes a GET of it");
+    }
+
+    #[test]
+    fn json_has_ids_in_hexadecimal_enumerations_as_numbers_and_no_null() {
+        use opentelemetry_proto::tonic::trace::v1::{ResourceSpans, ScopeSpans, Span};
+        let span = Span { trace_id: vec![0xab; 16], span_id: vec![1; 8], kind: 3, start_time_unix_nano: 7, ..Span::default() };
+        let scope_spans = vec![ScopeSpans { spans: vec![span], ..ScopeSpans::default() }];
+        let resource_spans = vec![ResourceSpans { scope_spans, ..ResourceSpans::default() }];
+        let payload = ExportTraceServiceRequest { resource_spans }.encode_to_vec();
+        let text = String::from_utf8(json(Signal::Traces, &payload.into()).unwrap().to_vec()).unwrap();
+        let said: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let span = &said["resourceSpans"][0]["scopeSpans"][0]["spans"][0];
+        assert_eq!(
+            (span["traceId"].as_str(), span["spanId"].as_str()),
+            (Some("ab".repeat(16).as_str()), Some("0101010101010101"))
+        );
+        assert_eq!((span["kind"].as_i64(), span["startTimeUnixNano"].as_str()), (Some(3), Some("7")));
+        assert!(!text.contains("null"), "{text}");
+        assert!(json(Signal::Logs, &Bytes::from_static(b"\xff")).is_err());
     }
 
     #[test]
