@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod ask;
+pub mod content;
 pub mod event;
 pub mod explain;
 pub mod exponential;

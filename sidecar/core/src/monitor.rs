@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::ask::{Asker, ID_PREFIX};
+use crate::content::Piece;
 use crate::event::{Broken, Event, Message, claude_code};
 use crate::ladder::{Goal, Ladder, Patience};
 use crate::ledger::Base;
@@ -472,6 +473,26 @@ impl Monitor {
             self.longest = bytes.len();
             self.fold(Update::LongestLine { bytes: bytes.len() });
         }
+        let told = self.content(bytes);
+        self.understand(bytes, whole);
+        if let Some(spans) = &mut self.spans {
+            told.into_iter().for_each(|piece| spans.say(piece));
+        }
+    }
+
+    /// What may be told of a line's content. Of a call that ends with it, that is told now: then there is still a span for it.
+    fn content(&mut self, line: &[u8]) -> Vec<Piece> {
+        let (gates, Some(spans)) = (&self.settings.trace.gates, &mut self.spans) else { return Vec::new() };
+        if !gates.any() {
+            return Vec::new();
+        }
+        let (ends, rest): (Vec<Piece>, Vec<Piece>) =
+            gates.of_cli(line).into_iter().partition(|piece| matches!(piece, Piece::Output { .. }));
+        ends.into_iter().for_each(|piece| spans.say(piece));
+        rest
+    }
+
+    fn understand(&mut self, bytes: &[u8], whole: bool) {
         // With `--output-format json --verbose` one line is a list of messages.
         if bytes.trim_ascii_start().first() == Some(&b'[') {
             match claude_code::parse_array(bytes) {
@@ -552,6 +573,11 @@ impl Monitor {
                 }
                 self.session.overhear(message, self.now);
                 self.drain_session();
+                if let Some(spans) = &mut self.spans
+                    && let Some(piece) = self.settings.trace.gates.of_app(bytes)
+                {
+                    spans.say(piece);
+                }
             }
         });
         self.stdin = splitter;

@@ -36,6 +36,7 @@ use self::semconv::{AGENT_PROVIDER, CACHE_READ, CACHE_WRITE, FIRST_CHUNK, PROVID
 use self::tree::{Key, Open, Place, Tree, blank};
 use self::turn::class;
 use crate::Now;
+use crate::content::{Gates, Piece, cut};
 use crate::limit::{Limit, Mode};
 use crate::meter::tool_class;
 use crate::telemetry::{Attributes, Context, Link, Span, SpanEvent, SpanKind, Status, TraceId, Value};
@@ -62,6 +63,8 @@ pub struct TraceSettings {
     /// The CLI exports its own spans.
     pub native_traces: bool,
     pub sampler: Sampler,
+    /// What may be told of content.
+    pub gates: Gates,
 }
 
 /// Which traces are kept.
@@ -99,6 +102,7 @@ impl Default for TraceSettings {
             agent_name: String::from("claude-code"),
             native_traces: false,
             sampler: Sampler::default(),
+            gates: Gates::default(),
         }
     }
 }
@@ -222,6 +226,31 @@ impl Spans {
     /// Whether nothing is under way.
     pub fn is_idle(&self) -> bool {
         self.request.is_none() && self.tree.is_idle()
+    }
+
+    /// Takes something that was said, for the span that it belongs to; what is said to nobody is not kept.
+    pub(crate) fn say(&mut self, piece: Piece) {
+        match piece {
+            Piece::Prompt { text } => self.add(&Key::Turn, &text),
+            Piece::Answer { parent, text } => self.add(&Key::Chat(parent.unwrap_or_default()), &text),
+            Piece::Input { call, json } => self.put(&Key::Tool(call), "gen_ai.tool.call.arguments", json),
+            Piece::Output { call, text } => self.put(&Key::Tool(call), "gen_ai.tool.call.result", text),
+        }
+    }
+
+    fn put(&mut self, key: &Key, name: &'static str, text: String) {
+        if let Some(open) = self.tree.get(key) {
+            put(&mut open.span.attributes, name, text);
+        }
+    }
+
+    /// It may come in pieces: told when the span ends.
+    fn add(&mut self, key: &Key, text: &str) {
+        let max = self.settings.gates.max;
+        if let Some(open) = self.tree.get(key) {
+            let so_far = std::mem::take(&mut open.said);
+            open.said = cut(if so_far.is_empty() { text.to_owned() } else { format!("{so_far}\n{text}") }, max);
+        }
     }
 
     /// Takes a fact. Returns the span that it is about.

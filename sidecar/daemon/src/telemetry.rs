@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::sync::Arc;
 
+use agent_sidecar_core::content::Gates;
 use agent_sidecar_core::metric::{self, Meters};
 use agent_sidecar_core::span::{Semconv, TraceSettings};
 use agent_sidecar_core::telemetry::{Context, Value};
@@ -25,6 +26,7 @@ const TRACESTATE: &str = "TRACESTATE";
 pub(crate) struct Telemetry {
     config: OtlpConfig,
     semconv: Semconv,
+    gates: Gates,
     agent_name: String,
     parent: Option<Context>,
     seed: u64,
@@ -50,7 +52,10 @@ impl Telemetry {
             }
             parent
         });
+        let texts = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        let gates = config.gates(otlp.value_limit, environment::secrets(&otlp, texts));
         Telemetry {
+            gates,
             config: otlp,
             semconv: config.semconv(),
             agent_name: config.agent_name(),
@@ -77,6 +82,7 @@ impl Telemetry {
             agent_name: self.agent_name.clone(),
             native_traces: self.native_traces,
             sampler: self.config.sampler,
+            gates: self.gates.clone(),
         }
     }
 

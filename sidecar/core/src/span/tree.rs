@@ -37,6 +37,8 @@ pub(super) struct Open {
     /// When a subagent's model was asked last, as far as can be told.
     pub(super) asked: Option<Duration>,
     pub(super) streamed: bool,
+    /// What was said in it, where that may be told.
+    pub(super) said: String,
     dropped: u64,
 }
 
@@ -107,7 +109,7 @@ impl Tree {
             self.dropped += 1;
             return None;
         }
-        let open = Open { span, under, asked: None, streamed: false, dropped: 0 };
+        let open = Open { span, under, asked: None, streamed: false, said: String::new(), dropped: 0 };
         Some(self.open.entry(key).insert_entry(open).into_mut())
     }
 

@@ -1,6 +1,7 @@
 //! How turns, requests and calls begin and end, and what all spans have in common.
 
 use super::*;
+use crate::content::message;
 use crate::telemetry::SpanId;
 
 impl Spans {
@@ -309,6 +310,18 @@ impl Spans {
         let attributes = &mut open.span.attributes;
         if !self.session.is_empty() && !attributes.iter().any(|(key, _)| *key == "gen_ai.conversation.id") {
             put(attributes, "gen_ai.conversation.id", self.session.as_str());
+        }
+        if !open.said.is_empty() {
+            let finish = attributes.iter().find_map(|(key, value)| match value {
+                Value::List(reasons) if *key == "gen_ai.response.finish_reasons" => reasons.first().cloned(),
+                _ => None,
+            });
+            if *key == Key::Turn {
+                put(attributes, "gen_ai.input.messages", message("user", &open.said, None));
+            } else {
+                let finish = finish.unwrap_or_else(|| String::from("error"));
+                put(attributes, "gen_ai.output.messages", message("assistant", &open.said, Some(&finish)));
+            }
         }
         if matches!(key, Key::Permission(_)) && !attributes.iter().any(|(key, _)| *key == "claude_agent.decision") {
             put(attributes, "claude_agent.decision", "cancelled");

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use agent_sidecar_core::content::Gates;
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, Scope};
 use agent_sidecar_core::span::{Sampler, Semconv, TraceSettings};
 use agent_sidecar_core::telemetry::{Context, Span, Status, Value};
@@ -242,6 +243,46 @@ fn turns_are_linked_and_the_first_says_where_its_session_comes_from() {
     let mut run = Run::new(settings, false);
     run.ask().init(SESSION).result(SESSION, "success", "completed").exit(Exit::Code(0));
     assert_eq!(said(run.one("invoke_agent claude-code")), [SESSION, "resume", ""]);
+}
+
+#[test]
+fn content_is_told_where_its_gate_is_open_and_in_spans_alone() {
+    let told = |gates: Gates| {
+        let mut run = Run::live(TraceSettings { gates, ..trace() }, &[]);
+        run.ask().init("s").answer(1, None, Some(("t1", "Agent"))).answer(2, Some("t1"), Some(("t2", "Bash")));
+        run.tool_result("t2", Some("t1"), false).answer(3, Some("t1"), None).tool_result("t1", None, false);
+        run.answer(4, None, None).result("s", "success", "completed").exit(Exit::Code(0));
+        assert!(run.logs.iter().all(|event| !format!("{event:?}").contains("do it")));
+        told_alike(&run);
+        let mut said: Vec<String> = Vec::new();
+        for span in &run.spans {
+            for (key, value) in &span.attributes {
+                if ["messages", "arguments", "result"].iter().any(|end| key.ends_with(end)) {
+                    let Value::Str(text) = value else { panic!("{value:?}") };
+                    said.push(format!("{} {key} {text}", span.name));
+                }
+            }
+        }
+        said.sort();
+        said.join("\n")
+    };
+    let shut = Gates::default();
+    assert_eq!(told(shut.clone()), "");
+    assert_eq!(
+        told(Gates { prompts: true, ..shut.clone() }),
+        r#"invoke_agent claude-code gen_ai.input.messages [{"parts":[{"content":"do it","type":"text"}],"role":"user"}]"#
+    );
+    let message = r#"[{"finish_reason":"error","parts":[{"content":"done","type":"text"}],"role":"assistant"}]"#;
+    let line = format!("chat claude-opus-5-5 gen_ai.output.messages {message}");
+    assert_eq!(told(Gates { answers: true, ..shut.clone() }), format!("{line}\n{line}"));
+    assert_eq!(
+        told(Gates { tool_inputs: true, ..shut.clone() }),
+        "execute_tool Agent gen_ai.tool.call.arguments {\"secret\":1}\nexecute_tool Bash gen_ai.tool.call.arguments {\"secret\":1}"
+    );
+    assert_eq!(
+        told(Gates { tool_outputs: true, secrets: vec![String::from("no")], ..shut }),
+        "execute_tool Agent gen_ai.tool.call.result [scrubbed]\nexecute_tool Bash gen_ai.tool.call.result [scrubbed]"
+    );
 }
 
 #[test]

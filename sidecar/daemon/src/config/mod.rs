@@ -11,6 +11,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use agent_sidecar_core::content::Gates;
 use agent_sidecar_core::ladder::Patience;
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, Scope};
 use agent_sidecar_core::price::PriceTable;
@@ -85,6 +86,10 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("otlp.queue_dir", "otlp-queue-dir", Kind::Path, "", "where what is not sent yet waits, and outlives us: unset, agent-sidecar/otlp below $XDG_STATE_HOME, /var/lib for root or ~/.local/state; wrappers may share it; name a volume to outlive the container"),
     setting("otlp.queue_max", "otlp-queue-max", Kind::Size, "64MiB", "how much may wait there before the oldest is dropped"),
     setting("otlp.flush", "otlp-flush", Kind::Time, "3s", "how long the end waits for a collector that hangs; one that is down or asks for patience is not waited for"),
+    setting("content.prompts", "content-prompts", Kind::Switch, "false", "tell in spans what the app says to the agent over stdin (gen_ai.input.messages of turns)"),
+    setting("content.answers", "content-answers", Kind::Switch, "false", "tell in spans what the model writes (gen_ai.output.messages of chats)"),
+    setting("content.tool_inputs", "content-tool-inputs", Kind::Switch, "false", "tell in spans what tools are called with (gen_ai.tool.call.arguments)"),
+    setting("content.tool_outputs", "content-tool-outputs", Kind::Switch, "false", "tell in spans what tools answer (gen_ai.tool.call.result)"),
     setting("log.format", "log-format", Kind::Choice(&["text", "json"]), "text", "format of the log on stderr"),
     setting("log.level", "log-level", Kind::Choice(&["error", "warn", "info", "debug"]), "warn", "what is logged"),
     setting("log.quiet", "quiet", Kind::Switch, "false", "log errors only"),
@@ -452,6 +457,19 @@ impl Config {
             queue_dir: self.path("otlp.queue_dir"),
             queue_max: self.count("otlp.queue_max"),
             flush: self.time("otlp.flush"),
+        }
+    }
+
+    /// What may be told of content; nothing, unless somebody says so. `secrets` never.
+    pub(crate) fn gates(&self, max: Option<usize>, secrets: Vec<String>) -> Gates {
+        let shut = Gates::default();
+        Gates {
+            prompts: self.switch("content.prompts"),
+            answers: self.switch("content.answers"),
+            tool_inputs: self.switch("content.tool_inputs"),
+            tool_outputs: self.switch("content.tool_outputs"),
+            max: max.unwrap_or(shut.max),
+            secrets,
         }
     }
 

@@ -121,3 +121,33 @@ fn a_trace_that_the_app_does_not_keep_is_not_sent_and_one_that_it_keeps_has_its_
     assert_eq!(tools, 1);
     assert_eq!(states, 3, "the turn, the answer and the call");
 }
+
+#[test]
+fn content_leaves_only_by_the_gate_that_was_opened_and_without_its_secrets() {
+    let call = CALL.replace(r#""input":{}"#, r#""input":{"command":"canary-input hunter2-the-second"}"#);
+    let result = r#"{"type":"user","session_id":"s","parent_tool_use_id":null,"message":{"role":"user","content":[{"type":"tool_result","tool_use_id":"toolu_1","content":"canary-output sk-ant-api03-0123456789abcdef"}]}}"#;
+    let program = format!("echo '{INIT}'; echo '{call}'; echo '{result}'");
+    for (gate, told) in [
+        (None, None),
+        (Some("--content-tool-inputs"), Some("canary-input")),
+        (Some("--content-tool-outputs"), Some("canary-output")),
+    ] {
+        let (dir, collector) = (fresh("otlp-content"), Collector::start());
+        let (ledger, events) = (dir.join("ledger.jsonl"), dir.join("events.jsonl"));
+        [&ledger, &events].map(|file| std::fs::remove_file(file).ok());
+        let mut command = Command::new(SIDECAR);
+        command.args(["run", "--listen", "off", "--log-level", "debug", "--otlp-endpoint", &collector.url, "--otlp-queue-dir"]);
+        command.arg(dir.join("queue")).arg("--ledger").arg(&ledger).arg("--events").arg(&events).args(gate);
+        command.args(["--", "sh", "-c", &program, "sh"]).args(ONE_SHOT).env("DATABASE_PASSWORD", "hunter2-the-second");
+        let done = command.stdin(Stdio::null()).output().unwrap();
+        let read = |path: &Path| std::fs::read_to_string(path).unwrap();
+        let sinks = [read(&ledger), read(&events), String::from_utf8(done.stderr).unwrap()];
+        for canary in ["canary-input", "canary-output", "hunter2", "sk-ant-"] {
+            let expected = usize::from(told == Some(canary));
+            assert_eq!(collector.told("/v1/traces", canary), expected, "{gate:?} {canary}");
+            assert_eq!(collector.told("/v1/logs", canary) + collector.told("/v1/metrics", canary), 0, "{gate:?} {canary}");
+            assert!(sinks.iter().all(|sink| !sink.contains(canary)), "{gate:?} {canary}");
+        }
+        assert_eq!(collector.told("/v1/traces", "[scrubbed]"), usize::from(gate.is_some()));
+    }
+}

@@ -95,6 +95,8 @@ pub(crate) struct OtlpConfig {
     pub(crate) targets: [Option<Target>; 3],
     pub(crate) spans: Batching,
     pub(crate) sampler: Sampler,
+    /// Characters of an attribute that tells content.
+    pub(crate) value_limit: Option<usize>,
     pub(crate) logs: Batching,
     pub(crate) metrics: Reading,
     /// `None` where no directory can be named: memory alone.
@@ -151,6 +153,10 @@ pub(crate) fn read(own: &Own, lookup: impl Fn(&str) -> Option<String>) -> (OtlpC
         targets,
         spans: variables.batching("OTEL_BSP", Duration::from_secs(5)),
         sampler: variables.sampler(),
+        value_limit: ["OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT"]
+            .into_iter()
+            .find_map(|name| variables.number(name, "number of characters"))
+            .and_then(|n| usize::try_from(n).ok()),
         logs: variables.batching("OTEL_BLRP", Duration::from_secs(1)),
         metrics: Reading {
             interval: variables.milliseconds("OTEL_METRIC_EXPORT_INTERVAL").unwrap_or(Duration::from_secs(60)),
@@ -191,6 +197,21 @@ fn queue_dir(lookup: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
         None => absolute("HOME")?.join(".local/state"),
     };
     Some(state.join("agent-sidecar/otlp"))
+}
+
+/// What is secret by the name of its variable, and our own headers: for [`agent_sidecar_core::content`].
+pub(crate) fn secrets(config: &OtlpConfig, variables: impl Iterator<Item = (String, String)>) -> Vec<String> {
+    const NAMES: [&str; 9] = ["KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "AUTH", "COOKIE", "HEADERS"];
+    // A short one is in too many words.
+    const SHORTEST: usize = 8;
+    let named = variables.filter(|(name, _)| NAMES.iter().any(|secret| name.to_uppercase().contains(secret)));
+    let headers = config.targets.iter().flatten().flat_map(|target| target.headers.0.values());
+    let headers = headers.filter_map(|value| value.to_str().ok().map(str::to_owned));
+    let mut secrets: Vec<String> = named.map(|(_, value)| value).chain(headers).filter(|one| one.len() >= SHORTEST).collect();
+    // One may be in another.
+    secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
+    secrets.dedup();
+    secrets
 }
 
 struct Variables<'a> {

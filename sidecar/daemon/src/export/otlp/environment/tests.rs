@@ -99,6 +99,16 @@ fn the_standard_samplers_are_known() {
 }
 
 #[test]
+fn secrets_are_known_by_the_names_of_their_variables() {
+    let own = Own { headers: Some(headers("authorization=Bearer%20abcdef").unwrap()), ..endpoint_of_ours("http://c") };
+    let (config, _) = read(&own, &[("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "100")]);
+    assert_eq!(config.value_limit, Some(100));
+    let variables = [("MY_API_KEY", "0123456789"), ("db_password", "0123456789ab"), ("PATH", "/usr/bin:/bin"), ("AUTH", "short")];
+    let variables = variables.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned()));
+    assert_eq!(secrets(&config, variables), ["Bearer abcdef", "0123456789ab", "0123456789"]);
+}
+
+#[test]
 fn who_wants_no_telemetry_gets_none() {
     let on = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c");
     assert_eq!(told(&Own::default(), &[on, ("OTEL_SDK_DISABLED", "TRUE")]), "-\n-\n-");
