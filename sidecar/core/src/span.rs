@@ -27,6 +27,7 @@ mod semconv;
 mod tree;
 mod turn;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use self::id::Ids;
@@ -65,6 +66,8 @@ pub struct TraceSettings {
     pub sampler: Sampler,
     /// What may be told of content.
     pub gates: Gates,
+    /// The last turn of each session that a process before us has told.
+    pub turns: BTreeMap<String, Context>,
 }
 
 /// Which traces are kept.
@@ -103,6 +106,7 @@ impl Default for TraceSettings {
             native_traces: false,
             sampler: Sampler::default(),
             gates: Gates::default(),
+            turns: BTreeMap::new(),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What `run` tells others of the agent while it runs: which of it is wanted, by whom, and the way there.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use crate::export::otlp::encode::Origin;
 use crate::export::otlp::environment::{self, Histograms, Own};
 use crate::export::otlp::metrics::MetricsOptions;
 use crate::export::otlp::pipeline::{Identity, Pipeline};
-use crate::export::otlp::{Counts, Flushed, OtlpConfig, Signal, resource};
+use crate::export::otlp::{Counts, Flushed, OtlpConfig, Signal, resource, turns};
 use crate::http::visit_blocking;
 use crate::supervise::{Handle, random};
 
@@ -27,6 +28,8 @@ pub(crate) struct Telemetry {
     config: OtlpConfig,
     semconv: Semconv,
     gates: Gates,
+    /// The last turns of sessions, as others before us told them.
+    turns: BTreeMap<String, Context>,
     agent_name: String,
     parent: Option<Context>,
     seed: u64,
@@ -54,8 +57,11 @@ impl Telemetry {
         });
         let texts = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
         let gates = config.gates(otlp.value_limit, environment::secrets(&otlp, texts));
+        let traced = otlp.exported()[Signal::Traces as usize];
+        let turns = otlp.queue_dir.as_deref().filter(|_| traced).map(turns::read).unwrap_or_default();
         Telemetry {
             gates,
+            turns,
             config: otlp,
             semconv: config.semconv(),
             agent_name: config.agent_name(),
@@ -83,6 +89,7 @@ impl Telemetry {
             native_traces: self.native_traces,
             sampler: self.config.sampler,
             gates: self.gates.clone(),
+            turns: self.turns.clone(),
         }
     }
 

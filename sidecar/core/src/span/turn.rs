@@ -32,8 +32,9 @@ impl Spans {
         if !session.is_empty() {
             put(attributes, "gen_ai.conversation.id", session.as_str());
         }
-        let mut before = None;
-        if let Some((start, from)) = self.opening.take() {
+        let (mut before, opening) = (None, self.opening.take());
+        let opens = opening.is_some();
+        if let Some((start, from)) = opening {
             put(attributes, "claude_agent.session.start", start.as_str());
             if let Some(from) = &from {
                 put(attributes, "claude_agent.session.from", from.as_str());
@@ -63,7 +64,11 @@ impl Spans {
         if turn.keep {
             put(attributes, "claude_agent.keep", true);
         }
-        if let Some((to, _)) = self.last.as_ref().filter(|(_, last)| last == session || Some(last) == before.as_ref()) {
+        let of_this_process = self.last.as_ref().filter(|(_, last)| last == session || Some(last) == before.as_ref());
+        let of_another = || {
+            [Some(session), before.as_ref()].into_iter().flatten().filter(|_| opens).find_map(|id| self.settings.turns.get(id))
+        };
+        if let Some(to) = of_this_process.map(|(to, _)| to).or_else(of_another) {
             let attributes = vec![("claude_agent.link", "previous_turn".into())];
             open.span.links.push(Link { to: *to, attributes });
         }

@@ -237,6 +237,23 @@ fn turns_are_linked_and_the_first_says_where_its_session_comes_from() {
     }
     told_alike(&run);
 
+    // What another process has told of the session, or of the one that it is a fork of, is gone on from, too.
+    let before = "11111111-2222-3333-4444-555555555555";
+    let known = Context::from_traceparent(GIVEN).unwrap();
+    for (start, told) in [(Start::Resume, SESSION), (Start::Continue, SESSION), (Start::Fork, before), (Start::Fresh, "other")] {
+        let turns = [(told.to_owned(), known)].into();
+        let resume = matches!(start, Start::Resume | Start::Fork).then(|| told.to_owned());
+        let settings = Settings { trace: TraceSettings { turns, ..trace() }, start, resume, ..Settings::default() };
+        let mut run = Run::new(settings, false);
+        for _ in 0..2 {
+            run.ask().init(SESSION).result(SESSION, "success", "completed");
+        }
+        let turns = run.named("invoke_agent claude-code");
+        let links = |turn: &Span| turn.links.iter().map(|link| link.to).collect::<Vec<_>>();
+        assert_eq!(links(turns[0]), if start == Start::Fresh { vec![] } else { vec![known] }, "{start:?}");
+        assert_eq!(links(turns[1]), [turns[0].context]);
+    }
+
     // A name or a path that was given in place of an id is nobody's business.
     let settings =
         Settings { trace: trace(), start: Start::Resume, resume: Some(String::from("/home/me/s.jsonl")), ..Settings::default() };

@@ -1,6 +1,6 @@
 //! What a collector gets of a run, and of one that was killed.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -103,7 +103,23 @@ fn a_kill_of_ours_in_mid_turn_is_told_by_the_next_start() {
     // Its turn, its answer and its call: each has it as attribute and as status.
     assert_eq!(collector.told("/v1/traces", "sidecar_lost"), 6);
     wait_for("the dead one's events", || (collector.told("/v1/logs", "successor") > 0).then_some(()));
-    assert_eq!(std::fs::read_dir(dir.join("queue")).unwrap().count(), 0, "nothing is left");
+    let left = std::fs::read_dir(dir.join("queue")).unwrap().flatten().filter(|entry| entry.file_name() != "turns");
+    assert_eq!(left.count(), 0, "nothing is left");
+}
+
+#[test]
+fn a_session_that_is_resumed_by_another_process_is_linked_to_its_last_turn() {
+    let (dir, collector) = (fresh("otlp-resumed"), Collector::start());
+    let session = "5f0a2f6e-95cb-4b0f-a56c-0a3e2d1c9b7f";
+    let program = format!("echo '{}'", CALL.replace(r#""session_id":"s""#, &format!(r#""session_id":"{session}""#)));
+    let ran = |args: &[&str]| {
+        let mut command = run(&dir, &collector.url, &program);
+        assert!(command.args(args).stdin(Stdio::null()).output().unwrap().status.success());
+        collector.told("/v1/traces", "previous_turn")
+    };
+    assert_eq!(ran(&[]), 0);
+    assert_eq!(ran(&["--resume", session]), 1);
+    assert_eq!(ran(&["--continue"]), 2);
 }
 
 #[test]
@@ -134,7 +150,8 @@ fn content_leaves_only_by_the_gate_that_was_opened_and_without_its_secrets() {
     ] {
         let (dir, collector) = (fresh("otlp-content"), Collector::start());
         let (ledger, events) = (dir.join("ledger.jsonl"), dir.join("events.jsonl"));
-        [&ledger, &events].map(|file| std::fs::remove_file(file).ok());
+        std::fs::remove_file(&ledger).ok();
+        std::fs::remove_file(&events).ok();
         let mut command = Command::new(SIDECAR);
         command.args(["run", "--listen", "off", "--log-level", "debug", "--otlp-endpoint", &collector.url, "--otlp-queue-dir"]);
         command.arg(dir.join("queue")).arg("--ledger").arg(&ledger).arg("--events").arg(&events).args(gate);

@@ -18,6 +18,7 @@ pub(crate) mod pipeline;
 mod queue;
 pub(crate) mod resource;
 mod send;
+pub(crate) mod turns;
 mod wire;
 
 use std::collections::VecDeque;

@@ -5,10 +5,11 @@
 //! left as a will with the queue, renewed every second (the meters less often), for whoever comes after us to send.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use agent_sidecar_core::telemetry::{LogEvent, Span};
+use agent_sidecar_core::telemetry::{Context, LogEvent, Span};
 use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
 use opentelemetry_proto::tonic::metrics::v1::metric::Data;
 use prost::Message;
@@ -16,7 +17,7 @@ use prost::Message;
 use super::encode::{self, Origin};
 use super::environment::Batching;
 use super::metrics::{Metrics, MetricsOptions};
-use super::{Cause, Counts, Exporter, Flushed, OtlpConfig, Signal};
+use super::{Cause, Counts, Exporter, Flushed, OtlpConfig, Signal, turns};
 use crate::http::visit_blocking;
 use crate::supervise::Handle;
 
@@ -147,6 +148,7 @@ impl Pipeline {
         handle: Handle,
     ) -> std::io::Result<Option<Pipeline>> {
         let (spans, logs, interval, flush) = (config.spans, config.logs, config.metrics.interval, config.flush);
+        let queue_dir = config.queue_dir.clone();
         let metered = config.exported()[Signal::Metrics as usize];
         let Some(exporter) = Exporter::start(config, Arc::clone(&counts))? else { return Ok(None) };
         let exporter = Arc::new(exporter);
@@ -164,8 +166,9 @@ impl Pipeline {
             exporter: Arc::clone(&exporter),
             origin: Arc::new(identity.origin),
             handle,
+            queue_dir,
             reader,
-            will: Will { next: now + RENEW, last: now, open: Vec::new(), events: Vec::new(), said: [false; 2] },
+            will: Will { next: now + RENEW, last: now, open: Vec::new(), events: Vec::new(), said: [false; 2], remembered: None },
         };
         std::thread::Builder::new().name(String::from("telemetry")).stack_size(512 * 1024).spawn(move || worker.run())?;
         Ok(Some(Pipeline { shared, exporter, flush }))
@@ -208,6 +211,8 @@ struct Will {
     events: Vec<LogEvent>,
     /// Spans and events: there is something in it.
     said: [bool; 2],
+    /// The open turn that was remembered.
+    remembered: Option<Context>,
 }
 
 struct Worker {
@@ -215,6 +220,7 @@ struct Worker {
     exporter: Arc<Exporter>,
     origin: Arc<Origin>,
     handle: Handle,
+    queue_dir: Option<PathBuf>,
     reader: Option<Reader>,
     will: Will,
 }
@@ -234,6 +240,7 @@ impl Worker {
             let (spans, events, ending) = self.wait();
             self.offer(Signal::Traces, &spans, |spans| encode::spans(spans, &self.origin).encode_to_vec());
             self.offer(Signal::Logs, &events, |events| encode::logs(events, &self.origin).encode_to_vec());
+            self.remember(&spans);
             if ending && !(spans.is_empty() && events.is_empty()) {
                 continue;
             }
@@ -252,6 +259,12 @@ impl Worker {
         drop(done);
     }
 
+    fn remember<'a>(&self, spans: impl IntoIterator<Item = &'a Span>) {
+        if let Some(queue_dir) = &self.queue_dir {
+            turns::remember(queue_dir, spans);
+        }
+    }
+
     /// What is open, and what waits, goes into the will.
     fn renew(&mut self) {
         let now = Instant::now();
@@ -263,6 +276,13 @@ impl Worker {
         if let Some(words) = visit_blocking(&self.handle, |monitor, now| monitor.last_words(now)) {
             (self.will.open, self.will.events) = words;
             self.will.open.retain(|span| span.context.sampled);
+        }
+        // An open turn is one that a successor may go on from.
+        if let Some(turn) = self.will.open.iter().find(|span| span.attributes.iter().any(|(key, _)| *key == "claude_agent.turn"))
+            && self.will.remembered != Some(turn.context)
+        {
+            self.remember([turn]);
+            self.will.remembered = Some(turn.context);
         }
         // What has ended since is among those that wait, and nothing leaves those but by this thread.
         let (mut spans, mut events): (Vec<Span>, Vec<LogEvent>) = {

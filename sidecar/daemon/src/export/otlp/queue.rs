@@ -7,6 +7,7 @@
 //!     <created>-<nonce>-<n>-<items>.traces
 //!     will.traces                         what is to be sent if its process ends without another word
 //!   corrupt/                              set aside, for whoever wants to know
+//!   turns/                                not the queue's: see [`super::turns`]
 //! ```
 //!
 //! A batch is written before it is sent and removed when the collector has answered: it is sent at least once. There is no
@@ -106,6 +107,8 @@ pub(super) struct Queue {
     totals: [[Total; 2]; 3],
     /// Being sent right now: never the one to be dropped.
     in_flight: [Option<Id>; 3],
+    /// It has been said that something was dropped.
+    said_full: bool,
     counts: Arc<Counts>,
 }
 
@@ -123,6 +126,7 @@ impl Queue {
             waiting: Default::default(),
             totals: Default::default(),
             in_flight: [None; 3],
+            said_full: false,
             counts,
         };
         queue.visit();
@@ -148,6 +152,7 @@ impl Queue {
         let id = Id { created: unix_ns.max(newest), nonce: self.nonce, n: self.n };
         let room = if self.own.is_some() { self.bounds.disk } else { self.bounds.memory };
         if bytes > room {
+            self.full();
             return self.counts.lose(signal, Cause::TooLarge, u64::from(items));
         }
         let written = self.own.as_ref().map(|own| write(&own.dir, signal, id, items, &payload));
@@ -282,9 +287,18 @@ impl Queue {
                 });
                 let Some((_, signal, at)) = victims.max() else { break };
                 let items = self.waiting[signal as usize][at].items;
+                self.full();
                 self.counts.lose(signal, cause, u64::from(items));
                 self.remove(signal, at);
             }
+        }
+    }
+
+    /// Said once: the metrics have the numbers.
+    fn full(&mut self) {
+        if !std::mem::replace(&mut self.said_full, true) {
+            let (max, dir) = (self.bounds.disk, self.root.as_deref().unwrap_or(Path::new("")).display());
+            tracing::warn!(%dir, max, "what waits for the collector has no room: the oldest is dropped; see --otlp-queue-max");
         }
     }
 
@@ -392,19 +406,32 @@ impl Queue {
 
     /// A will: it says of itself when it was made and what is in it.
     fn inherited(&mut self, path: &Path, file: &str) -> Option<Found> {
-        let whole = file.strip_suffix(TORN);
-        let signal = Signal::ALL.into_iter().find(|signal| whole.unwrap_or(file) == will(*signal))?;
-        let mut header = [0; HEADER];
-        let read = File::open(path).and_then(|mut file| file.read_exact(&mut header));
-        if whole.is_some() || read.is_err() {
-            // Its writer died over it, and the one before it is whole.
-            drop(fs::remove_file(path));
-            return None;
-        }
-        let created = u64::from_le_bytes(std::array::from_fn(|i| header[8 + i]));
-        let items = u32::from_le_bytes(std::array::from_fn(|i| header[16 + i]));
+        let torn = file.strip_suffix(TORN);
+        let signal = Signal::ALL.into_iter().find(|signal| torn.unwrap_or(file) == will(*signal))?;
         self.n += 1;
-        Some(Found { signal, id: Id { created, nonce: self.nonce, n: self.n }, items, torn: false })
+        let (nonce, n) = (self.nonce, self.n);
+        let found = || {
+            let mut header = [0; HEADER];
+            File::open(path)?.read_exact(&mut header)?;
+            let created = u64::from_le_bytes(std::array::from_fn(|i| header[8 + i]));
+            let items = u32::from_le_bytes(std::array::from_fn(|i| header[16 + i]));
+            let id = Id { created, nonce, n };
+            // It counts what it is worth itself: only if it is as it was written.
+            read(path, signal, id, items).map(|_| Found { signal, id, items, torn: false })
+        };
+        if torn.is_none() {
+            match found() {
+                Ok(found) => return Some(found),
+                Err(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) => {
+                    self.counts.lose(signal, Cause::Corrupt, 1);
+                }
+                // It stays for the next visit.
+                Err(_) => return None,
+            }
+        }
+        // Of one whose writer died over it, the one before is whole.
+        drop(fs::remove_file(path));
+        None
     }
 
     /// Writes down what had to stay in memory.
