@@ -131,9 +131,8 @@ impl TraceSettings {
 /// How a span ends.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum End {
+    /// As it was to end, or as somebody wanted it. That it was a success is for others to say: the conventions leave that to them.
     Well,
-    /// As it was to end, or as somebody wanted it.
-    Neutral,
     Failed(&'static str),
     /// Nobody said that it has ended.
     Lost,
@@ -349,7 +348,7 @@ impl Spans {
             Update::PermissionDecided { request, decision, .. } => {
                 let key = Key::Permission(request.clone());
                 put(&mut self.tree.get(&key)?.span.attributes, "claude_agent.decision", *decision);
-                self.end(&key, at, if *decision == "error" { End::Failed("permission_error") } else { End::Neutral })
+                self.end(&key, at, if *decision == "error" { End::Failed("permission_error") } else { End::Well })
             }
             Update::McpStarted { request, server } => {
                 let place = self.called(server).or_else(|| self.home(None, at));
@@ -359,7 +358,7 @@ impl Spans {
                 put(&mut open.span.attributes, "claude_agent.server", server.as_str());
                 Some(open.span.context)
             }
-            Update::McpCalled { request, .. } => self.end(&Key::Mcp(request.clone()), at, End::Neutral),
+            Update::McpCalled { request, .. } => self.end(&Key::Mcp(request.clone()), at, End::Well),
             Update::SubagentStarted { kind, call, task, depth, background, .. } => {
                 let place = self.tree.place(Key::Tool(call.clone())).or_else(|| self.home(None, at));
                 let key = Key::Subagent(call.clone());
@@ -385,7 +384,7 @@ impl Spans {
                     "completed" => End::Well,
                     "failed" => End::Failed("subagent_failed"),
                     "lost" => End::Lost,
-                    _ => End::Neutral,
+                    _ => End::Well,
                 };
                 self.end(&key, at, end)
             }
@@ -511,7 +510,7 @@ impl Spans {
             }
             // It ends with the exit: that is what it is for.
             self.gone = None;
-            self.end(&key, at, End::Neutral);
+            self.end(&key, at, End::Well);
         }
     }
 

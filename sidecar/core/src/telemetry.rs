@@ -43,7 +43,6 @@ pub enum SpanKind {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Status {
     Unset,
-    Ok,
     /// What went wrong, as a word of a bounded vocabulary.
     Error(String),
 }

@@ -75,7 +75,7 @@ impl Spans {
         let end = match outcome {
             Outcome::Success => End::Well,
             // Who wanted it has got it.
-            Outcome::Interrupted if self.gone.is_none() => End::Neutral,
+            Outcome::Interrupted if self.gone.is_none() => End::Well,
             Outcome::SuccessIsError => End::Failed(turn.failure.unwrap_or(outcome.as_str())),
             Outcome::MaxTurns
             | Outcome::DuringExecution
@@ -208,7 +208,7 @@ impl Spans {
         if *settled {
             put(attributes, "gen_ai.usage.output_tokens", tokens.output);
         }
-        let end = if open.streamed && stop_reason.is_none() { End::Failed("truncated") } else { End::Neutral };
+        let end = if open.streamed && stop_reason.is_none() { End::Failed("truncated") } else { End::Well };
         self.end(&key, at.saturating_sub(*since), end)
     }
 
@@ -222,7 +222,7 @@ impl Spans {
         let end = match outcome {
             ToolOutcome::Ok => End::Well,
             ToolOutcome::Error => End::Failed("tool_error"),
-            ToolOutcome::Denied => End::Neutral,
+            ToolOutcome::Denied => End::Well,
             ToolOutcome::Interrupted => End::Failed("interrupted"),
             ToolOutcome::Lost => End::Lost,
         };
@@ -235,7 +235,7 @@ impl Spans {
     pub(super) fn hook_ended(&mut self, hook: &str, outcome: &str, at: Duration) -> Option<Context> {
         let key = Key::Hook(hook.to_owned());
         put(&mut self.tree.get(&key)?.span.attributes, "claude_agent.outcome", outcome);
-        self.end(&key, at, if outcome == "error" { End::Failed("hook_error") } else { End::Neutral })
+        self.end(&key, at, if outcome == "error" { End::Failed("hook_error") } else { End::Well })
     }
 
     pub(super) fn shutdown(&mut self, at: Duration) {
@@ -338,7 +338,7 @@ impl Spans {
             (_, Some(cause)) => Some(cause.as_str()),
             (End::Failed(error), None) => Some(error),
             (End::Lost, None) => Some("lost"),
-            (End::Well | End::Neutral, None) => None,
+            (End::Well, None) => None,
         };
         if let Some(error) = error {
             put(attributes, "error.type", error);
@@ -350,15 +350,13 @@ impl Spans {
                 put(attributes, "claude_agent.limit", limit.as_str());
             }
             open.span.status = Status::Error(error.to_owned());
-        } else if end == End::Well {
-            open.span.status = Status::Ok;
         }
         let (context, under) = (self.tree.finish(open, at), *key == Key::Background);
         // Its last child takes it along.
         if !under && self.tree.has(&Key::Background) {
             let children = self.tree.keys(|_, open| open.under == Some(Key::Background));
             if children.is_empty() {
-                self.end(&Key::Background, at, End::Neutral);
+                self.end(&Key::Background, at, End::Well);
             }
         }
         Some(context)
@@ -366,7 +364,7 @@ impl Spans {
 
     pub(super) fn end_all(&mut self, at: Duration, which: impl Fn(&Key, &Open) -> bool) {
         for key in self.tree.keys(which) {
-            self.end(&key, at, End::Neutral);
+            self.end(&key, at, End::Well);
         }
     }
 

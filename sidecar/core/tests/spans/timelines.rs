@@ -41,7 +41,7 @@ fn a_call_waits_for_a_person_and_for_a_tool_of_the_app() {
     );
     let tool = run.one("execute_tool mcp__my_calc__add");
     assert_eq!((text(tool, "gen_ai.tool.type"), text(tool, "gen_ai.tool.call.id")), ("extension", "toolu_1"));
-    assert_eq!(tool.status, Status::Ok);
+    assert_eq!(tool.status, Status::Unset);
     let decided = run.logs.iter().find(|event| event.name == "permission.decided").unwrap();
     assert_eq!(decided.context, Some(run.one("permission mcp__my_calc__add").context));
     assert!(decided.attributes.contains(&("claude_agent.wait_seconds", Value::Float(60.0))), "{:?}", decided.attributes);

@@ -213,6 +213,9 @@ fn destination(signal: Signal, user: &Surroundings) -> Result<Uri, String> {
     };
     let uri: Uri = url.parse().map_err(|_| format!("the endpoint of its {} is no URL", signal.as_str()))?;
     match (uri.scheme_str(), uri.authority()) {
+        (Some("http" | "https"), Some(authority)) if authority.as_str().contains('@') => {
+            Err(format!("the endpoint of its {} has a password in it, which it alone can use; use headers", signal.as_str()))
+        }
         (Some("http" | "https"), Some(_)) => Ok(uri),
         _ => Err(format!("the endpoint of its {} is no http:// or https:// URL", signal.as_str())),
     }

@@ -112,7 +112,6 @@ fn span(span: &telemetry::Span, origin: &Origin) -> Span {
         links,
         status: match &span.status {
             telemetry::Status::Unset => None,
-            telemetry::Status::Ok => Some(Status { code: StatusCode::Ok.into(), message: String::new() }),
             telemetry::Status::Error(what) => Some(Status { code: StatusCode::Error.into(), message: what.clone() }),
         },
     }

@@ -83,6 +83,7 @@ fn what_cannot_be_forwarded_is_not_taken() {
         (vec![ON, METRICS], "no protocol"),
         (vec![ON, METRICS, HTTP, ("OTEL_EXPORTER_OTLP_ENDPOINT", "unix://his")], "no http:// or https:// URL"),
         (vec![ON, METRICS, HTTP, ("OTEL_EXPORTER_OTLP_ENDPOINT", "nowhere in particular")], "no URL"),
+        (vec![ON, METRICS, HTTP, ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://me:geheim@his:4318")], "a password in it"),
         (vec![ON, METRICS, HTTP, ("OTEL_EXPORTER_OTLP_CLIENT_KEY", "/key")], "CLIENT_KEY"),
     ] {
         let said = plan(Choice::Auto, true, &user(&variables));
