@@ -411,6 +411,11 @@ impl Monitor {
         self.session.reconciliation()
     }
 
+    /// Whether there is a CLI still.
+    pub fn running(&self) -> bool {
+        !self.exited
+    }
+
     /// The CLI's pid, while it runs.
     pub fn pid(&self) -> Option<u32> {
         self.pid.filter(|_| !self.exited)

@@ -1,4 +1,4 @@
-//! `/metrics`, `/livez`, `/readyz`, `/status`: on a thread and a runtime of their own, read-only, and in nobody's way.
+//! `/metrics`, `/livez`, `/readyz`, `/status`, `/busy`: on a thread and a runtime of their own, read-only, and in nobody's way.
 //!
 //! An answer is made by a visit to the monitor on its own thread; encoding and sending happen here. A scraper that stalls holds a
 //! connection and nothing else. There is nothing here that changes anything: control is not offered over HTTP.
@@ -18,6 +18,7 @@ use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 
+use crate::busy;
 use crate::export::{otlp, prometheus};
 use crate::supervise::{Counts, Handle};
 
@@ -91,6 +92,8 @@ pub(crate) struct Site {
     pub(crate) labels: Vec<(&'static str, String)>,
     /// What became of what was to be exported.
     pub(crate) exports: Arc<otlp::Counts>,
+    /// For how long `/busy` may be believed.
+    pub(crate) lease: Duration,
 }
 
 /// Serves until the process ends.
@@ -180,12 +183,19 @@ async fn answer(request: &Request<Incoming>, site: &Site) -> Response<Full<Bytes
                 text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n")
             }
         },
-        "/" => text(StatusCode::OK, "agent-sidecar: /metrics /livez /readyz /status\n"),
-        _ => text(StatusCode::NOT_FOUND, "not here; there are /metrics /livez /readyz /status\n"),
+        "/busy" => {
+            let lease = site.lease;
+            match visit(handle, move |monitor, now| busy::page(monitor, now, lease)).await {
+                Visit::Answer(word) => reply(StatusCode::OK, "application/json", word),
+                Visit::Silent | Visit::Gone => text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n"),
+            }
+        }
+        "/" => text(StatusCode::OK, "agent-sidecar: /metrics /livez /readyz /status /busy\n"),
+        _ => text(StatusCode::NOT_FOUND, "not here; there are /metrics /livez /readyz /status /busy\n"),
     }
 }
 
-async fn metrics(Site { handle, scrapes, labels, exports }: &Site) -> Response<Full<Bytes>> {
+async fn metrics(Site { handle, scrapes, labels, exports, .. }: &Site) -> Response<Full<Bytes>> {
     // The scrape itself counts, so that the last one says that it was.
     let last = scrapes.last_unix_ms.load(Relaxed);
     let (counts, exports) = (handle.clone(), Arc::clone(exports));

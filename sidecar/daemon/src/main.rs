@@ -1,5 +1,6 @@
 //! `agent-sidecar`: wraps a Claude agent's CLI, relays it exactly, counts it, limits it, and stops it without losing its last cost.
 
+mod busy;
 mod cli;
 mod config;
 mod demo;

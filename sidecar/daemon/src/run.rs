@@ -14,6 +14,7 @@ use agent_sidecar_core::record::Fact;
 use agent_sidecar_core::update::ExitReason;
 use agent_sidecar_core::{Input, Monitor, Output, Settings};
 
+use crate::busy;
 use crate::config::Config;
 use crate::export::otlp::pipeline::Pipeline;
 use crate::http::{self, Scrapes, Site};
@@ -173,7 +174,13 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
         let scrapes = Arc::new(Scrapes::default());
         if let Err(error) = http::serve(
             bound,
-            Site { handle: handle.clone(), scrapes: Arc::clone(&scrapes), labels: config.labels(), exports: counts },
+            Site {
+                handle: handle.clone(),
+                scrapes: Arc::clone(&scrapes),
+                labels: config.labels(),
+                exports: counts,
+                lease: config.busy().length,
+            },
         ) {
             tracing::warn!(%error, "metrics are not served");
         }
@@ -190,6 +197,7 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
             }));
         }
     }
+    last.extend(busy::tell_for_ever(config.busy(), handle.clone()));
     if !last.is_empty() {
         supervisor = supervisor.before_exit(Box::new(move |ending| last.into_iter().for_each(|last| last(ending))));
     }

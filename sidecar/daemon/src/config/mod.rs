@@ -18,12 +18,16 @@ use agent_sidecar_core::price::PriceTable;
 use agent_sidecar_core::span::Semconv;
 use agent_sidecar_core::tokens::Usd;
 
+use crate::busy::Lease;
 use crate::export::otlp::environment::{Headers, Own};
 
 pub(crate) use value::{Kind, Value};
 
 /// Read if it is there, when no `--config` names another.
 pub(crate) const DEFAULT_FILE: &str = "/etc/agent-sidecar/config.toml";
+
+/// Where a lease was unset: it cannot be none.
+const BUSY_LEASE: Duration = Duration::from_secs(60);
 
 /// One thing that can be set.
 #[derive(Debug)]
@@ -90,6 +94,10 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("content.answers", "content-answers", Kind::Switch, "false", "tell in spans what the model writes (gen_ai.output.messages of chats)"),
     setting("content.tool_inputs", "content-tool-inputs", Kind::Switch, "false", "tell in spans what tools are called with (gen_ai.tool.call.arguments)"),
     setting("content.tool_outputs", "content-tool-outputs", Kind::Switch, "false", "tell in spans what tools answer (gen_ai.tool.call.result)"),
+    setting("busy.lease", "busy-lease", Kind::Time, "60s", "how long a word that the agent is busy may be believed; it is said again after a third of that"),
+    setting("busy.file", "busy-file", Kind::Path, "", "a file that says whether the agent is busy, replaced with each word"),
+    setting("busy.webhook", "busy-webhook", Kind::Url, "", "where each such word is posted as JSON"),
+    setting("busy.webhook_headers", "busy-webhook-headers", Kind::Headers, "", "headers of each post, as name=value,name=value, percent-encoded; never shown"),
     setting("log.format", "log-format", Kind::Choice(&["text", "json"]), "text", "format of the log on stderr"),
     setting("log.level", "log-level", Kind::Choice(&["error", "warn", "info", "debug"]), "warn", "what is logged"),
     setting("log.quiet", "quiet", Kind::Switch, "false", "log errors only"),
@@ -363,6 +371,13 @@ impl Config {
         self.value(key).map(|_| PathBuf::from(self.text(key)))
     }
 
+    fn headers(&self, key: &str) -> Option<Headers> {
+        match self.value(key) {
+            Some(Value::Headers(headers)) => Some(headers.clone()),
+            _ => None,
+        }
+    }
+
     // ---- what the rest of the program asks
 
     /// Every ceiling that is set, with its mode.
@@ -432,12 +447,6 @@ impl Config {
     /// The table `[otlp]`, for [`crate::export::otlp::environment::read`].
     pub(crate) fn otlp(&self) -> Own {
         let text = |key: &str| self.value(key).map(|_| self.text(key).to_owned());
-        let headers = |key: &str| -> Option<Headers> {
-            match self.value(key) {
-                Some(Value::Headers(headers)) => Some(headers.clone()),
-                _ => None,
-            }
-        };
         // `off` unsets what has no default, and here it is also what is meant.
         let switch = |key: &str| match self.value(key) {
             Some(Value::Switch(on)) => Some(*on),
@@ -447,7 +456,7 @@ impl Config {
             endpoint: text("otlp.endpoint"),
             off: matches!(self.text("otlp.endpoint"), "off" | "none"),
             protocol: text("otlp.protocol"),
-            headers: headers("otlp.headers"),
+            headers: self.headers("otlp.headers"),
             timeout: self.time("otlp.timeout"),
             compression: text("otlp.compression").or_else(|| (self.text("otlp.compression") == "none").then(|| "none".into())),
             certificate: self.path("otlp.certificate"),
@@ -470,6 +479,15 @@ impl Config {
             tool_outputs: self.switch("content.tool_outputs"),
             max: max.unwrap_or(shut.max),
             secrets,
+        }
+    }
+
+    pub(crate) fn busy(&self) -> Lease {
+        Lease {
+            length: self.time("busy.lease").unwrap_or(BUSY_LEASE),
+            file: self.path("busy.file"),
+            webhook: self.value("busy.webhook").and_then(|_| self.text("busy.webhook").parse().ok()),
+            headers: self.headers("busy.webhook_headers").unwrap_or_default(),
         }
     }
 

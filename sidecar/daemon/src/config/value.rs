@@ -26,7 +26,7 @@ pub(crate) enum Kind {
     Path,
     Address,
     Choice(&'static [&'static str]),
-    /// Of a collector.
+    /// Of somebody who is told something: a collector, a platform.
     Url,
     /// Of its requests: secret.
     Headers,

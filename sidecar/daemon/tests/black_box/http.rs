@@ -55,6 +55,7 @@ fn each_page_answers_and_nothing_can_be_changed() {
         ("GET /livez", 200),
         ("GET /readyz", 200),
         ("GET /status", 200),
+        ("GET /busy", 200),
         ("GET /", 200),
         ("GET /nope", 404),
         ("POST /metrics", 405),

@@ -34,7 +34,7 @@ pub(crate) enum Protocol {
 
 /// Headers, which hold keys more often than not: neither printed nor logged.
 #[derive(Clone, Default, PartialEq, Eq)]
-pub(crate) struct Headers(pub(super) HeaderMap);
+pub(crate) struct Headers(pub(crate) HeaderMap);
 
 impl fmt::Debug for Headers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

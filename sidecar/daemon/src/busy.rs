@@ -1,0 +1,212 @@
+//! The busy lease: tells a platform that the agent works, and until when to believe it.
+//!
+//! Platforms judge by inbound traffic and stop agents in the middle of a tool call. The same word is said in three ways: `/busy`, a
+//! file, a webhook. It is a lease: a sidecar that dies says nothing more, and the last word runs out by itself.
+//!
+//! ```text
+//!   idle ──works──► told busy until T ──a third of the lease──► told again ──idle──► told idle
+//! ```
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use agent_sidecar_core::update::Activity;
+use agent_sidecar_core::{Monitor, Now};
+use http_body_util::Full;
+use hyper::body::Bytes;
+use hyper::header::{CONTENT_TYPE, HeaderValue, USER_AGENT};
+use hyper::{Method, Request, Uri};
+use hyper_rustls::HttpsConnectorBuilder;
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use serde::Serialize;
+
+use crate::export::otlp::environment::Headers;
+use crate::http::visit_blocking;
+use crate::supervise::{BeforeExit, Handle};
+
+/// How often the agent is looked at. Short beside every lease, and nothing beside the agent's own work.
+const LOOK: Duration = Duration::from_secs(1);
+/// A webhook has this long for its answer; at the end of the agent, too.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// What is said.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Word {
+    pub(crate) busy: bool,
+    pub(crate) state: Activity,
+    /// Seconds since the Unix epoch: until then it may be believed. Absent when idle.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) until: Option<u64>,
+}
+
+impl Word {
+    /// Of this moment. An agent on its way out is busy to the last: its last cost is on its way, too.
+    pub(crate) fn of(monitor: &Monitor, now: Now, lease: Duration) -> Word {
+        let state = monitor.activity();
+        let busy = monitor.running() && !matches!(state, Activity::WaitingInput | Activity::Idle);
+        Word { busy, state, until: busy.then(|| (now.unix + lease).as_secs()) }
+    }
+
+    fn json(&self) -> Vec<u8> {
+        let mut json = serde_json::to_vec(self).expect("a word has no keys but names");
+        json.push(b'\n');
+        json
+    }
+}
+
+/// Where the word goes, and for how long it holds.
+#[derive(Clone, Debug)]
+pub(crate) struct Lease {
+    pub(crate) length: Duration,
+    pub(crate) file: Option<PathBuf>,
+    pub(crate) webhook: Option<Uri>,
+    pub(crate) headers: Headers,
+}
+
+/// When it is to be said again.
+#[derive(Debug, Default)]
+struct Told {
+    busy: Option<bool>,
+    at: Duration,
+}
+
+impl Told {
+    fn due(&mut self, word: &Word, now: Duration, lease: Duration) -> bool {
+        let due = self.busy != Some(word.busy) || word.busy && now.saturating_sub(self.at) >= lease / 3;
+        if due {
+            *self = Told { busy: Some(word.busy), at: now };
+        }
+        due
+    }
+}
+
+/// Says it for as long as there is a monitor; what is returned says the last of it. Does nothing where nobody is to be told.
+pub(crate) fn tell_for_ever(lease: Lease, handle: Handle) -> Option<BeforeExit> {
+    if lease.file.is_none() && lease.webhook.is_none() {
+        return None;
+    }
+    let last = lease.clone();
+    let started = std::thread::Builder::new().name(String::from("busy")).stack_size(512 * 1024).spawn(move || {
+        let mut teller = Teller::new(lease);
+        let mut told = Told::default();
+        let length = teller.lease.length;
+        while let Some((word, now)) = visit_blocking(&handle, move |monitor, now| (Word::of(monitor, now, length), now)) {
+            if told.due(&word, now.mono, length) {
+                teller.tell(&word);
+            }
+            std::thread::sleep(LOOK.min(length / 6).max(LOOK / 20));
+        }
+    });
+    if let Err(error) = started {
+        tracing::warn!(%error, "nobody is told whether the agent is busy");
+        return None;
+    }
+    Some(Box::new(move |_| Teller::new(last).tell(&Word { busy: false, state: Activity::Draining, until: None })))
+}
+
+struct Teller {
+    lease: Lease,
+    /// Failing is said once, until it works again.
+    failing: bool,
+}
+
+impl Teller {
+    fn new(lease: Lease) -> Teller {
+        Teller { lease, failing: false }
+    }
+
+    fn tell(&mut self, word: &Word) {
+        let json = word.json();
+        let written = self.lease.file.as_deref().map_or(Ok(()), |path| replace(path, &json));
+        let written = written.map_err(|error| format!("the file cannot be written: {error}"));
+        let posted = self.lease.webhook.as_ref().map_or(Ok(()), |uri| post(uri, &self.lease.headers, json));
+        let failed = written.and(posted).err();
+        match (&failed, self.failing) {
+            (Some(error), false) => {
+                tracing::warn!(%error, "the platform was not told whether the agent is busy; it is told again")
+            }
+            (None, true) => tracing::info!("the platform is told again whether the agent is busy"),
+            _ => {}
+        }
+        self.failing = failed.is_some();
+    }
+}
+
+/// A reader sees the word before or this one, never half of one.
+fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}", std::process::id()));
+    let beside = PathBuf::from(name);
+    let written =
+        File::create(&beside).and_then(|mut file| file.write_all(content)).and_then(|()| std::fs::rename(&beside, path));
+    if written.is_err() {
+        // Not there, or the disk is full: then it is in the way.
+        std::fs::remove_file(&beside).ok();
+    }
+    written
+}
+
+/// A client for each post: they are rare, and a connection that lies idle between them would be dead as often as not.
+fn post(uri: &Uri, headers: &Headers, json: Vec<u8>) -> Result<(), String> {
+    let roots = rustls::RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let tls = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let connector = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1().build();
+    let mut request = Request::new(Full::new(Bytes::from(json)));
+    *request.method_mut() = Method::POST;
+    *request.uri_mut() = uri.clone();
+    request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    request.headers_mut().insert(USER_AGENT, HeaderValue::from_static(concat!("agent-sidecar/", env!("CARGO_PKG_VERSION"))));
+    for (name, value) in &headers.0 {
+        request.headers_mut().append(name, value.clone());
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
+    let answer = runtime.block_on(async {
+        let client = Client::builder(TokioExecutor::new()).build::<_, Full<Bytes>>(connector);
+        tokio::time::timeout(ANSWER, client.request(request)).await
+    });
+    match answer {
+        Ok(Ok(response)) if response.status().is_success() => Ok(()),
+        Ok(Ok(response)) => Err(format!("the webhook answers {}", response.status())),
+        // The address may hold a token: it is not repeated.
+        Ok(Err(error)) if error.is_connect() => Err(String::from("the webhook cannot be reached")),
+        Ok(Err(_)) => Err(String::from("the webhook breaks off")),
+        Err(_) => Err(format!("the webhook does not answer within {ANSWER:?}")),
+    }
+}
+
+/// The answer to `/busy`.
+pub(crate) fn page(monitor: &Monitor, now: Now, lease: Duration) -> Vec<u8> {
+    Word::of(monitor, now, lease).json()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn word(busy: bool) -> Word {
+        Word { busy, state: if busy { Activity::Tool } else { Activity::Idle }, until: busy.then_some(1) }
+    }
+
+    #[test]
+    fn it_is_said_when_it_changes_and_again_before_it_runs_out() {
+        let lease = Duration::from_secs(60);
+        let mut told = Told::default();
+        let said: Vec<u64> =
+            (0..100).filter(|second| told.due(&word((10..70).contains(second)), Duration::from_secs(*second), lease)).collect();
+        assert_eq!(said, [0, 10, 30, 50, 70]);
+    }
+
+    #[test]
+    fn a_word_is_one_line_of_json() {
+        assert_eq!(word(true).json(), b"{\"busy\":true,\"state\":\"tool\",\"until\":1}\n");
+        assert_eq!(word(false).json(), b"{\"busy\":false,\"state\":\"idle\"}\n");
+    }
+}
