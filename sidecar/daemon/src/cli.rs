@@ -10,8 +10,10 @@ use std::process::ExitCode;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::config::{Config, Kind, Mistakes, SETTINGS, Sources};
+use crate::run::{self, Agent};
+use crate::shim::install;
 use crate::supervise::OWN_FAILURE;
-use crate::{demo, explain, messages_api, reference, replay, run};
+use crate::{demo, explain, messages_api, reference, replay};
 
 /// A word on the command line that nobody understands.
 const USAGE: u8 = 2;
@@ -101,6 +103,13 @@ fn command() -> Command {
                         .help("print the reference page of all settings instead"),
                 ),
         )
+        .subcommand(
+            shims("install")
+                .about("Put the sidecar in the place of the CLIs that SDKs and shells find")
+                .after_help("Example: RUN agent-sidecar install --all\n\
+                    The CLI moves beside its place, as `claude.sidecar-real`. Again after each upgrade of the SDK or the CLI."),
+        )
+        .subcommand(shims("uninstall").about("Put the CLIs back as they were"))
         .subcommand(Command::new("version").about("Print the version"))
         .subcommand(Command::new("catalog").about("List every metric").arg(format(&["json", "markdown"])))
         .subcommand(
@@ -117,6 +126,20 @@ fn command() -> Command {
                 .arg(Arg::new("listen").long("listen").value_name("ADDR").value_parser(value_parser!(SocketAddr)).default_value("127.0.0.1:0"))
                 .arg(Arg::new("log").long("log").value_name("FILE").value_parser(value_parser!(PathBuf)).help("append one JSON line for each request that was served")),
         )
+}
+
+/// `install` and its opposite take the same.
+fn shims(name: &'static str) -> Command {
+    let paths = Arg::new("paths").value_name("PATH").num_args(1..).value_parser(value_parser!(PathBuf));
+    Command::new(name)
+        .arg(paths.required_unless_present("all").help("a CLI, or a directory to search"))
+        .arg(
+            Arg::new("all")
+                .long("all")
+                .action(ArgAction::SetTrue)
+                .help("search everything: what pip, npm and the native installer left"),
+        )
+        .arg(Arg::new("print").long("print").action(ArgAction::SetTrue).help("say what would be done, and change nothing"))
 }
 
 /// One flag for each setting.
@@ -141,6 +164,12 @@ fn sources(matches: &ArgMatches) -> Sources {
 
 fn config(matches: &ArgMatches) -> Result<Config, Mistakes> {
     Config::load(&sources(matches))
+}
+
+/// What a command line of ours has `run` start, if it is one.
+pub(crate) fn command_of(args: Vec<OsString>) -> Option<Vec<OsString>> {
+    let matches = command().try_get_matches_from(args).ok()?;
+    Some(matches.subcommand_matches("run")?.get_many("command")?.cloned().collect())
 }
 
 pub(crate) fn main() -> Result<ExitCode, Failure> {
@@ -210,6 +239,17 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             let script = matches.get_one::<PathBuf>("script").map(PathBuf::as_path);
             messages_api::serve(script, listen, matches.get_one::<PathBuf>("log").map(PathBuf::as_path))?;
         }
+        Some((what @ ("install" | "uninstall"), matches)) => {
+            let request = install::Request {
+                undo: what == "uninstall",
+                all: matches.get_flag("all"),
+                paths: matches.get_many("paths").into_iter().flatten().cloned().collect(),
+                print: matches.get_flag("print"),
+            };
+            let well = install::perform(&request, &mut out)?;
+            out.flush()?;
+            return Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
         Some(("version", _)) => writeln!(out, "agent-sidecar {}", env!("CARGO_PKG_VERSION"))?,
         _ => unreachable!("clap asks for a subcommand, and knows these"),
     }
@@ -222,7 +262,7 @@ fn run_command(matches: &ArgMatches) -> Result<ExitCode, Failure> {
     let config = config(matches).map_err(|mistakes| own(Box::new(mistakes)))?;
     crate::logging::start(&config);
     let argv: Vec<OsString> = matches.get_many("command").into_iter().flatten().cloned().collect();
-    match run::run(&config, argv) {
+    match run::run(&config, Agent::command(argv)) {
         Ok(code) => Ok(code.into()),
         Err(failure) => Err(Failure { code: failure.exit_code.into(), error: Box::new(failure) }),
     }

@@ -15,6 +15,7 @@ mod reference;
 mod replay;
 mod run;
 mod sample;
+mod shim;
 mod supervise;
 mod telemetry;
 
@@ -22,7 +23,11 @@ use std::error::Error;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match cli::main() {
+    let ended = match shim::Shim::called() {
+        Some(shim) => shim.main(),
+        None => cli::main(),
+    };
+    match ended {
         Ok(code) => code,
         // Whoever reads our output has read enough.
         Err(failure) if broken_pipe(&*failure.error) => ExitCode::SUCCESS,

@@ -31,8 +31,30 @@ const SETTLE: Duration = Duration::from_millis(250);
 /// What is still to be forwarded then has this long: less than the CLI itself would wait for a collector that hangs.
 const FORWARD: Duration = Duration::from_secs(1);
 
+/// What to start.
+pub(crate) struct Agent {
+    pub(crate) program: OsString,
+    /// What the program finds as its own name, if not `program`.
+    pub(crate) arg0: Option<OsString>,
+    /// The command line as it is to be understood, a name for the program included.
+    pub(crate) argv: Vec<OsString>,
+    /// More for its environment.
+    pub(crate) env: Vec<(OsString, OsString)>,
+    /// The configuration had mistakes, and holds what could be read.
+    pub(crate) mistaken: bool,
+}
+
+impl Agent {
+    /// A command, as it was typed.
+    pub(crate) fn command(argv: Vec<OsString>) -> Agent {
+        let program = argv.first().cloned().unwrap_or_default();
+        Agent { program, arg0: None, argv, env: Vec::new(), mistaken: false }
+    }
+}
+
 /// Runs a command to its end, and says what to exit with.
-pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
+pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
+    let argv = agent.argv;
     let launch = Launch::of(&argv, std::io::stdin().is_terminal(), std::io::stdout().is_terminal());
     let rules = judged(config.rules(), &launch);
     let argv = match native_turns(&rules).filter(|_| launch.asks_model) {
@@ -60,6 +82,9 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
     let meters = monitor.meters_mut();
     telemetry.prepare(meters);
     meters.set(&metric::BUILD_INFO, &[env!("CARGO_PKG_VERSION")], 1.0);
+    if agent.mistaken {
+        meters.set(&metric::DEGRADED, &["config"], 1.0);
+    }
     meters.set(&metric::CONFIG_INFO, &[&config.fingerprint()], 1.0);
     meters.set(&metric::IDLE_TIMEOUT, &[], config.idle_timeout().unwrap_or_default().as_secs_f64());
 
@@ -89,15 +114,14 @@ pub(crate) fn run(config: &Config, argv: Vec<OsString>) -> Result<u8, Failure> {
         }
     });
     let env = receiver.iter().flat_map(|(receiver, plan)| plan.variables(&receiver.base()));
-    let env = env.map(|(name, value)| (name.into(), value.into())).chain(telemetry.variables()).collect();
+    let env = env.map(|(name, value)| (name.into(), value.into())).chain(telemetry.variables()).chain(agent.env).collect();
     let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, meters));
     let mut events = config.events().map(|path| LineFile::open(Use::Events, path, meters));
 
-    let mut argv = argv.into_iter();
     let job = Job {
-        program: argv.next().unwrap_or_default(),
-        arg0: None,
-        args: argv.collect(),
+        program: agent.program,
+        arg0: agent.arg0,
+        args: argv.into_iter().skip(1).collect(),
         env,
         mode: launch.mode,
         request_prefix: format!("{ID_PREFIX}{nonce}"),

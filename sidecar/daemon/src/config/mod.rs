@@ -103,6 +103,8 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("log.quiet", "quiet", Kind::Switch, "false", "log errors only"),
     setting("relay.spill_dir", "spill-dir", Kind::Path, "", "where output waits that the app does not read; before $TMPDIR, /tmp and /dev/shm"),
     setting("relay.spill_max", "spill-max", Kind::Size, "1GiB", "how much may wait there"),
+    setting("shim.cli", "shim-cli", Kind::Path, "", "the real CLI, for the binary under the name `claude`: unset, what `install` put beside it, or else the next `claude` on PATH"),
+    setting("shim.strict", "shim-strict", Kind::Switch, "false", "whether a mistake in the configuration keeps `claude` from starting; if not, the agent runs without the settings that cannot be read"),
     setting("usage.poll", "usage-poll", Kind::Switch, "true", "ask the CLI for its running totals between its results"),
     setting("native.telemetry", "native-telemetry", Kind::Choice(&["auto", "on", "off"]), "auto", "have the CLI export its own telemetry to us too: auto where nothing else tells what is spent (text, terminals), on also beside a stream that is read, to be held against it"),
     setting("metrics.max_series", "max-series", Kind::Count, "1500", "series in the exposition at most"),
@@ -241,6 +243,12 @@ impl Config {
     /// # Errors
     /// Every mistake of every source.
     pub(crate) fn load(sources: &Sources) -> Result<Config, Mistakes> {
+        let (config, mistakes) = Config::read(sources);
+        if mistakes.is_empty() { Ok(config) } else { Err(Mistakes(mistakes)) }
+    }
+
+    /// What can be read, and what is wrong with the rest. A setting with a mistake in it stays as an earlier source has it.
+    pub(crate) fn read(sources: &Sources) -> (Config, Vec<Mistake>) {
         let mut mistakes: Vec<Mistake> = sources.unreadable.iter().cloned().collect();
         let mut values = BTreeMap::new();
         for setting in SETTINGS {
@@ -268,7 +276,7 @@ impl Config {
         }
         config.contradictions(&mut mistakes);
         mistakes.sort_by(|a, b| a.origin.cmp(&b.origin));
-        if mistakes.is_empty() { Ok(config) } else { Err(Mistakes(mistakes)) }
+        (config, mistakes)
     }
 
     fn set(&mut self, setting: &'static Setting, text: &str, origin: Origin, mistakes: &mut Vec<Mistake>) {
@@ -511,6 +519,14 @@ impl Config {
 
     pub(crate) fn spill_bytes(&self) -> u64 {
         self.count("relay.spill_max").unwrap_or(crate::supervise::SPILL_BYTES)
+    }
+
+    pub(crate) fn shim_cli(&self) -> Option<PathBuf> {
+        self.path("shim.cli")
+    }
+
+    pub(crate) fn shim_strict(&self) -> bool {
+        self.switch("shim.strict")
     }
 
     pub(crate) fn poll(&self) -> bool {

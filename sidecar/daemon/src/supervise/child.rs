@@ -2,7 +2,7 @@
 //! numbers of signals that have no name.
 #![expect(unsafe_code, reason = "pre_exec, dispositions of signals and real-time signals have no safe form; all of it is here")]
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
@@ -91,7 +91,7 @@ pub(crate) fn spawn(
 }
 
 /// Which exit code an error of `exec` deserves, after the custom of shells and `env`.
-fn refused(program: &OsString, source: io::Error) -> Failure {
+pub(crate) fn refused(program: &OsStr, source: io::Error) -> Failure {
     let name = program.to_string_lossy().into_owned();
     let (exit_code, what) = match source.raw_os_error() {
         Some(libc::ENOENT | libc::ENOTDIR) => (NOT_FOUND, Refusal::NotFound { name, source }),

@@ -35,6 +35,7 @@ use agent_sidecar_core::launch::Mode;
 use agent_sidecar_core::monitor::{Monitor, Now, Stop};
 use rustix::event::{EventfdFlags, Timespec};
 
+pub(crate) use child::refused;
 pub(crate) use tree::below;
 pub(crate) use watch::{Sink, Watch};
 

@@ -1,7 +1,7 @@
 //! Starting the wrapper, and waiting for what must come.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -219,4 +219,17 @@ pub(crate) fn scratch(name: &str) -> PathBuf {
 
 pub(crate) fn root() -> bool {
     rustix::process::geteuid().is_root()
+}
+
+/// An executable script. Written by another process: one of ours that is just being forked might hold it open, and then it cannot be run.
+pub(crate) fn script(path: &Path, text: &str) {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let write = "printf '#!/bin/sh\\n%s\\n' \"$2\" > \"$1\" && chmod 755 \"$1\"";
+    assert!(Command::new("sh").args(["-c", write, "sh"]).arg(path).arg(text).status().unwrap().success());
+}
+
+/// The same of any file, mode and all.
+pub(crate) fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+    assert!(Command::new("cp").arg("-p").args([from, to]).status().unwrap().success());
 }

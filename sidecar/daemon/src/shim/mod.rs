@@ -1,0 +1,164 @@
+//! The binary under the name `claude`: a wrapper around the real CLI, in its place.
+//!
+//! ```text
+//!   somebody starts `claude` ──► us ──┬─► exec the real one: a version, help, a subcommand, or we are wrapped already
+//!                                     └─► run it, as `run` does
+//! ```
+//!
+//! Every word of the command line belongs to the CLI; the configuration is the file's and the environment's alone. Whoever starts the
+//! agent did not choose to have us: where we cannot do our part, the agent runs without it.
+
+mod find;
+pub(crate) mod install;
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use agent_sidecar_core::launch::Launch;
+use rustix::process::Signal;
+
+use crate::cli::{self, Failure};
+use crate::config::{Config, Mistakes, Sources};
+use crate::run::{self, Agent};
+use crate::supervise::{self, NOT_FOUND, OWN_FAILURE};
+
+/// What npm calls it, on every platform, and what everybody else does.
+const NAMES: [&str; 2] = ["claude", "claude.exe"];
+/// How often scripts between us and the CLI have led here. Only set where the CLI is a script.
+const DEPTH: &str = "AGENT_SIDECAR_SHIM_DEPTH";
+/// An agent in an agent in an agent has one each; a script that leads back to us has no end.
+const DEEPEST: u32 = 16;
+
+/// This process, started under the name of the CLI.
+pub(crate) struct Shim {
+    /// The path that was executed.
+    called: PathBuf,
+    argv: Vec<OsString>,
+}
+
+impl Shim {
+    /// `None` under any other name.
+    pub(crate) fn called() -> Option<Shim> {
+        let argv: Vec<OsString> = std::env::args_os().collect();
+        // The kernel's word for it: the first argument is whatever the caller likes, and seldom says in which directory.
+        let executed = PathBuf::from(OsStr::from_bytes(rustix::param::linux_execfn().to_bytes()));
+        if !is_name(&executed) && !argv.first().is_some_and(|word| is_name(Path::new(word))) {
+            return None;
+        }
+        let called = std::path::absolute(&executed).unwrap_or(executed);
+        Some(Shim { called, argv })
+    }
+
+    /// Ends as the CLI ends.
+    pub(crate) fn main(self) -> Result<ExitCode, Failure> {
+        let (config, mistakes) = Config::read(&Sources::system(None, Vec::new()));
+        let real = match config.shim_cli() {
+            Some(named) if find::is_sidecar(&named) => return Err(failure(NOT_FOUND, Lost::Named { named })),
+            Some(named) => named,
+            None => match find::real(&self.called) {
+                Some(real) => real,
+                None => return Err(failure(NOT_FOUND, Lost::Nowhere { called: self.called })),
+            },
+        };
+        let mut env = Vec::new();
+        if find::is_script(&real) {
+            let depth = std::env::var(DEPTH).ok().and_then(|depth| depth.parse().ok()).unwrap_or(0_u32);
+            if depth >= DEEPEST {
+                return Err(failure(NOT_FOUND, Lost::Circle { called: self.called, real }));
+            }
+            env.push((OsString::from(DEPTH), OsString::from((depth + 1).to_string())));
+        }
+        // The real one may be called anything; what its words mean does not depend on it.
+        let words: Vec<OsString> = std::iter::once(OsString::from(NAMES[0])).chain(self.argv.iter().skip(1).cloned()).collect();
+        if !Launch::of(&words, false, false).asks_model || wrapped() {
+            return Err(self.exec(&real, env));
+        }
+        crate::logging::start(&config);
+        if !mistakes.is_empty() {
+            if config.shim_strict() {
+                return Err(failure(OWN_FAILURE, Mistakes(mistakes)));
+            }
+            for mistake in &mistakes {
+                tracing::error!("{mistake}; the agent runs without this setting");
+            }
+        }
+        let agent = Agent {
+            program: real.clone().into(),
+            arg0: self.argv.first().cloned(),
+            argv: words,
+            env: env.clone(),
+            mistaken: !mistakes.is_empty(),
+        };
+        match run::run(&config, agent) {
+            Ok(code) => Ok(code.into()),
+            Err(refused) if refused.exit_code == OWN_FAILURE => {
+                tracing::error!(error = %refused.source, "the agent runs without the sidecar");
+                // It outlives exec, and nobody there reaps.
+                rustix::process::set_child_subreaper(None).ok();
+                Err(self.exec(&real, env))
+            }
+            Err(refused) => Err(Failure { code: refused.exit_code.into(), error: Box::new(refused) }),
+        }
+    }
+
+    /// The real CLI instead of us, in this very process. Returns only what stood in the way.
+    fn exec(&self, real: &Path, env: Vec<(OsString, OsString)>) -> Failure {
+        let mut command = Command::new(real);
+        command.args(self.argv.iter().skip(1)).envs(env);
+        if let Some(name) = self.argv.first() {
+            command.arg0(name);
+        }
+        let refused = supervise::refused(real.as_os_str(), command.exec());
+        Failure { code: refused.exit_code.into(), error: Box::new(refused) }
+    }
+}
+
+fn is_name(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| NAMES.iter().any(|known| name == *known))
+}
+
+/// Whether the process that started us is a wrapper that takes us for its CLI: `agent-sidecar run -- claude …`, or a shim whose real CLI
+/// is a script that ends here. A tool of the agent that starts another agent is not that: its parent is the agent, or a shell.
+///
+/// The promise to be killed with the wrapper outlives exec and is not passed on by fork, so it tells the CLI itself from all below it,
+/// orphans included, whose parent the wrapper becomes. No variable could, and none is added to the agent's environment.
+fn wrapped() -> bool {
+    if rustix::process::parent_process_death_signal().ok().flatten() != Some(Signal::KILL) {
+        return false;
+    }
+    let Some(parent) = rustix::process::getppid() else { return false };
+    let parent = Path::new("/proc").join(parent.as_raw_nonzero().to_string());
+    if !find::is_sidecar(&parent.join("exe")) {
+        return false;
+    }
+    let Ok(words) = std::fs::read(parent.join("cmdline")) else { return false };
+    let mut words: Vec<OsString> = words.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect();
+    words.pop(); // what follows the last end
+    let shim = words.first().is_some_and(|word| is_name(Path::new(word)))
+        || std::fs::read_link(parent.join("exe")).is_ok_and(|exe| is_name(&exe));
+    shim || cli::command_of(words).is_some_and(|command| Launch::of(&command, false, false).asks_model)
+}
+
+/// Why there is no CLI to start.
+#[derive(Debug, thiserror::Error)]
+enum Lost {
+    #[error(
+        "the Claude CLI was not found: there is no {0}{real}, and no other `claude` on PATH; install the CLI, then run `agent-sidecar install`, or name it with AGENT_SIDECAR_SHIM_CLI",
+        .called.display(), real = find::REAL
+    )]
+    Nowhere { called: PathBuf },
+    #[error("`shim.cli` names {}, which is the sidecar itself; name the real CLI", .named.display())]
+    Named { named: PathBuf },
+    #[error(
+        "{} leads to {}, a script that leads back; name the real CLI with AGENT_SIDECAR_SHIM_CLI, or change the script",
+        .called.display(), .real.display()
+    )]
+    Circle { called: PathBuf, real: PathBuf },
+}
+
+fn failure(code: u8, error: impl std::error::Error + 'static) -> Failure {
+    Failure { error: Box::new(error), code: code.into() }
+}
