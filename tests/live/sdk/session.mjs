@@ -1,14 +1,15 @@
-// One session of the TypeScript SDK: `node session.mjs SCENARIO EXECUTABLE WORK`. Prints all that the caller sees, callbacks
+// One session of the TypeScript SDK: `node session.mjs SCENARIO EXECUTABLE WORK`; without a name the SDK finds the executable by itself. Prints all that the caller sees, callbacks
 // included, as JSON lines; an iteration that throws is a line of its own.
 import { existsSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
+import { pathToFileURL } from "node:url";
 
-const modules = new URL("../../../.cache/sdk-ts/node_modules/", import.meta.url);
+const modules = process.env.SDK_MODULES ? pathToFileURL(`${process.env.SDK_MODULES}/`) : new URL("../../../.cache/sdk-ts/node_modules/", import.meta.url);
 const { createSdkMcpServer, query, tool } = await import(new URL("@anthropic-ai/claude-agent-sdk/sdk.mjs", modules));
 const { z } = await import(new URL("zod/index.js", modules));
 
 const [scenario, executable, work] = process.argv.slice(2);
-const options = (more = {}) => ({ pathToClaudeCodeExecutable: executable, cwd: work, allowedTools: ["Bash"], settingSources: [], ...more });
+const options = (more = {}) => ({ pathToClaudeCodeExecutable: executable || undefined, cwd: work, allowedTools: ["Bash"], settingSources: [], ...more });
 
 const saw = (message) => process.stdout.write(`${JSON.stringify(message)}\n`);
 
