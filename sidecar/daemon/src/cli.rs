@@ -13,7 +13,7 @@ use crate::config::{Config, Kind, Mistakes, SETTINGS, Sources};
 use crate::run::{self, Agent};
 use crate::shim::install;
 use crate::supervise::OWN_FAILURE;
-use crate::{demo, explain, messages_api, reference, replay};
+use crate::{demo, doctor, explain, messages_api, reference, replay};
 
 /// A word on the command line that nobody understands.
 const USAGE: u8 = 2;
@@ -93,7 +93,7 @@ fn command() -> Command {
         .subcommand(
             Command::new("check")
                 .about("Find every mistake in the configuration")
-                .arg(config)
+                .arg(config.clone())
                 .args(flags())
                 .arg(Arg::new("print").long("print").action(ArgAction::SetTrue).help("print each value and where it came from"))
                 .arg(
@@ -110,6 +110,20 @@ fn command() -> Command {
                     The CLI moves beside its place, as `claude.sidecar-real`. Again after each upgrade of the SDK or the CLI."),
         )
         .subcommand(shims("uninstall").about("Put the CLIs back as they were"))
+        .subcommand(
+            Command::new("doctor")
+                .about("Find what is wrong with this container, and say what to do")
+                .after_help("Exit codes: 1 if something is broken, 0 otherwise.")
+                .arg(config)
+                .arg(format(&["text", "json"]))
+                .arg(
+                    Arg::new("dirs")
+                        .value_name("DIR")
+                        .num_args(0..)
+                        .value_parser(value_parser!(PathBuf))
+                        .help("where to look for CLIs; by default everywhere"),
+                ),
+        )
         .subcommand(Command::new("version").about("Print the version"))
         .subcommand(Command::new("catalog").about("List every metric").arg(format(&["json", "markdown"])))
         .subcommand(
@@ -238,6 +252,13 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             let listen = *matches.get_one::<SocketAddr>("listen").expect("it has a default");
             let script = matches.get_one::<PathBuf>("script").map(PathBuf::as_path);
             messages_api::serve(script, listen, matches.get_one::<PathBuf>("log").map(PathBuf::as_path))?;
+        }
+        Some(("doctor", matches)) => {
+            let dirs: Vec<PathBuf> = matches.get_many("dirs").into_iter().flatten().cloned().collect();
+            let json = matches.get_one::<String>("format").is_some_and(|format| format == "json");
+            let well = doctor::examine(Config::read(&sources(matches)), &dirs, json, &mut out)?;
+            out.flush()?;
+            return Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Some((what @ ("install" | "uninstall"), matches)) => {
             let request = install::Request {

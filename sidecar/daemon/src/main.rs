@@ -4,6 +4,7 @@ mod busy;
 mod cli;
 mod config;
 mod demo;
+mod doctor;
 mod explain;
 mod export;
 mod http;

@@ -99,6 +99,12 @@ impl Surroundings {
         self.get(&own(signal, what)).or_else(|| self.get(&format!("OTEL_EXPORTER_OTLP_{what}")))
     }
 
+    /// Where the CLI is to serve its own metrics to Prometheus, if it is to: one port, which the second CLI of a container does not get.
+    pub(crate) fn own_prometheus(&self) -> Option<u16> {
+        let on = self.is_on() && self.exporters(Signal::Metrics).contains(&"prometheus");
+        on.then(|| self.get("OTEL_EXPORTER_PROMETHEUS_PORT").and_then(|port| port.parse().ok()).unwrap_or(9464))
+    }
+
     fn is_on(&self) -> bool {
         matches!(self.get("CLAUDE_CODE_ENABLE_TELEMETRY"), Some("1" | "true" | "yes" | "on"))
     }

@@ -167,6 +167,42 @@ fn say(place: &Path, step: &Step, print: bool, out: &mut impl Write) -> io::Resu
     }
 }
 
+/// How a CLI stands, for the doctor.
+pub(crate) enum Standing {
+    /// Nobody stands before it.
+    Bare { version: String },
+    /// It is behind a shim, of this version or of another.
+    Behind { version: String, current: bool },
+    /// A shim without a CLI beside it, that finds one on PATH.
+    ByHand { real: PathBuf },
+    /// It cannot be started.
+    Broken { why: String },
+}
+
+/// Every CLI below some directories, or everywhere. Changes nothing.
+pub(crate) fn survey(dirs: &[PathBuf]) -> Vec<(PathBuf, Standing)> {
+    let mut search = Search::default();
+    if dirs.is_empty() {
+        search.everywhere();
+    }
+    dirs.iter().for_each(|dir| search.below(dir));
+    let places: BTreeSet<PathBuf> = search.found.iter().filter_map(|path| place(path).ok()).collect();
+    let standing = |place: PathBuf| {
+        let standing = match judge(&place, false) {
+            Ok(Step::Put { version, .. }) => Standing::Bare { version },
+            Ok(Step::Renew { version }) => Standing::Behind { version, current: false },
+            Ok(Step::InPlace { version }) => Standing::Behind { version, current: true },
+            Ok(Step::ByHand { real }) => Standing::ByHand { real },
+            Err(trouble @ (Trouble::Gone(_) | Trouble::Io { .. })) => Standing::Broken { why: trouble.to_string() },
+            // Something else that is called like it.
+            Ok(Step::Restore | Step::Clean | Step::Nothing)
+            | Err(Trouble::NoCli(_) | Trouble::Script(_) | Trouble::NotOurs | Trouble::Busy(_)) => return None,
+        };
+        Some((place, standing))
+    };
+    places.into_iter().filter_map(standing).collect()
+}
+
 // ---- which places
 
 /// What to look at.

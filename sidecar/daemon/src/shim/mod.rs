@@ -56,7 +56,10 @@ impl Shim {
     pub(crate) fn main(self) -> Result<ExitCode, Failure> {
         let (config, mistakes) = Config::read(&Sources::system(None, Vec::new()));
         let real = match config.shim_cli() {
-            Some(named) if find::is_sidecar(&named) => return Err(failure(NOT_FOUND, Lost::Named { named })),
+            // A bare name would be looked for on PATH, where we are.
+            Some(named) if !named.is_absolute() || find::is_sidecar(&named) => {
+                return Err(failure(NOT_FOUND, Lost::Named { named }));
+            }
             Some(named) => named,
             None => match find::real(&self.called) {
                 Some(real) => real,
@@ -150,7 +153,7 @@ enum Lost {
         .called.display(), real = find::REAL
     )]
     Nowhere { called: PathBuf },
-    #[error("`shim.cli` names {}, which is the sidecar itself; name the real CLI", .named.display())]
+    #[error("`shim.cli` is `{}`, which is no full path or the sidecar itself; write the full path of the real CLI", .named.display())]
     Named { named: PathBuf },
     #[error(
         "{} leads to {}, a script that leads back; name the real CLI with AGENT_SIDECAR_SHIM_CLI, or change the script",

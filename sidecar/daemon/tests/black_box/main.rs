@@ -4,6 +4,7 @@ mod busy;
 mod bytes;
 mod check;
 mod descriptors;
+mod doctor;
 mod exit_codes;
 mod explain;
 mod http;

@@ -144,6 +144,8 @@ fn without_a_real_one_it_is_127_and_what_to_do() {
     assert_eq!(named(&other.join("work/claude")).1, "planted\n");
     let (code, _, log) = named(&other.join("claude"));
     assert!(code == Some(127) && log.contains("the sidecar itself"), "{log}");
+    let (code, _, log) = named(Path::new("claude"));
+    assert!(code == Some(127) && log.contains("no full path"), "{log}");
     let (code, _, log) = named(Path::new("/no/such/claude"));
     assert!(code == Some(127) && log.contains("/no/such/claude"), "{log}");
 }

@@ -1,0 +1,387 @@
+//! `doctor`: what is wrong with this container, where, and what to do about it. It looks, asks each CLI for its version, binds the port
+//! for a moment, and changes nothing.
+//!
+//! A new finding is a function in [`CHECKS`] and a test that produces it.
+
+use std::io::{self, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use agent_sidecar_core::limit::Mode;
+use rustix::fs::Access;
+use serde::Serialize;
+
+use crate::config::{Config, DEFAULT_FILE, Mistake};
+use crate::export::otlp::environment;
+use crate::receive::{self, Decision, Surroundings};
+use crate::shim::install::{self, Standing};
+
+/// Less than this is gone in a day of busy agents.
+const ROOM: u64 = 64 * 1024 * 1024;
+/// The oldest release of the CLI that was tried.
+const OLDEST: [u64; 3] = [2, 1, 197];
+/// When this was written, and when somebody has other troubles: 2026 and 2100.
+const YEARS: std::ops::Range<u64> = 1_767_225_600..4_102_444_800;
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Level {
+    /// Something does not work, or not as it was meant.
+    Broken,
+    /// Something works and is probably not what was meant.
+    Warning,
+    Fine,
+}
+
+#[derive(Debug, Serialize)]
+struct Finding {
+    level: Level,
+    check: &'static str,
+    /// A path, an address, a setting.
+    place: String,
+    what: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remedy: Option<String>,
+}
+
+/// What the checks look at.
+struct Patient<'a> {
+    config: Config,
+    mistakes: Vec<Mistake>,
+    user: Surroundings,
+    /// Where to look for CLIs; empty for everywhere.
+    dirs: &'a [PathBuf],
+    now: Duration,
+}
+
+type Check = fn(&Patient<'_>, &mut Report);
+
+/// Every check, by the name that its findings have.
+const CHECKS: &[(&str, Check)] = &[
+    ("configuration", configuration),
+    ("limits", limits),
+    ("cli", clis),
+    ("files", files),
+    ("queue", queue),
+    ("spill", spill),
+    ("listen", listen),
+    ("telemetry", telemetry),
+    ("clock", clock),
+    ("processes", processes),
+];
+
+struct Report {
+    check: &'static str,
+    findings: Vec<Finding>,
+}
+
+impl Report {
+    fn say(&mut self, level: Level, place: impl ToString, what: impl Into<String>, remedy: Option<String>) {
+        self.findings.push(Finding { level, check: self.check, place: place.to_string(), what: what.into(), remedy });
+    }
+
+    fn broken(&mut self, place: impl ToString, what: impl Into<String>, remedy: impl Into<String>) {
+        self.say(Level::Broken, place, what, Some(remedy.into()));
+    }
+
+    fn warning(&mut self, place: impl ToString, what: impl Into<String>, remedy: impl Into<String>) {
+        self.say(Level::Warning, place, what, Some(remedy.into()));
+    }
+
+    fn fine(&mut self, place: impl ToString, what: impl Into<String>) {
+        self.say(Level::Fine, place, what, None);
+    }
+}
+
+/// Looks at everything, and says what it found, the worst first. True if nothing is broken.
+pub(crate) fn examine(read: (Config, Vec<Mistake>), dirs: &[PathBuf], json: bool, out: &mut impl Write) -> io::Result<bool> {
+    let (config, mistakes) = read;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let patient = Patient { config, mistakes, user: Surroundings::here(), dirs, now };
+    let mut report = Report { check: "", findings: Vec::new() };
+    for (name, check) in CHECKS {
+        report.check = name;
+        check(&patient, &mut report);
+    }
+    let mut findings = report.findings;
+    findings.sort_by_key(|finding| finding.level);
+    let count = |level: Level| findings.iter().filter(|finding| finding.level == level).count();
+    let (broken, warnings) = (count(Level::Broken), count(Level::Warning));
+    if json {
+        let all = serde_json::json!({ "broken": broken, "warnings": warnings, "findings": findings });
+        serde_json::to_writer_pretty(&mut *out, &all)?;
+        writeln!(out)?;
+    } else {
+        for Finding { level, check, place, what, remedy } in &findings {
+            let level = match level {
+                Level::Broken => "broken",
+                Level::Warning => "warning",
+                Level::Fine => "fine",
+            };
+            let remedy = remedy.as_ref().map_or(String::new(), |remedy| format!("; {remedy}"));
+            writeln!(out, "{level:<8} {check:<14} {place}: {what}{remedy}")?;
+        }
+    }
+    Ok(broken == 0)
+}
+
+fn configuration(patient: &Patient<'_>, report: &mut Report) {
+    for Mistake { origin, what, remedy } in &patient.mistakes {
+        report.broken(origin, what.as_str(), remedy.as_str());
+    }
+    let file = Path::new(DEFAULT_FILE);
+    // Root can change everything.
+    if !rustix::process::geteuid().is_root() && rustix::fs::access(file, Access::WRITE_OK).is_ok() {
+        report.warning(
+            DEFAULT_FILE,
+            "this user may change it, and so may an agent that runs as this user",
+            "give it to root, and take the write permission from others",
+        );
+    }
+    if patient.mistakes.is_empty() {
+        let set = patient.config.effective().filter(|(_, effective)| effective.origin != crate::config::Origin::Default).count();
+        report.fine(if file.exists() { DEFAULT_FILE } else { "environment" }, format!("{set} settings, without a mistake"));
+    }
+}
+
+fn limits(patient: &Patient<'_>, report: &mut Report) {
+    let rules = patient.config.rules();
+    if rules.is_empty() {
+        report.warning("limits", "none is set: an agent may spend without end", "set at least AGENT_SIDECAR_MAX_COST_USD");
+    } else if rules.iter().all(|rule| rule.mode != Mode::Enforce) {
+        report.warning("limits.mode", "no limit is enforced", "set it to enforce once what shadow says is what you want");
+    } else {
+        report.fine("limits", format!("{} set", rules.len()));
+    }
+}
+
+fn clis(patient: &Patient<'_>, report: &mut Report) {
+    let found = install::survey(patient.dirs);
+    if found.is_empty() {
+        report.warning("claude", "no Claude CLI was found", "install the CLI or an SDK, then run `agent-sidecar install --all`");
+    }
+    for (path, standing) in found {
+        let place = path.display();
+        let install = format!("run `agent-sidecar install {place}`");
+        match &standing {
+            Standing::Bare { version } => {
+                report.warning(place, format!("CLI {version}: whoever finds it here runs it without the sidecar"), install);
+            }
+            Standing::Behind { version, current: false } => {
+                report.warning(place, format!("a shim of another version, before CLI {version}"), install);
+            }
+            Standing::Behind { version, current: true } => report.fine(place, format!("a shim, before CLI {version}")),
+            Standing::ByHand { real } => report.fine(place, format!("a shim put there by hand, before {}", real.display())),
+            Standing::Broken { why } => {
+                report.broken(place, why.as_str(), "install the package again, then `agent-sidecar install`")
+            }
+        }
+        if let Standing::Bare { version } | Standing::Behind { version, .. } = &standing
+            && numbers(version) < OLDEST
+        {
+            let oldest = OLDEST.map(|n| n.to_string()).join(".");
+            report.warning(
+                path.display(),
+                format!("CLI {version} is older than {oldest}, the oldest that was tried"),
+                "update it",
+            );
+        }
+    }
+}
+
+fn numbers(version: &str) -> [u64; 3] {
+    let mut numbers = version.split(['.', '-', '+']).map(|n| n.parse().unwrap_or(0));
+    [(); 3].map(|()| numbers.next().unwrap_or(0))
+}
+
+fn files(patient: &Patient<'_>, report: &mut Report) {
+    match patient.config.ledger() {
+        Some(path) => writable(&path, "ledger.path", report),
+        None => report.warning(
+            "ledger.path",
+            "unset: what was spent is known as long as the agent runs, and then nowhere",
+            "set AGENT_SIDECAR_LEDGER to a file on a volume",
+        ),
+    }
+    if let Some(path) = patient.config.events() {
+        writable(&path, "events.path", report);
+    }
+}
+
+fn queue(patient: &Patient<'_>, report: &mut Report) {
+    let (config, mistakes) = environment::read(&patient.config.otlp(), |name| std::env::var(name).ok());
+    for mistake in mistakes {
+        report.broken("OTEL_*", mistake.to_string(), "correct the variable");
+    }
+    match config.queue_dir {
+        _ if config.targets.iter().all(Option::is_none) => {}
+        Some(dir) => writable(&dir.join("batch"), "otlp.queue_dir", report),
+        None => report.warning(
+            "otlp.queue_dir",
+            "there is no place for what a collector does not take",
+            "set HOME, or AGENT_SIDECAR_OTLP_QUEUE_DIR",
+        ),
+    }
+}
+
+fn spill(patient: &Patient<'_>, report: &mut Report) {
+    let tmpdir = std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    let own = patient.config.spill_dir();
+    let usual = ["/tmp", "/dev/shm"].map(PathBuf::from);
+    let dirs: Vec<PathBuf> = own.clone().into_iter().chain(tmpdir).chain(usual).collect();
+    if let Some(own) = &own {
+        writable(&own.join("file"), "relay.spill_dir", report);
+    }
+    match dirs.iter().find(|dir| dir.is_dir() && rustix::fs::access(dir.as_path(), Access::WRITE_OK).is_ok()) {
+        Some(dir) => report.fine(dir.display(), "output that an app does not read waits here"),
+        None => report.warning(
+            "relay.spill_dir",
+            "no directory for output that an app does not read: it waits in memory, and then the agent waits",
+            "mount an empty directory at /tmp",
+        ),
+    }
+}
+
+/// Whether a file can be written, or made, and whether there is room for it.
+fn writable(path: &Path, setting: &'static str, report: &mut Report) {
+    // The part of the way that is there.
+    let there = path.ancestors().find(|part| part.exists()).unwrap_or(Path::new("/"));
+    // Directories of a queue are made when they are needed; those of a file that somebody named are not.
+    let made_by_us = setting == "otlp.queue_dir";
+    let allowed = if there == path {
+        if path.is_dir() { Err(rustix::io::Errno::ISDIR) } else { rustix::fs::access(path, Access::WRITE_OK) }
+    } else if !there.is_dir() {
+        Err(rustix::io::Errno::NOTDIR)
+    } else if !made_by_us && path.parent() != Some(there) {
+        Err(rustix::io::Errno::NOENT)
+    } else {
+        rustix::fs::access(there, Access::WRITE_OK | Access::EXEC_OK)
+    };
+    if let Err(error) = allowed {
+        return report.broken(
+            path.display(),
+            format!("`{setting}` cannot be written: {}", io::Error::from(error)),
+            format!(
+                "make {} and give it to uid {}",
+                path.parent().unwrap_or(path).display(),
+                rustix::process::geteuid().as_raw()
+            ),
+        );
+    }
+    match rustix::fs::statvfs(there) {
+        Ok(disk) if disk.f_bavail.saturating_mul(disk.f_frsize) < ROOM => {
+            let left = disk.f_bavail.saturating_mul(disk.f_frsize) / (1024 * 1024);
+            report.warning(
+                path.display(),
+                format!("`{setting}` has {left} MiB left"),
+                "make room, or choose another file system",
+            );
+        }
+        Ok(_) => report.fine(path.display(), format!("`{setting}` can be written")),
+        Err(error) => report.warning(path.display(), format!("`{setting}`: {error}"), "look at the file system"),
+    }
+}
+
+fn listen(patient: &Patient<'_>, report: &mut Report) {
+    let Some(address) = patient.config.listen() else {
+        return report.fine("listen", "off");
+    };
+    match crate::http::bind(address) {
+        Ok(bound) => report.fine(bound.address, "free"),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => report.warning(
+            address,
+            "somebody listens there: a wrapper that runs, or somebody else; the next one serves no metrics",
+            "choose another address with AGENT_SIDECAR_LISTEN, or 127.0.0.1:0 for any",
+        ),
+        Err(error) => report.broken(
+            address,
+            format!("metrics cannot be served there: {error}"),
+            "choose an address of this machine, and a port above 1023, with AGENT_SIDECAR_LISTEN",
+        ),
+    }
+}
+
+fn telemetry(patient: &Patient<'_>, report: &mut Report) {
+    if let Some(port) = patient.user.own_prometheus() {
+        let ours = patient.config.listen().is_some_and(|address| address.port() == port);
+        let taken = TcpListener::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))).is_err();
+        let remedy = "take prometheus out of OTEL_METRICS_EXPORTER, and read the sidecar's metrics";
+        if ours {
+            report.broken(format!(":{port}"), "the CLI is told to serve its own metrics where the sidecar does", remedy);
+        } else if taken {
+            report.broken(format!(":{port}"), "the CLI is told to serve its own metrics there, and somebody else has it", remedy);
+        } else {
+            report.warning(
+                format!(":{port}"),
+                "the CLI is told to serve its own metrics there: the second one of this container cannot, and says nothing",
+                remedy,
+            );
+        }
+    }
+    match receive::decide(patient.config.native(), true, true, &patient.user) {
+        Decision::StayOut(why) => report.warning(
+            "native.telemetry",
+            format!("at a terminal and with text output the cost is not known: {why}"),
+            "change the CLI's own OTEL_* settings, or run it with --output-format stream-json",
+        ),
+        Decision::On(_) | Decision::Off => {}
+    }
+}
+
+fn clock(patient: &Patient<'_>, report: &mut Report) {
+    let seconds = patient.now.as_secs();
+    let year = 1970 + seconds / 31_556_952;
+    if YEARS.contains(&seconds) {
+        report.fine("clock", format!("it is {year}"));
+    } else {
+        report.broken("clock", format!("it says {year}: prices, ledgers and certificates go by it"), "set the machine's clock");
+    }
+}
+
+fn processes(_: &Patient<'_>, report: &mut Report) {
+    let us = rustix::process::getpid();
+    let here = std::fs::read_to_string("/proc/self/stat").ok();
+    let pid = here.as_deref().and_then(|stat| stat.split(' ').next()).and_then(|pid| pid.parse::<i32>().ok());
+    if pid != Some(us.as_raw_nonzero().get()) {
+        report.broken("/proc", "it is not there, or of other processes: what an agent leaves behind cannot be found", "mount it");
+    }
+    match rustix::process::set_child_subreaper(Some(us)) {
+        Ok(()) => report.fine("processes", "what an agent leaves behind can be taken in and ended"),
+        Err(error) => report.warning(
+            "processes",
+            format!("no subreaper: tools that outlive the agent stay ({error})"),
+            "make the sidecar PID 1 of the container, or run one that reaps",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_before_our_time_or_long_after_it_is_wrong() {
+        let level = |seconds| {
+            let (config, mistakes) = Config::read(&crate::config::Sources::default());
+            let patient =
+                Patient { config, mistakes, user: Surroundings::default(), dirs: &[], now: Duration::from_secs(seconds) };
+            let mut report = Report { check: "clock", findings: Vec::new() };
+            clock(&patient, &mut report);
+            let found = report.findings.remove(0);
+            (found.level, found.what)
+        };
+        assert_eq!(level(1_795_000_000), (Level::Fine, String::from("it is 2026")));
+        for (seconds, year) in [(0, 1970), (1_500_000_000, 2017), (5_000_000_000, 2128)] {
+            let (level, what) = level(seconds);
+            assert!(level == Level::Broken && what.starts_with(&format!("it says {year}")), "{what}");
+        }
+    }
+
+    #[test]
+    fn versions_are_compared_by_their_numbers() {
+        assert!(numbers("2.1.90") < OLDEST && numbers("2.0.300") < OLDEST && numbers("1.9.999-beta") < OLDEST);
+        assert!(numbers("2.1.197") >= OLDEST && numbers("2.1.1000") >= OLDEST && numbers("3.0.0-rc.1") >= OLDEST);
+    }
+}
