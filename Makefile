@@ -39,6 +39,7 @@ live: build install
 docs: build
 	$(BIN) catalog --format markdown > docs/metrics.md
 	$(BIN) check --format markdown > docs/settings.md
+	cargo run -q -p agent-sidecar-core --example detectors < docs/detectors.md > docs/detectors.new && mv docs/detectors.new docs/detectors.md
 
 bench: build
 	benches/run

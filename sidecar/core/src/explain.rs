@@ -127,11 +127,22 @@ pub struct Limit {
     pub action: String,
     pub observed: f64,
     pub ceiling: f64,
+    /// What the agent was about, where time ran out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
     /// How long it took until the agent was quiet, where it was to be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latency_seconds: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overshoot_usd: Option<Usd>,
+}
+
+/// A process that the kernel killed for memory.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct OomKill {
+    pub time: f64,
+    pub role: String,
+    pub memory_bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -179,6 +190,7 @@ pub struct Session {
     pub failed_requests: BTreeMap<String, u64>,
     pub compactions: Vec<Compaction>,
     pub limits: Vec<Limit>,
+    pub oom_kills: Vec<OomKill>,
     pub results_missing: Vec<MissingCause>,
     #[serde(skip)]
     prompts: BTreeMap<Option<String>, Prompt>,
@@ -324,7 +336,7 @@ impl Session {
                     *self.time.entry(*state).or_default() += seconds;
                 }
             }
-            Fact::LimitDecided { limit, scope, mode, action, observed, ceiling, .. } => self.limits.push(Limit {
+            Fact::LimitDecided { limit, scope, mode, action, observed, ceiling, why, .. } => self.limits.push(Limit {
                 time,
                 limit: limit.clone(),
                 scope: scope.clone(),
@@ -332,6 +344,7 @@ impl Session {
                 action: action.clone(),
                 observed: *observed,
                 ceiling: *ceiling,
+                why: why.clone(),
                 latency_seconds: None,
                 overshoot_usd: None,
             }),
@@ -341,6 +354,9 @@ impl Session {
                     limit.latency_seconds = Some(*latency_seconds);
                     limit.overshoot_usd = *overshoot_usd;
                 }
+            }
+            Fact::OomKilled { role, memory_bytes, .. } => {
+                self.oom_kills.push(OomKill { time, role: role.clone(), memory_bytes: *memory_bytes });
             }
             Fact::ResultMissing { cause, .. } => self.results_missing.push(*cause),
             Fact::SessionEnded { .. } => {}

@@ -6,9 +6,11 @@
 
 pub mod ask;
 pub mod content;
+pub mod detect;
 pub mod event;
 pub mod explain;
 pub mod exponential;
+mod hash;
 pub mod ladder;
 pub mod launch;
 pub mod ledger;

@@ -27,6 +27,38 @@ labels! {
     Limit {
         Turns = "turns", CostUsd = "usd", Tokens = "tokens", Duration = "duration", Idle = "idle", Startup = "startup",
         Stall = "stall", Result = "result", Memory = "memory",
+        MemoryForecast = "memory_forecast",
+        IdenticalCalls = "identical_call", AlternatingCalls = "alternating", SameErrors = "error_repeat",
+        Compactions = "compaction_thrash", FanOut = "fan_out", NoProgress = "no_progress",
+    }
+}
+
+impl Limit {
+    /// Whether it is a circle that an agent goes round in.
+    pub fn is_loop(self) -> bool {
+        match self {
+            Limit::IdenticalCalls
+            | Limit::AlternatingCalls
+            | Limit::SameErrors
+            | Limit::Compactions
+            | Limit::FanOut
+            | Limit::NoProgress => true,
+            Limit::Turns
+            | Limit::CostUsd
+            | Limit::Tokens
+            | Limit::Duration
+            | Limit::Idle
+            | Limit::Startup
+            | Limit::Stall
+            | Limit::Result
+            | Limit::Memory
+            | Limit::MemoryForecast => false,
+        }
+    }
+
+    /// Whether time ran out: what the agent was about then says why.
+    pub fn asks_why(self) -> bool {
+        matches!(self, Limit::Idle | Limit::Startup | Limit::Stall | Limit::Result | Limit::Duration)
     }
 }
 
@@ -71,12 +103,10 @@ impl Rule {
         match (self.limit, self.scope) {
             // What ends with the turn leaves the session alive.
             (_, Scope::Turn | Scope::Tool | Scope::Subagent) | (Limit::Stall, Scope::Session) => Step::Interrupt,
+            (limit, Scope::Session) if limit.is_loop() => Step::Interrupt,
             // It never said a word: there is nobody to ask.
             (Limit::Startup, Scope::Session) => Step::Terminate,
-            (
-                Limit::Turns | Limit::CostUsd | Limit::Tokens | Limit::Duration | Limit::Idle | Limit::Result | Limit::Memory,
-                Scope::Session,
-            ) => Step::End,
+            (_, Scope::Session) => Step::End,
         }
     }
 
@@ -93,11 +123,18 @@ impl Rule {
         }
     }
 
-    /// Whether people want to hear of it on the way there.
-    fn warns(&self) -> bool {
+    /// Where people want to hear of it on the way there.
+    fn warn_at(&self) -> &'static [f64] {
         match self.limit {
-            Limit::Turns | Limit::CostUsd | Limit::Tokens | Limit::Duration | Limit::Memory => true,
-            Limit::Idle | Limit::Startup | Limit::Stall | Limit::Result => false,
+            Limit::Turns | Limit::CostUsd | Limit::Tokens | Limit::Duration | Limit::Memory => &WARN_AT,
+            Limit::IdenticalCalls
+            | Limit::AlternatingCalls
+            | Limit::SameErrors
+            | Limit::Compactions
+            | Limit::FanOut
+            | Limit::NoProgress
+            | Limit::MemoryForecast => &WARN_AT[..1],
+            Limit::Idle | Limit::Startup | Limit::Stall | Limit::Result => &[],
         }
     }
 
@@ -122,6 +159,10 @@ pub struct Outside {
     /// When the CLI's input ended, if it has: its own end is due.
     pub input_over: Option<Duration>,
     pub memory_bytes: Option<u64>,
+    /// When memory will reach its limit, as far as that can be foretold.
+    pub memory_left: Option<Duration>,
+    /// Since when the CLI is stopped or frozen, if it is.
+    pub frozen_since: Option<Duration>,
     /// When the app first gave it something to do.
     pub fed_at: Option<Duration>,
     /// The CLI can be told to turn away what the app says.
@@ -169,6 +210,15 @@ struct Measure {
     runs_since: Option<Duration>,
     /// Counted, but not to be acted upon yet.
     hold: bool,
+    /// It runs out: the less there is, the nearer is the end.
+    falls: bool,
+}
+
+impl Measure {
+    fn ratio(&self, ceiling: f64) -> f64 {
+        let (part, whole) = if self.falls { (ceiling, self.observed) } else { (self.observed, ceiling) };
+        if whole > 0.0 { part / whole } else { f64::INFINITY }
+    }
 }
 
 impl Judge {
@@ -194,7 +244,7 @@ impl Judge {
                     if std::mem::take(&mut tracked.reached)
                         && let Some(kind) = rule.stall()
                     {
-                        out.push(Update::Stalled { kind, on: false });
+                        out.push(Update::Stalled { kind, on: false, why: None });
                     }
                     out.push(Update::LimitUsed { limit: rule.limit, scope: rule.scope, ratio: 0.0 });
                 }
@@ -206,7 +256,7 @@ impl Judge {
                 tracked.reached = false;
             }
             let ceiling = rule.ceiling.to_f64();
-            let ratio = if ceiling > 0.0 { measure.observed / ceiling } else { f64::INFINITY };
+            let ratio = measure.ratio(ceiling);
             out.push(Update::LimitUsed { limit: rule.limit, scope: rule.scope, ratio: ratio.min(1e9) });
             let decision = |step, level| {
                 Update::Decided(Decision {
@@ -218,23 +268,29 @@ impl Judge {
                     observed: measure.observed,
                     ceiling,
                     level,
+                    why: None,
                 })
             };
-            if rule.warns() && !tracked.reached {
-                let passed = WARN_AT.iter().filter(|level| ratio >= **level).count();
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it was a count")]
+            let detected = |action| Update::LoopDetected { kind: rule.limit, streak: measure.observed as u64, action };
+            if !tracked.reached {
+                let levels = rule.warn_at();
+                let passed = levels.iter().filter(|level| ratio >= **level).count();
                 if passed > tracked.warned {
                     tracked.warned = passed;
                     if ratio < 1.0 {
-                        out.push(decision(Step::Warn, WARN_AT[passed - 1]));
+                        out.extend(rule.limit.is_loop().then(|| detected(Step::Warn)));
+                        out.push(decision(Step::Warn, levels[passed - 1]));
                     }
                 }
             }
             if ratio >= 1.0 && !measure.hold && !tracked.reached {
                 tracked.reached = true;
                 if let Some(kind) = rule.stall() {
-                    out.push(Update::Stalled { kind, on: true });
+                    out.push(Update::Stalled { kind, on: true, why: None });
                 }
                 let step = if rule.refuses() && outside.can_refuse { Step::Refuse } else { rule.first_step() };
+                out.extend(rule.limit.is_loop().then(|| detected(step)));
                 out.push(decision(step, 1.0));
                 reached.push(Reached { rule, observed: measure.observed });
             }
@@ -255,7 +311,7 @@ impl Judge {
                     return None;
                 }
                 let warned = if same { tracked.warned } else { 0 };
-                match WARN_AT.get(warned).filter(|_| tracked.rule.warns()) {
+                match tracked.rule.warn_at().get(warned) {
                     Some(level) => Some(since + ceiling.mul_f64(*level)),
                     None => Some(since + ceiling),
                 }
@@ -288,16 +344,18 @@ fn measure(
     now: Now,
 ) -> Option<Measure> {
     let turn = session.turn();
+    let streaks = || session.streaks();
     let count = |n: u64, instance| {
         #[expect(clippy::cast_precision_loss, reason = "for a ratio")]
         let observed = n as f64;
-        Measure { observed, instance, runs_since: None, hold: false }
+        Measure { observed, instance, runs_since: None, hold: false, falls: false }
     };
     let clock = |since: Duration| Measure {
         observed: now.mono.saturating_sub(since).as_secs_f64(),
         instance: since,
         runs_since: Some(since),
         hold: false,
+        falls: false,
     };
     Some(match (rule.limit, rule.scope) {
         // The CLI itself stops at the ceiling, after that round's tools; we are there if it does not.
@@ -327,6 +385,8 @@ fn measure(
         (Limit::Duration, Scope::Subagent) => clock(session.oldest_agent()?),
         (Limit::Idle, _) => clock(session.idle_since()?),
         (Limit::Startup, _) if !session.spoke() => clock(outside.fed_at?),
+        // Where nothing runs nothing gets on, whatever was being done.
+        (Limit::Stall, _) if outside.frozen_since.is_some() && session.activity().is_work() => clock(outside.frozen_since?),
         (Limit::Stall, _) if matches!(session.activity(), Activity::Model | Activity::Compacting | Activity::Stuck) => {
             clock(session.last_active())
         }
@@ -339,6 +399,16 @@ fn measure(
             _ => return None,
         },
         (Limit::Memory, _) => Measure { hold: turn.is_some(), ..count(outside.memory_bytes?, began) },
+        (Limit::MemoryForecast, _) => {
+            let observed = outside.memory_left?.as_secs_f64();
+            Measure { observed, hold: turn.is_some(), falls: true, ..count(0, began) }
+        }
+        (Limit::IdenticalCalls, _) => count(streaks().identical, turn?.started),
+        (Limit::AlternatingCalls, _) => count(streaks().alternating, turn?.started),
+        (Limit::SameErrors, _) => count(streaks().same_error, turn?.started),
+        (Limit::Compactions, _) => count(streaks().compactions, turn?.started),
+        (Limit::FanOut, _) => count(streaks().subagents, turn?.started),
+        (Limit::NoProgress, _) => count(streaks().stale, turn?.started),
         // The others have no meaning in that scope; the configuration cannot name them.
         (Limit::Startup | Limit::Stall, _) | (Limit::Turns | Limit::CostUsd | Limit::Tokens, Scope::Tool | Scope::Subagent) => {
             return None;

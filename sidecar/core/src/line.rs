@@ -1,10 +1,12 @@
 //! Bytes in any chunking become lines, in bounded memory however long a line is.
 //!
-//! A line of JSON that grows long is *shortened* while it comes: of a string longer than [`KEEP`] only the beginning and the length
-//! are kept, so that a tool's output of a hundred megabytes becomes a kilobyte of the same JSON. What is cut is content, which nothing
+//! A line of JSON that grows long is *shortened* while it comes: of a string longer than [`KEEP`] only the beginning, the length
+//! and a hash are kept, so that a tool's output of a hundred megabytes becomes a kilobyte of the same JSON. What is cut is content, which nothing
 //! here reads. A long line that is a list of objects (a whole session as `json`) is handed out element by element.
 
 use memchr::{memchr, memchr2};
+
+use crate::hash::Hash;
 
 /// Lines longer than this are shortened. The CLI's longest structural lines (`initialize` answers) stay below it.
 const SHORTEN_FROM: usize = 64 * 1024;
@@ -132,6 +134,8 @@ enum At {
 #[derive(Debug, Default)]
 struct Shortener {
     at: At,
+    /// Of what is dropped of a string.
+    dropped: Hash,
     /// The line is a list of objects, of which each is a line of its own.
     list: bool,
     /// How many brackets are open, in a list.
@@ -165,7 +169,7 @@ impl Shortener {
                 // Only between characters: a continuation byte belongs to the one before, and so does half a surrogate pair.
                 At::String(kept) if kept >= KEEP && byte != b'"' && byte & 0xC0 != 0x80 && !(byte == b'\\' && half_pair(out)) => {
                     used = 0;
-                    self.at = At::Dropped(0);
+                    (self.at, self.dropped) = (At::Dropped(0), Hash::default());
                 }
                 At::String(kept) => {
                     out.push(byte);
@@ -186,20 +190,26 @@ impl Shortener {
                 At::Dropped(dropped) => match memchr2(b'"', b'\\', bytes) {
                     Some(end) if bytes[end] == b'"' => {
                         used = end + 1;
+                        self.dropped.put(&bytes[..end]);
                         // Two calls whose inputs only begin alike are not taken for the same one.
-                        out.extend_from_slice(format!("…+{}\"", dropped + end).as_bytes());
+                        out.extend_from_slice(format!("…+{} {:016x}\"", dropped + end, self.dropped.finish()).as_bytes());
                         self.at = At::Outside;
                     }
                     Some(end) => {
                         used = end + 1;
+                        self.dropped.put(&bytes[..used]);
                         self.at = At::DroppedEscape(dropped + used);
                     }
                     None => {
                         used = bytes.len();
+                        self.dropped.put(bytes);
                         self.at = At::Dropped(dropped + used);
                     }
                 },
-                At::DroppedEscape(dropped) => self.at = At::Dropped(dropped + 1),
+                At::DroppedEscape(dropped) => {
+                    self.dropped.put(&bytes[..1]);
+                    self.at = At::Dropped(dropped + 1);
+                }
             }
             self.bound(out);
             bytes = &bytes[used..];
@@ -321,7 +331,8 @@ mod tests {
         let some = ["{\"a\":[1,{\"b\":\"],[\\\"\"}]}".to_owned(), "{}".to_owned(), format!("{{\"c\":\"{long}\"}}")];
         let numbers = format!("{{\"d\":[{}1]}}", "1,".repeat(MAX_LINE));
         let elements: Vec<&str> = some.iter().cycle().take(100).chain([&numbers]).chain(&some).map(String::as_str).collect();
-        let short = format!("{{\"c\":\"{}…+{}\"}}", &long[KEEP..][..KEEP], long.len() - KEEP);
+        let hash = Hash::of(&long.as_bytes()[KEEP..]);
+        let short = format!("{{\"c\":\"{}…+{} {hash:016x}\"}}", &long[KEEP..][..KEEP], long.len() - KEEP);
         let expected: Vec<&[u8]> = elements
             .iter()
             .map(|element| {

@@ -22,7 +22,9 @@ pub const LEDGER: &[(&str, &[&str])] = &[
     ("permission.decided", &[]),
     ("limit.warned", &["limit_decided"]),
     ("limit.enforced", &["limit_decided", "limit_enforced"]),
+    ("loop.detected", &[]),
     ("stall.detected", &[]),
+    ("oom.killed", &["oom_killed"]),
     ("result.missing", &["result_missing"]),
     ("process.exited", &["process_exited"]),
     ("mcp.up", &[]),
@@ -175,9 +177,23 @@ impl Logs {
                 }
                 ("limit.enforced", Warn)
             }
-            Update::Stalled { kind, on: true } => {
+            Update::LoopDetected { kind, streak, action } => {
                 say("claude_agent.kind", kind.as_str().into());
+                say("claude_agent.streak", (*streak).into());
+                say("claude_agent.action", action.as_str().into());
+                ("loop.detected", Warn)
+            }
+            Update::Stalled { kind, on: true, why } => {
+                say("claude_agent.kind", kind.as_str().into());
+                if let Some(why) = why {
+                    say("claude_agent.why", why.as_str().into());
+                }
                 ("stall.detected", Warn)
+            }
+            Update::OomKilled { role, memory_bytes } => {
+                say("claude_agent.role", (*role).into());
+                say("claude_agent.memory_bytes", (*memory_bytes).into());
+                ("oom.killed", Error)
             }
             Update::ResultMissing { cause, .. } => {
                 say("claude_agent.cause", cause.as_str().into());
@@ -271,6 +287,7 @@ impl Logs {
             | Update::McpCalled { .. }
             | Update::Was { .. }
             | Update::Active { .. }
+            | Update::Repeating { .. }
             | Update::LimitUsed { .. }
             | Update::IdleShutdown
             | Update::Stopping { .. }
@@ -294,6 +311,9 @@ fn decided(decision: &Decision, say: &mut impl FnMut(&'static str, Value)) {
     say("claude_agent.observed", decision.observed.into());
     say("claude_agent.ceiling", decision.ceiling.into());
     say("claude_agent.level", decision.level.into());
+    if let Some(why) = decision.why {
+        say("claude_agent.why", why.as_str().into());
+    }
 }
 
 /// A type's name; what does not look like one might be anything.

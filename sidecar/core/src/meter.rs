@@ -142,9 +142,13 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
                 state(meters, *now);
             }
         }
-        Update::Stalled { kind, on } => meters.set(&STALLED, &[SLOT, kind.as_str()], f64::from(u8::from(*on))),
+        Update::Stalled { kind, on, .. } => meters.set(&STALLED, &[SLOT, kind.as_str()], f64::from(u8::from(*on))),
+        Update::OomKilled { role, .. } => meters.add(&OOM_KILLS, &[role], 1),
         Update::Resumed { outcome } => meters.add(&RESUMES, &[outcome], 1),
         Update::Active { unix } => meters.set(&LAST_ACTIVITY, &[SLOT], unix.as_secs_f64()),
+        #[expect(clippy::cast_precision_loss, reason = "a gauge speaks in floats")]
+        Update::Repeating { streak } => meters.set(&REPEAT_STREAK, &[SLOT], *streak as f64),
+        Update::LoopDetected { kind, action, .. } => meters.add(&LOOP_DETECTIONS, &[kind.as_str(), action.as_str()], 1),
         Update::LimitUsed { limit, scope, ratio } => meters.set(&LIMIT_USED, &[limit.as_str(), scope.as_str()], *ratio),
         Update::Decided(decision) => meters.add(
             &ENFORCEMENTS,

@@ -9,14 +9,16 @@ use serde::Serialize;
 
 use crate::ask::{Asker, ID_PREFIX};
 use crate::content::Piece;
+use crate::detect::memory::Growth;
+use crate::detect::why::{QUIET, Vitals, Why, why};
 use crate::event::{Broken, Event, Message, claude_code};
 use crate::ladder::{Goal, Ladder, Patience};
 use crate::ledger::Base;
-use crate::limit::{Judge, Limit, Mode, Outside, Reached, Rule, Scope, Used};
+use crate::limit::{Ceiling, Judge, Limit, Mode, Outside, Reached, Rule, Scope, Used};
 use crate::line::{Line, Splitter};
 use crate::log::Logs;
 use crate::meter;
-use crate::metric::{COST_RECONCILIATION_ERROR, MAX_SERIES, Meters};
+use crate::metric::{COST_RECONCILIATION_ERROR, MAX_SERIES, MEMORY_EXHAUSTION, Meters};
 use crate::native;
 use crate::price::PriceTable;
 use crate::record::{Record, Recorder};
@@ -90,6 +92,7 @@ pub struct Signal(pub i32);
 const SIGINT: Signal = Signal(2);
 const SIGKILL: i32 = 9;
 const SIGTERM: Signal = Signal(15);
+const SIGCONT: Signal = Signal(18);
 
 /// What is to be done or written outside.
 #[derive(Clone, Debug, PartialEq)]
@@ -185,6 +188,12 @@ struct LiveSession<'a> {
     report: Option<&'a SessionReport>,
     state: Activity,
     state_seconds: f64,
+    why: Why,
+    process: &'a Vitals,
+    /// Until its memory reaches the limit, if it goes on so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_seconds_left: Option<f64>,
+    silent_seconds: f64,
     refusing: bool,
     tools_in_flight: usize,
     subagents_active: usize,
@@ -204,6 +213,10 @@ pub struct Monitor {
     asker: Asker,
     ladder: Option<Ladder>,
     outside: Outside,
+    vitals: Vitals,
+    growth: Growth,
+    /// What it is held up by, if that was told.
+    held: Option<Why>,
     stdout: Splitter,
     stdin: Splitter,
     longest: usize,
@@ -211,7 +224,8 @@ pub struct Monitor {
     stdin_closed: bool,
     /// The session's budget is used up: what the app says next is turned away.
     refusing: bool,
-    oom_kills: u64,
+    /// The kernel killed the CLI for memory, or somebody of whom nobody knows who it was.
+    out_of_memory: bool,
     exited: bool,
     pid: Option<u32>,
     meters: Meters,
@@ -246,13 +260,16 @@ impl Monitor {
             asker: Asker::new(&settings.nonce),
             ladder: None,
             outside: Outside::default(),
+            vitals: Vitals::default(),
+            growth: Growth::default(),
+            held: None,
             stdout: Splitter::default(),
             stdin: Splitter::default(),
             longest: 0,
             truncated: false,
             stdin_closed: !settings.stdin_json,
             refusing: false,
-            oom_kills: 0,
+            out_of_memory: false,
             exited: false,
             pid: None,
             meters,
@@ -378,6 +395,10 @@ impl Monitor {
         let live = (!self.exited).then(|| LiveSession {
             report: self.report.current(),
             state: self.session.activity(),
+            why: self.why(),
+            process: &self.vitals,
+            memory_seconds_left: self.growth.left().map(|left| left.as_secs_f64()),
+            silent_seconds: self.now.mono.saturating_sub(self.session.last_active()).as_secs_f64(),
             refusing: self.refusing,
             state_seconds: self.now.mono.saturating_sub(self.session.activity_since()).as_secs_f64(),
             tools_in_flight: self.session.calls_in_flight(),
@@ -389,6 +410,16 @@ impl Monitor {
             slot: 0,
         });
         Status { sessions: live.into_iter().collect(), totals: self.report.totals() }
+    }
+
+    /// What the agent is about, or held up by.
+    pub fn why(&self) -> Why {
+        why(&self.session.doing(self.outside.input_over, self.now), &self.vitals)
+    }
+
+    /// Whether the model is asked and nobody has said anything for a while: then it is worth while to look at its connections.
+    pub fn quiet(&self) -> bool {
+        self.session.activity().is_work() && self.now.mono.saturating_sub(self.session.last_active()) >= QUIET
     }
 
     /// How far each limit is used up.
@@ -629,8 +660,44 @@ impl Monitor {
 
     fn sampled(&mut self, sample: &Sample) {
         self.outside.memory_bytes = sample.working_set();
-        self.oom_kills = self.oom_kills.max(sample.oom_kills());
+        self.out_of_memory |= sample.oom_unknown > 0;
+        for victim in &sample.oom_victims {
+            self.out_of_memory |= victim.role == "cli";
+            self.fold(Update::OomKilled { role: victim.role, memory_bytes: victim.memory_bytes });
+        }
         sample.measure(&mut self.meters);
+        self.vitals.sampled(sample, self.now.mono);
+        self.foresee(sample);
+        self.outside.frozen_since = self.vitals.frozen_since();
+        self.hold(Some(self.why()));
+    }
+
+    fn foresee(&mut self, sample: &Sample) {
+        let chosen = self.settings.rules.iter().find_map(|rule| match (rule.limit, rule.ceiling) {
+            (Limit::Memory, Ceiling::Bytes(bytes)) if rule.mode != Mode::Off => Some(bytes),
+            _ => None,
+        });
+        let Some(bytes) = sample.working_set() else { return };
+        let limit = [chosen, sample.container.limit_bytes].into_iter().flatten().min();
+        self.growth.sampled(self.now.mono, bytes, limit);
+        self.outside.memory_left = self.growth.left();
+        match self.growth.left() {
+            Some(left) => self.meters.set(&MEMORY_EXHAUSTION, &[], (self.now.unix + left).as_secs_f64()),
+            None => self.meters.clear(&MEMORY_EXHAUSTION),
+        }
+    }
+
+    /// Tells what the agent is held up by, and when it is so no longer.
+    fn hold(&mut self, why: Option<Why>) {
+        let why = why.filter(|why| why.stall().is_some());
+        let before = std::mem::replace(&mut self.held, why);
+        if before != why {
+            for (why, on) in [(before, false), (why, true)] {
+                if let Some(kind) = why.and_then(Why::stall) {
+                    self.fold(Update::Stalled { kind, on, why });
+                }
+            }
+        }
     }
 
     fn stop(&mut self, stop: Stop) {
@@ -645,7 +712,8 @@ impl Monitor {
     fn exit(&mut self, exit: Exit) {
         let reason = match (&self.ladder, exit) {
             (Some(ladder), _) => ladder.reason,
-            (None, Exit::Signal(SIGKILL)) if self.oom_kills > 0 => ExitReason::Oom,
+            // A shell around the CLI says it with a code. That a tool was killed before is no reason to think so of the CLI.
+            (None, Exit::Signal(SIGKILL) | Exit::Code(137)) if self.out_of_memory => ExitReason::Oom,
             (None, Exit::Signal(_) | Exit::Code(129 | 130 | 143)) => ExitReason::Signal,
             (None, Exit::Code(0)) => ExitReason::Clean,
             (None, Exit::Code(_)) if !self.session.spoke() && self.settings.parse => ExitReason::InitFailed,
@@ -688,7 +756,13 @@ impl Monitor {
         self.outside.can_refuse = self.can_inject();
         let mut told = Vec::new();
         let reached = self.judge.judge(&self.session, &self.outside, self.now, &mut told);
-        for update in told {
+        for mut update in told {
+            // Only now and then is there something to tell.
+            match &mut update {
+                Update::Decided(decision) if decision.limit.asks_why() => decision.why = Some(self.why()),
+                Update::Stalled { why, on: true, .. } => *why = Some(self.why()),
+                _ => {}
+            }
             self.fold(update);
         }
         for reached in reached {
@@ -722,7 +796,18 @@ impl Monitor {
         let reason = match rule.limit {
             Limit::Idle => ExitReason::Idle,
             Limit::Startup | Limit::Stall | Limit::Result => ExitReason::Stuck,
-            Limit::Turns | Limit::CostUsd | Limit::Tokens | Limit::Duration | Limit::Memory => ExitReason::Limit,
+            Limit::Turns
+            | Limit::CostUsd
+            | Limit::Tokens
+            | Limit::Duration
+            | Limit::Memory
+            | Limit::MemoryForecast
+            | Limit::IdenticalCalls
+            | Limit::AlternatingCalls
+            | Limit::SameErrors
+            | Limit::Compactions
+            | Limit::FanOut
+            | Limit::NoProgress => ExitReason::Limit,
         };
         if rule.stall().is_some() && reason == ExitReason::Stuck {
             self.session.stuck(true, self.now);
@@ -780,6 +865,10 @@ impl Monitor {
         let (signal, goal) = (ladder.signal, ladder.goal);
         if goal == Goal::Process {
             self.session.stopping(self.now);
+        }
+        // Who is stopped hears nothing else.
+        if self.outside.frozen_since.is_some() && step != Step::Kill {
+            self.signal(SIGCONT);
         }
         match step {
             Step::Warn | Step::Refuse => {}

@@ -139,12 +139,21 @@ pub enum Fact {
         observed: f64,
         ceiling: f64,
         level: f64,
+        /// What the agent was about, where time ran out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        why: Option<String>,
     },
     /// The agent is quiet after a decision.
     LimitEnforced {
         action: String,
         latency_seconds: f64,
         overshoot_usd: Option<Usd>,
+    },
+    /// The kernel killed a process for memory.
+    OomKilled {
+        session_id: String,
+        role: String,
+        memory_bytes: u64,
     },
     ResultMissing {
         session_id: String,
@@ -295,21 +304,27 @@ impl Recorder {
                 duration_seconds: duration.as_secs_f64(),
                 confirmed,
             },
-            Update::Decided(Decision { session, limit, scope, mode, step, observed, ceiling, level }) => Fact::LimitDecided {
-                session_id: session,
-                limit: limit.as_str().to_owned(),
-                scope: scope.as_str().to_owned(),
-                mode: mode.as_str().to_owned(),
-                action: step.as_str().to_owned(),
-                observed,
-                ceiling,
-                level,
-            },
+            Update::Decided(Decision { session, limit, scope, mode, step, observed, ceiling, level, why }) => {
+                Fact::LimitDecided {
+                    session_id: session,
+                    limit: limit.as_str().to_owned(),
+                    scope: scope.as_str().to_owned(),
+                    mode: mode.as_str().to_owned(),
+                    action: step.as_str().to_owned(),
+                    observed,
+                    ceiling,
+                    level,
+                    why: why.map(|why| why.as_str().to_owned()),
+                }
+            }
             Update::Enforced { step, latency, overshoot, .. } => Fact::LimitEnforced {
                 action: step.as_str().to_owned(),
                 latency_seconds: latency.as_secs_f64(),
                 overshoot_usd: overshoot,
             },
+            Update::OomKilled { role, memory_bytes } => {
+                Fact::OomKilled { session_id: self.session.clone(), role: role.to_owned(), memory_bytes }
+            }
             Update::ResultMissing { session, cause } => Fact::ResultMissing { session_id: session, cause },
             Update::SessionEnded { session, cost } => Fact::SessionEnded { session_id: session, cost_usd: cost },
             Update::Exited { reason, session } => Fact::ProcessExited { session_id: session, reason },
@@ -336,6 +351,7 @@ impl Fact {
             | Fact::TimeSpent { session_id, .. }
             | Fact::TurnEnded { session_id, .. }
             | Fact::LimitDecided { session_id, .. }
+            | Fact::OomKilled { session_id, .. }
             | Fact::ResultMissing { session_id, .. }
             | Fact::SessionEnded { session_id, .. }
             | Fact::ProcessExited { session_id, .. } => Some(session_id),
@@ -401,6 +417,7 @@ impl Fact {
             | Fact::RequestFailed { .. }
             | Fact::Compacted { .. }
             | Fact::TimeSpent { .. }
+            | Fact::OomKilled { .. }
             | Fact::LimitDecided { .. }
             | Fact::LimitEnforced { .. } => return None,
         })

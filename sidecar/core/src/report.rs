@@ -198,8 +198,11 @@ impl Report {
             | Update::McpCalled { .. }
             | Update::Was { .. }
             | Update::Stalled { .. }
+            | Update::OomKilled { .. }
             | Update::Resumed { .. }
             | Update::Active { .. }
+            | Update::Repeating { .. }
+            | Update::LoopDetected { .. }
             | Update::LimitUsed { .. }
             | Update::Decided(_)
             | Update::Enforced { .. }

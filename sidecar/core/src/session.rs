@@ -12,15 +12,20 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use crate::Now;
+use crate::detect::why::Doing;
+use crate::detect::{Ended, Kind, Loops, Streaks};
 use crate::event::{
-    Answer, Assistant, Block, Event, Init, Message, Request, SYNTHETIC_MODEL, SessionState, Status, Stream, Task, TurnResult,
-    User,
+    Answer, Assistant, Block, Event, Init, Message, Request, SYNTHETIC_MODEL, SessionState, Status, Stream, Task, ToolResult,
+    TurnResult, User,
 };
 use crate::ledger::{Base, Began, Known, Ledger};
+use crate::meter::tool_class;
 use crate::metric::bounded;
 use crate::price::PriceTable;
 use crate::tokens::{Tokens, Usd};
-use crate::update::{Activity, Answered, ExitReason, MissingCause, Outcome, ResetCause, Source, Start, ToolOutcome, Update};
+use crate::update::{
+    Activity, Answered, ExitReason, MissingCause, Outcome, ResetCause, Source, Start, ToolClass, ToolOutcome, Update,
+};
 
 /// Open things of one kind that are kept track of; a CLI that opens more is counted right but timed no longer.
 const OPEN: usize = 4_096;
@@ -45,6 +50,9 @@ struct Call {
     started: Duration,
     thread: String,
     denied: bool,
+    /// Of the tool and its input.
+    signature: u64,
+    waits: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -157,6 +165,8 @@ pub struct Session {
     accounted: Duration,
     last_active: Duration,
     idle_since: Option<Duration>,
+    loops: Loops,
+    repeats: u64,
     native: native::Native,
     out: Vec<Update>,
 }
@@ -229,6 +239,8 @@ impl Session {
             accounted: now.mono,
             last_active: now.mono,
             idle_since: None,
+            loops: Loops::default(),
+            repeats: 0,
             native: native::Native::default(),
             out: Vec::new(),
         }
@@ -318,6 +330,22 @@ impl Session {
         self.agents.values().map(|agent| agent.started).min()
     }
 
+    /// What it is about, whether or not it is past a time limit, for whoever asks why.
+    pub fn doing(&self, input_over: Option<Duration>, now: Now) -> Doing {
+        let since = |at: Duration| now.mono.saturating_sub(at);
+        Doing {
+            activity: if self.stopping { Activity::Draining } else { self.work(now) },
+            in_turn: self.turn.is_some(),
+            turns: self.turns,
+            silent: since(self.last_active),
+            answering: self.threads.get(MAIN).is_some_and(|current| !current.id.is_empty()),
+            answered: self.turn.is_some() && self.answered() && self.calls.is_empty(),
+            call: self.oldest_call().map(|(_, started)| since(started)),
+            subagents: self.agents.len(),
+            input_over: input_over.map(|over| since(over.max(self.since))),
+        }
+    }
+
     pub fn calls_in_flight(&self) -> usize {
         self.calls.len()
     }
@@ -332,6 +360,11 @@ impl Session {
 
     pub fn permissions_pending(&self) -> usize {
         self.permissions.len()
+    }
+
+    /// How far the agent has gone round in circles.
+    pub fn streaks(&self) -> Streaks {
+        self.loops.streaks()
     }
 
     pub fn version(&self) -> Option<&str> {
@@ -395,6 +428,7 @@ impl Session {
                 self.compacting = false;
                 self.ledger.unseen_call();
                 let duration = Duration::from_millis(duration_ms);
+                self.loops.compacted(trigger.as_deref() != Some("manual"));
                 self.out.push(Update::Compacted { trigger: name(trigger, "unknown"), pre_tokens, post_tokens, duration });
             }
             Event::ConversationReset => {
@@ -730,7 +764,7 @@ impl Session {
         for block in assistant.blocks {
             match block {
                 Block::Text { bytes } | Block::Thinking { bytes } if !streamed => self.ledger.grow(id, bytes),
-                Block::ToolUse { call, tool, input_bytes: bytes, .. } => {
+                Block::ToolUse { call, tool, input_bytes: bytes, input_hash, waits } => {
                     if !streamed {
                         self.ledger.grow(id, bytes);
                     }
@@ -739,7 +773,10 @@ impl Session {
                         self.ledger.complete(id, now.unix);
                         self.flush();
                     }
-                    self.tool_started(call, tool, parent, bytes, now);
+                    let tool = bounded(&tool, NAME).to_owned();
+                    let (started, thread) = (now.mono, thread(parent).to_owned());
+                    let signature = crate::detect::signature(&tool, input_hash);
+                    self.tool_started(call, Call { tool, started, thread, denied: false, signature, waits }, bytes);
                 }
                 Block::Text { .. } | Block::Thinking { .. } | Block::Other => {}
             }
@@ -891,6 +928,7 @@ impl Session {
             settled,
         }));
         self.ledger.complete(&id, now.unix);
+        self.loops.answered(key == MAIN);
         self.out.push(update);
         self.flush();
     }
@@ -924,6 +962,7 @@ impl Session {
                 self.agent_ended(result.call.clone(), outcome, duration, now);
             }
             self.permissions.retain(|_, permission| permission.call.as_deref() != Some(result.call.as_str()));
+            self.looked_at(&call, result, outcome);
             self.tool_ended(&result.call, call, outcome, now);
         }
         if parent.is_none() && self.turn.is_some() && (!user.results.is_empty() || user.synthetic) {
@@ -931,25 +970,58 @@ impl Session {
         }
     }
 
-    fn tool_started(&mut self, call: String, tool: String, parent: Option<&str>, bytes: usize, now: Now) {
-        if let Some(current) = self.threads.get_mut(thread(parent)) {
+    fn tool_started(&mut self, id: String, call: Call, bytes: usize) {
+        if let Some(current) = self.threads.get_mut(&call.thread) {
             current.wants_tool = true;
         }
-        if self.calls.contains_key(&call) || self.answered.contains(&call) || self.calls.len() >= OPEN {
+        if self.calls.contains_key(&id) || self.answered.contains(&id) || self.calls.len() >= OPEN {
             return;
         }
-        let tool = bounded(&tool, NAME).to_owned();
-        if tool == "WebSearch" {
+        if call.tool == "WebSearch" {
             self.ledger.unseen_call();
         }
+        self.loops.call_began(&call.thread);
         self.out.push(Update::ToolStarted {
             session: self.id.clone(),
-            call: call.clone(),
-            tool: tool.clone(),
-            parent: parent.map(str::to_owned),
+            call: id.clone(),
+            tool: call.tool.clone(),
+            parent: (call.thread != MAIN).then(|| call.thread.clone()),
             bytes,
         });
-        self.calls.insert(call, Call { tool, started: now.mono, thread: thread(parent).to_owned(), denied: false });
+        self.calls.insert(id, call);
+    }
+
+    /// What a call came to, for those who look for circles.
+    fn looked_at(&mut self, call: &Call, result: &ToolResult, outcome: ToolOutcome) {
+        let failed = match outcome {
+            ToolOutcome::Ok => false,
+            ToolOutcome::Error | ToolOutcome::Denied => true,
+            // Somebody else ended it: that says nothing of the agent.
+            ToolOutcome::Interrupted | ToolOutcome::Lost => return,
+        };
+        self.loops.call_ended(
+            &call.thread,
+            &Ended {
+                call: call.signature,
+                result: result.hash,
+                bytes: result.bytes,
+                error: failed.then_some(result.error_hash),
+                kind: match tool_class(&call.tool) {
+                    _ if call.waits => Kind::Wait,
+                    _ if matches!(call.tool.as_str(), "TodoWrite" | "TaskCreate" | "TaskUpdate") => Kind::Note,
+                    ToolClass::File | ToolClass::Shell | ToolClass::Web => Kind::Plain,
+                    ToolClass::Agent | ToolClass::Mcp | ToolClass::Other => Kind::Opaque,
+                },
+            },
+        );
+        let streaks = self.loops.streaks();
+        self.repeating(streaks.identical.max(streaks.alternating).max(streaks.same_error));
+    }
+
+    fn repeating(&mut self, repeats: u64) {
+        if std::mem::replace(&mut self.repeats, repeats) != repeats {
+            self.out.push(Update::Repeating { streak: repeats });
+        }
     }
 
     fn tool_ended(&mut self, id: &str, call: Call, outcome: ToolOutcome, now: Now) {
@@ -1011,6 +1083,7 @@ impl Session {
             depth,
             background,
         });
+        self.loops.subagent_began();
         self.agents.insert(call, Agent { started: now.mono, depth, background, task });
         self.agents_changed();
     }
@@ -1033,6 +1106,7 @@ impl Session {
         // What it said last is all that it said.
         self.complete_thread(&call, now);
         self.threads.remove(&call);
+        self.loops.subagent_ended(&call);
         self.out.push(Update::SubagentEnded { call, outcome, duration });
         self.agents_changed();
     }
@@ -1231,6 +1305,7 @@ impl Session {
             self.turns += 1;
             self.answered.clear();
             self.ledger.turn_started();
+            self.loops.turn_began();
             let (number, started) = (self.turns, now.mono);
             self.turn = Some(Turn {
                 number,
@@ -1254,6 +1329,7 @@ impl Session {
 
     fn end_turn(&mut self, outcome: Outcome, reason: Option<String>, num_turns: Option<u64>, confirmed: bool, now: Now) {
         let Some(turn) = self.turn.take() else { return };
+        self.repeating(0);
         self.stop_as = None;
         self.queued = 0;
         self.asked_model = None;
@@ -1336,6 +1412,10 @@ impl Session {
         if self.stuck {
             return Activity::Stuck;
         }
+        self.work(now)
+    }
+
+    fn work(&self, now: Now) -> Activity {
         if self.blind {
             return Activity::Model;
         }

@@ -418,15 +418,29 @@ impl Spans {
                 limit.extend(utilization.map(|used| ("claude_agent.utilization", used.into())));
                 self.event(&Key::Turn, at, "rate_limit", limit)
             }
-            Update::Stalled { kind, on: true } => {
-                self.event(&Key::Turn, at, "stall", vec![("claude_agent.kind", kind.as_str().into())])
+            Update::LoopDetected { kind, streak, action } => {
+                let circle = vec![
+                    ("claude_agent.kind", kind.as_str().into()),
+                    ("claude_agent.streak", (*streak).into()),
+                    ("claude_agent.action", action.as_str().into()),
+                ];
+                self.event(&Key::Turn, at, "loop", circle)
+            }
+            Update::OomKilled { role, memory_bytes } => {
+                let killed = vec![("claude_agent.role", (*role).into()), ("claude_agent.memory_bytes", (*memory_bytes).into())];
+                self.event(&Key::Turn, at, "oom", killed)
+            }
+            Update::Stalled { kind, on: true, why } => {
+                let mut stall = vec![("claude_agent.kind", kind.as_str().into())];
+                stall.extend(why.map(|why| ("claude_agent.why", why.as_str().into())));
+                self.event(&Key::Turn, at, "stall", stall)
             }
             Update::Decided(decision) => {
                 if decision.mode == Mode::Enforce && decision.step != Step::Warn {
                     self.limit = Some(decision.limit);
                     self.turn.keep = true;
                 }
-                let decided = vec![
+                let mut decided = vec![
                     ("claude_agent.limit", decision.limit.as_str().into()),
                     ("claude_agent.scope", decision.scope.as_str().into()),
                     ("claude_agent.mode", decision.mode.as_str().into()),
@@ -435,6 +449,7 @@ impl Spans {
                     ("claude_agent.ceiling", decision.ceiling.into()),
                     ("claude_agent.level", decision.level.into()),
                 ];
+                decided.extend(decision.why.map(|why| ("claude_agent.why", why.as_str().into())));
                 self.stop_event(at, "limit", decided)
             }
             Update::Enforced { step, latency, overshoot, .. } => {
@@ -488,6 +503,7 @@ impl Spans {
             | Update::Was { .. }
             | Update::Stalled { on: false, .. }
             | Update::Active { .. }
+            | Update::Repeating { .. }
             | Update::LimitUsed { .. }
             | Update::IdleShutdown
             | Update::StepEnded { .. }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::detect::why::Why;
 use crate::limit::{Limit, Mode, Scope};
 use crate::tokens::{Tokens, Usd};
 
@@ -142,7 +143,8 @@ labels! {
 }
 labels! {
     /// What a silence that lasts too long is called.
-    Stall { Startup = "startup", NoEvent = "no_event", NoResult = "no_result", PostResult = "post_result", Tool = "tool" }
+    Stall { Startup = "startup", NoEvent = "no_event", NoResult = "no_result", PostResult = "post_result", Tool = "tool",
+        Frozen = "frozen", Uninterruptible = "uninterruptible", NetworkDead = "network_dead", Spinning = "spinning" }
 }
 labels! {
     /// What tools do.
@@ -205,6 +207,9 @@ pub struct Decision {
     pub ceiling: f64,
     /// What share of the ceiling was passed: 0.5, 0.8, 0.95, 1.
     pub level: f64,
+    /// What the agent was about, where time ran out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<Why>,
 }
 
 /// A fact.
@@ -416,12 +421,28 @@ pub enum Update {
     Stalled {
         kind: Stall,
         on: bool,
+        why: Option<Why>,
+    },
+    /// The kernel killed a process below us for memory.
+    OomKilled {
+        role: &'static str,
+        memory_bytes: u64,
     },
     Resumed {
         outcome: &'static str,
     },
     Active {
         unix: Duration,
+    },
+    /// So often in a row the agent did the same, or failed alike.
+    Repeating {
+        streak: u64,
+    },
+    /// A circle that has come so far that it is told, and what is done about it, or would be.
+    LoopDetected {
+        kind: Limit,
+        streak: u64,
+        action: Step,
     },
     LimitUsed {
         limit: Limit,

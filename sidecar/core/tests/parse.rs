@@ -74,12 +74,15 @@ fn the_order_of_keys_says_nothing() {
         let Ok(value) = serde_json::from_slice::<Value>(&line) else { continue };
         let sorted = serde_json::to_vec(&value).unwrap();
         let (mut plain, mut other) = (messages(stdout, &line), messages(stdout, &sorted));
-        // Tables come in the order of their keys, money in other digits, and the same call's input in another order.
+        // Tables come in the order of their keys, and what is hashed as it is written, or measured, in other bytes.
         plain.iter_mut().chain(&mut other).flatten().for_each(|message| match &mut message.event {
             Event::Assistant(answer) => answer.blocks.iter_mut().for_each(|block| {
-                if let Block::ToolUse { input_hash, input_bytes, .. } = block {
-                    (*input_hash, *input_bytes) = (0, 0);
+                if let Block::ToolUse { input_bytes, .. } = block {
+                    *input_bytes = 0;
                 }
+            }),
+            Event::User(user) => user.results.iter_mut().for_each(|result| {
+                (result.hash, result.error_hash, result.bytes) = (0, 0, 0);
             }),
             Event::Result(result) => {
                 result.total_cost_usd.iter_mut().for_each(to_the_digit);
@@ -133,7 +136,13 @@ fn what_each_message_says() {
         cost_usd: 1.0,
         ..ModelTotal::default()
     };
-    let result = |call: &str, error, denied, interrupted| ToolResult { call: call.into(), error, denied, interrupted };
+    let result = |call: &str, error, denied, interrupted| ToolResult {
+        call: call.into(),
+        error,
+        denied,
+        interrupted,
+        ..ToolResult::default()
+    };
     let said = |results| User { results, ..User::default() };
 
     for (line, event) in [
@@ -173,7 +182,7 @@ fn what_each_message_says() {
                 blocks: vec![
                     Block::Text { bytes: 8 },
                     Block::Thinking { bytes: 3 },
-                    Block::ToolUse { call: "c".into(), tool: "Bash".into(), input_bytes: 2, input_hash: 12_654_820_610_916_524_568 },
+                    Block::ToolUse { call: "c".into(), tool: "Bash".into(), input_bytes: 2, input_hash: 0, waits: false },
                     Block::Other,
                 ],
                 error: some("overloaded"),
@@ -445,9 +454,92 @@ fn what_each_message_says() {
             if let (Event::User(read), Event::User(User { uuid: None, .. })) = (&mut message.event, &event) {
                 read.uuid = None;
             }
+            // What the hashes tell apart is said below.
+            match &mut message.event {
+                Event::User(user) => user.results.iter_mut().for_each(|result| {
+                    (result.hash, result.error_hash, result.bytes) = (0, 0, 0);
+                }),
+                Event::Assistant(answer) => answer.blocks.iter_mut().for_each(|block| {
+                    if let Block::ToolUse { input_hash, .. } = block {
+                        *input_hash = 0;
+                    }
+                }),
+                _ => {}
+            }
             assert_eq!(message, of(event.clone()), "{line}");
         }
     }
+}
+
+/// Of a call with this input: what tells it apart, and whether it waits.
+fn call(tool: &str, input: &str) -> (u64, bool) {
+    let line = format!(
+        r#"{{"type":"assistant","message":{{"id":"m","content":[{{"type":"tool_use","id":"c","input":{input},"name":"{tool}"}}]}}}}"#
+    );
+    let Event::Assistant(answer) = parse_stdout(line.as_bytes()).unwrap().event else { panic!("no answer: {line}") };
+    let Block::ToolUse { input_hash, waits, .. } = answer.blocks[0] else { panic!("no call: {line}") };
+    (input_hash, waits)
+}
+
+#[test]
+fn equal_inputs_are_one_call_and_others_are_not() {
+    for (tool, one, same) in [
+        ("Read", r#"{"a":1,"b":[1,{"c":null,"d":true}]}"#, r#"{ "b" : [1, {"d":true, "c":null}], "a":1 }"#),
+        ("Read", r#"{"é":"\u00e9\n"}"#, "{\"\\u00e9\":\"é\\n\"}"),
+        ("Bash", r#"{"command":"ls","description":"List"}"#, r#"{"description":"List them","command":"ls"}"#),
+    ] {
+        assert_eq!(call(tool, one), call(tool, same), "{one} {same}");
+    }
+    for (tool, one, other) in [
+        ("Read", r#"{"a":1}"#, r#"{"a":"1"}"#),
+        ("Read", r#"{"a":[1,2]}"#, r#"{"a":[2,1]}"#),
+        ("Read", r#"{"a":"x","b":"y"}"#, r#"{"a":"y","b":"x"}"#),
+        ("Read", r#"{"a":{}}"#, r#"{"a":[]}"#),
+        ("Read", "[]", "{}"),
+        ("Edit", r#"{"command":"ls","description":"List"}"#, r#"{"command":"ls","description":"List them"}"#),
+    ] {
+        assert_ne!(call(tool, one), call(tool, other), "{one} {other}");
+    }
+}
+
+#[test]
+fn what_lets_time_pass_waits() {
+    for (command, waits) in [
+        ("sleep 5", true),
+        ("make; sleep 5&& tail log", true),
+        (r"until curl -s x\ndo sleep 1\ndone", true),
+        ("gh run watch 7", true),
+        ("kubectl wait --for=condition=ready pod/a", true),
+        ("cat sleep.rs wait/watch.txt", false),
+        ("npm test", false),
+    ] {
+        assert_eq!(call("Bash", &format!(r#"{{"command":"{command}"}}"#)).1, waits, "{command}");
+        assert!(!call("Grep", &format!(r#"{{"command":"{command}"}}"#)).1, "{command}");
+    }
+    for (tool, waits) in [("BashOutput", true), ("mcp__browser__wait_for", true), ("mcp__x__TaskOutput", true), ("Write", false)]
+    {
+        assert_eq!(call(tool, "{}").1, waits, "{tool}");
+    }
+}
+
+#[test]
+fn errors_that_differ_in_their_numbers_are_one_kind() {
+    let error = |text: &str| {
+        let line = format!(
+            r#"{{"type":"user","message":{{"content":[{{"type":"tool_result","content":"{text}","is_error":true,"tool_use_id":"a"}}]}}}}"#
+        );
+        let Event::User(user) = parse_stdout(line.as_bytes()).unwrap().event else { panic!("no user: {line}") };
+        (user.results[0].error_hash, user.results[0].hash)
+    };
+    let (one, other) = (error("error at 12:07, request req_011x"), error("error at 9:13, request req_7y"));
+    assert_eq!(one.0, other.0);
+    assert_ne!(one.1, other.1);
+    assert_ne!(one.0, error("warning at 12:07, request req_011x").0);
+    assert_eq!(error("Exit code 1").0, 0, "it does not say what went wrong");
+    // The CLI names what it is about behind the first line.
+    let own = |what: &str| error(&format!(r"<tool_use_error>String not found\nString: {what}")).0;
+    assert_eq!(own("a"), own("b"));
+    assert_ne!(error(r"Exit code 1\na").0, error(r"Exit code 1\nb").0);
 }
 
 #[test]

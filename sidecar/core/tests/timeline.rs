@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, Scope};
 use agent_sidecar_core::metric::{self, Cell, Metric};
+use agent_sidecar_core::sample::{CliSample, OomVictim, RoleSample, Sample};
 use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::{Action, Exit, Input, Monitor, Now, Output, Settings, Signal, Stop};
 
@@ -490,4 +491,122 @@ fn memory_recycles_at_the_next_turn_boundary() {
     assert!(!b.log().contains("end_session"), "not in the middle of a turn: {}", b.log());
     b.at(2.0).result("success", "completed");
     assert!(b.log().ends_with("2 enforce memory session: stop at 1200 of 1000\n     2 end_session"), "{}", b.log());
+}
+
+/// A reading of the CLI's process in this state.
+fn seen(state: char) -> Sample {
+    Sample { cli: Some(CliSample { state, sockets: None }), ..Sample::default() }
+}
+
+#[test]
+fn a_circle_ends_the_turn_and_the_session_lives_on() {
+    let mut b = Bench::new(&[rule(Limit::IdenticalCalls, Scope::Turn, Ceiling::Count(4))]);
+    b.ask();
+    for id in 1..=4 {
+        b.at(id as f64).answer(id, true).tool_result(id);
+    }
+    b.at(4.2).result("error_during_execution", "aborted_tools");
+    // The same again in the next turn is no circle yet.
+    b.at(10.0).ask().answer(5, true).tool_result(5).answer(6, false).result("success", "completed").at(20.0);
+    assert_eq!(
+        b.log(),
+        "     2 enforce identical_call turn: warn at 2 of 4
+     4 enforce identical_call turn: interrupt at 4 of 4
+     4 interrupt"
+    );
+    assert_eq!(b.count(&metric::LOOP_DETECTIONS, &["identical_call", "interrupt"]), 1.0);
+    assert_eq!(b.count(&metric::TURNS, &["limit_stopped"]), 1.0);
+    assert_eq!(b.count(&metric::TURNS, &["success"]), 1.0);
+}
+
+#[test]
+fn who_is_stopped_is_frozen_and_woken_before_it_is_asked() {
+    let stall = [rule(Limit::Stall, Scope::Session, secs(20))];
+    let mut b = Bench::new(&stall);
+    b.ask().answer(1, true);
+    for second in [5.0, 10.0, 15.0] {
+        b.at(second).put(Input::Sample(&seen('T')));
+    }
+    let status = serde_json::to_value(b.monitor.status()).unwrap();
+    assert_eq!((&status["sessions"][0]["state"], &status["sessions"][0]["why"]), (&"tool".into(), &"frozen".into()));
+    assert_eq!(b.count(&metric::STALLED, &["0", "frozen"]), 1.0);
+    // A tool may run for hours, but not where nothing runs.
+    b.at(26.0);
+    assert_eq!(b.log(), "    25 enforce stall session: interrupt at 20 of 20\n    25 signal 18\n    25 interrupt");
+    b.put(Input::Sample(&seen('S')));
+    b.result("error_during_execution", "aborted_tools");
+    assert_eq!(b.count(&metric::STALLED, &["0", "frozen"]), 0.0);
+    assert_eq!(b.count(&metric::TURNS, &["stuck_killed"]), 1.0);
+
+    // Idle, it keeps nobody waiting.
+    let mut b = Bench::new(&stall);
+    b.ask().answer(1, false).result("success", "completed").put(Input::Sample(&seen('T')));
+    b.at(600.0);
+    assert_eq!(b.log(), "");
+}
+
+#[test]
+fn a_decision_about_time_says_what_the_agent_was_about() {
+    let mut b = Bench::new(&[rule(Limit::Stall, Scope::Session, secs(400)), rule(Limit::Duration, Scope::Tool, secs(90))]);
+    b.ask().answer(1, true);
+    let mut whys = Vec::new();
+    for (second, input) in [(45, Input::Timeout), (91, Input::Timeout)] {
+        let now = Duration::from_secs(second);
+        b.monitor.handle(Now { mono: now, unix: Duration::from_secs(DAY) + now }, input);
+        while let Some(output) = b.monitor.poll_output() {
+            if let Output::Decided(decision) = output {
+                whys.push((decision.step.as_str(), decision.why.map(|why| why.as_str())));
+            }
+        }
+    }
+    assert_eq!(whys, [("warn", Some("tool")), ("interrupt", Some("long_tool"))]);
+}
+
+#[test]
+fn memory_that_runs_out_recycles_the_agent_between_two_turns() {
+    let horizon = rule(Limit::MemoryForecast, Scope::Session, secs(600));
+    let mut b = Bench::new(&[rule(Limit::Memory, Scope::Session, Ceiling::Bytes(2 << 30)), horizon]);
+    b.ask();
+    // Three megabytes each second from 200: full after ten minutes.
+    let grown = |b: &mut Bench, until: u32| {
+        while b.now < Duration::from_secs(until.into()) {
+            let second = b.now.as_secs() + 5;
+            let memory_bytes = (200 + 3 * second) << 20;
+            let sample = Sample { roles: vec![RoleSample { memory_bytes, ..RoleSample::new("cli") }], ..Sample::default() };
+            b.at(second as f64).put(Input::Sample(&sample));
+        }
+    };
+    grown(&mut b, 300);
+    assert!(!b.log().contains("stop"), "not in a turn: {}", b.log());
+    b.answer(1, false).result("success", "completed");
+    let stop = b.log().lines().skip_while(|line| line.contains("warn")).collect::<Vec<_>>().join("\n");
+    assert!(stop.starts_with("   300 enforce memory_forecast session: stop at 31"), "{}", b.log());
+    assert!(stop.ends_with("of 600\n   300 end_session"), "{}", b.log());
+    let exhausted = b.count(&metric::MEMORY_EXHAUSTION, &[]);
+    assert!((exhausted - (DAY + 616) as f64).abs() < 5.0, "{exhausted}");
+    b.exit(Exit::Code(0));
+    assert_eq!(b.count(&metric::PROCESS_EXITS, &["limit"]), 1.0);
+}
+
+#[test]
+fn a_kill_is_called_out_of_memory_only_if_it_was_the_clis() {
+    let victim = |role| OomVictim { role, memory_bytes: 1 << 30 };
+    let tool = Sample { oom_victims: vec![victim("tool")], ..Sample::default() };
+    let cli = Sample { oom_victims: vec![victim("tool"), victim("cli")], ..Sample::default() };
+    let unknown = Sample { oom_unknown: 1, ..Sample::default() };
+    for (sample, exit, reason) in [
+        (&tool, Exit::Signal(9), "signal"),
+        (&cli, Exit::Signal(9), "oom"),
+        (&cli, Exit::Code(137), "oom"),
+        (&cli, Exit::Code(0), "clean"),
+        (&unknown, Exit::Signal(9), "oom"),
+        (&Sample::default(), Exit::Signal(9), "signal"),
+    ] {
+        let mut b = Bench::new(&[]);
+        b.ask().put(Input::Sample(sample));
+        b.exit(exit);
+        assert_eq!(b.count(&metric::PROCESS_EXITS, &[reason]), 1.0, "{exit:?} {sample:?}");
+        let tools = sample.oom_victims.iter().filter(|victim| victim.role == "tool").count();
+        assert_eq!(b.count(&metric::OOM_KILLS, &["tool"]), tools as f64);
+    }
 }

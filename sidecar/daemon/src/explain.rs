@@ -190,7 +190,7 @@ fn text(session: &Session, out: &mut impl Write) -> io::Result<()> {
             writeln!(out, "  compacted ({}): {saved} tokens fewer from {}", compaction.trigger, compaction.pre_tokens)?;
         }
     }
-    if !session.limits.is_empty() || !session.results_missing.is_empty() {
+    if !(session.limits.is_empty() && session.oom_kills.is_empty() && session.results_missing.is_empty()) {
         heading(out, "limits and ends")?;
         for limit in &session.limits {
             let at = time(limit.time - session.began);
@@ -200,6 +200,9 @@ fn text(session: &Session, out: &mut impl Write) -> io::Result<()> {
                 "  after {at}: {} of the {scope}: {} of {}, {}",
                 limit.limit, limit.observed, limit.ceiling, limit.action
             )?;
+            if let Some(why) = &limit.why {
+                write!(out, ", while {why}")?;
+            }
             if limit.mode != "enforce" {
                 write!(out, " ({} only)", limit.mode)?;
             }
@@ -210,6 +213,10 @@ fn text(session: &Session, out: &mut impl Write) -> io::Result<()> {
                 write!(out, ", {} over", usd(over.to_f64()))?;
             }
             writeln!(out)?;
+        }
+        for kill in &session.oom_kills {
+            let at = time(kill.time - session.began);
+            writeln!(out, "  after {at}: the kernel killed a {} for memory: {} MiB", kill.role, kill.memory_bytes >> 20)?;
         }
         for cause in &session.results_missing {
             writeln!(out, "  a turn has no result: {}", cause.as_str())?;

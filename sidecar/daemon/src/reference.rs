@@ -50,7 +50,7 @@ pub(crate) fn settings(out: &mut impl Write) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "Limits are unset by default; `off` unsets one again. `[limits.modes]` sets the mode of one limit: `max_cost_usd = \"shadow\"`.\n"
+        "Limits are unset by default, but those on loops, which only say what they would do; `off` unsets one again. `[limits.modes]` sets the mode of one limit: `max_cost_usd = \"shadow\"`.\n"
     )?;
     writeln!(out, "| in the file | flag | environment | takes | default | |\n|---|---|---|---|---|---|")?;
     for setting in SETTINGS {

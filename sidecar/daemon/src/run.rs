@@ -2,11 +2,12 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_sidecar_core::ask::ID_PREFIX;
+use agent_sidecar_core::detect::why::Why;
 use agent_sidecar_core::launch::{Launch, Mode};
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode as LimitMode, Rule, Scope};
 use agent_sidecar_core::metric;
@@ -21,7 +22,7 @@ use crate::http::{self, Scrapes, Site};
 use crate::lines::{LineFile, Use};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
-use crate::supervise::{self, BeforeExit, Clock, Ending, Failure, Handle, Job, Supervisor};
+use crate::supervise::{self, BeforeExit, Clock, Ending, Failure, Handle, Job, LastWords, Supervisor};
 use crate::telemetry::{self, Telemetry};
 
 /// What the CLI itself exits with after an error.
@@ -156,6 +157,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             action = decision.step.as_str(),
             observed = decision.observed,
             ceiling = decision.ceiling,
+            why = decision.why.map(Why::as_str),
             session = decision.session,
             "limit"
         ),
@@ -176,11 +178,17 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     }));
 
     let mut last: Vec<BeforeExit> = Vec::new();
+    let mut words: Vec<LastWords> = Vec::new();
+    let sampler = sampler();
+    if let Some(sampler) = sampler.clone() {
+        let handle = handle.clone();
+        words.push(Box::new(move || last_reading(&sampler, &handle)));
+    }
     if let Some((receiver, plan)) = receiver {
         match receiver.serve(handle.clone(), &plan) {
             Ok(served) => {
                 let settled = served.clone();
-                supervisor = supervisor.last_words(Box::new(move || settled.settle(SETTLE)));
+                words.push(Box::new(move || settled.settle(SETTLE)));
                 if plan.forwards() {
                     last.push(Box::new(move |_| served.flush(FORWARD)));
                 }
@@ -225,7 +233,10 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     if !last.is_empty() {
         supervisor = supervisor.before_exit(Box::new(move |ending| last.into_iter().for_each(|last| last(ending))));
     }
-    sample_for_ever(handle);
+    supervisor = supervisor.last_words(Box::new(move || words.into_iter().for_each(|say| say())));
+    if let Some(sampler) = sampler {
+        sample_for_ever(sampler, handle);
+    }
     let code = supervisor.run()?;
     Ok(match config.limit_exit_code() {
         _ if !by_limit.load(Relaxed) => code,
@@ -268,11 +279,9 @@ fn reconcile(handle: &Handle, ending: Ending) {
 /// The rules that can be judged. Of a CLI whose stream is not read, nobody knows whether it is silent or busy.
 fn judged(rules: Vec<Rule>, launch: &Launch) -> Vec<Rule> {
     let blind = !matches!(launch.mode, Mode::Parse { .. });
-    let (deaf, judged): (Vec<Rule>, Vec<Rule>) = rules
-        .into_iter()
-        .partition(|rule| blind && matches!(rule.limit, Limit::Startup | Limit::Stall | Limit::Result | Limit::Idle));
+    let (deaf, judged): (Vec<Rule>, Vec<Rule>) = rules.into_iter().partition(|rule| blind && needs_stream(rule.limit));
     if launch.asks_model {
-        for rule in deaf {
+        for rule in deaf.iter().filter(|rule| rule.mode == LimitMode::Enforce || !rule.limit.is_loop()) {
             tracing::warn!(
                 limit = rule.limit.as_str(),
                 "this limit needs --output-format stream-json or json, and does not hold here"
@@ -280,6 +289,10 @@ fn judged(rules: Vec<Rule>, launch: &Launch) -> Vec<Rule> {
         }
     }
     judged
+}
+
+fn needs_stream(limit: Limit) -> bool {
+    matches!(limit, Limit::Startup | Limit::Stall | Limit::Result | Limit::Idle) || limit.is_loop()
 }
 
 /// The ceiling on turns that the CLI itself can hold.
@@ -290,17 +303,27 @@ fn native_turns(rules: &[Rule]) -> Option<u64> {
     })
 }
 
+/// The sampler, for its own thread and for a last reading.
+type Readings = Arc<Mutex<Sampler>>;
+
+fn sampler() -> Option<Readings> {
+    match Sampler::new() {
+        Ok(sampler) => Some(Arc::new(Mutex::new(sampler))),
+        Err(error) => {
+            tracing::warn!(%error, "memory and CPU are not measured");
+            None
+        }
+    }
+}
+
 /// Readings for as long as there is a monitor. The first one soon, so that a short run has one.
-fn sample_for_ever(handle: Handle) {
+fn sample_for_ever(sampler: Readings, handle: Handle) {
     let started = std::thread::Builder::new().name(String::from("sample")).stack_size(512 * 1024).spawn(move || {
         // A command that ends at once is not kept waiting for the machine to be looked at.
         std::thread::sleep(sample::EVERY / 10);
-        let mut sampler = match Sampler::new() {
-            Ok(sampler) => sampler,
-            Err(error) => return tracing::warn!(%error, "memory and CPU are not measured"),
-        };
         loop {
-            let sample = sampler.read(http::visit_blocking(&handle, |monitor, _| monitor.pid()).flatten());
+            let (cli, quiet) = http::visit_blocking(&handle, |monitor, _| (monitor.pid(), monitor.quiet())).unwrap_or_default();
+            let sample = lock(&sampler).read(cli, quiet);
             if !handle.visit(move |monitor, now| monitor.handle(now, Input::Sample(&sample))) {
                 return;
             }
@@ -310,4 +333,17 @@ fn sample_for_ever(handle: Handle) {
     if let Err(error) = started {
         tracing::warn!(%error, "memory and CPU are not measured");
     }
+}
+
+/// Who was killed for memory is known before its end is told.
+fn last_reading(sampler: &Readings, handle: &Handle) {
+    let mut sampler = lock(sampler);
+    if sampler.oom_killed() {
+        let sample = sampler.read(None, false);
+        handle.visit(move |monitor, now| monitor.handle(now, Input::Sample(&sample)));
+    }
+}
+
+fn lock(sampler: &Readings) -> MutexGuard<'_, Sampler> {
+    sampler.lock().unwrap_or_else(PoisonError::into_inner)
 }

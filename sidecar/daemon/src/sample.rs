@@ -5,9 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::supervise::below;
-use agent_sidecar_core::sample::{ContainerSample, DiskSample, RoleSample, Sample};
+use crate::supervise;
+use agent_sidecar_core::sample::{CliSample, ContainerSample, DiskSample, OomVictim, RoleSample, Sample};
 use sysinfo::{Pid, Process, ProcessRefreshKind, ProcessesToUpdate, System};
+
+mod sockets;
 
 /// How often. One reading takes two milliseconds where a hundred other processes are, less in a container of one's own.
 pub(crate) const EVERY: Duration = Duration::from_secs(5);
@@ -19,7 +21,16 @@ pub(crate) struct Sampler {
     proc: PathBuf,
     /// CPU time by role of processes that are gone: a counter must not fall when a tool ends.
     gone: BTreeMap<&'static str, Duration>,
-    seen: HashMap<Pid, (&'static str, Duration)>,
+    seen: HashMap<Pid, Seen>,
+    oom_kills: Option<u64>,
+}
+
+/// A process at the reading before.
+#[derive(Clone, Copy)]
+struct Seen {
+    role: &'static str,
+    cpu: Duration,
+    memory_bytes: u64,
 }
 
 impl Sampler {
@@ -34,40 +45,47 @@ impl Sampler {
             proc: proc.to_owned(),
             gone: BTreeMap::new(),
             seen: HashMap::new(),
+            oom_kills: oom_kills(cgroup),
         })
     }
 
-    /// One reading; `cli` is the CLI's pid. What cannot be read is absent.
-    pub(crate) fn read(&mut self, cli: Option<u32>) -> Sample {
+    /// Whether the kernel has killed somebody for memory since the last reading: then it is worth another.
+    pub(crate) fn oom_killed(&self) -> bool {
+        oom_kills(&self.cgroup) > self.oom_kills
+    }
+
+    /// One reading; `cli` is the CLI's pid, `quiet` whether its connections are of interest. What cannot be read is absent.
+    pub(crate) fn read(&mut self, cli: Option<u32>, quiet: bool) -> Sample {
         let kind = ProcessRefreshKind::nothing().with_memory().with_cpu();
         let us = Pid::from_u32(std::process::id());
         // Others may live here by the hundred: looking at each of them would cost more than all else that we do.
-        let below = below(std::process::id().cast_signed())
+        let below = supervise::below(std::process::id().cast_signed())
             .into_iter()
             .map(|pid| Pid::from_u32(pid.as_raw_nonzero().get().cast_unsigned()));
         let pids: Vec<Pid> = below.chain([us]).collect();
         self.system.refresh_processes_specifics(ProcessesToUpdate::Some(&pids), true, kind);
         let cli = cli.map(Pid::from_u32);
-        let mut roles: BTreeMap<&'static str, RoleSample> = ["cli", "mcp", "tool"]
-            .into_iter()
-            .map(|role| (role, RoleSample { role, processes: 0, cpu: Duration::ZERO, memory_bytes: 0 }))
-            .collect();
+        let mut roles: BTreeMap<&'static str, RoleSample> =
+            ["cli", "mcp", "tool"].into_iter().map(|role| (role, RoleSample::new(role))).collect();
         let mut now = HashMap::new();
         for pid in &pids {
             let Some(process) = self.system.process(*pid) else { continue };
-            let Some(role) = self.role(*pid, process, us, cli) else { continue };
-            let cpu = Duration::from_millis(process.accumulated_cpu_time());
-            now.insert(*pid, (role, cpu));
+            let Some((role, orphan)) = self.role(*pid, process, us, cli) else { continue };
+            let (cpu, memory_bytes) = (Duration::from_millis(process.accumulated_cpu_time()), process.memory());
+            now.insert(*pid, Seen { role, cpu, memory_bytes });
             if let Some(sum) = roles.get_mut(role) {
                 sum.processes += 1;
+                sum.orphans += u64::from(orphan);
                 sum.cpu += cpu;
-                sum.memory_bytes += process.memory();
+                sum.memory_bytes += memory_bytes;
+                if let Some(fds) = count(&self.proc.join(pid.to_string()).join("fd")) {
+                    *sum.open_fds.get_or_insert(0) += fds;
+                }
             }
         }
-        for (pid, (role, cpu)) in &self.seen {
-            if !now.contains_key(pid) {
-                *self.gone.entry(role).or_default() += *cpu;
-            }
+        let mut vanished: Vec<Seen> = self.seen.iter().filter(|(pid, _)| !now.contains_key(pid)).map(|(_, seen)| *seen).collect();
+        for seen in &vanished {
+            *self.gone.entry(seen.role).or_default() += seen.cpu;
         }
         self.seen = now;
         for (role, cpu) in &self.gone {
@@ -76,20 +94,35 @@ impl Sampler {
             }
         }
         let own = self.system.process(us);
+        let mut container = container(&self.cgroup);
+        let cli = cli.and_then(|pid| {
+            let process = self.proc.join(pid.to_string());
+            container.frozen = frozen(&self.cgroup, &process);
+            let state = supervise::state(pid.as_u32().cast_signed())?;
+            Some(CliSample { state, sockets: if quiet { sockets::read(&process) } else { None } })
+        });
+        let killed = container.oom_kills.unwrap_or_default().saturating_sub(self.oom_kills.unwrap_or_default());
+        self.oom_kills = container.oom_kills.or(self.oom_kills);
+        // The kernel takes the largest; who is gone and was large is who it took.
+        vanished.sort_by_key(|seen| std::cmp::Reverse(seen.memory_bytes));
+        vanished.truncate(usize::try_from(killed).unwrap_or(usize::MAX));
         Sample {
             roles: roles.into_values().collect(),
-            open_fds: cli.and_then(|pid| count(&self.proc.join(pid.to_string()).join("fd"))),
-            container: container(&self.cgroup),
+            cli,
+            oom_unknown: killed.saturating_sub(vanished.len() as u64),
+            oom_victims: vanished.iter().map(|seen| OomVictim { role: seen.role, memory_bytes: seen.memory_bytes }).collect(),
+            container,
             disks: disks(),
             sidecar_cpu: own.map(|process| Duration::from_millis(process.accumulated_cpu_time())),
             sidecar_memory_bytes: own.map(Process::memory),
         }
     }
 
-    /// What a process is to the agent: the CLI, a server in its group, or a tool, which has a session of its own.
-    fn role(&self, pid: Pid, process: &Process, us: Pid, cli: Option<Pid>) -> Option<&'static str> {
+    /// What a process is to the agent: the CLI, a server in its group, or a tool, which has a session of its own. And whether it is a
+    /// tool that came to us because the call that started it is over.
+    fn role(&self, pid: Pid, process: &Process, us: Pid, cli: Option<Pid>) -> Option<(&'static str, bool)> {
         if Some(pid) == cli {
-            return Some("cli");
+            return Some(("cli", false));
         }
         // Threads are listed as processes by some kernels' tools, and here.
         if pid == us || process.thread_kind().is_some() {
@@ -100,7 +133,7 @@ impl Sampler {
             match above {
                 Some(parent) if parent == us || Some(parent) == cli => {
                     let same_session = process.session_id() == cli.and_then(|cli| self.system.process(cli)?.session_id());
-                    return Some(if same_session { "mcp" } else { "tool" });
+                    return Some(if same_session { ("mcp", false) } else { ("tool", above == Some(us)) });
                 }
                 Some(parent) => above = self.system.process(parent).and_then(Process::parent),
                 None => return None,
@@ -139,8 +172,10 @@ fn container(root: &Path) -> ContainerSample {
         return ContainerSample {
             working_set_bytes: used.map(|used| used.saturating_sub(inactive)),
             limit_bytes: limit(number(&root.join("memory.max"))),
-            oom_kills: field(&root.join("memory.events"), "oom_kill"),
+            oom_kills: oom_kills(root),
             cpu: field(&root.join("cpu.stat"), "usage_usec").map(Duration::from_micros),
+            throttled: field(&root.join("cpu.stat"), "throttled_usec").map(Duration::from_micros),
+            frozen: None,
             pressure,
         };
     }
@@ -149,10 +184,23 @@ fn container(root: &Path) -> ContainerSample {
     ContainerSample {
         working_set_bytes: number(&memory.join("memory.usage_in_bytes")).map(|used| used.saturating_sub(inactive)),
         limit_bytes: limit(number(&memory.join("memory.limit_in_bytes"))),
-        oom_kills: field(&memory.join("memory.oom_control"), "oom_kill"),
+        oom_kills: oom_kills(root),
         cpu: number(&root.join("cpuacct/cpuacct.usage")).map(Duration::from_nanos),
+        throttled: field(&root.join("cpu/cpu.stat"), "throttled_time").map(Duration::from_nanos),
+        frozen: None,
         pressure: Vec::new(),
     }
+}
+
+fn oom_kills(root: &Path) -> Option<u64> {
+    field(&root.join("memory.events"), "oom_kill").or_else(|| field(&root.join("memory/memory.oom_control"), "oom_kill"))
+}
+
+/// Whether the freezer holds a process: in a group of its own, or we would not be here to ask.
+fn frozen(root: &Path, process: &Path) -> Option<bool> {
+    let groups = fs::read_to_string(process.join("cgroup")).ok()?;
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    Some(field(&root.join(path).join("cgroup.events"), "frozen")? == 1)
 }
 
 /// `some avg10=0.00 avg60=0.00 avg300=0.00 total=123`, in microseconds.
@@ -207,7 +255,9 @@ mod tests {
                 ("memory.max", "max\n"),
                 ("memory.stat", "anon 600\ninactive_file 300\n"),
                 ("memory.events", "low 0\noom 1\noom_kill 2\n"),
-                ("cpu.stat", "usage_usec 5000000\n"),
+                ("cpu.stat", "usage_usec 5000000\nthrottled_usec 3000000\n"),
+                ("agent/cgroup.events", "populated 1\nfrozen 1\n"),
+                ("7/cgroup", "0::/agent\n"),
                 (
                     "memory.pressure",
                     "some avg10=0.00 avg60=0.00 avg300=0.00 total=250000\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n",
@@ -216,7 +266,8 @@ mod tests {
         );
         let sample = container(&v2);
         assert_eq!((sample.working_set_bytes, sample.limit_bytes, sample.oom_kills), (Some(700), None, Some(2)));
-        assert_eq!(sample.cpu, Some(Duration::from_secs(5)));
+        assert_eq!((sample.cpu, sample.throttled), (Some(Duration::from_secs(5)), Some(Duration::from_secs(3))));
+        assert_eq!((frozen(&v2, &v2.join("7")), frozen(&v2, &v2.join("8"))), (Some(true), None));
         assert_eq!(sample.pressure[0], ("memory", "some", Duration::from_millis(250)));
 
         let v1 = fixture(
@@ -240,11 +291,33 @@ mod tests {
     #[test]
     fn what_a_process_used_is_not_forgotten_when_it_ends() {
         let mut sampler = Sampler::new().unwrap();
-        let sample = sampler.read(None);
+        let sample = sampler.read(None, false);
         assert!(sample.sidecar_memory_bytes.unwrap() > 100_000);
-        sampler.seen.insert(Pid::from_u32(u32::MAX - 1), ("tool", Duration::from_secs(7)));
+        let seen = Seen { role: "tool", cpu: Duration::from_secs(7), memory_bytes: 0 };
+        sampler.seen.insert(Pid::from_u32(u32::MAX - 1), seen);
         let tool = |sample: &Sample| sample.roles.iter().find(|role| role.role == "tool").unwrap().cpu;
-        assert_eq!(tool(&sampler.read(None)), Duration::from_secs(7));
-        assert_eq!(tool(&sampler.read(None)), Duration::from_secs(7));
+        assert_eq!(tool(&sampler.read(None, false)), Duration::from_secs(7));
+        assert_eq!(tool(&sampler.read(None, false)), Duration::from_secs(7));
+    }
+
+    #[test]
+    fn who_was_large_and_is_gone_was_killed_for_memory() {
+        let cgroup = fixture("oom", &[("cgroup.controllers", "memory\n"), ("memory.events", "oom_kill 4\n")]);
+        let mut sampler = Sampler::at(&cgroup, Path::new("/proc")).unwrap();
+        // What was killed before us is not ours.
+        assert!(!sampler.oom_killed());
+        assert_eq!(sampler.read(None, false).oom_unknown, 0);
+        for (n, role, memory_bytes) in [(1, "tool", 10), (2, "mcp", 3_000), (3, "tool", 5_000)] {
+            sampler.seen.insert(Pid::from_u32(u32::MAX - n), Seen { role, cpu: Duration::ZERO, memory_bytes });
+        }
+        fs::write(cgroup.join("memory.events"), "oom_kill 5\n").unwrap();
+        let victim = |role, memory_bytes| OomVictim { role, memory_bytes };
+        assert!(sampler.oom_killed());
+        assert_eq!(sampler.read(None, false).oom_victims, [victim("tool", 5_000)]);
+        assert_eq!(sampler.read(None, false).oom_victims, []);
+        fs::write(cgroup.join("memory.events"), "oom_kill 6\n").unwrap();
+        let sample = sampler.read(None, false);
+        assert_eq!((sample.oom_victims, sample.oom_unknown), (Vec::new(), 1));
+        fs::remove_dir_all(cgroup).unwrap();
     }
 }

@@ -8,6 +8,7 @@ use super::{
     Answer, Assistant, Block, Broken, Event, Init, Message, MirroredAnswer, ModelTotal, RateWindow, Request, SessionState,
     Status, Stream, Task, ToolResult, TurnResult, Usage, User,
 };
+use crate::hash::{Hash, mix};
 use crate::tokens::Tokens;
 
 /// A line of the CLI's stdout.
@@ -580,21 +581,102 @@ fn block(json: &mut Json<'_>) -> Option<Block> {
     object.then(|| match (&*kind, id, name) {
         (b"text", ..) => Block::Text { bytes: text },
         (b"thinking", ..) => Block::Thinking { bytes: thinking },
-        (b"tool_use", Some(call), Some(tool)) => Block::ToolUse { call, tool, input_bytes: input.len(), input_hash: hash(input) },
+        (b"tool_use", Some(call), Some(tool)) => {
+            let (input_hash, waits) = input_of(&tool, input);
+            Block::ToolUse { call, tool, input_bytes: input.len(), input_hash, waits }
+        }
         _ => Block::Other,
     })
 }
 
-/// FNV-1a over words instead of bytes, with the length to tell a short last word apart: stable over versions and machines, no secret.
-fn hash(bytes: &[u8]) -> u64 {
-    let seed = 0xcbf2_9ce4_8422_2325 ^ bytes.len() as u64;
-    bytes.chunks(8).fold(seed, |hash, chunk| {
-        let mut word = [0; 8];
-        word[..chunk.len()].copy_from_slice(chunk);
-        let hash = (hash ^ u64::from_le_bytes(word)).wrapping_mul(0x0100_0000_01b3);
-        // High bits reach the low ones only this way.
-        hash ^ hash >> 32
-    })
+/// What tells a call's input apart, and whether the call is there to let time pass.
+fn input_of(tool: &str, input: &[u8]) -> (u64, bool) {
+    let mut waits = polls(tool);
+    let mut json = Json::new(input);
+    if json.peek() != b'{' {
+        return (canonical(&mut json), waits);
+    }
+    let mut sum = 0u64;
+    json.entries(|key, json| {
+        let key = key.bytes();
+        if tool == "Bash" && *key == *b"command" && json.peek() == b'"' {
+            let command = json.string().bytes();
+            waits |= lets_time_pass(&command);
+            sum = sum.wrapping_add(mix(Hash::of(&key), Hash::of(&command)));
+        } else if tool == "Bash" && *key == *b"description" {
+            // For people: the same command under another title is the same command.
+            json.skip();
+        } else {
+            sum = sum.wrapping_add(mix(Hash::of(&key), canonical(json)));
+        }
+    });
+    (mix(sum, 1), waits)
+}
+
+/// The same for the same value, whatever the order of its keys and the blanks in between. The nesting is bounded: it was skipped over
+/// once.
+fn canonical(json: &mut Json<'_>) -> u64 {
+    match json.peek() {
+        b'{' => {
+            let mut sum = 0u64;
+            json.entries(|key, json| sum = sum.wrapping_add(mix(Hash::of(&key.bytes()), canonical(json))));
+            mix(sum, 1)
+        }
+        b'[' => {
+            let mut all = 2;
+            json.list(|json| all = mix(all, canonical(json)));
+            all
+        }
+        b'"' => mix(Hash::of(&json.string().bytes()), 3),
+        _ => {
+            let start = json.at();
+            json.skip();
+            mix(Hash::of(json.since(start)), 4)
+        }
+    }
+}
+
+/// Tools that wait, or look whether something has come: to call them again and again is what they are for.
+fn polls(tool: &str) -> bool {
+    const NAMES: [&str; 7] = ["BashOutput", "TaskOutput", "AgentOutputTool", "Monitor", "ScheduleWakeup", "TaskGet", "TaskList"];
+    let tool = tool.rsplit("__").next().unwrap_or(tool);
+    NAMES.contains(&tool)
+        || tool.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| {
+            ["wait", "sleep", "poll", "watch"]
+                .iter()
+                .any(|verb| word.get(..verb.len()).is_some_and(|w| w.eq_ignore_ascii_case(verb)))
+        })
+}
+
+/// Whether a shell command waits: one of its words is a verb for it.
+fn lets_time_pass(command: &[u8]) -> bool {
+    command
+        .split(|byte| byte.is_ascii_whitespace() || b";&|()`{}$".contains(byte))
+        .any(|word| matches!(word, b"sleep" | b"usleep" | b"wait" | b"watch" | b"until" | b"--watch" | b"--wait"))
+}
+
+/// What of an error is looked at.
+const ERROR_HEAD: usize = 512;
+
+/// Of an error's beginning, as it is written in JSON: words with digits in them are times, lines, ids. The CLI's own errors name what
+/// they are about behind their first line.
+fn error_hash(text: &[u8]) -> u64 {
+    const OWN: &[u8] = b"<tool_use_error>";
+    let text = &text[..text.len().min(ERROR_HEAD)];
+    let end = if text.windows(OWN.len()).any(|own| own == OWN) { text.windows(2).position(|two| two == br"\n") } else { None };
+    // An exit code alone says nothing: a search that found nothing has one, too.
+    if text.starts_with(b"\"Exit code ") && text.len() <= b"\"Exit code 127\"".len() {
+        return 0;
+    }
+    let mut hash = Hash::default();
+    for word in text[..end.unwrap_or(text.len())].split_inclusive(|byte| !byte.is_ascii_alphanumeric()) {
+        if word.iter().any(u8::is_ascii_digit) {
+            hash.put(b"#");
+        } else {
+            hash.put(word);
+        }
+    }
+    hash.finish()
 }
 
 fn usage(json: &mut Json<'_>) -> Option<Usage> {
@@ -732,16 +814,30 @@ fn said(user: &mut User, json: &mut Json<'_>) {
         return;
     }
     json.list(|json| {
-        let (mut result, mut call, mut error) = (false, None, None);
+        let (mut result, mut call, mut error, mut content) = (false, None, None, &b""[..]);
         let object = json.object(|key, json| match key {
             b"type" => result = json.is(b"tool_result"),
             b"tool_use_id" => call = json.name(),
             b"is_error" => error = json.flag(),
+            b"content" => {
+                let start = json.at();
+                json.skip();
+                content = json.since(start);
+            }
             _ => {}
         });
         match call.filter(|_| result) {
             Some(call) if user.results.len() < ELEMENTS => {
-                user.results.push(ToolResult { call, error: error == Some(true), denied: false, interrupted: false });
+                let error = error == Some(true);
+                user.results.push(ToolResult {
+                    call,
+                    error,
+                    denied: false,
+                    interrupted: false,
+                    hash: Hash::of(content),
+                    bytes: content.len(),
+                    error_hash: if error { error_hash(content) } else { 0 },
+                });
             }
             Some(_) => {}
             None => user.prompt |= object,

@@ -221,12 +221,15 @@ pub enum Block {
     Thinking {
         bytes: usize,
     },
-    /// `input_hash` tells equal calls apart from different ones; the input itself stays where it is.
+    /// `input_hash` tells equal calls apart from different ones, whatever the order of their input's keys; the input itself stays
+    /// where it is.
     ToolUse {
         call: String,
         tool: String,
         input_bytes: usize,
         input_hash: u64,
+        /// It is there to let time pass: a command that sleeps or watches, a tool that polls.
+        waits: bool,
     },
     Other,
 }
@@ -253,6 +256,11 @@ pub struct ToolResult {
     pub denied: bool,
     /// Ended from outside while it ran.
     pub interrupted: bool,
+    /// Of what it says, and how much that is.
+    pub hash: u64,
+    pub bytes: usize,
+    /// Of an error's beginning, words with digits in them taken for the same: what went wrong, whichever line or file it was.
+    pub error_hash: u64,
 }
 
 /// The API's own stream, passed through by the CLI (main thread, partial messages on).

@@ -46,7 +46,8 @@ const fn setting(key: &'static str, flag: &'static str, kind: Kind, default: &'s
     Setting { key, flag, kind, default, help }
 }
 
-/// Every setting there is. Limits are unset by default: a ceiling that nobody chose would stop somebody's work.
+/// Every setting there is. Limits are unset by default: a ceiling that nobody chose would stop somebody's work. Those on loops are set,
+/// and only say what they would do.
 #[rustfmt::skip]
 pub(crate) static SETTINGS: &[Setting] = &[
     setting("limits.max_turns", "max-turns", Kind::Count, "", "model round trips of one user turn; also handed to the CLI as its own --max-turns"),
@@ -64,6 +65,14 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("limits.stall_timeout", "stall-timeout", Kind::Time, "", "time without a sign of life while the model is asked; the CLI itself may be silent for six minutes"),
     setting("limits.result_timeout", "result-timeout", Kind::Time, "", "time to the result after the last answer, and to the exit after the last result"),
     setting("limits.max_memory", "max-memory", Kind::Size, "", "memory of the container; above it the agent is ended at the next turn boundary"),
+    setting("limits.memory_horizon", "memory-horizon", Kind::Time, "", "end the agent at a turn boundary when its memory, growing as it does, reaches `max_memory` or the container's limit within this time"),
+    setting("limits.max_identical_calls", "max-identical-calls", Kind::Count, "10", "the same call with the same result in a row; warned at half, like each of the next five (docs/detectors.md)"),
+    setting("limits.max_alternations", "max-alternations", Kind::Count, "6", "the same two to four calls in turn, with the same results: how often"),
+    setting("limits.max_same_errors", "max-same-errors", Kind::Count, "8", "different calls that fail with the same error, with no success in between"),
+    setting("limits.max_compactions", "max-compactions", Kind::Count, "5", "compactions of the context in a row, each within eight answers of the one before"),
+    setting("limits.max_subagents", "max-subagents", Kind::Count, "100", "subagents that one user turn starts"),
+    setting("limits.max_stale_answers", "max-stale-answers", Kind::Count, "40", "answers in a row that bring no progress: no call that succeeded and was new, or had a new result; waits aside"),
+    setting("limits.loop_mode", "loop-mode", Kind::Mode, "shadow", "what these six do, where `limits.mode` allows as much: off, shadow or enforce (interrupt the turn); `limits.modes.<limit>` sets one"),
     setting("limits.mode", "mode", Kind::Mode, "enforce", "what reaching a limit does: off, shadow (only says what it would do) or enforce; `limits.modes.<limit>` sets one"),
     setting("limits.exit_code", "limit-exit-code", Kind::Code, "", "exit with this code after a stop by a limit, instead of the CLI's own"),
     setting("stop.interrupt", "stop-interrupt", Kind::Time, "3s", "how long an interrupted turn has to end"),
@@ -131,7 +140,18 @@ const RULES: &[(&str, Limit, Scope)] = &[
     ("stall_timeout", Limit::Stall, Scope::Session),
     ("result_timeout", Limit::Result, Scope::Session),
     ("max_memory", Limit::Memory, Scope::Session),
+    ("memory_horizon", Limit::MemoryForecast, Scope::Session),
+    ("max_identical_calls", Limit::IdenticalCalls, Scope::Turn),
+    ("max_alternations", Limit::AlternatingCalls, Scope::Turn),
+    ("max_same_errors", Limit::SameErrors, Scope::Turn),
+    ("max_compactions", Limit::Compactions, Scope::Turn),
+    ("max_subagents", Limit::FanOut, Scope::Turn),
+    ("max_stale_answers", Limit::NoProgress, Scope::Turn),
 ];
+
+fn is_limit(key: &str) -> bool {
+    RULES.iter().any(|(name, ..)| key.strip_prefix("limits.") == Some(name))
+}
 
 /// Where a value came from, in the order in which they are read.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -281,8 +301,8 @@ impl Config {
 
     fn set(&mut self, setting: &'static Setting, text: &str, origin: Origin, mistakes: &mut Vec<Mistake>) {
         let text = text.trim();
-        // What has no default can be unset again by a later source.
-        let unset = setting.default.is_empty() && matches!(text, "" | "off" | "none");
+        // What has no default can be unset again by a later source, and every limit.
+        let unset = (setting.default.is_empty() || is_limit(setting.key)) && matches!(text, "" | "off" | "none");
         let value = match setting.kind.parse(text) {
             _ if unset => None,
             Ok(value) => Some(value),
@@ -390,10 +410,12 @@ impl Config {
 
     /// Every ceiling that is set, with its mode.
     pub(crate) fn rules(&self) -> Vec<Rule> {
-        let common = match self.value("limits.mode") {
+        let set = |key| match self.value(key) {
             Some(Value::Mode(mode)) => *mode,
             _ => Mode::Enforce,
         };
+        let common = set("limits.mode");
+        let loops = common.min(set("limits.loop_mode"));
         RULES
             .iter()
             .filter_map(|&(name, limit, scope)| {
@@ -410,7 +432,8 @@ impl Config {
                     | Value::Headers(_)
                     | Value::Address(_) => return None,
                 };
-                let mode = self.modes.get(name).map_or(common, |(mode, _)| *mode);
+                let usual = if limit.is_loop() { loops } else { common };
+                let mode = self.modes.get(name).map_or(usual, |(mode, _)| *mode);
                 Some(Rule { limit, scope, ceiling, mode })
             })
             .collect()

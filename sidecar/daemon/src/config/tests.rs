@@ -12,7 +12,10 @@ fn load(file: &str, environment: &[(&str, &str)], flags: &[(&'static str, &str)]
 #[test]
 fn every_setting_is_right_by_default_and_named_once() {
     let config = load("", &[], &[]).unwrap();
-    assert!(config.rules().is_empty());
+    let rules = config.rules();
+    assert!(rules.iter().all(|rule| rule.limit.is_loop() && rule.mode == Mode::Shadow), "only loops are limited, and only told");
+    let ceilings: Vec<_> = rules.iter().map(|rule| (rule.limit, rule.ceiling)).collect();
+    assert_eq!(ceilings, agent_sidecar_core::detect::CEILINGS.map(|(limit, n)| (limit, Ceiling::Count(n))));
     let mut seen = std::collections::BTreeSet::new();
     for setting in SETTINGS {
         assert!(seen.insert(setting.flag) && seen.insert(setting.key) || setting.flag == setting.key, "{}", setting.key);
@@ -27,7 +30,7 @@ fn the_later_source_wins() {
     let file = "listen = \"off\"\n[limits]\nmax_turns = 7\nmax_cost_usd = 2.5\nidle_timeout = \"10m\"\n";
     let config =
         load(file, &[("AGENT_SIDECAR_MAX_TURNS", "8"), ("AGENT_SIDECAR_PORT_9477_TCP", "x")], &[("max-turns", "9")]).unwrap();
-    let rules = config.rules();
+    let rules = chosen(&config);
     assert_eq!(rules.len(), 3);
     assert_eq!(rules[0].ceiling, Ceiling::Count(9));
     assert_eq!(config.idle_timeout(), Some(Duration::from_secs(600)));
@@ -43,7 +46,24 @@ fn the_later_source_wins() {
         ]
     );
     let unset = load(file, &[], &[("max-cost-usd", "off")]).unwrap();
-    assert_eq!(unset.rules().len(), 2);
+    assert_eq!(chosen(&unset).len(), 2);
+}
+
+/// Without those that are there by default.
+fn chosen(config: &Config) -> Vec<Rule> {
+    config.rules().into_iter().filter(|rule| !rule.limit.is_loop()).collect()
+}
+
+#[test]
+fn loops_are_told_unless_somebody_wants_more_or_less() {
+    let modes = |file: &str, flags: &[(&'static str, &str)]| -> Vec<&str> {
+        load(file, &[], flags).unwrap().rules().iter().map(|rule| rule.mode.as_str()).collect()
+    };
+    assert_eq!(modes("", &[("loop-mode", "enforce")]), ["enforce"; 6]);
+    assert_eq!(modes("", &[("mode", "off"), ("loop-mode", "enforce")]), ["off"; 6]);
+    assert_eq!(modes("", &[("max-subagents", "off"), ("max-compactions", "none")]), ["shadow"; 4]);
+    let one = "[limits]\nmax_stale_answers = \"off\"\n[limits.modes]\nmax_identical_calls = \"enforce\"\n";
+    assert_eq!(modes(one, &[]), ["enforce", "shadow", "shadow", "shadow", "shadow"]);
 }
 
 #[test]

@@ -36,7 +36,7 @@ use agent_sidecar_core::monitor::{Monitor, Now, Stop};
 use rustix::event::{EventfdFlags, Timespec};
 
 pub(crate) use child::refused;
-pub(crate) use tree::below;
+pub(crate) use tree::{below, state};
 pub(crate) use watch::{Sink, Watch};
 
 use backlog::Bounds;
