@@ -23,8 +23,14 @@ def decided(sidecar: harness.Sidecar) -> list[tuple[str, str]]:
     return [(line["limit"], line["action"]) for line in sidecar.ledger() if line["event"] == "limit_decided"]
 
 
+def live(sidecar: harness.Sidecar) -> dict:
+    """The session as it is now."""
+    wait_for("the wrapper", lambda: harness.listens(sidecar.port))
+    return sidecar.status()["sessions"][0]
+
+
 def test_a_circle_is_warned_of_and_then_ends_the_turn_alone(version, api, session, sidecar):
-    wrapper = sidecar(*STRICT)
+    wrapper = sidecar("--loop-mode", "enforce", "--max-identical-calls", "6")
     served = api(script(again(bash("echo nothing new"))))
     cli = session(served, *TOOLS, sidecar=wrapper)
     result = cli.ask("go on", timeout=60)
@@ -34,7 +40,7 @@ def test_a_circle_is_warned_of_and_then_ends_the_turn_alone(version, api, sessio
     assert cli.ask("and now?")["subtype"] == "success", "the session lives on"
     metrics = wrapper.metrics()
     for action in ("warn", "interrupt"):
-        assert metrics[f'claude_agent_loop_detections_total{{action="{action}",kind="identical_call"}}'] == 1
+        assert metrics[f'claude_agent_loop_detections_total{{kind="identical_call",action="{action}"}}'] == 1
     assert metrics['claude_agent_turns_total{outcome="limit_stopped"}'] == 1
     cli.close()
     assert decided(wrapper) == [("identical_call", "warn"), ("identical_call", "interrupt")]
@@ -65,17 +71,16 @@ def test_a_stopped_cli_is_frozen_and_comes_back(version, api, session, sidecar):
     served = api(script({"when": {"agent": "main", "results": 0}, "reply": {"blocks": [bash("echo begun; read -t 90 < <(:; tail -f /dev/null)")]}}))
     cli = session(served, *TOOLS, sidecar=wrapper)
     cli.send(harness.user("go"))
-    live = lambda: wrapper.status()["sessions"][0]
-    wait_for("a tool", lambda: live()["why"] == "tool")
+    wait_for("a tool", lambda: live(wrapper)["why"] == "tool")
     [pid] = children(cli.process.pid)
     os.kill(pid, signal.SIGSTOP)
-    wait_for("frozen", lambda: live()["why"] == "frozen")
+    wait_for("frozen", lambda: live(wrapper)["why"] == "frozen")
     # A tool may take its time, a frozen CLI may not: it is woken, and its turn interrupted.
     result = cli.result(timeout=60)
     assert result["subtype"] in ("error_during_execution", "success"), result
     [limit] = [line for line in wrapper.ledger() if line["event"] == "limit_decided"]
     assert (limit["limit"], limit["action"], limit["why"]) == ("stall", "interrupt", "frozen")
-    wait_for("idle", lambda: live()["why"] == "idle")
+    wait_for("idle", lambda: live(wrapper)["why"] == "idle")
     assert cli.ask("and now?")["subtype"] == "success", "the session lives on"
     assert cli.close() == 0
 
@@ -84,11 +89,10 @@ def test_what_waits_for_the_model_thinks_however_long(version, api, session, sid
     wrapper = sidecar()
     cli = session(api(script({"reply": {"hang": True}})), *TOOLS, sidecar=wrapper)
     cli.send(harness.user("go"))
-    live = lambda: wrapper.status()["sessions"][0]
     # Long enough for its connections to be looked at.
-    wait_for("a look at its sockets", lambda: (live()["process"]["sockets"] or {}).get("established", 0) > 0, timeout=60)
-    assert (live()["state"], live()["why"]) == ("model", "thinking")
-    assert live()["silent_seconds"] >= 10
+    wait_for("a look at its sockets", lambda: (live(wrapper)["process"]["sockets"] or {}).get("established", 0) > 0, timeout=60)
+    assert (live(wrapper)["state"], live(wrapper)["why"]) == ("model", "thinking")
+    assert live(wrapper)["silent_seconds"] >= 10
 
 
 def test_what_outlives_its_call_is_seen_while_it_runs(version, api, session, sidecar):

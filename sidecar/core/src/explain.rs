@@ -167,6 +167,10 @@ pub struct Session {
     pub outcome: Option<Outcome>,
     /// How its process ended; absent while it runs, or where nobody lived to tell.
     pub exit: Option<ExitReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
     #[serde(flatten)]
     pub spend: Spend,
     /// What of it was an estimate when it was written, whether or not a result confirmed it later.
@@ -360,7 +364,9 @@ impl Session {
             }
             Fact::ResultMissing { cause, .. } => self.results_missing.push(*cause),
             Fact::SessionEnded { .. } => {}
-            Fact::ProcessExited { reason, .. } => self.exit = Some(*reason),
+            Fact::ProcessExited { reason, exit_code, signal, .. } => {
+                (self.exit, self.exit_code, self.signal) = (Some(*reason), *exit_code, *signal);
+            }
         }
     }
 

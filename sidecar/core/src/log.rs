@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::Now;
 use crate::limit::Mode;
+use crate::monitor::Exit;
 use crate::span::put;
 use crate::telemetry::{Attributes, Context, LogEvent, Severity, Value};
 use crate::update::{Answered, Decision, ExitReason, MissingCause, Outcome, Step, ToolOutcome, Update};
@@ -200,8 +201,13 @@ impl Logs {
                 let severity = if matches!(cause, MissingCause::Crash | MissingCause::Oom) { Error } else { Warn };
                 ("result.missing", severity)
             }
-            Update::Exited { reason, .. } => {
+            Update::Exited { reason, exit, .. } => {
                 say("claude_agent.reason", reason.as_str().into());
+                match exit {
+                    Some(Exit::Code(code)) => say("claude_agent.exit_code", Value::Int((*code).into())),
+                    Some(Exit::Signal(signal)) => say("claude_agent.signal", Value::Int((*signal).into())),
+                    None => {}
+                }
                 let severity = match reason {
                     ExitReason::Clean | ExitReason::Idle | ExitReason::Shutdown => Info,
                     ExitReason::Limit | ExitReason::Signal => Warn,

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::ask::{Asker, ID_PREFIX};
 use crate::content::Piece;
+use crate::detect::Streaks;
 use crate::detect::memory::Growth;
 use crate::detect::why::{QUIET, Vitals, Why, why};
 use crate::event::{Broken, Event, Message, claude_code};
@@ -84,6 +85,22 @@ pub enum Exit {
     Signal(i32),
 }
 
+impl Exit {
+    pub fn code(self) -> Option<i32> {
+        match self {
+            Exit::Code(code) => Some(code),
+            Exit::Signal(_) => None,
+        }
+    }
+
+    pub fn signal(self) -> Option<i32> {
+        match self {
+            Exit::Signal(signal) => Some(signal),
+            Exit::Code(_) => None,
+        }
+    }
+}
+
 /// A signal for the CLI, by its number on this platform.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Signal(pub i32);
@@ -128,6 +145,8 @@ const TICK: Duration = Duration::from_secs(5);
 /// The `error.type` of what we left open ourselves, and who closed it then: see [`Monitor::last_words`].
 const SIDECAR_LOST: &str = "sidecar_lost";
 const SUCCESSOR: &str = "successor";
+/// We are woken each five seconds: who hears nothing for so long was frozen, or suspended with the machine.
+const SLEPT: Duration = Duration::from_secs(60);
 /// A process that survives a kill for this long is beyond us.
 const UNKILLABLE: Duration = Duration::from_secs(5);
 
@@ -215,6 +234,8 @@ pub struct Monitor {
     outside: Outside,
     vitals: Vitals,
     growth: Growth,
+    /// As they were last judged.
+    streaks: Streaks,
     /// What it is held up by, if that was told.
     held: Option<Why>,
     stdout: Splitter,
@@ -262,6 +283,7 @@ impl Monitor {
             outside: Outside::default(),
             vitals: Vitals::default(),
             growth: Growth::default(),
+            streaks: Streaks::default(),
             held: None,
             stdout: Splitter::default(),
             stdin: Splitter::default(),
@@ -286,7 +308,11 @@ impl Monitor {
     /// Takes one input. Never fails: what cannot be understood is counted.
     pub fn handle(&mut self, now: Now, input: Input<'_>) {
         // Neither clock may run backwards here, whatever the machine's do.
-        self.now = Now { mono: now.mono.max(self.now.mono), unix: now.unix };
+        let gap = now.mono.saturating_sub(self.now.mono);
+        self.now = Now { mono: self.now.mono + gap, unix: now.unix };
+        if gap >= SLEPT {
+            self.slept(gap);
+        }
         match input {
             Input::Spawned { pid } => {
                 self.pid = Some(pid);
@@ -350,7 +376,7 @@ impl Monitor {
         let now = Now { mono: now.mono.max(self.now.mono), unix: now.unix };
         let (mut session, mut logs, mut events) = (self.session.clone(), self.logs.clone(), Vec::new());
         // If we are killed, the CLI dies with us.
-        session.exited(ExitReason::Signal, false, now);
+        session.exited(ExitReason::Signal, Exit::Signal(SIGKILL), false, now);
         for update in session.drain() {
             let context = spans.as_mut().and_then(|spans| spans.on(&update, now));
             events.extend(logs.as_mut().and_then(|logs| logs.on(&update, now, context)));
@@ -489,6 +515,16 @@ impl Monitor {
         }
     }
 
+    /// Limits on silence start over where they were. Those on wall clocks go on: they are about the clock.
+    fn slept(&mut self, gap: Duration) {
+        self.session.slept(gap);
+        self.vitals.slept(gap);
+        self.outside.frozen_since = self.vitals.frozen_since();
+        for since in [&mut self.outside.input_over, &mut self.outside.fed_at].into_iter().flatten() {
+            *since += gap;
+        }
+    }
+
     fn stdout(&mut self, bytes: Option<&[u8]>) {
         let mut splitter = std::mem::take(&mut self.stdout);
         let mut take = |line: Line<'_>| self.line(line);
@@ -588,6 +624,11 @@ impl Monitor {
         };
         self.session.hear(message, own, self.now);
         self.drain_session();
+        // A whole circle may come in one read.
+        let streaks = self.session.streaks();
+        if std::mem::replace(&mut self.streaks, streaks) != streaks {
+            self.judge();
+        }
         // After the session has its name, so that it is counted there.
         self.fold(unknown.map_or(Update::Heard { kind }, |kind| Update::Unknown { kind }));
         if asks {
@@ -719,7 +760,7 @@ impl Monitor {
             (None, Exit::Code(_)) if !self.session.spoke() && self.settings.parse => ExitReason::InitFailed,
             (None, Exit::Code(_)) => ExitReason::Error,
         };
-        self.session.exited(reason, self.truncated, self.now);
+        self.session.exited(reason, exit, self.truncated, self.now);
         self.drain_session();
         self.exited = true;
         if let Some(ladder) = &self.ladder {
@@ -753,21 +794,7 @@ impl Monitor {
         if self.asker.eof().is_some_and(|since| self.asker.eof_answered() || since + EOF_HOLD <= self.now.mono) {
             self.close_stdin();
         }
-        self.outside.can_refuse = self.can_inject();
-        let mut told = Vec::new();
-        let reached = self.judge.judge(&self.session, &self.outside, self.now, &mut told);
-        for mut update in told {
-            // Only now and then is there something to tell.
-            match &mut update {
-                Update::Decided(decision) if decision.limit.asks_why() => decision.why = Some(self.why()),
-                Update::Stalled { why, on: true, .. } => *why = Some(self.why()),
-                _ => {}
-            }
-            self.fold(update);
-        }
-        for reached in reached {
-            self.reached(&reached);
-        }
+        self.judge();
         // A message that was on its way before the refusal, or a CLI that does not know hooks.
         if self.refusing && self.ladder.is_none() && self.session.turn().is_some_and(|turn| turn.rounds > 0) {
             self.begin(Goal::Turn, Scope::Session, ExitReason::Limit, Step::Interrupt, SIGTERM, None);
@@ -787,6 +814,25 @@ impl Monitor {
         }
         self.session.tick(self.now);
         self.drain_session();
+    }
+
+    /// Holds the limits against the facts, and does what that calls for.
+    fn judge(&mut self) {
+        self.outside.can_refuse = self.can_inject();
+        let mut told = Vec::new();
+        let reached = self.judge.judge(&self.session, &self.outside, self.now, &mut told);
+        for mut update in told {
+            // Only now and then is there something to tell.
+            match &mut update {
+                Update::Decided(decision) if decision.limit.asks_why() => decision.why = Some(self.why()),
+                Update::Stalled { why, on: true, .. } => *why = Some(self.why()),
+                _ => {}
+            }
+            self.fold(update);
+        }
+        for reached in reached {
+            self.reached(&reached);
+        }
     }
 
     fn reached(&mut self, Reached { rule, .. }: &Reached) {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::monitor::Exit;
 use crate::tokens::{Tokens, Usd};
 use crate::update::{
     Activity, Answered, Basis, Decision, Direction, ExitReason, MissingCause, Outcome, Source, Start, ToolOutcome, Update,
@@ -166,6 +167,11 @@ pub enum Fact {
     ProcessExited {
         session_id: String,
         reason: ExitReason,
+        /// With what it ended: a code, or the signal that killed it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        exit_code: Option<i32>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signal: Option<i32>,
     },
 }
 
@@ -327,7 +333,12 @@ impl Recorder {
             }
             Update::ResultMissing { session, cause } => Fact::ResultMissing { session_id: session, cause },
             Update::SessionEnded { session, cost } => Fact::SessionEnded { session_id: session, cost_usd: cost },
-            Update::Exited { reason, session } => Fact::ProcessExited { session_id: session, reason },
+            Update::Exited { reason, session, exit } => Fact::ProcessExited {
+                session_id: session,
+                reason,
+                exit_code: exit.and_then(Exit::code),
+                signal: exit.and_then(Exit::signal),
+            },
             _ => return None,
         })
     }
@@ -393,7 +404,10 @@ impl Fact {
             },
             Fact::ResultMissing { session_id, cause } => Update::ResultMissing { session: session_id, cause },
             Fact::SessionEnded { session_id, cost_usd } => Update::SessionEnded { session: session_id, cost: cost_usd },
-            Fact::ProcessExited { session_id, reason } => Update::Exited { reason, session: session_id },
+            Fact::ProcessExited { session_id, reason, exit_code, signal } => {
+                let exit = exit_code.map(Exit::Code).or(signal.map(Exit::Signal));
+                Update::Exited { reason, session: session_id, exit }
+            }
             Fact::ToolCompleted { session_id, call, tool, outcome, duration_seconds, .. } => Update::ToolEnded {
                 session: session_id,
                 call,

@@ -21,6 +21,7 @@ use crate::event::{
 use crate::ledger::{Base, Began, Known, Ledger};
 use crate::meter::tool_class;
 use crate::metric::bounded;
+use crate::monitor::Exit;
 use crate::price::PriceTable;
 use crate::tokens::{Tokens, Usd};
 use crate::update::{
@@ -546,6 +547,13 @@ impl Session {
         self.settle(now, false);
     }
 
+    /// Nobody ran for this long, we ourselves included: that silence was nobody's.
+    pub fn slept(&mut self, gap: Duration) {
+        self.last_active += gap;
+        self.since += gap;
+        self.idle_since = self.idle_since.map(|since| since + gap);
+    }
+
     /// A stop has begun: what follows is the way out.
     pub fn stopping(&mut self, now: Now) {
         self.stopping = true;
@@ -566,7 +574,7 @@ impl Session {
     }
 
     /// The process is gone: everything open ends here.
-    pub fn exited(&mut self, reason: ExitReason, truncated: bool, now: Now) {
+    pub fn exited(&mut self, reason: ExitReason, exit: Exit, truncated: bool, now: Now) {
         self.settle(now, false);
         let lasted = now.mono.saturating_sub(self.accounted);
         if !lasted.is_zero() {
@@ -576,7 +584,7 @@ impl Session {
         }
         self.native_over(reason, now);
         self.abandon(reason, truncated, now);
-        self.out.push(Update::Exited { reason, session: self.id.clone() });
+        self.out.push(Update::Exited { reason, session: self.id.clone(), exit: Some(exit) });
         self.end_session();
     }
 

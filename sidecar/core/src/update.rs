@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::detect::why::Why;
 use crate::limit::{Limit, Mode, Scope};
+use crate::monitor::Exit;
 use crate::tokens::{Tokens, Usd};
 
 /// Declares an enum whose variants are label values, with `as_str` and serde in step.
@@ -476,6 +477,8 @@ pub enum Update {
     Exited {
         reason: ExitReason,
         session: String,
+        /// With what it ended, where somebody saw it.
+        exit: Option<Exit>,
     },
     SessionEnded {
         session: String,

@@ -610,3 +610,29 @@ fn a_kill_is_called_out_of_memory_only_if_it_was_the_clis() {
         assert_eq!(b.count(&metric::OOM_KILLS, &["tool"]), tools as f64);
     }
 }
+
+#[test]
+fn what_was_frozen_with_us_is_not_silence() {
+    let rules = [rule(Limit::Idle, Scope::Session, secs(600)), rule(Limit::Stall, Scope::Session, secs(400))];
+    for turn_is_over in [true, false] {
+        let mut b = Bench::new(&rules);
+        b.ask();
+        if turn_is_over {
+            b.answer(1, false).result("success", "completed");
+        }
+        b.at(300.0);
+        // The container is paused for a day, and we with it.
+        b.now += Duration::from_secs(86_400);
+        b.put(Input::Timeout);
+        assert_eq!(b.log(), "", "turn is over: {turn_is_over}");
+        b.at(86_400.0 + 390.0);
+        assert_eq!(b.log(), "", "turn is over: {turn_is_over}");
+        b.at(86_400.0 + 610.0);
+        let limit = if turn_is_over {
+            "87000 enforce idle session: stop at 600 of 600"
+        } else {
+            "86800 enforce stall session: interrupt at 400 of 400"
+        };
+        assert!(b.log().contains(limit), "{}", b.log());
+    }
+}

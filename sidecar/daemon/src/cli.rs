@@ -216,7 +216,7 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             if matches.get_flag("ledger") {
                 replay::ledgers(&files, format, &mut out)?;
             } else {
-                replay::streams(&files, config.prices.clone(), format, &mut out)?;
+                replay::streams(&files, &config, format, &mut out)?;
             }
         }
         Some(("explain", matches)) => {

@@ -63,7 +63,12 @@ const ROWS: usize = 12;
 
 fn text(session: &Session, out: &mut impl Write) -> io::Result<()> {
     let outcome = session.outcome.map_or("no turn ended", |outcome| outcome.as_str());
-    let exit = session.exit.map_or(String::new(), |exit| format!(", process ended: {}", exit.as_str()));
+    let with = match (session.exit_code, session.signal) {
+        (_, Some(signal)) => format!(" by signal {signal}"),
+        (Some(code), None) => format!(" with code {code}"),
+        (None, None) => String::new(),
+    };
+    let exit = session.exit.map_or(String::new(), |exit| format!(", process ended{with}: {}", exit.as_str()));
     writeln!(out, "session {} ({outcome}{exit})", session.session_id)?;
     if let Some(from) = session.from.as_ref().filter(|from| **from != session.session_id) {
         writeln!(out, "  goes on from {from}")?;

@@ -5,10 +5,12 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use agent_sidecar_core::price::PriceTable;
+use agent_sidecar_core::limit::{Mode, Rule};
 use agent_sidecar_core::record::Record;
 use agent_sidecar_core::report::{Report, Sums};
 use agent_sidecar_core::{Exit, Input, Monitor, Now, Settings};
+
+use crate::config::Config;
 
 /// How the numbers are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,10 +38,13 @@ pub(crate) enum Error {
 }
 
 /// Reads recorded stdout, one file after another, each with a process of its own or several.
-pub(crate) fn streams(files: &[PathBuf], prices: PriceTable, format: Format, out: &mut impl Write) -> Result<(), Error> {
+pub(crate) fn streams(files: &[PathBuf], config: &Config, format: Format, out: &mut impl Write) -> Result<(), Error> {
     let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let now = Now { mono: Duration::ZERO, unix };
-    let mut monitor = Monitor::new(Settings { prices, ..Settings::default() }, true, now);
+    // Circles need no clock.
+    let loops = config.rules().into_iter().filter(|rule| rule.limit.is_loop());
+    let rules = loops.map(|rule| Rule { mode: rule.mode.min(Mode::Shadow), ..rule }).collect();
+    let mut monitor = Monitor::new(Settings { prices: config.prices.clone(), rules, ..Settings::default() }, true, now);
     let mut chunk = vec![0; 64 * 1024];
     for path in files {
         let failed = |source| Error::Read { path: path.clone(), source };

@@ -293,11 +293,11 @@ mod tests {
         let mut sampler = Sampler::new().unwrap();
         let sample = sampler.read(None, false);
         assert!(sample.sidecar_memory_bytes.unwrap() > 100_000);
-        let seen = Seen { role: "tool", cpu: Duration::from_secs(7), memory_bytes: 0 };
+        // No child of another test is taken for one of these.
+        let seen = Seen { role: "mcp", cpu: Duration::from_secs(7), memory_bytes: 0 };
         sampler.seen.insert(Pid::from_u32(u32::MAX - 1), seen);
-        let tool = |sample: &Sample| sample.roles.iter().find(|role| role.role == "tool").unwrap().cpu;
-        assert_eq!(tool(&sampler.read(None, false)), Duration::from_secs(7));
-        assert_eq!(tool(&sampler.read(None, false)), Duration::from_secs(7));
+        assert_eq!(sampler.read(None, false).cpu("mcp"), Duration::from_secs(7));
+        assert_eq!(sampler.read(None, false).cpu("mcp"), Duration::from_secs(7));
     }
 
     #[test]
@@ -307,14 +307,15 @@ mod tests {
         // What was killed before us is not ours.
         assert!(!sampler.oom_killed());
         assert_eq!(sampler.read(None, false).oom_unknown, 0);
-        for (n, role, memory_bytes) in [(1, "tool", 10), (2, "mcp", 3_000), (3, "tool", 5_000)] {
+        for (n, role, memory_bytes) in [(1, "tool", 10), (2, "mcp", 3 << 40), (3, "tool", 5 << 40)] {
             sampler.seen.insert(Pid::from_u32(u32::MAX - n), Seen { role, cpu: Duration::ZERO, memory_bytes });
         }
         fs::write(cgroup.join("memory.events"), "oom_kill 5\n").unwrap();
         let victim = |role, memory_bytes| OomVictim { role, memory_bytes };
         assert!(sampler.oom_killed());
-        assert_eq!(sampler.read(None, false).oom_victims, [victim("tool", 5_000)]);
+        assert_eq!(sampler.read(None, false).oom_victims, [victim("tool", 5 << 40)]);
         assert_eq!(sampler.read(None, false).oom_victims, []);
+        sampler.seen.clear();
         fs::write(cgroup.join("memory.events"), "oom_kill 6\n").unwrap();
         let sample = sampler.read(None, false);
         assert_eq!((sample.oom_victims, sample.oom_unknown), (Vec::new(), 1));

@@ -135,6 +135,8 @@ mod tests {
     }
 
     proptest! {
+        // Each has two hundred fits.
+        #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
         #[test]
         fn any_readings_are_fit(readings in proptest::collection::vec((any::<u32>(), any::<u64>()), 0..200), limit in any::<u64>()) {
             let mut growth = Growth::default();

@@ -132,6 +132,8 @@ pub struct Loops {
     progress: Progress,
     compactions: Compactions,
     subagents: u64,
+    /// As of the last that happened: asked more often than changed.
+    streaks: Streaks,
 }
 
 impl Loops {
@@ -152,7 +154,8 @@ impl Loops {
         let news = !noted && self.progress.is_news(ended.call, pair, succeeded);
         let Some(thread) = self.thread(thread) else {
             // Who is not watched may bring news all the same.
-            return self.progress.round(&Round { news, neutral: true, ..Round::default() });
+            self.progress.round(&Round { news, neutral: true, ..Round::default() });
+            return self.settle();
         };
         if !noted {
             thread.round.add(ended, pair, news);
@@ -169,6 +172,7 @@ impl Loops {
         thread.cycles.round(&round);
         thread.errors.round(&round);
         self.progress.round(&round);
+        self.settle();
     }
 
     /// An answer of the model is complete, whoever asked.
@@ -177,6 +181,7 @@ impl Loops {
         if main {
             self.compactions.answered();
         }
+        self.settle();
     }
 
     /// The agent has forgotten what it saw: to look again is no circle.
@@ -186,26 +191,33 @@ impl Loops {
         if automatic {
             self.compactions.compacted();
         }
+        self.settle();
     }
 
     pub fn subagent_began(&mut self) {
         self.subagents = self.subagents.saturating_add(1);
+        self.settle();
     }
 
     pub fn subagent_ended(&mut self, thread: &str) {
         self.threads.remove(thread);
+        self.settle();
     }
 
     pub fn streaks(&self) -> Streaks {
+        self.streaks
+    }
+
+    fn settle(&mut self) {
         let most = |of: fn(&Thread) -> u64| self.threads.values().map(of).max().unwrap_or_default();
-        Streaks {
+        self.streaks = Streaks {
             identical: most(|thread| thread.cycles.identical()),
             alternating: most(|thread| thread.cycles.alternating()),
             same_error: most(|thread| thread.errors.streak()),
             compactions: self.compactions.streak(),
             subagents: self.subagents,
             stale: self.progress.stale(),
-        }
+        };
     }
 
     fn thread(&mut self, name: &str) -> Option<&mut Thread> {

@@ -171,6 +171,11 @@ impl Vitals {
         self.frozen_since
     }
 
+    /// Nobody ran for this long.
+    pub fn slept(&mut self, gap: Duration) {
+        self.frozen_since = self.frozen_since.map(|since| since + gap);
+    }
+
     /// What keeps it from running, whatever it has to do.
     fn held(&self) -> Option<Why> {
         match () {

@@ -47,6 +47,22 @@ fn the_page_says_what_was_measured() {
 }
 
 #[test]
+fn a_circle_that_comes_in_one_read_is_told_too() {
+    let line = |n: u32| {
+        format!(
+            r#"{{"type":"assistant","session_id":"s","message":{{"id":"m{n}","model":"claude-opus-5-5","content":[{{"type":"tool_use","id":"t{n}","name":"Read","input":{{}}}}]}}}}
+{{"type":"user","session_id":"s","message":{{"content":[{{"type":"tool_result","tool_use_id":"t{n}","content":"x"}}]}}}}
+"#
+        )
+    };
+    let mut all: String = (0..12).map(line).collect();
+    all += "{\"type\":\"result\",\"session_id\":\"s\",\"subtype\":\"success\"}\n";
+    let mut stage = stage::Stage::default();
+    stage.put(agent_sidecar_core::Input::Stdout(all.as_bytes()));
+    assert_eq!(stage.told.iter().map(|told| told.step).collect::<Vec<_>>(), [Step::Warn, Step::Interrupt]);
+}
+
+#[test]
 fn a_circle_is_told_once_in_a_turn_and_again_in_the_next() {
     let mut stage = stage::Stage::default();
     for _ in 0..2 {
