@@ -10,17 +10,20 @@ use rustix::process::Signal;
 
 use crate::support::*;
 
+/// Paths and bodies.
+type Posts = Vec<(String, Vec<u8>)>;
+
 /// Takes whatever is posted to it.
 struct Collector {
     url: String,
-    posts: Arc<Mutex<Vec<(String, Vec<u8>)>>>,
+    posts: Arc<Mutex<Posts>>,
 }
 
 impl Collector {
     fn start() -> Collector {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let posts: Arc<Mutex<Vec<(String, Vec<u8>)>>> = Arc::default();
+        let posts: Arc<Mutex<Posts>> = Arc::default();
         let theirs = Arc::clone(&posts);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {

@@ -339,10 +339,13 @@ impl Variables<'_> {
         let headers = match (&own.headers, get(self, "HEADERS")) {
             (Some(headers), _) => headers.clone(),
             (None, None) => Headers::default(),
-            (None, Some((text, name))) => headers(&text).unwrap_or_else(|what| {
-                self.wrong(&name, what, HEADERS_REMEDY);
-                Headers::default()
-            }),
+            (None, Some((text, name))) => {
+                let (headers, wrong) = read_headers(&text);
+                if let Some(what) = wrong {
+                    self.wrong(&name, what, HEADERS_REMEDY);
+                }
+                headers
+            }
         };
         let timeout = match get(self, "TIMEOUT") {
             Some((_, name)) if own.timeout.is_none() => self.milliseconds(&name),
@@ -410,17 +413,31 @@ pub(crate) const HEADERS_REMEDY: &str = "write name=value,name=value, with %2C f
 
 /// `name=value,name=value`, values percent-encoded. What is wrong is said without the text.
 pub(crate) fn headers(text: &str) -> Result<Headers, String> {
-    let mut headers = HeaderMap::new();
-    for (i, pair) in text.split(',').enumerate().filter(|(_, pair)| !pair.trim().is_empty()) {
-        let nth = i + 1;
-        let (name, value) = pair.split_once('=').ok_or_else(|| format!("header {nth} has no `=`"))?;
-        let name: HeaderName = name.trim().parse().map_err(|_| format!("the name of header {nth} is none"))?;
-        let value = percent_decoded(value.trim());
-        let mut value = HeaderValue::from_str(&value).map_err(|_| format!("the value of header {nth} cannot be sent"))?;
-        value.set_sensitive(true);
-        headers.append(name, value);
+    match read_headers(text) {
+        (headers, None) => Ok(headers),
+        (_, Some(what)) => Err(what),
     }
-    Ok(Headers(headers))
+}
+
+/// Those that are right, and the first thing that is wrong.
+fn read_headers(text: &str) -> (Headers, Option<String>) {
+    let (mut headers, mut wrong) = (HeaderMap::new(), None);
+    for (i, pair) in text.split(',').enumerate().filter(|(_, pair)| !pair.trim().is_empty()) {
+        match header(pair, i + 1) {
+            Ok((name, value)) => drop(headers.append(name, value)),
+            Err(what) => wrong = wrong.or(Some(what)),
+        }
+    }
+    (Headers(headers), wrong)
+}
+
+fn header(pair: &str, nth: usize) -> Result<(HeaderName, HeaderValue), String> {
+    let (name, value) = pair.split_once('=').ok_or_else(|| format!("header {nth} has no `=`"))?;
+    let name: HeaderName = name.trim().parse().map_err(|_| format!("the name of header {nth} is none"))?;
+    let value = percent_decoded(value.trim());
+    let mut value = HeaderValue::from_str(&value).map_err(|_| format!("the value of header {nth} cannot be sent"))?;
+    value.set_sensitive(true);
+    Ok((name, value))
 }
 
 /// A percent sign that begins no such thing is one.

@@ -144,13 +144,13 @@ fn what_is_wrong_is_named_with_its_remedy_and_leaves_the_rest_in_place() {
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/xml"),
         ("OTEL_TRACES_SAMPLER", "jaeger_remote"),
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
-        ("OTEL_EXPORTER_OTLP_HEADERS", "geheim"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "geheim,key=kept"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd"),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
         ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "dleta"),
     ];
     let told = told(&Own::default(), &variables);
-    let expected = "-\nhttp://c/v1/metrics\n-
+    let expected = "-\nhttp://c/v1/metrics kept\n-
 ! OTEL_EXPORTER_OTLP_PROTOCOL: `http/xml` is not spoken here; http/protobuf is; write http/protobuf, http/json or grpc
 ! OTEL_EXPORTER_OTLP_TRACES_ENDPOINT: the endpoint does not begin with http:// or https:// and a host; write it like http://collector:4318
 ! OTEL_EXPORTER_OTLP_HEADERS: header 1 has no `=`; write name=value,name=value, with %2C for a comma within a value
