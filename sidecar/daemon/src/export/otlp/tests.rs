@@ -91,6 +91,15 @@ fn nobody() -> SocketAddr {
     (Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254)), 4_318).into()
 }
 
+/// Its thread, too: on a busy machine the end does not wait for it, and as long as it lives nobody inherits from it.
+fn gone(exporter: Exporter) {
+    let shared = Arc::clone(&exporter.shared);
+    drop(exporter);
+    let state = shared.lock();
+    let (state, _) = shared.progress.wait_timeout_while(state, PATIENCE, |state| !state.ended).unwrap();
+    assert!(state.ended);
+}
+
 fn sent(items: u64) -> Flushed {
     Flushed { sent: items, ..Flushed::default() }
 }
@@ -166,7 +175,7 @@ fn a_collector_that_is_down_gets_it_all_when_it_is_up_from_whoever_comes_next() 
     assert_eq!(exporter.flush(PATIENCE), Flushed { left_on_disk: 50, ..Flushed::default() });
     assert!(began.elapsed() < PATIENCE / 4, "nobody waits for a collector that is down: {:?}", began.elapsed());
     assert_eq!(counts.total_lost(), 0);
-    drop(exporter);
+    gone(exporter);
     let collector = Collector::on(address, None);
     let (heir, _) = start(&url, &scratch);
     heir.offer_message(Signal::Logs, &logs("50"), 1);
