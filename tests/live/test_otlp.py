@@ -196,6 +196,32 @@ def test_a_kill_in_mid_turn_closes_every_span(api, session, sidecar, collector, 
     assert told.sum("claude_agent_cost_usd_total") == pytest.approx(replayed(wrapper.ledger_file)["totals"]["cost_usd"], abs=1e-9)
 
 
+def test_a_kill_of_ours_in_mid_turn_is_told_by_the_next_start(api, session, sidecar, collector, tmp_path):
+    got = collector()
+    wrapper = sidecar(*flags(got.url, tmp_path))
+    cli = session(api(script(slow(LONG))), "--include-partial-messages", sidecar=wrapper)
+    cli.send(harness.user("go"))
+    cli.until(lambda line: line["type"] == "stream_event" and line["event"]["type"] == "content_block_delta")
+    wills = lambda: [path.read_bytes() for path in (tmp_path / "queue").rglob("will.traces")]
+    wait_for("what is open to be on disk", lambda: any(b"chat claude" in will for will in wills()))
+    cli.process.kill()
+    cli.process.wait(20)
+    assert not Telemetry(got.posts).spans
+    other = harness.Sidecar(tmp_path / "other", *flags(got.url, tmp_path))
+    cli = session(api(script()), sidecar=other, home=tmp_path / "home2")
+    cli.ask("second")
+    assert cli.close() == 0
+    told = Telemetry(got.posts)
+    first, _ = sorted((span for span in told.spans if "claude_agent.turn" in attributes(span)), key=lambda span: span.start_time_unix_nano)
+    lost = [span for span in told.spans if span.trace_id == first.trace_id]
+    assert {span.name.split()[0] for span in lost} == {"invoke_agent", "chat"}
+    for span in lost:
+        has = attributes(span)
+        assert (has["error.type"], has["claude_agent.closed_by"], span.status.code) == ("sidecar_lost", "successor", 2)
+    ids = [span.span_id for span in told.spans]
+    assert len(ids) == len(set(ids))
+
+
 def test_what_a_collector_that_is_down_did_not_get_is_sent_by_the_next_start(api, session, sidecar, collector, tmp_path):
     port = free_port()
     down = flags(f"http://127.0.0.1:{port}", tmp_path)
