@@ -16,6 +16,8 @@ from test_bare import CASES, TOOLS, USAGE, bash, main, script
 
 SLOW = {"first_byte_delay_ms": 100, "chunk": 4, "chunk_delay_ms": 50}
 LONG = "word " * 400
+# For a CLI that is asked to end something, on a machine that does other things besides.
+PATIENT = ["--stop-interrupt", "20s", "--stop-end", "20s", "--platform-grace", "2m"]
 
 
 def steps(n: int, command: str = "echo step") -> list[dict]:
@@ -189,7 +191,7 @@ def test_a_shadow_budget_only_says_so(version, api, session, sidecar):
         (["--max-turns", "2"], "error_max_turns"),
         (["--turn-max-cost-usd", "0.02"], "error_during_execution"),
         (["--turn-max-tokens", "9000"], "error_during_execution"),
-        (["--turn-max-duration", "4s"], "error_during_execution"),
+        (["--turn-max-duration", "6s", *PATIENT], "error_during_execution"),
     ],
 )
 def test_a_limit_of_the_turn_leaves_the_session_alive(flags, subtype, version, api, session, sidecar):
@@ -205,7 +207,7 @@ def test_a_limit_of_the_turn_leaves_the_session_alive(flags, subtype, version, a
 
 
 def test_a_tool_that_takes_too_long_is_interrupted(version, api, session, sidecar):
-    served, wrapper = api(script(main(0, bash("python3 -c 'import time; time.sleep(60)'")))), sidecar("--tool-max-duration", "2s")
+    served, wrapper = api(script(main(0, bash("python3 -c 'import time; time.sleep(60)'")))), sidecar("--tool-max-duration", "2s", *PATIENT)
     cli = session(served, *TOOLS, sidecar=wrapper)
     result = cli.ask("go")
     assert result["subtype"] == "error_during_execution"
@@ -225,7 +227,7 @@ def test_idle_ends_the_process_cleanly_and_work_does_not(version, api, session, 
 
 
 def test_the_wall_clock_ends_the_session_with_a_result(version, api, session, sidecar):
-    served, wrapper = api(script(slow(LONG))), sidecar("--max-duration", "3s", "--limit-exit-code", "77")
+    served, wrapper = api(script(slow(LONG))), sidecar("--max-duration", "8s", "--limit-exit-code", "77", *PATIENT)
     cli = session(served, sidecar=wrapper)
     assert cli.ask("go")["subtype"] == "error_during_execution"
     assert cli.process.wait(20) == 77
