@@ -175,6 +175,40 @@ def test_a_budget_ends_the_turn_and_the_next_message_is_refused(version, api, se
     assert replayed(wrapper.ledger_file)["totals"]["cost_usd"] < 0.03 + one
 
 
+def test_a_session_that_used_up_its_turns_is_refused_without_asking(version, api, session, sidecar):
+    served, wrapper = api(script()), sidecar("--session-max-turns", "2")
+    cli = session(served, sidecar=wrapper)
+    assert not any(cli.ask("go")["is_error"] for _ in range(2))
+    wait_for("decision", lambda: any(line.get("action") == "refuse" for line in wrapper.ledger()))
+    refused = cli.ask("go")
+    assert (refused["num_turns"], refused["is_error"]) == (0, False)
+    assert len(served.requests()) == 2
+    assert cli.close() == 0
+
+
+def test_a_resumed_session_in_json_costs_its_own_turn(version, api, tmp_path):
+    """Its totals hold what was before, where the CLI restores them, and nobody can ask."""
+    served = api(script(*steps(2)))
+    home, wrapper = tmp_path / "home", harness.Sidecar(tmp_path / "wrapper")
+    (home / "work").mkdir(parents=True)
+    flags = ["-p", "go", "--output-format", "json", *TOOLS]
+
+    def run(*argv) -> dict:
+        words = [str(word) for word in argv]
+        out = subprocess.run(
+            words, cwd=home / "work", env=harness.environment(served, home), stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+        )
+        return json.loads(out.stdout)
+
+    first = run(harness.cli(version), *flags)
+    before, earlier = kinds(served.tokens()), served.cost_usd(version)
+    run(*wrapper.argv, harness.cli(version), *flags, "--resume", first["session_id"])
+    after = kinds(served.tokens())
+    books = replayed(wrapper.ledger_file)["totals"]
+    assert books["tokens"] == {kind: after[kind] - before[kind] for kind in after}
+    assert books["cost_usd"] == pytest.approx(served.cost_usd(version) - earlier, abs=1e-9)
+
+
 def test_a_shadow_budget_only_says_so(version, api, session, sidecar):
     served, wrapper = api(script(*steps(3))), sidecar("--max-cost-usd", "0.001", "--mode", "shadow")
     cli = session(served, *TOOLS, sidecar=wrapper)
