@@ -27,17 +27,18 @@ pub(super) fn beside(path: &Path) -> PathBuf {
 /// The CLI behind a shim that was started as `called`: what stands beside it, by this name or where the links end, or else the first on
 /// PATH that is none of us.
 pub(super) fn real(called: &Path) -> Option<PathBuf> {
-    let behind = |shim: &Path| {
-        let end = shim.canonicalize().ok();
-        [Some(shim.to_owned()), end].into_iter().flatten().map(|shim| beside(&shim)).find(|real| runs(real) && !is_self(real))
-    };
-    behind(called).or_else(|| {
+    let places = |shim: &Path| [Some(shim.to_owned()), shim.canonicalize().ok()].into_iter().flatten().map(|shim| beside(&shim));
+    let behind = |shim: &Path| places(shim).find(|real| runs(real) && !is_self(real));
+    let on_path = || {
         let path = std::env::var_os("PATH").unwrap_or_default();
         // A relative entry is the agent's working directory, which holds whatever the agent was given.
         let dirs = std::env::split_paths(&path).filter(|dir| dir.is_absolute()).collect::<Vec<_>>();
         let found = dirs.iter().map(|dir| dir.join(NAMES[0])).filter(|file| runs(file));
         found.into_iter().find_map(|file| if is_sidecar(&file) { behind(&file) } else { Some(file) })
-    })
+    };
+    // One that is there and does not run: why, the kernel says best.
+    let unfit = || places(called).find(|real| real.symlink_metadata().is_ok() && !is_sidecar(real));
+    behind(called).or_else(on_path).or_else(unfit)
 }
 
 /// A file that this user may execute.

@@ -30,9 +30,17 @@ use super::{NAMES, is_name};
 const ANSWER: Duration = Duration::from_secs(20);
 /// Another `install` in the same directory has this long.
 const TURN: Duration = Duration::from_secs(30);
-/// Not searched by `--all`: caches and stores that packages are linked from, and the layers of other containers.
-const ELSEWHERE: &[&str] =
-    &[".cache", ".bun/install/cache", ".local/share/containers", "/var/lib/containerd", "/var/lib/containers", "/var/lib/docker"];
+/// Not searched: what packages are copied and linked from, and the layers of other containers. Not all of `.cache`: Poetry has its
+/// environments there, and Deno runs what it keeps there.
+const ELSEWHERE: &[&str] = &[
+    ".bun/install/cache",
+    ".cache/uv",
+    ".cache/yarn",
+    ".local/share/containers",
+    "/var/lib/containerd",
+    "/var/lib/containers",
+    "/var/lib/docker",
+];
 
 /// What to do, and where.
 pub(crate) struct Request {

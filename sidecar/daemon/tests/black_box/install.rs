@@ -125,7 +125,7 @@ fn every_cli_gets_a_shim_and_comes_back_as_it_was() {
     for other in OTHERS {
         assert!(line(&said, other).starts_with("skipped"), "{said}");
     }
-    assert!(!said.contains(".cache"), "{said}");
+    assert!(!said.contains(".cache/uv"), "{said}");
 
     let installed = look(&root);
     let (code, said) = sidecar(&["install"], &[&root]);
@@ -305,6 +305,27 @@ fn whoever_is_killed_leaves_the_old_or_the_new_and_the_next_one_mends_it() {
     assert!(is_shim(&wheel));
     assert_eq!(sidecar(&["uninstall"], &[&wheel]).0, 0);
     assert_eq!(look(&root), before);
+}
+
+#[test]
+fn who_runs_the_cli_goes_on() {
+    let root = tree("running");
+    let wheel = root.join(WHEEL);
+    script(&wheel, "[ \"$1\" = --version ] && { echo '2.1.330 (Claude Code)'; exit; }\necho runs\nread line\necho \"$line\"");
+    let mut started = Vec::new();
+    for what in ["install", "uninstall", "install"] {
+        let mut command = Command::new(&wheel);
+        command.args(["-p", "--output-format", "json"]).env("AGENT_SIDECAR_LISTEN", "off");
+        let mut running = Running::start(command);
+        assert_eq!(running.line(), "runs");
+        started.push(running);
+        assert_eq!(sidecar(&[what], &[&wheel]).0, 0);
+    }
+    for mut running in started {
+        running.write(b"to its end\n").unwrap();
+        assert_eq!(running.line(), "to its end");
+        assert_eq!(running.code(), Some(0));
+    }
 }
 
 #[test]

@@ -151,6 +151,27 @@ fn without_a_real_one_it_is_127_and_what_to_do() {
 }
 
 #[test]
+fn a_real_one_that_cannot_be_started_is_named() {
+    let dir = place("unfit");
+    let no_path = place("unfit-path");
+    symlink(SIDECAR, dir.join("claude")).unwrap();
+    let real = dir.join("claude.sidecar-real");
+    let ran = || out(shim(&dir.join("claude")).env("PATH", &no_path).args(["-p", "hello"]));
+    std::fs::write(&real, "text").unwrap();
+    let (code, _, log) = ran();
+    assert!(code == Some(126) && log.contains("claude.sidecar-real` cannot be executed"), "{log}");
+    std::fs::remove_file(&real).unwrap();
+    symlink("/no/such/version", &real).unwrap();
+    let (code, _, log) = ran();
+    assert!(code == Some(127) && log.contains("claude.sidecar-real` was not found"), "{log}");
+    // The shim itself is no CLI, under whatever name: it would start itself for ever.
+    std::fs::remove_file(&real).unwrap();
+    symlink(SIDECAR, &real).unwrap();
+    let (code, _, log) = ran();
+    assert!(code == Some(127) && log.contains("was not found"), "{log}");
+}
+
+#[test]
 fn a_script_that_leads_back_ends() {
     for (name, text) in [("circle-exec", "exec claude \"$@\""), ("circle-fork", "claude \"$@\"; exit $?")] {
         let [us, back] = [name.to_owned(), format!("{name}-back")].map(|name| place(&name));
