@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# Read at once: a test of an SDK, which runs in this process, changes the environment.
+NAMED = os.environ.get("AGENT_SIDECAR_BIN")
 STREAM_JSON = ["-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose"]
 
 # Dollars per million tokens: input, output, cache read, cache write for five minutes, for an hour.
@@ -38,8 +40,8 @@ WEB_SEARCH_USD = 0.01
 
 def binary() -> Path:
     """The wrapper under test."""
-    if "AGENT_SIDECAR_BIN" in os.environ:
-        return Path(os.environ["AGENT_SIDECAR_BIN"])
+    if NAMED:
+        return Path(NAMED)
     found = sorted(ROOT.glob("target/*-linux-*/release/agent-sidecar")) + [ROOT / "target/release/agent-sidecar"]
     return next(path for path in found if path.exists())
 
