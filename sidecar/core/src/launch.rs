@@ -226,7 +226,18 @@ fn cli(argv: &[OsString]) -> Option<usize> {
 /// Whether a word of the command line is the CLI itself, by its file name.
 fn is_cli(word: &OsStr) -> bool {
     let name = word.to_str().unwrap_or_default().rsplit('/').next().unwrap_or_default();
-    matches!(name, "claude" | "claude.exe" | "cli.js" | "cli.mjs" | "claude.real" | "@anthropic-ai/claude-code" | "claude-code")
+    matches!(
+        name,
+        "claude"
+            | "claude.exe"
+            | "claude.sidecar-real"
+            | "claude.exe.sidecar-real"
+            | "claude.real"
+            | "cli.js"
+            | "cli.mjs"
+            | "@anthropic-ai/claude-code"
+            | "claude-code"
+    )
 }
 
 #[cfg(test)]

@@ -2,21 +2,21 @@
 
 use std::net::TcpListener;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use crate::support::*;
 
 /// Nothing is wrong here: an empty place to look for CLIs, and settings that hold.
-fn place(name: &str) -> (PathBuf, Command) {
-    let dir = scratch("doctor").join(name);
+fn place(name: &str) -> (Scratch, Command) {
+    let dir = Scratch::new("doctor", name);
     std::fs::create_dir_all(dir.join("claude-is-here")).unwrap();
     cli(&dir.join("claude-is-here/claude"), "2.1.330");
     let install = Command::new(SIDECAR).arg("install").arg(dir.join("claude-is-here")).output().unwrap();
     assert!(install.status.success());
     let mut command = Command::new(SIDECAR);
     command.args(["doctor", "--format", "json"]).arg(dir.join("claude-is-here"));
-    command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", &dir);
+    command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", &*dir);
     command.env("AGENT_SIDECAR_LISTEN", "127.0.0.1:0").env("AGENT_SIDECAR_MAX_COST_USD", "5");
     command.env("AGENT_SIDECAR_LEDGER", dir.join("ledger.jsonl"));
     (dir, command)
@@ -119,7 +119,7 @@ fn settings_that_are_wrong_or_hold_nothing() {
     let no = dir.join("no/such/ledger.jsonl");
     one(command.env("AGENT_SIDECAR_LEDGER", &no), "broken", "files", "no/such/ledger.jsonl", "cannot be written");
     one(command.env("AGENT_SIDECAR_LEDGER", "/etc/passwd/ledger"), "broken", "files", "/etc/passwd/ledger", "cannot be written");
-    one(command.env("AGENT_SIDECAR_LEDGER", &dir), "broken", "files", "settings", "Is a directory");
+    one(command.env("AGENT_SIDECAR_LEDGER", &*dir), "broken", "files", "settings", "Is a directory");
     command.env("AGENT_SIDECAR_LEDGER", dir.join("ledger"));
     one(command.env("AGENT_SIDECAR_EVENTS", &no), "broken", "files", "no/such", "`events.path` cannot be written");
     command.env_remove("AGENT_SIDECAR_EVENTS");
@@ -140,7 +140,7 @@ fn settings_that_are_wrong_or_hold_nothing() {
 
 #[test]
 fn ports_that_somebody_has() {
-    let (_, mut command) = place("ports");
+    let (_dir, mut command) = place("ports");
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let at = taken.local_addr().unwrap();
     one(command.env("AGENT_SIDECAR_LISTEN", at.to_string()), "warning", "listen", &at.to_string(), "somebody listens there");

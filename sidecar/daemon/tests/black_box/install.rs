@@ -36,8 +36,8 @@ fn link(to: &str, at: &Path) {
     symlink(to, at).unwrap();
 }
 
-fn tree(name: &str) -> PathBuf {
-    let root = scratch("install").join(name);
+fn tree(name: &str) -> Scratch {
+    let root = Scratch::new("install", name);
     cli(&root.join(WHEEL), "2.1.330");
     cli(&root.join(SDK), "2.1.331");
     cli(&root.join(NPM[1]), "2.1.332");
@@ -334,7 +334,7 @@ fn two_at_once_are_one_after_the_other() {
     let before = look(&root);
     for what in ["install", "uninstall"] {
         let all: Vec<_> =
-            (0..6).map(|_| Command::new(SIDECAR).arg(what).arg(&root).stdout(Stdio::piped()).spawn().unwrap()).collect();
+            (0..6).map(|_| Command::new(SIDECAR).arg(what).arg(&*root).stdout(Stdio::piped()).spawn().unwrap()).collect();
         for one in all {
             let out = one.wait_with_output().unwrap();
             assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
@@ -401,7 +401,7 @@ fn everything_is_what_a_whole_image_holds() {
         if !crate::support::root() {
             command.arg("-r");
         }
-        command.args(["-m", "sh", "-c", "mount --rbind /proc \"$1/proc\" && exec chroot \"$@\"", "sh"]).arg(&root).args(words);
+        command.args(["-m", "sh", "-c", "mount --rbind /proc \"$1/proc\" && exec chroot \"$@\"", "sh"]).arg(&*root).args(words);
         command.env_clear().env("PATH", "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin").output().unwrap()
     };
     if !chroot(&["sh", "-c", "true"]).status.success() {

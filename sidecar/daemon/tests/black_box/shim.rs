@@ -6,19 +6,17 @@ use std::process::{Command, Output, Stdio};
 
 use crate::support::*;
 
-/// A directory with nothing in it.
-fn place(name: &str) -> PathBuf {
-    let dir = scratch("shim").join(name);
-    std::fs::create_dir_all(&dir).unwrap();
-    dir
+fn place(name: &str) -> Scratch {
+    Scratch::new("shim", name)
 }
 
 /// A shim, with Python as the real CLI: `-c` is a flag of both.
-fn before_python(name: &str) -> PathBuf {
+fn before_python(name: &str) -> (Scratch, PathBuf) {
     let dir = place(name);
-    symlink(SIDECAR, dir.join("claude")).unwrap();
+    let shim = dir.join("claude");
+    symlink(SIDECAR, &shim).unwrap();
     symlink(python3(), dir.join("claude.sidecar-real")).unwrap();
-    dir.join("claude")
+    (dir, shim)
 }
 
 fn python3() -> PathBuf {
@@ -39,11 +37,12 @@ fn out(command: &mut Command) -> (Option<i32>, String, String) {
 
 #[test]
 fn a_link_or_a_copy_called_claude_is_the_cli() {
-    let linked = before_python("linked");
-    let copied = place("copied").join("claude.exe");
+    let (_dir, linked) = before_python("linked");
+    let [here, there] = ["copied", "elsewhere"].map(place);
+    let copied = here.join("claude.exe");
     copy(Path::new(SIDECAR), &copied);
     symlink(python3(), copied.with_file_name("claude.exe.sidecar-real")).unwrap();
-    let elsewhere = place("elsewhere").join("claude");
+    let elsewhere = there.join("claude");
     symlink(&copied, &elsewhere).unwrap();
     let program = "import sys; print(sys.argv[1:]); print(open('/proc/self/cmdline').read().split('\\0')[0]); sys.exit(42)";
     for path in [&linked, &copied, &elsewhere] {
@@ -58,7 +57,7 @@ fn a_link_or_a_copy_called_claude_is_the_cli() {
 
 #[test]
 fn the_environment_is_the_same_as_without_it() {
-    let path = before_python("environment");
+    let (_dir, path) = before_python("environment");
     let program = "import sys; sys.stdout.buffer.write(open('/proc/self/environ', 'rb').read())";
     for args in [&STREAM_JSON[..], &ONE_SHOT[..], &[]] {
         let with = shim(&path).env("CLAUDE_CODE_ENTRYPOINT", "sdk-py").args(["-c", program]).args(args).output().unwrap();
@@ -107,7 +106,7 @@ fn the_next_claude_on_the_path_that_is_none_of_us_is_the_real_one() {
     let path =
         |dirs: &[&Path]| std::env::join_paths(dirs.iter().copied().chain([Path::new("/usr/bin"), Path::new("/bin")])).unwrap();
     for words in ["-v", "-p hello"] {
-        let dirs = path(&[&linked, &copied, &unfit, &directory, &real]);
+        let dirs = path(&[&*linked, &*copied, &*unfit, &*directory, &*real]);
         let ran = out(shim(&linked.join("claude")).env("PATH", &dirs).args(words.split(' ')));
         assert_eq!(ran, (Some(0), format!("the real one, {words}\n"), String::new()));
         // Found by its bare name, as a shell finds it.
@@ -121,7 +120,7 @@ fn the_next_claude_on_the_path_that_is_none_of_us_is_the_real_one() {
     // One of us that `install` put there has its own real one.
     symlink(SIDECAR, shimmed.join("claude")).unwrap();
     script(&shimmed.join("claude.sidecar-real"), "echo the other one");
-    let ran = out(shim(&linked.join("claude")).env("PATH", path(&[&linked, &shimmed, &real])).arg("-v"));
+    let ran = out(shim(&linked.join("claude")).env("PATH", path(&[&*linked, &*shimmed, &*real])).arg("-v"));
     assert_eq!(ran.1, "the other one\n");
 }
 
@@ -132,7 +131,7 @@ fn without_a_real_one_it_is_127_and_what_to_do() {
     copy(Path::new(SIDECAR), &other.join("claude"));
     // What lies in the working directory is not the CLI, whatever PATH says.
     script(&other.join("work/claude"), "echo planted");
-    let path = std::env::join_paths([&one, &other, Path::new("."), Path::new(""), Path::new("/usr/bin")]).unwrap();
+    let path = std::env::join_paths([&*one, &*other, Path::new("."), Path::new(""), Path::new("/usr/bin")]).unwrap();
     for words in ["-v", "-p hello"] {
         let mut command = shim(&one.join("claude"));
         command.current_dir(other.join("work")).env("PATH", &path).args(words.split(' '));
@@ -156,7 +155,7 @@ fn a_real_one_that_cannot_be_started_is_named() {
     let no_path = place("unfit-path");
     symlink(SIDECAR, dir.join("claude")).unwrap();
     let real = dir.join("claude.sidecar-real");
-    let ran = || out(shim(&dir.join("claude")).env("PATH", &no_path).args(["-p", "hello"]));
+    let ran = || out(shim(&dir.join("claude")).env("PATH", &*no_path).args(["-p", "hello"]));
     std::fs::write(&real, "text").unwrap();
     let (code, _, log) = ran();
     assert!(code == Some(126) && log.contains("claude.sidecar-real` cannot be executed"), "{log}");
@@ -177,7 +176,7 @@ fn a_script_that_leads_back_ends() {
         let [us, back] = [name.to_owned(), format!("{name}-back")].map(|name| place(&name));
         symlink(SIDECAR, us.join("claude")).unwrap();
         script(&back.join("claude"), text);
-        let path = std::env::join_paths([&us, &back, Path::new("/usr/bin"), Path::new("/bin")]).unwrap();
+        let path = std::env::join_paths([&*us, &*back, Path::new("/usr/bin"), Path::new("/bin")]).unwrap();
         for words in ["-v", "-p hello"] {
             let (code, said, log) = out(shim(&us.join("claude")).env("PATH", &path).args(words.split(' ')));
             assert_eq!((code, said.as_str()), (Some(127), ""), "{name} {words}");
@@ -199,7 +198,7 @@ if sys.argv[1] == 'outer':
 
 #[test]
 fn a_wrapper_around_a_shim_is_one_wrapper_and_an_agent_of_the_agent_has_its_own() {
-    let path = before_python("nesting");
+    let (_dir, path) = before_python("nesting");
     let beside_run: &[&str] = &[SIDECAR, "run", "--listen", "off", "--"];
     for around in [beside_run, &["setsid", "-w"], &[]] {
         let mut words: Vec<&str> = around.to_vec();
@@ -231,7 +230,7 @@ fn a_wrapper_around_a_shim_is_one_wrapper_and_an_agent_of_the_agent_has_its_own(
 #[test]
 fn an_orphan_of_the_agent_has_its_own_wrapper_too() {
     // Its parent has become the wrapper before it turns into an agent: only that it was forked tells it apart.
-    let path = before_python("orphan");
+    let (_dir, path) = before_python("orphan");
     let program = "
 import os, sys, time
 read, write = os.pipe()
@@ -258,7 +257,7 @@ os.read(read, 1)
 
 #[test]
 fn a_mistake_in_the_configuration_costs_that_setting_and_not_the_agent() {
-    let path = before_python("mistake");
+    let (_dir, path) = before_python("mistake");
     let ledger = path.with_file_name("ledger");
     let mistaken = || {
         let mut command = shim(&path);
@@ -277,7 +276,7 @@ fn a_mistake_in_the_configuration_costs_that_setting_and_not_the_agent() {
 
 #[test]
 fn where_the_sidecar_cannot_work_the_agent_does() {
-    let path = before_python("starved");
+    let (_dir, path) = before_python("starved");
     // Not one more descriptor than the CLI itself needs.
     let script = "ulimit -n 6; exec \"$@\"";
     let mut command = Command::new("sh");

@@ -217,6 +217,34 @@ pub(crate) fn scratch(name: &str) -> PathBuf {
     dir
 }
 
+/// A directory that goes with its test: copies of the binary are large.
+pub(crate) struct Scratch(PathBuf);
+
+impl Scratch {
+    pub(crate) fn new(of: &str, name: &str) -> Self {
+        let dir = scratch(of).join(name);
+        std::fs::create_dir_all(&dir).unwrap();
+        Self(dir)
+    }
+}
+
+impl std::ops::Deref for Scratch {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Somebody wants to look at it, when the test has failed.
+        if !std::thread::panicking() {
+            std::fs::remove_dir_all(&self.0).ok();
+        }
+    }
+}
+
 pub(crate) fn root() -> bool {
     rustix::process::geteuid().is_root()
 }
