@@ -13,12 +13,13 @@ pub(crate) mod install;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use agent_sidecar_core::launch::Launch;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 
 use crate::cli::{self, Failure};
 use crate::config::{Config, Mistakes, Sources};
@@ -129,20 +130,31 @@ fn is_name(path: &Path) -> bool {
 /// The promise to be killed with the wrapper outlives exec and is not passed on by fork, so it tells the CLI itself from all below it,
 /// orphans included, whose parent the wrapper becomes. No variable could, and none is added to the agent's environment.
 fn wrapped() -> bool {
-    if rustix::process::parent_process_death_signal().ok().flatten() != Some(Signal::KILL) {
+    let Some(pid) = rustix::process::getppid() else { return false };
+    let promised = rustix::process::parent_process_death_signal().ok().flatten() == Some(Signal::KILL);
+    if !promised && !changed_user(pid) {
         return false;
     }
-    let Some(parent) = rustix::process::getppid() else { return false };
-    let parent = Path::new("/proc").join(parent.as_raw_nonzero().to_string());
-    if !find::is_sidecar(&parent.join("exe")) {
-        return false;
-    }
+    let parent = Path::new("/proc").join(pid.as_raw_nonzero().to_string());
     let Ok(words) = std::fs::read(parent.join("cmdline")) else { return false };
     let mut words: Vec<OsString> = words.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect();
     words.pop(); // what follows the last end
-    let shim = words.first().is_some_and(|word| is_name(Path::new(word)))
-        || std::fs::read_link(parent.join("exe")).is_ok_and(|exe| is_name(&exe));
-    shim || cli::command_of(words).is_some_and(|command| Launch::of(&command, false, false).asks_model)
+    let Some(name) = words.first().map(Path::new) else { return false };
+    let exe = std::fs::read_link(parent.join("exe"));
+    let shim = is_name(name) || exe.as_deref().is_ok_and(is_name);
+    // Another user's program may not be looked at: then its name has to do.
+    let ours = if exe.is_ok() { find::is_sidecar(&parent.join("exe")) } else { shim || name.ends_with("agent-sidecar") };
+    ours && (shim || cli::command_of(words).is_some_and(|command| Launch::of(&command, false, false).asks_model))
+}
+
+/// Whether we are the child of another user, in the session and the group that it gave us. `gosu` and its like make us that by exec,
+/// which takes the promise away. A tool of an agent is in a session of its own.
+fn changed_user(parent: Pid) -> bool {
+    let owner = std::fs::metadata(Path::new("/proc").join(parent.as_raw_nonzero().to_string())).map(|parent| parent.uid());
+    let group = rustix::process::getpgrp();
+    owner.is_ok_and(|owner| owner != rustix::process::getuid().as_raw())
+        && rustix::process::getsid(None).ok() == rustix::process::getsid(Some(parent)).ok()
+        && (group == rustix::process::getpid() || rustix::process::getpgid(Some(parent)) == Ok(group))
 }
 
 /// Why there is no CLI to start.

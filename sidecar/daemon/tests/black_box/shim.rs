@@ -228,6 +228,35 @@ fn a_wrapper_around_a_shim_is_one_wrapper_and_an_agent_of_the_agent_has_its_own(
 }
 
 #[test]
+fn a_change_of_user_in_between_hides_no_wrapper() {
+    let dir = place("user");
+    copy(Path::new(SIDECAR), &dir.join("claude"));
+    // Whose parents we are, and those of an agent that it starts as a tool does.
+    let text = "echo $PPID; [ \"$1\" = inner ] || setsid -w \"$CLAUDE\" inner --output-format json";
+    script(&dir.join("claude.sidecar-real"), text);
+    let user: &[&str] = &["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups"];
+    let reaches = Command::new(user[0]).args(&user[1..]).arg("test").arg("-x").arg(dir.join("claude.sidecar-real")).status();
+    if !root() || !reaches.is_ok_and(|reached| reached.success()) {
+        eprintln!("not tried: not root, or out of the other user's reach");
+        return;
+    }
+    for args in [&STREAM_JSON[..], &ONE_SHOT[..]] {
+        let mut command = sidecar();
+        command
+            .args(user)
+            .arg(dir.join("claude"))
+            .args(args)
+            .env("CLAUDE", dir.join("claude"))
+            .env("AGENT_SIDECAR_LISTEN", "off");
+        let mut running = Running::start(command);
+        running.close_stdin();
+        assert_eq!(running.number(), running.pid(), "the shim steps aside");
+        assert_ne!(running.number(), running.pid(), "an agent of the agent is wrapped");
+        assert_eq!(running.code(), Some(0));
+    }
+}
+
+#[test]
 fn an_orphan_of_the_agent_has_its_own_wrapper_too() {
     // Its parent has become the wrapper before it turns into an agent: only that it was forked tells it apart.
     let (_dir, path) = before_python("orphan");
