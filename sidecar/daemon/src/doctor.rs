@@ -147,7 +147,9 @@ fn configuration(patient: &Patient<'_>, report: &mut Report) {
 }
 
 fn limits(patient: &Patient<'_>, report: &mut Report) {
-    let rules = patient.config.rules();
+    let mut rules = patient.config.rules();
+    // These are there whether anybody chose them or not.
+    rules.retain(|rule| !rule.limit.is_loop());
     if rules.is_empty() {
         report.warning("limits", "none is set: an agent may spend without end", "set at least AGENT_SIDECAR_MAX_COST_USD");
     } else if rules.iter().all(|rule| rule.mode != Mode::Enforce) {
