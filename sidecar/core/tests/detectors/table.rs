@@ -73,7 +73,7 @@ pub(crate) fn page() -> String {
     )
     .ok();
     writeln!(out, "| kind | sick runs | warned of | stopped | recall | precision |\n|---|---|---|---|---|---|").ok();
-    let share = |n: usize, of: usize| if of == 0 { String::from("–") } else { format!("{} %", 100 * n / of) };
+    let share = |n: usize, of: usize| (100 * n).checked_div(of).map_or_else(|| String::from("–"), |share| format!("{share} %"));
     for (kind, _) in CEILINGS {
         let is = |row: &&Row| matches!(row.label, Label::Sick(k) | Label::Unseen(k) if k == kind);
         let right = |told: Option<Told>| told.is_some_and(|told| told.kind == kind);
