@@ -445,7 +445,9 @@ impl Monitor {
 
     /// Whether the model is asked and nobody has said anything for a while: then it is worth while to look at its connections.
     pub fn quiet(&self) -> bool {
-        self.session.activity().is_work() && self.now.mono.saturating_sub(self.session.last_active()) >= QUIET
+        self.settings.parse
+            && self.session.activity().is_work()
+            && self.now.mono.saturating_sub(self.session.last_active()) >= QUIET
     }
 
     /// How far each limit is used up.

@@ -336,6 +336,7 @@ impl Session {
         let since = |at: Duration| now.mono.saturating_sub(at);
         Doing {
             activity: if self.stopping { Activity::Draining } else { self.work(now) },
+            unseen: self.blind,
             in_turn: self.turn.is_some(),
             turns: self.turns,
             silent: since(self.last_active),
@@ -871,6 +872,7 @@ impl Session {
         }
         if !current && new {
             self.complete_thread(key, now);
+            self.loops.answer_began(key);
             let booked = crate::price::canonical(model).into_owned();
             self.out.push(Update::Answering {
                 answer: id.to_owned(),

@@ -323,9 +323,13 @@ fn sample_for_ever(sampler: Readings, handle: Handle) {
         std::thread::sleep(sample::EVERY / 10);
         loop {
             let (cli, quiet) = http::visit_blocking(&handle, |monitor, _| (monitor.pid(), monitor.quiet())).unwrap_or_default();
-            let sample = lock(&sampler).read(cli, quiet);
-            if !handle.visit(move |monitor, now| monitor.handle(now, Input::Sample(&sample))) {
-                return;
+            {
+                // Handed in before anybody takes another: the last one may be the end's.
+                let mut sampler = lock(&sampler);
+                let sample = sampler.read(cli, quiet);
+                if !handle.visit(move |monitor, now| monitor.handle(now, Input::Sample(&sample))) {
+                    return;
+                }
             }
             std::thread::sleep(sample::EVERY);
         }

@@ -199,8 +199,12 @@ fn oom_kills(root: &Path) -> Option<u64> {
 /// Whether the freezer holds a process: in a group of its own, or we would not be here to ask.
 fn frozen(root: &Path, process: &Path) -> Option<bool> {
     let groups = fs::read_to_string(process.join("cgroup")).ok()?;
-    let path = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    Some(field(&root.join(path).join("cgroup.events"), "frozen")? == 1)
+    let group = |prefix: &str| groups.lines().find_map(|line| line.split_once(prefix)?.1.strip_prefix('/'));
+    let frozen = group("0::").and_then(|path| field(&root.join(path).join("cgroup.events"), "frozen"));
+    // Version 1 has a tree of its own for it, and calls what it holds uninterruptible.
+    let state =
+        group(":freezer:").and_then(|path| fs::read_to_string(root.join("freezer").join(path).join("freezer.state")).ok());
+    frozen.map(|frozen| frozen == 1).or_else(|| state.map(|state| state.trim_end() == "FROZEN"))
 }
 
 /// `some avg10=0.00 avg60=0.00 avg300=0.00 total=123`, in microseconds.
@@ -273,6 +277,10 @@ mod tests {
         let v1 = fixture(
             "v1",
             &[
+                ("freezer/agent/freezer.state", "FROZEN\n"),
+                ("freezer/freezer.state", "THAWED\n"),
+                ("7/cgroup", "6:freezer:/agent\n4:memory:/agent\n0::/\n"),
+                ("8/cgroup", "6:freezer:/\n"),
                 ("memory/memory.usage_in_bytes", "1000\n"),
                 ("memory/memory.limit_in_bytes", "4096\n"),
                 ("memory/memory.stat", "cache 1\ntotal_inactive_file 100\n"),
@@ -283,6 +291,7 @@ mod tests {
         let sample = container(&v1);
         assert_eq!((sample.working_set_bytes, sample.limit_bytes, sample.oom_kills), (Some(900), Some(4096), Some(3)));
         assert_eq!(sample.cpu, Some(Duration::from_secs(2)));
+        assert_eq!((frozen(&v1, &v1.join("7")), frozen(&v1, &v1.join("8"))), (Some(true), Some(false)));
         for root in [v1, v2] {
             fs::remove_dir_all(root).unwrap();
         }

@@ -131,7 +131,6 @@ pub struct Loops {
     threads: BTreeMap<String, Thread>,
     progress: Progress,
     compactions: Compactions,
-    subagents: u64,
     /// As of the last that happened: asked more often than changed.
     streaks: Streaks,
 }
@@ -139,6 +138,15 @@ pub struct Loops {
 impl Loops {
     pub fn turn_began(&mut self) {
         *self = Loops::default();
+    }
+
+    /// What the thread called before was answered, or never will be: the API takes no answer else.
+    pub fn answer_began(&mut self, thread: &str) {
+        if let Some(thread) = self.threads.get_mut(thread)
+            && std::mem::take(&mut thread.open) > 0
+        {
+            thread.round = Round::default();
+        }
     }
 
     pub fn call_began(&mut self, thread: &str) {
@@ -181,7 +189,7 @@ impl Loops {
         if main {
             self.compactions.answered();
         }
-        self.settle();
+        (self.streaks.stale, self.streaks.compactions) = (self.progress.stale(), self.compactions.streak());
     }
 
     /// The agent has forgotten what it saw: to look again is no circle.
@@ -195,8 +203,7 @@ impl Loops {
     }
 
     pub fn subagent_began(&mut self) {
-        self.subagents = self.subagents.saturating_add(1);
-        self.settle();
+        self.streaks.subagents = self.streaks.subagents.saturating_add(1);
     }
 
     pub fn subagent_ended(&mut self, thread: &str) {
@@ -215,7 +222,7 @@ impl Loops {
             alternating: most(|thread| thread.cycles.alternating()),
             same_error: most(|thread| thread.errors.streak()),
             compactions: self.compactions.streak(),
-            subagents: self.subagents,
+            subagents: self.streaks.subagents,
             stale: self.progress.stale(),
         };
     }

@@ -7,7 +7,7 @@ fn ended(call: u64, result: u64) -> Ended {
 #[test]
 fn what_is_remembered_is_bounded() {
     let mut loops = Loops::default();
-    for n in 0..100_000u64 {
+    for n in 0..20_000u64 {
         let thread = (n % 1_000).to_string();
         loops.call_began(&thread);
         loops.call_ended(&thread, &ended(n, n));
@@ -41,4 +41,16 @@ fn a_result_of_a_call_that_nobody_saw_begin_is_a_round() {
     loops.call_ended("", &ended(1, 1));
     loops.call_ended("", &ended(1, 1));
     assert_eq!(loops.streaks().identical, 2);
+}
+
+#[test]
+fn a_call_that_is_never_answered_hides_no_circle() {
+    let mut loops = Loops::default();
+    loops.call_began("");
+    for n in 1..=3 {
+        loops.answer_began("");
+        loops.call_began("");
+        loops.call_ended("", &ended(1, 1));
+        assert_eq!(loops.streaks().identical, n);
+    }
 }

@@ -26,6 +26,8 @@ labels! {
         Compacting = "compacting",
         Idle = "idle",
         Draining = "draining",
+        /// Its output is not read: text, a terminal.
+        Unseen = "unseen",
         /// Stopped by a signal or by the freezer.
         Frozen = "frozen",
         /// Waits for a disk or a file server, where no signal reaches it.
@@ -65,6 +67,7 @@ impl Why {
             | Why::Compacting
             | Why::Idle
             | Why::Draining
+            | Why::Unseen
             | Why::Throttled
             | Why::NoResult => None,
         }
@@ -93,6 +96,8 @@ const THROTTLED: f64 = 0.5;
 pub struct Doing {
     /// Whether or not it is past a time limit.
     pub activity: Activity,
+    /// Nothing is known but that it runs.
+    pub unseen: bool,
     pub in_turn: bool,
     pub turns: u64,
     /// Since when nobody said anything.
@@ -181,9 +186,12 @@ impl Vitals {
         match () {
             () if self.frozen => Some(Why::Frozen),
             () if self.uninterruptible >= SURE => Some(Why::Uninterruptible),
-            () if self.throttled_ratio.is_some_and(|ratio| ratio >= THROTTLED) => Some(Why::Throttled),
             () => None,
         }
+    }
+
+    fn throttled(&self) -> bool {
+        self.throttled_ratio.is_some_and(|ratio| ratio >= THROTTLED)
     }
 }
 
@@ -203,15 +211,20 @@ pub fn why(doing: &Doing, vitals: &Vitals) -> Why {
         Activity::Idle if doing.turns > 0 && doing.input_over.is_some_and(|lasted| lasted >= EXIT) => Why::PostResult,
         Activity::Idle => Why::Idle,
         Activity::Model | Activity::Stuck => match () {
-            () if doing.subagents > 0 => Why::Subagent,
+            () if doing.unseen => Why::Unseen,
             () if doing.answered && doing.silent >= RESULT => Why::NoResult,
             () if quiet && vitals.busy >= SURE_OF_CPU => Why::Spinning,
             () if quiet && vitals.unconnected >= SURE => Why::NetworkDead,
+            () if doing.subagents > 0 => Why::Subagent,
             () if doing.answering && doing.silent < ANSWERING => Why::Answering,
             () => Why::Thinking,
         },
     };
-    vitals.held().unwrap_or(of_activity)
+    vitals.held().unwrap_or(match of_activity {
+        // What the CLI itself would do, if it could.
+        Why::Starting | Why::Thinking | Why::NoResult | Why::Compacting if vitals.throttled() => Why::Throttled,
+        why => why,
+    })
 }
 
 #[cfg(test)]
@@ -222,6 +235,7 @@ mod tests {
     fn doing(activity: Activity, silent: u64) -> Doing {
         Doing {
             activity,
+            unseen: false,
             in_turn: true,
             turns: 1,
             silent: Duration::from_secs(silent),
@@ -264,6 +278,12 @@ mod tests {
             ("no connection, and it just spoke", model(2), vitals(4, 'S', 0.0, Some(Sockets::default()), &free), Why::Thinking),
             ("computes", model(60), vitals(5, 'R', 1.0, connected, &free), Why::Spinning),
             ("computes and speaks", Doing { answering: true, ..model(0) }, vitals(5, 'R', 1.0, connected, &free), Why::Answering),
+            (
+                "a terminal",
+                Doing { unseen: true, ..model(600) },
+                vitals(4, 'S', 0.0, Some(Sockets::default()), &free),
+                Why::Unseen,
+            ),
             ("a subagent works", Doing { subagents: 1, ..model(60) }, well(), Why::Subagent),
             ("the result is due", Doing { answered: true, ..model(40) }, well(), Why::NoResult),
             ("a tool", Doing { call: Some(Duration::from_secs(5)), ..doing(Activity::Tool, 5) }, well(), Why::Tool),
@@ -303,6 +323,7 @@ mod tests {
             vitals.sampled(&Sample { container, ..Sample::default() }, Duration::from_secs(at));
         }
         assert_eq!(why(&doing(Activity::Model, 60), &vitals), Why::Throttled);
+        assert_eq!(why(&doing(Activity::Tool, 60), &vitals), Why::Tool);
     }
 
     #[test]
