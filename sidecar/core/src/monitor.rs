@@ -11,7 +11,7 @@ use crate::ask::{Asker, ID_PREFIX};
 use crate::content::Piece;
 use crate::detect::Streaks;
 use crate::detect::memory::Growth;
-use crate::detect::why::{QUIET, Vitals, Why, why};
+use crate::detect::why::{Vitals, Why, why};
 use crate::event::{Broken, Event, Message, claude_code};
 use crate::ladder::{Goal, Ladder, Patience};
 use crate::ledger::Base;
@@ -443,11 +443,9 @@ impl Monitor {
         why(&self.session.doing(self.outside.input_over, self.now), &self.vitals)
     }
 
-    /// Whether the model is asked and nobody has said anything for a while: then it is worth while to look at its connections.
-    pub fn quiet(&self) -> bool {
-        self.settings.parse
-            && self.session.activity().is_work()
-            && self.now.mono.saturating_sub(self.session.last_active()) >= QUIET
+    /// Whether the agent works: then it is worth while to look at its connections.
+    pub fn works(&self) -> bool {
+        self.settings.parse && self.session.activity().is_work()
     }
 
     /// How far each limit is used up.

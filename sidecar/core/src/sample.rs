@@ -54,7 +54,7 @@ pub struct OomVictim {
 pub struct CliSample {
     /// As /proc has it.
     pub state: char,
-    /// Read only while the CLI is silent.
+    /// Read only while the CLI works.
     pub sockets: Option<Sockets>,
 }
 

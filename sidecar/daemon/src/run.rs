@@ -322,11 +322,11 @@ fn sample_for_ever(sampler: Readings, handle: Handle) {
         // A command that ends at once is not kept waiting for the machine to be looked at.
         std::thread::sleep(sample::EVERY / 10);
         loop {
-            let (cli, quiet) = http::visit_blocking(&handle, |monitor, _| (monitor.pid(), monitor.quiet())).unwrap_or_default();
+            let (cli, works) = http::visit_blocking(&handle, |monitor, _| (monitor.pid(), monitor.works())).unwrap_or_default();
             {
                 // Handed in before anybody takes another: the last one may be the end's.
                 let mut sampler = lock(&sampler);
-                let sample = sampler.read(cli, quiet);
+                let sample = sampler.read(cli, works);
                 if !handle.visit(move |monitor, now| monitor.handle(now, Input::Sample(&sample))) {
                     return;
                 }

@@ -54,8 +54,8 @@ impl Sampler {
         oom_kills(&self.cgroup) > self.oom_kills
     }
 
-    /// One reading; `cli` is the CLI's pid, `quiet` whether its connections are of interest. What cannot be read is absent.
-    pub(crate) fn read(&mut self, cli: Option<u32>, quiet: bool) -> Sample {
+    /// One reading; `cli` is the CLI's pid, `works` whether its connections are of interest. What cannot be read is absent.
+    pub(crate) fn read(&mut self, cli: Option<u32>, works: bool) -> Sample {
         let kind = ProcessRefreshKind::nothing().with_memory().with_cpu();
         let us = Pid::from_u32(std::process::id());
         // Others may live here by the hundred: looking at each of them would cost more than all else that we do.
@@ -99,7 +99,7 @@ impl Sampler {
             let process = self.proc.join(pid.to_string());
             container.frozen = frozen(&self.cgroup, &process);
             let state = supervise::state(pid.as_u32().cast_signed())?;
-            Some(CliSample { state, sockets: if quiet { sockets::read(&process) } else { None } })
+            Some(CliSample { state, sockets: if works { sockets::read(&process) } else { None } })
         });
         let killed = container.oom_kills.unwrap_or_default().saturating_sub(self.oom_kills.unwrap_or_default());
         self.oom_kills = container.oom_kills.or(self.oom_kills);

@@ -79,7 +79,7 @@ const LONG_TOOL: Duration = Duration::from_secs(60);
 /// An answer whose last frame is older than this is none that is being said.
 const ANSWERING: Duration = Duration::from_secs(10);
 /// Silence that is too short to look for its cause.
-pub const QUIET: Duration = Duration::from_secs(10);
+const QUIET: Duration = Duration::from_secs(10);
 /// A result follows the last answer within a moment; hooks may take their time.
 const RESULT: Duration = Duration::from_secs(30);
 /// The CLI ends within a second of its input; a busy machine takes longer.
@@ -123,12 +123,15 @@ pub struct Vitals {
     pub cli_cpu: Option<f64>,
     pub tool_cpu: Option<f64>,
     pub throttled_ratio: Option<f64>,
-    /// Only while it is silent: they are not looked for otherwise.
+    /// Only while it works: they are not looked for otherwise.
     pub sockets: Option<Sockets>,
     #[serde(skip)]
     frozen_since: Option<Duration>,
     #[serde(skip)]
     uninterruptible: u32,
+    /// It has been seen with a connection. Who never had one reaches the model by another way: a Unix socket, perhaps.
+    #[serde(skip)]
+    connects: bool,
     #[serde(skip)]
     unconnected: u32,
     #[serde(skip)]
@@ -160,7 +163,8 @@ impl Vitals {
         self.frozen_since = if self.frozen { self.frozen_since.or(Some(at)) } else { None };
         let again = |count: u32, is: bool| if is { count.saturating_add(1) } else { 0 };
         self.uninterruptible = again(self.uninterruptible, self.process_state == Some('D'));
-        self.unconnected = again(self.unconnected, self.sockets.is_some_and(|sockets| sockets.working() == 0));
+        self.connects |= self.sockets.is_some_and(|sockets| sockets != Sockets::default());
+        self.unconnected = again(self.unconnected, self.sockets.is_some_and(|sockets| self.connects && sockets.working() == 0));
         if let Some(before) = self.before.filter(|before| before.at < at) {
             let share = |now: Duration, then: Duration| now.saturating_sub(then).as_secs_f64() / (at - before.at).as_secs_f64();
             self.cli_cpu = Some(share(now.cli, before.cli));
@@ -251,6 +255,8 @@ mod tests {
     fn vitals(readings: u32, state: char, cores: f64, sockets: Option<Sockets>, container: &ContainerSample) -> Vitals {
         let mut vitals = Vitals::default();
         for n in 0..readings {
+            // It had a connection once.
+            let sockets = if n == 0 { sockets.map(|_| Sockets { established: 1, ..Sockets::default() }) } else { sockets };
             let role = RoleSample { cpu: Duration::from_secs_f64(5.0 * cores) * n, ..RoleSample::new("cli") };
             let cli = Some(CliSample { state, sockets });
             let sample = Sample { roles: vec![role], cli, container: container.clone(), ..Sample::default() };
@@ -266,6 +272,11 @@ mod tests {
         let deaf = Some(Sockets { established: 1, connecting: 1, unanswered: 1 });
         let well = || vitals(4, 'S', 0.01, connected, &free);
         let model = |silent| doing(Activity::Model, silent);
+        let mut unconnected = Vitals::default();
+        for n in 0..4 {
+            let cli = Some(CliSample { state: 'S', sockets: Some(Sockets::default()) });
+            unconnected.sampled(&Sample { cli, ..Sample::default() }, Duration::from_secs(5) * n);
+        }
         let cases: Vec<(&str, Doing, Vitals, Why)> = vec![
             ("six silent minutes", model(360), well(), Why::Thinking),
             ("the same, where sockets cannot be seen", model(360), vitals(4, 'S', 0.0, None, &free), Why::Thinking),
@@ -274,7 +285,7 @@ mod tests {
             ("text came", Doing { answering: true, ..model(100) }, well(), Why::Thinking),
             ("no connection", model(60), vitals(4, 'S', 0.0, Some(Sockets::default()), &free), Why::NetworkDead),
             ("nobody answers", model(60), vitals(4, 'S', 0.0, deaf, &free), Why::NetworkDead),
-            ("no connection for a moment", model(60), vitals(1, 'S', 0.0, Some(Sockets::default()), &free), Why::Thinking),
+            ("no connection for a moment", model(60), vitals(2, 'S', 0.0, Some(Sockets::default()), &free), Why::Thinking),
             ("no connection, and it just spoke", model(2), vitals(4, 'S', 0.0, Some(Sockets::default()), &free), Why::Thinking),
             ("computes", model(60), vitals(5, 'R', 1.0, connected, &free), Why::Spinning),
             ("computes and speaks", Doing { answering: true, ..model(0) }, vitals(5, 'R', 1.0, connected, &free), Why::Answering),
@@ -298,6 +309,7 @@ mod tests {
                 well(),
                 Why::PostResult,
             ),
+            ("never a connection", model(60), unconnected, Why::Thinking),
             ("stopped", model(60), vitals(1, 'T', 0.0, None, &free), Why::Frozen),
             ("stopped in a tool", doing(Activity::Tool, 6), vitals(1, 'T', 0.0, None, &free), Why::Frozen),
             (
