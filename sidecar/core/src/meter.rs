@@ -40,6 +40,7 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
         Update::ProcessStarted => {
             meters.add(&PROCESS_STARTS, &[], 1);
             meters.set(&SESSIONS_ACTIVE, &[], 1.0);
+            meters.set(&REPEAT_STREAK, &[SLOT], 0.0);
             for stall in Stall::ALL {
                 meters.set(&STALLED, &[SLOT, stall.as_str()], 0.0);
             }
@@ -263,4 +264,5 @@ pub fn at_start(meters: &mut Meters) {
     meters.set(&PRICE_TABLE_INFO, &[crate::price::AS_OF, crate::price::SOURCE], 1.0);
     debug_assert_eq!(Outcome::ALL.len(), TURNS.zero.len());
     debug_assert_eq!(ExitReason::ALL.len(), PROCESS_EXITS.zero.len());
+    debug_assert_eq!(2 * crate::detect::CEILINGS.len(), LOOP_DETECTIONS.zero.len());
 }

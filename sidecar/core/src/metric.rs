@@ -170,7 +170,7 @@ catalog! { after 0;
     RATE_LIMIT_RESET = gauge("claude_agent_rate_limit_reset_timestamp_seconds", Seconds, &["window"], "When that window starts again.");
     MCP_SERVER_UP = gauge("claude_agent_mcp_server_up", Plain, &["server"], "Whether the CLI reports an MCP server as connected.");
     MCP_TOOL_DURATION = histogram("claude_agent_mcp_tool_duration_seconds", Seconds, &["server"], TOOL_SECONDS, "Duration of a call to an MCP server.");
-    LOOP_DETECTIONS = counter("claude_agent_loop_detections_total", Plain, &["kind", "action"], "Circles that the agent went round in, by what was done about them, or in shadow mode would have been.");
+    LOOP_DETECTIONS = from_zero(counter("claude_agent_loop_detections_total", Plain, &["kind", "action"], "Circles that the agent went round in, by what was done about them, or in shadow mode would have been."), &[&["identical_call", "warn"], &["identical_call", "interrupt"], &["alternating", "warn"], &["alternating", "interrupt"], &["error_repeat", "warn"], &["error_repeat", "interrupt"], &["compaction_thrash", "warn"], &["compaction_thrash", "interrupt"], &["fan_out", "warn"], &["fan_out", "interrupt"], &["no_progress", "warn"], &["no_progress", "interrupt"]]);
     REPEAT_STREAK = gauge("claude_agent_repeat_streak", Plain, &["slot"], "How often in a row the agent did the same, or failed alike.");
 
     // Limits: how close, and what was done about it?
