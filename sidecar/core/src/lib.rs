@@ -11,6 +11,7 @@ pub mod event;
 pub mod explain;
 pub mod exponential;
 mod hash;
+pub mod hub;
 pub mod ladder;
 pub mod launch;
 pub mod ledger;

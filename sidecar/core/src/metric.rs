@@ -23,6 +23,8 @@ pub struct Metric {
     pub zero: &'static [&'static [&'static str]],
     /// Upper bounds of a histogram's buckets.
     pub buckets: &'static [f64],
+    /// What the numbers of several wrappers make together.
+    pub merge: Merge,
     /// Its place in [`CATALOG`], after which come those of [`gen_ai::CATALOG`].
     index: usize,
 }
@@ -70,21 +72,44 @@ impl Unit {
     }
 }
 
+/// How a hub makes one series of those that several wrappers have under the same labels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Merge {
+    Sum,
+    Max,
+    Min,
+    /// All look at the same thing: who looked last has it right.
+    Newest,
+}
+
+impl Merge {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Merge::Sum => "sum",
+            Merge::Max => "max",
+            Merge::Min => "min",
+            Merge::Newest => "newest",
+        }
+    }
+}
+
 type Labels = &'static [&'static str];
 type Values = &'static [&'static [&'static str]];
 
 const fn metric(kind: Kind, name: &'static str, unit: Unit, labels: Labels, help: &'static str) -> Metric {
     // Without labels there is one series, and it exists from the start; a gauge waits for its first value.
     let zero: Values = if labels.is_empty() && matches!(kind, Kind::Counter | Kind::Histogram) { &[&[]] } else { &[] };
-    Metric { name, help, kind, unit, labels, zero, buckets: &[], index: 0 }
+    let merge = if matches!(kind, Kind::Info) { Merge::Max } else { Merge::Sum };
+    Metric { name, help, kind, unit, labels, zero, buckets: &[], merge, index: 0 }
 }
 
 const fn counter(name: &'static str, unit: Unit, labels: Labels, help: &'static str) -> Metric {
     metric(Kind::Counter, name, unit, labels, help)
 }
 
-const fn gauge(name: &'static str, unit: Unit, labels: Labels, help: &'static str) -> Metric {
-    metric(Kind::Gauge, name, unit, labels, help)
+/// Of a gauge it has to be said what those of several wrappers make together.
+const fn gauge(merge: Merge, name: &'static str, unit: Unit, labels: Labels, help: &'static str) -> Metric {
+    merged(merge, metric(Kind::Gauge, name, unit, labels, help))
 }
 
 const fn info(name: &'static str, labels: Labels, help: &'static str) -> Metric {
@@ -93,6 +118,10 @@ const fn info(name: &'static str, labels: Labels, help: &'static str) -> Metric 
 
 const fn histogram(name: &'static str, unit: Unit, labels: Labels, buckets: &'static [f64], help: &'static str) -> Metric {
     Metric { buckets, ..metric(Kind::Histogram, name, unit, labels, help) }
+}
+
+const fn merged(merge: Merge, metric: Metric) -> Metric {
+    Metric { merge, ..metric }
 }
 
 const fn from_zero(metric: Metric, zero: Values) -> Metric {
@@ -122,6 +151,7 @@ macro_rules! catalog {
 
 pub mod gen_ai;
 
+use Merge::{Max, Min, Newest, Sum};
 use Unit::{Bytes, None as Plain, Ratio, Seconds, Tokens, Usd as Dollars};
 
 #[rustfmt::skip]
@@ -133,7 +163,7 @@ catalog! { after 0;
     COST_CLI_REPORTED = counter("claude_agent_cost_cli_reported_usd_total", Dollars, &[], "Spend in the CLI's own figures, its resets taken out.");
     COST_RECONCILIATION_ERROR = from_zero(counter("claude_agent_cost_reconciliation_error_usd_total", Dollars, &["direction"], "What a later confirmation took back (over) or found missing (under) of what had been counted."), &[&["over"], &["under"]]);
     UNPRICED_TOKENS = counter("claude_agent_unpriced_tokens_total", Tokens, &["model", "type"], "Tokens of models that nobody prices.");
-    PRICE_TABLE_TIMESTAMP = gauge("claude_agent_price_table_timestamp_seconds", Seconds, &[], "When the price table was last compared with its source.");
+    PRICE_TABLE_TIMESTAMP = gauge(Max, "claude_agent_price_table_timestamp_seconds", Seconds, &[], "When the price table was last compared with its source.");
     PRICE_TABLE_INFO = info("claude_agent_price_table_info", &["version", "source"], "Which prices are used.");
     CACHE_SAVED = counter("claude_agent_cache_saved_usd_total", Dollars, &["model"], "What reading from the cache cost less than sending the same tokens anew.");
     CACHE_PREMIUM = counter("claude_agent_cache_write_premium_usd_total", Dollars, &["model"], "What writing to the cache cost more than sending the same tokens plain.");
@@ -157,36 +187,36 @@ catalog! { after 0;
     HOOK_EXECUTIONS = counter("claude_agent_hook_executions_total", Plain, &["event", "outcome"], "Hooks of the CLI that ran.");
     HOOK_DURATION = histogram("claude_agent_hook_duration_seconds", Seconds, &["event"], TOOL_SECONDS, "Duration of a hook.");
     TIME = from_zero(counter("claude_agent_time_seconds_total", Seconds, &["state"], "Where the process's time went; sums to the wall clock."), &[&["starting"], &["model"], &["tool"], &["permission"], &["retry_backoff"], &["compacting"], &["waiting_input"], &["idle"], &["stuck"], &["draining"]]);
-    SUBAGENTS_ACTIVE = gauge("claude_agent_subagents_active", Plain, &["slot"], "Subagents at work.");
-    SUBAGENT_DEPTH = gauge("claude_agent_subagent_depth", Plain, &["slot"], "How deep the deepest of them is nested.");
+    SUBAGENTS_ACTIVE = gauge(Sum, "claude_agent_subagents_active", Plain, &["slot"], "Subagents at work.");
+    SUBAGENT_DEPTH = gauge(Max, "claude_agent_subagent_depth", Plain, &["slot"], "How deep the deepest of them is nested.");
     SUBAGENTS_STARTED = counter("claude_agent_subagents_started_total", Plain, &["type"], "Subagents that were started.");
     SUBAGENT_DURATION = histogram("claude_agent_subagent_duration_seconds", Seconds, &["outcome"], TURN_SECONDS, "Duration of a subagent.");
-    BACKGROUND_TASKS = gauge("claude_agent_background_tasks", Plain, &["slot", "kind"], "Background tasks that keep the agent from being idle.");
+    BACKGROUND_TASKS = gauge(Sum, "claude_agent_background_tasks", Plain, &["slot", "kind"], "Background tasks that keep the agent from being idle.");
     COMPACTIONS = from_zero(counter("claude_agent_compactions_total", Plain, &["trigger"], "Compactions of the context."), &[&["auto"], &["manual"]]);
-    CONTEXT_USED = gauge("claude_agent_context_used_ratio", Ratio, &["slot"], "How full the model's window was at the last answer.");
+    CONTEXT_USED = gauge(Max, "claude_agent_context_used_ratio", Ratio, &["slot"], "How full the model's window was at the last answer.");
     API_RETRIES = from_zero(counter("claude_agent_api_retries_total", Plain, &["error"], "Requests that the CLI had to repeat."), &[&["rate_limit"], &["overloaded"], &["server_error"], &["unknown"]]);
     API_ERRORS = from_zero(counter("claude_agent_api_errors_total", Plain, &["error"], "Requests that failed for good."), &[&["authentication_failed"], &["billing_error"], &["rate_limit"], &["overloaded"], &["invalid_request"], &["server_error"], &["unknown"]]);
-    RATE_LIMIT_UTILIZATION = gauge("claude_agent_rate_limit_utilization_ratio", Ratio, &["window"], "How much of a subscription's window is used.");
-    RATE_LIMIT_RESET = gauge("claude_agent_rate_limit_reset_timestamp_seconds", Seconds, &["window"], "When that window starts again.");
-    MCP_SERVER_UP = gauge("claude_agent_mcp_server_up", Plain, &["server"], "Whether the CLI reports an MCP server as connected.");
+    RATE_LIMIT_UTILIZATION = gauge(Newest, "claude_agent_rate_limit_utilization_ratio", Ratio, &["window"], "How much of a subscription's window is used.");
+    RATE_LIMIT_RESET = gauge(Newest, "claude_agent_rate_limit_reset_timestamp_seconds", Seconds, &["window"], "When that window starts again.");
+    MCP_SERVER_UP = gauge(Min, "claude_agent_mcp_server_up", Plain, &["server"], "Whether the CLI reports an MCP server as connected.");
     MCP_TOOL_DURATION = histogram("claude_agent_mcp_tool_duration_seconds", Seconds, &["server"], TOOL_SECONDS, "Duration of a call to an MCP server.");
     LOOP_DETECTIONS = from_zero(counter("claude_agent_loop_detections_total", Plain, &["kind", "action"], "Circles that the agent went round in, by what was done about them, or in shadow mode would have been."), &[&["identical_call", "warn"], &["identical_call", "interrupt"], &["alternating", "warn"], &["alternating", "interrupt"], &["error_repeat", "warn"], &["error_repeat", "interrupt"], &["compaction_thrash", "warn"], &["compaction_thrash", "interrupt"], &["fan_out", "warn"], &["fan_out", "interrupt"], &["no_progress", "warn"], &["no_progress", "interrupt"]]);
-    REPEAT_STREAK = gauge("claude_agent_repeat_streak", Plain, &["slot"], "How often in a row the agent did the same, or failed alike.");
+    REPEAT_STREAK = gauge(Max, "claude_agent_repeat_streak", Plain, &["slot"], "How often in a row the agent did the same, or failed alike.");
 
     // Limits: how close, and what was done about it?
-    LIMIT_USED = gauge("claude_agent_limit_used_ratio", Ratio, &["limit", "scope"], "How much of a limit is used.");
+    LIMIT_USED = gauge(Max, "claude_agent_limit_used_ratio", Ratio, &["limit", "scope"], "How much of a limit is used.");
     ENFORCEMENTS = counter("claude_agent_enforcements_total", Plain, &["limit", "scope", "action", "mode"], "What was done about a limit, or in shadow mode would have been.");
     ENFORCEMENT_LATENCY = histogram("claude_agent_enforcement_latency_seconds", Seconds, &["action"], STOP_SECONDS, "From the decision until the agent was quiet.");
     ENFORCEMENT_OVERSHOOT = histogram("claude_agent_enforcement_overshoot_usd", Dollars, &["scope"], COST_USD, "What was spent above a limit.");
 
     // Lifecycle, process, resources.
     SESSIONS = from_zero(counter("claude_agent_sessions_total", Plain, &["start"], "Sessions by how they started."), &[&["fresh"], &["resume"], &["continue"], &["fork"], &["clear"]]);
-    SESSIONS_ACTIVE = gauge("claude_agent_sessions_active", Plain, &[], "CLIs that run.");
+    SESSIONS_ACTIVE = gauge(Sum, "claude_agent_sessions_active", Plain, &[], "CLIs that run.");
     STARTUP = histogram("claude_agent_startup_seconds", Seconds, &[], STOP_SECONDS, "From the start of the CLI to its first word.");
-    PROCESS_STATE = gauge("claude_agent_process_state", Plain, &["slot", "state"], "What the agent is doing: one for the state it is in.");
-    STALLED = gauge("claude_agent_stalled", Plain, &["slot", "kind"], "One while the agent is past a time limit of this kind, or held up by what the kind names.");
-    LAST_ACTIVITY = gauge("claude_agent_last_activity_timestamp_seconds", Seconds, &["slot"], "When the agent or its app last said anything.");
-    IDLE_TIMEOUT = gauge("claude_agent_idle_timeout_seconds", Seconds, &[], "After this long without work the agent is ended; zero if never.");
+    PROCESS_STATE = gauge(Sum, "claude_agent_process_state", Plain, &["slot", "state"], "What the agent is doing: one for the state it is in.");
+    STALLED = gauge(Sum, "claude_agent_stalled", Plain, &["slot", "kind"], "One while the agent is past a time limit of this kind, or held up by what the kind names.");
+    LAST_ACTIVITY = gauge(Max, "claude_agent_last_activity_timestamp_seconds", Seconds, &["slot"], "When the agent or its app last said anything.");
+    IDLE_TIMEOUT = gauge(Max, "claude_agent_idle_timeout_seconds", Seconds, &[], "After this long without work the agent is ended; zero if never.");
     IDLE_SHUTDOWNS = counter("claude_agent_idle_shutdowns_total", Plain, &[], "Agents that were ended because they were idle.");
     RESULTS_MISSING = from_zero(counter("claude_agent_results_missing_total", Plain, &["cause"], "Turns that ended without a result."), &[&["crash"], &["signal"], &["oom"], &["truncated"], &["limit"], &["unknown"]]);
     PROCESS_STARTS = counter("claude_agent_process_starts_total", Plain, &[], "CLIs that were started.");
@@ -194,21 +224,21 @@ catalog! { after 0;
     SHUTDOWN = histogram("claude_agent_shutdown_seconds", Seconds, &["phase"], STOP_SECONDS, "How long each step of a stop took.");
     ORPHANS_TERMINATED = counter("claude_agent_orphans_terminated_total", Plain, &[], "Processes that outlived the CLI and were ended.");
     ZOMBIES_REAPED = counter("claude_agent_zombies_reaped_total", Plain, &[], "Dead processes that nobody else waited for.");
-    CHILD_PROCESSES = gauge("claude_agent_child_processes", Plain, &["role"], "Processes below the sidecar.");
+    CHILD_PROCESSES = gauge(Sum, "claude_agent_child_processes", Plain, &["role"], "Processes below the sidecar.");
     CPU = counter("claude_agent_cpu_seconds_total", Seconds, &["role"], "CPU time of the processes below the sidecar.");
-    RESIDENT_MEMORY = gauge("claude_agent_resident_memory_bytes", Bytes, &["role"], "Resident memory of the processes below the sidecar.");
-    ORPHANS = gauge("claude_agent_orphan_processes", Plain, &[], "Processes that outlived the tool call that started them, and still run.");
-    OPEN_FDS = gauge("claude_agent_open_fds", Plain, &["role"], "Descriptors that the processes below the sidecar have open.");
-    CONTAINER_WORKING_SET = gauge("claude_agent_container_memory_working_set_bytes", Bytes, &[], "Memory of the container that cannot be reclaimed.");
-    MEMORY_EXHAUSTION = gauge("claude_agent_memory_exhaustion_timestamp_seconds", Seconds, &[], "When memory will reach its limit, if it grows on as in the last ten minutes; absent where it does not.");
-    CONTAINER_LIMIT = gauge("claude_agent_container_memory_limit_bytes", Bytes, &[], "Memory limit of the container.");
-    CONTAINER_OOM_KILLS = counter("claude_agent_container_oom_kills_total", Plain, &[], "Processes of the container that the kernel killed for memory.");
+    RESIDENT_MEMORY = gauge(Sum, "claude_agent_resident_memory_bytes", Bytes, &["role"], "Resident memory of the processes below the sidecar.");
+    ORPHANS = gauge(Sum, "claude_agent_orphan_processes", Plain, &[], "Processes that outlived the tool call that started them, and still run.");
+    OPEN_FDS = gauge(Sum, "claude_agent_open_fds", Plain, &["role"], "Descriptors that the processes below the sidecar have open.");
+    CONTAINER_WORKING_SET = gauge(Newest, "claude_agent_container_memory_working_set_bytes", Bytes, &[], "Memory of the container that cannot be reclaimed.");
+    MEMORY_EXHAUSTION = gauge(Min, "claude_agent_memory_exhaustion_timestamp_seconds", Seconds, &[], "When memory will reach its limit, if it grows on as in the last ten minutes; absent where it does not.");
+    CONTAINER_LIMIT = gauge(Newest, "claude_agent_container_memory_limit_bytes", Bytes, &[], "Memory limit of the container.");
+    CONTAINER_OOM_KILLS = merged(Max, counter("claude_agent_container_oom_kills_total", Plain, &[], "Processes of the container that the kernel killed for memory."));
     OOM_KILLS = from_zero(counter("claude_agent_oom_kills_total", Plain, &["role"], "Processes below the sidecar that the kernel killed for memory, by what they were."), &[&["cli"], &["mcp"], &["tool"]]);
-    CONTAINER_CPU = counter("claude_agent_container_cpu_seconds_total", Seconds, &[], "CPU time of the container.");
-    CONTAINER_THROTTLED = counter("claude_agent_container_cpu_throttled_seconds_total", Seconds, &[], "Time in which the container was kept from using the CPU, by its quota.");
-    CONTAINER_PRESSURE = counter("claude_agent_container_pressure_seconds_total", Seconds, &["resource", "kind"], "Time in which tasks of the container waited for a resource.");
-    DISK_USED = gauge("claude_agent_disk_used_bytes", Bytes, &["mount"], "Space used on the file system.");
-    DISK_FREE = gauge("claude_agent_disk_free_bytes", Bytes, &["mount"], "Space left on the file system.");
+    CONTAINER_CPU = merged(Max, counter("claude_agent_container_cpu_seconds_total", Seconds, &[], "CPU time of the container."));
+    CONTAINER_THROTTLED = merged(Max, counter("claude_agent_container_cpu_throttled_seconds_total", Seconds, &[], "Time in which the container was kept from using the CPU, by its quota."));
+    CONTAINER_PRESSURE = merged(Max, counter("claude_agent_container_pressure_seconds_total", Seconds, &["resource", "kind"], "Time in which tasks of the container waited for a resource."));
+    DISK_USED = gauge(Max, "claude_agent_disk_used_bytes", Bytes, &["mount"], "Space used on the file system.");
+    DISK_FREE = gauge(Min, "claude_agent_disk_free_bytes", Bytes, &["mount"], "Space left on the file system.");
     RESUMES = from_zero(counter("claude_agent_resume_total", Plain, &["outcome"], "Resumed sessions by whether it worked."), &[&["ok"], &["not_found"], &["id_changed"]]);
     AGENT_INFO = info("claude_agent_info", &["cli_version", "permission_mode", "api_key_source", "provider"], "What runs.");
 
@@ -218,29 +248,32 @@ catalog! { after 0;
     EVENTS = counter("agent_sidecar_events_total", Plain, &["type"], "Lines that were understood; `unknown` are of types nobody told us of.");
     PARSE_ERRORS = from_zero(counter("agent_sidecar_parse_errors_total", Plain, &["reason"], "Lines that were not, or not wholly."), &[&["not_json"], &["not_object"], &["no_type"], &["truncated"], &["too_long"], &["field"]]);
     FORWARDED_BYTES = from_zero(counter("agent_sidecar_forwarded_bytes_total", Bytes, &["stream"], "Bytes that were relayed."), &[&["stdin"], &["stdout"]]);
-    LINE_BYTES_MAX = gauge("agent_sidecar_line_bytes_max", Bytes, &[], "The longest line so far.");
+    LINE_BYTES_MAX = gauge(Max, "agent_sidecar_line_bytes_max", Bytes, &[], "The longest line so far.");
     BACKPRESSURE = counter("agent_sidecar_backpressure_total", Plain, &[], "How often the CLI was held back because there was no room left for its output.");
-    BACKLOG_BYTES = gauge("agent_sidecar_backlog_bytes", Bytes, &[], "What the CLI wrote and the app has not read yet, in memory and spilled.");
+    BACKLOG_BYTES = gauge(Sum, "agent_sidecar_backlog_bytes", Bytes, &[], "What the CLI wrote and the app has not read yet, in memory and spilled.");
     SPILLED_BYTES = counter("agent_sidecar_spilled_bytes_total", Bytes, &[], "Output that went through a file because the app did not read it.");
     LOST_BYTES = counter("agent_sidecar_lost_bytes_total", Bytes, &[], "Bytes that were relayed but could not be counted.");
     OWN_REQUESTS = from_zero(counter("agent_sidecar_own_requests_total", Plain, &["request", "outcome"], "Questions that the sidecar asked the CLI."), &[&["get_usage", "answered"], &["get_usage", "unanswered"], &["interrupt", "answered"], &["interrupt", "unanswered"], &["end_session", "answered"], &["end_session", "unanswered"], &["refuse", "answered"], &["refuse", "unanswered"]]);
     NATIVE_REPORTS = from_zero(counter("agent_sidecar_native_reports_total", Plain, &["signal", "outcome"], "Exports of the CLI's own telemetry that came in."), &[&["metrics", "taken"], &["metrics", "refused"], &["logs", "taken"], &["logs", "refused"]]);
     NATIVE_FORWARDS = from_zero(counter("agent_sidecar_native_forwards_total", Plain, &["outcome"], "What became of those that were to be forwarded."), &[&["sent"], &["failed"], &["dropped"]]);
-    DEGRADED = from_zero(gauge("agent_sidecar_degraded", Plain, &["component"], "One while a part of the sidecar does not work; the relay goes on."), &[&["config"], &["http"], &["ledger"], &["events"], &["native"], &["otlp"]]);
-    LAST_SCRAPE = gauge("agent_sidecar_last_scrape_timestamp_seconds", Seconds, &[], "When the metrics were last read.");
+    DEGRADED = from_zero(gauge(Max, "agent_sidecar_degraded", Plain, &["component"], "One while a part of the sidecar does not work; the relay goes on."), &[&["config"], &["http"], &["ledger"], &["events"], &["native"], &["otlp"], &["hub"]]);
+    LAST_SCRAPE = gauge(Max, "agent_sidecar_last_scrape_timestamp_seconds", Seconds, &[], "When the metrics were last read.");
     FINAL_FLUSH = from_zero(counter("agent_sidecar_final_flush_total", Plain, &["outcome"], "Whether the last numbers were read or taken after the agent's end."), &[&["scraped"], &["pushed"], &["timed_out"]]);
     EXPORT_ITEMS = from_zero(counter("agent_sidecar_export_items_total", Plain, &["signal", "outcome"], "Spans, data points and log records by what became of them: failed is the collector's doing, dropped ours."), &[&["traces", "sent"], &["traces", "failed"], &["traces", "dropped"], &["metrics", "sent"], &["metrics", "failed"], &["metrics", "dropped"], &["logs", "sent"], &["logs", "failed"], &["logs", "dropped"]]);
     EXPORT_LOST = counter("agent_sidecar_export_lost_items_total", Plain, &["signal", "cause"], "Those that failed or were dropped, by cause.");
     EXPORT_RETRIES = counter("agent_sidecar_export_retries_total", Plain, &["signal"], "Batches that have to be sent once more.");
-    EXPORT_QUEUE_ITEMS = gauge("agent_sidecar_export_queue_items", Plain, &["signal"], "What waits to be exported, in memory and on disk.");
-    EXPORT_QUEUE_BYTES = gauge("agent_sidecar_export_queue_bytes", Bytes, &[], "How much of the queue is used.");
-    EXPORT_QUEUE_CAPACITY = gauge("agent_sidecar_export_queue_capacity_bytes", Bytes, &[], "How much may wait before the oldest is dropped.");
-    EXPORT_LAST_SUCCESS = gauge("agent_sidecar_export_last_success_timestamp_seconds", Seconds, &["signal"], "When the collector last took something.");
+    EXPORT_QUEUE_ITEMS = gauge(Sum, "agent_sidecar_export_queue_items", Plain, &["signal"], "What waits to be exported, in memory and on disk.");
+    EXPORT_QUEUE_BYTES = gauge(Max, "agent_sidecar_export_queue_bytes", Bytes, &[], "How much of the queue is used.");
+    EXPORT_QUEUE_CAPACITY = gauge(Max, "agent_sidecar_export_queue_capacity_bytes", Bytes, &[], "How much may wait before the oldest is dropped.");
+    EXPORT_LAST_SUCCESS = gauge(Max, "agent_sidecar_export_last_success_timestamp_seconds", Seconds, &["signal"], "When the collector last took something.");
+    HUB_WRAPPERS = gauge(Sum, "agent_sidecar_hub_wrappers", Plain, &["state"], "Wrappers that the hub speaks for: those that run, and those that have said nothing for too long.");
+    HUB_RETIRED = counter("agent_sidecar_hub_retired_total", Plain, &[], "Wrappers that ended and whose totals the hub keeps.");
+    HUB_REFUSED = from_zero(counter("agent_sidecar_hub_refused_total", Plain, &["reason"], "What wrappers told the hub and it could not take."), &[&["version"], &["shape"], &["room"]]);
     SERIES_LIMIT_HITS = counter("agent_sidecar_series_limit_hits_total", Plain, &["metric"], "Updates that found no room for another series.");
     EVENTS_FILE_ERRORS = counter("agent_sidecar_events_file_errors_total", Plain, &[], "Lines that could not be written to the file of events.");
     LEDGER_ERRORS = counter("agent_sidecar_ledger_errors_total", Plain, &[], "Lines that could not be written to the ledger file.");
     SIDECAR_CPU = counter("agent_sidecar_cpu_seconds_total", Seconds, &[], "CPU time of the sidecar itself.");
-    SIDECAR_MEMORY = gauge("agent_sidecar_resident_memory_bytes", Bytes, &[], "Resident memory of the sidecar itself.");
+    SIDECAR_MEMORY = gauge(Sum, "agent_sidecar_resident_memory_bytes", Bytes, &[], "Resident memory of the sidecar itself.");
 }
 
 /// How many values a label may take whose values are not ours to choose; what comes later is [`OTHER`].
@@ -259,6 +292,8 @@ const OPEN_LABELS: &[(&str, usize)] = &[
     ("permission_mode", 8),
     ("api_key_source", 8),
     ("mount", 4),
+    ("hash", 8),
+    ("version", 8),
 ];
 
 /// What a label says when its value would be one too many.
@@ -333,6 +368,8 @@ pub struct Series {
     pub cell: Cell,
     /// The last of each bucket of a histogram, or of a counter. Empty until there is one.
     pub exemplars: Vec<Option<Exemplar>>,
+    /// When it last changed: see [`Meters::changed`].
+    epoch: u64,
 }
 
 impl Series {
@@ -351,11 +388,12 @@ pub struct Family {
     /// A counter whose totals somebody else keeps: see [`Meters::raise`].
     pub raised: bool,
     series: BTreeMap<String, Series>,
+    cleared: Option<u64>,
 }
 
 impl Family {
     fn new(metric: &'static Metric) -> Family {
-        Family { metric, raised: false, series: BTreeMap::new() }
+        Family { metric, raised: false, series: BTreeMap::new(), cleared: None }
     }
 
     pub fn series(&self) -> impl Iterator<Item = &Series> {
@@ -392,6 +430,7 @@ pub struct Meters {
     detail: Detail,
     context: Option<Context>,
     unix: Duration,
+    epoch: u64,
     key: String,
 }
 
@@ -414,11 +453,12 @@ impl Meters {
             detail: Detail::default(),
             context: None,
             unix: Duration::ZERO,
+            epoch: 0,
             key: String::new(),
         };
         for &metric in CATALOG {
             for values in metric.zero {
-                meters.with(metric, values, |_| {});
+                meters.with(metric, values, |_| false);
             }
         }
         meters
@@ -478,8 +518,9 @@ impl Meters {
             Cell::Count(count) => {
                 *count = count.saturating_add(n);
                 series.exemplify(0, 1, exemplar);
+                n > 0
             }
-            other => debug_assert!(false, "{} is no count: {other:?}", metric.name),
+            other => wrong(metric, other),
         });
     }
 
@@ -489,15 +530,19 @@ impl Meters {
             Cell::Usd(sum) => {
                 *sum += usd;
                 series.exemplify(0, 1, exemplar);
+                !usd.is_zero()
             }
-            other => debug_assert!(false, "{} is no money: {other:?}", metric.name),
+            other => wrong(metric, other),
         });
     }
 
     pub fn add_time(&mut self, metric: &'static Metric, values: &[&str], time: Duration) {
         self.with(metric, values, |series| match &mut series.cell {
-            Cell::Time(sum) => *sum = sum.saturating_add(time),
-            other => debug_assert!(false, "{} is no time: {other:?}", metric.name),
+            Cell::Time(sum) => {
+                *sum = sum.saturating_add(time);
+                !time.is_zero()
+            }
+            other => wrong(metric, other),
         });
     }
 
@@ -508,16 +553,17 @@ impl Meters {
         }
         self.with(metric, values, |series| match &mut series.cell {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates at what no counter reaches")]
-            Cell::Count(n) => *n = (*n).max(total as u64),
-            Cell::Time(time) => *time = (*time).max(Duration::try_from_secs_f64(total).unwrap_or_default()),
-            other => debug_assert!(false, "{} is no counter: {other:?}", metric.name),
+            Cell::Count(n) => raised(n, total as u64),
+            Cell::Time(time) => raised(time, Duration::try_from_secs_f64(total).unwrap_or_default()),
+            other => wrong(metric, other),
         });
     }
 
     pub fn set(&mut self, metric: &'static Metric, values: &[&str], value: f64) {
         self.with(metric, values, |series| match &mut series.cell {
-            Cell::Gauge(gauge) => *gauge = value,
-            other => debug_assert!(false, "{} is no gauge: {other:?}", metric.name),
+            #[expect(clippy::float_cmp, reason = "what is set again is no news")]
+            Cell::Gauge(gauge) => std::mem::replace(gauge, value) != value,
+            other => wrong(metric, other),
         });
     }
 
@@ -537,8 +583,9 @@ impl Meters {
                     exponential.observe(value);
                 }
                 series.exemplify(bucket, metric.buckets.len() + 1, exemplar);
+                true
             }
-            other => debug_assert!(false, "{} is no histogram: {other:?}", metric.name),
+            other => wrong(metric, other),
         });
     }
 
@@ -547,6 +594,65 @@ impl Meters {
         let family = &mut self.families[metric.index];
         self.count -= family.series.len() * weight(metric);
         family.series.clear();
+        family.cleared = Some(self.epoch);
+    }
+
+    /// The series of [`CATALOG`] that changed since [`Meters::mark`] gave this mark; at zero, all.
+    pub fn changed(&self, since: u64) -> impl Iterator<Item = (&'static Metric, &Series)> {
+        let series = |family: &'_ Family| family.metric;
+        self.families().flat_map(move |family| {
+            family.series.values().filter(move |one| one.epoch >= since).map(move |one| (series(family), one))
+        })
+    }
+
+    /// The metrics whose series were taken away since then, and came back if they changed since.
+    pub fn cleared(&self, since: u64) -> impl Iterator<Item = &'static Metric> {
+        self.families().filter(move |family| family.cleared.is_some_and(|at| at >= since)).map(|family| family.metric)
+    }
+
+    /// From here on, changes are new ones.
+    pub fn mark(&mut self) -> u64 {
+        self.epoch += 1;
+        self.epoch
+    }
+
+    /// Lets another store's number into the series of the same labels.
+    pub fn merge(&mut self, metric: &'static Metric, values: &[&str], from: &Cell, how: Merge) {
+        let fresh = self.get(metric, values).is_none();
+        self.with(metric, values, |series| {
+            match (&mut series.cell, from) {
+                (Cell::Count(n), Cell::Count(other)) => merge(n, *other, how, u64::saturating_add),
+                (Cell::Usd(n), Cell::Usd(other)) => merge(n, *other, how, |a, b| a + b),
+                (Cell::Time(n), Cell::Time(other)) => merge(n, *other, how, Duration::saturating_add),
+                // A gauge that was not there has no zero to be held against.
+                (Cell::Gauge(n), Cell::Gauge(other)) if fresh => *n = *other,
+                (Cell::Gauge(n), Cell::Gauge(other)) => merge(n, *other, how, |a, b| a + b),
+                (Cell::Histogram(h), Cell::Histogram(other)) if h.counts.len() == other.counts.len() => {
+                    for (n, other) in h.counts.iter_mut().zip(&other.counts) {
+                        *n = n.saturating_add(*other);
+                    }
+                    h.count = h.count.saturating_add(other.count);
+                    h.sum += other.sum;
+                }
+                (_, other) => return wrong(metric, other),
+            }
+            true
+        });
+    }
+
+    /// Makes room for a series, at zero. The label values under which it is counted from then on, or nothing where there is no room.
+    pub fn admit_series(&mut self, metric: &'static Metric, values: &[&str]) -> Option<Vec<String>> {
+        let mut admitted = None;
+        self.with(metric, values, |series| {
+            admitted = Some(series.values.clone());
+            false
+        });
+        admitted
+    }
+
+    /// The label values under which this would be counted.
+    pub fn admit_values(&mut self, metric: &'static Metric, values: &[&str]) -> Vec<String> {
+        metric.labels.iter().zip(values).map(|(label, value)| self.admit(label, value)).collect()
     }
 
     fn exemplar(&self, value: f64) -> Option<Exemplar> {
@@ -559,7 +665,7 @@ impl Meters {
         self.family(metric)?.series.get(&values.join("\x1f")).map(|series| &series.cell)
     }
 
-    fn with(&mut self, metric: &'static Metric, values: &[&str], change: impl FnOnce(&mut Series)) {
+    fn with(&mut self, metric: &'static Metric, values: &[&str], change: impl FnOnce(&mut Series) -> bool) {
         debug_assert_eq!(metric.labels.len(), values.len(), "{}", metric.name);
         if metric.index >= self.families.len() {
             return;
@@ -571,6 +677,12 @@ impl Meters {
             }
             self.key.push_str(value);
         }
+        let epoch = self.epoch;
+        let change = |series: &mut Series| {
+            if change(series) {
+                series.epoch = epoch;
+            }
+        };
         if let Some(series) = self.families[metric.index].series.get_mut(self.key.as_str()) {
             return change(series);
         }
@@ -588,7 +700,7 @@ impl Meters {
             return self.add(&SERIES_LIMIT_HITS, &[metric.name], 1);
         }
         *count += weight(metric);
-        let mut series = Series { values, cell: Cell::new(metric, self.detail.exponential), exemplars: Vec::new() };
+        let mut series = Series { values, cell: Cell::new(metric, self.detail.exponential), exemplars: Vec::new(), epoch };
         change(&mut series);
         family.series.insert(key, series);
     }
@@ -600,7 +712,8 @@ impl Meters {
             return value.to_owned();
         };
         let admitted = self.admitted.entry(label).or_default();
-        if admitted.contains(value) {
+        // A wrapper's own rest takes nobody's room.
+        if value == OTHER || admitted.contains(value) {
             return value.to_owned();
         }
         if admitted.len() >= room {
@@ -609,6 +722,37 @@ impl Meters {
         admitted.insert(value.to_owned());
         value.to_owned()
     }
+}
+
+/// A number of another kind than the metric's: a slip of the fold, not of the agent.
+fn wrong(metric: &Metric, cell: &Cell) -> bool {
+    debug_assert!(false, "{} is not of the kind of {cell:?}", metric.name);
+    false
+}
+
+fn raised<T: PartialOrd>(n: &mut T, total: T) -> bool {
+    let risen = *n < total;
+    if risen {
+        *n = total;
+    }
+    risen
+}
+
+fn merge<T: PartialOrd + Copy>(n: &mut T, other: T, how: Merge, sum: impl Fn(T, T) -> T) {
+    match how {
+        Merge::Sum => *n = sum(*n, other),
+        Merge::Max if *n < other => *n = other,
+        Merge::Min if other < *n => *n = other,
+        Merge::Max | Merge::Min => {}
+        Merge::Newest => *n = other,
+    }
+}
+
+/// The metric of this name.
+pub fn named(name: &str) -> Option<&'static Metric> {
+    static BY_NAME: std::sync::LazyLock<BTreeMap<&'static str, &'static Metric>> =
+        std::sync::LazyLock::new(|| CATALOG.iter().map(|metric| (metric.name, *metric)).collect());
+    BY_NAME.get(name).copied()
 }
 
 /// How many series an exposition makes of one of these.

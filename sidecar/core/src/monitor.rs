@@ -448,6 +448,23 @@ impl Monitor {
         self.settings.parse && self.session.activity().is_work()
     }
 
+    /// The next line of this wrapper's journal: what changed since a mark, and the next mark.
+    pub fn journal(&mut self, since: u64) -> (crate::hub::Line, u64) {
+        let Status { sessions, totals } = self.status();
+        // What cannot be said is not said: the numbers are what matters.
+        let sessions = sessions.iter().filter_map(|session| serde_json::to_value(session).ok()).collect();
+        let mut line = crate::hub::Line {
+            unix: self.now.unix.as_secs_f64(),
+            sessions,
+            totals,
+            live: self.live(),
+            ready: self.ready(),
+            ..crate::hub::Line::default()
+        };
+        let mark = crate::hub::changes(&mut self.meters, since, &mut line);
+        (line, mark)
+    }
+
     /// How far each limit is used up.
     pub fn limits(&self) -> Vec<Used> {
         self.judge.used(&self.session, &self.outside, self.now)

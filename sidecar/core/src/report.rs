@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::tokens::{Tokens, Usd};
 use crate::update::{Basis, Outcome, ToolOutcome, Update};
@@ -14,14 +14,14 @@ const SESSIONS: usize = 1_024;
 const NAMES: usize = 256;
 
 /// Tokens and money of one model.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Spend {
     pub cost_usd: Usd,
     pub tokens: Tokens,
 }
 
 /// Calls of one tool.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Calls {
     pub ok: u64,
     /// Failed, denied, interrupted, or never answered.
@@ -29,7 +29,7 @@ pub struct Calls {
 }
 
 /// The sums that sessions have, and all of them together.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sums {
     pub turns: u64,
     pub cost_usd: Usd,
@@ -45,7 +45,7 @@ pub struct Sums {
 }
 
 impl Sums {
-    fn add(&mut self, other: &Sums) {
+    pub fn add(&mut self, other: &Sums) {
         self.turns += other.turns;
         self.cost_usd += other.cost_usd;
         self.cost_estimated |= other.cost_estimated;

@@ -16,6 +16,7 @@ pub(crate) fn metrics_json(out: &mut impl Write) -> io::Result<()> {
                 "type": metric.kind.as_str(),
                 "unit": metric.unit.as_str(),
                 "labels": metric.labels,
+                "merge": metric.merge.as_str(),
                 "help": metric.help,
                 "buckets": metric.buckets,
             })
@@ -33,10 +34,22 @@ pub(crate) fn metrics_page(out: &mut impl Write) -> io::Result<()> {
         "`claude_agent_*` is the agent, `agent_sidecar_*` the sidecar itself. A label never holds a session, a user or a path;"
     )?;
     writeln!(out, "`model`, `tool`, `server` and others that agents choose take a bounded number of values, then `other`.\n")?;
-    writeln!(out, "| metric | type | labels | meaning |\n|---|---|---|---|")?;
+    writeln!(
+        out,
+        "Several wrappers in a container are served as one. `together` says what their series with the same labels make: the sum, the"
+    )?;
+    writeln!(out, "largest, the smallest, or what the newest reading says, where all of them look at the same thing.\n")?;
+    writeln!(out, "| metric | type | labels | together | meaning |\n|---|---|---|---|---|")?;
     for metric in CATALOG {
         let labels = if metric.labels.is_empty() { String::from("–") } else { metric.labels.join(", ") };
-        writeln!(out, "| `{}` | {} | {labels} | {} |", metric.name, metric.kind.as_str(), metric.help)?;
+        writeln!(
+            out,
+            "| `{}` | {} | {labels} | {} | {} |",
+            metric.name,
+            metric.kind.as_str(),
+            metric.merge.as_str(),
+            metric.help
+        )?;
     }
     Ok(())
 }

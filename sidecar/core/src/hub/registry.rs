@@ -1,0 +1,360 @@
+//! Who runs, what each of them has counted, and what those have counted that run no more.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::wire::{self, Hello, Line, Number, VERSION};
+use crate::metric::{
+    self, Cell, HUB_REFUSED, HUB_RETIRED, HUB_WRAPPERS, Kind, Merge, Meters, Metric, OTHER, SERIES_LIMIT_HITS, SESSIONS_ACTIVE,
+    bounded,
+};
+use crate::report::Sums;
+
+/// Sets of labels that are told apart; whoever comes later works for `other`.
+const GROUPS: usize = 50;
+/// Those labels, and how long a value may be.
+const LABELS: [&str; 3] = ["tenant", "team", "cost_center"];
+const MAX_LABEL: usize = 64;
+/// Series of one wrapper: more than its own bound ever lets through.
+const SERIES: usize = 4_096;
+/// A wrapper writes every five seconds if it can. One that has not for so long does not answer.
+const STALE: f64 = 20.0;
+/// What the catalogue calls the place of a CLI among the others.
+const SLOT: &str = "slot";
+
+type Labels = Vec<(String, String)>;
+
+/// What is summed under the same labels.
+#[derive(Debug)]
+struct Group {
+    labels: Labels,
+    /// Of those that are gone; and of those that run, the label values that were let in.
+    retired: Meters,
+    /// Somebody has worked for them. The one that is there from the start may be nobody's.
+    used: bool,
+}
+
+#[derive(Debug)]
+struct Held {
+    metric: &'static Metric,
+    /// Where it is counted, which may be under `other`.
+    values: Vec<String>,
+    cell: Cell,
+}
+
+#[derive(Debug)]
+struct Live {
+    hello: Hello,
+    group: usize,
+    slot: Option<usize>,
+    held: BTreeMap<(&'static str, Vec<String>), Held>,
+    last: Line,
+}
+
+impl Live {
+    fn stale(&self, unix: f64) -> bool {
+        !self.last.blind && unix - self.last.unix.max(self.hello.started) > STALE
+    }
+}
+
+/// How the wrappers are, for probes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Health {
+    pub wrappers: usize,
+    /// Those that have not lost the power to end their agent, and say so.
+    pub live: usize,
+    pub ready: usize,
+}
+
+/// What has to outlive the hub.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Stored {
+    pub hub: u32,
+    /// Counted below, though their journals may still be there.
+    folded: BTreeSet<String>,
+    groups: Vec<StoredGroup>,
+    house: Vec<(String, Vec<String>, Number)>,
+    totals: Sums,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct StoredGroup {
+    labels: Labels,
+    series: Vec<(String, Vec<String>, Number)>,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub struct Registry {
+    slots: usize,
+    max_series: usize,
+    groups: Vec<Group>,
+    /// The sidecars' own numbers, which are no tenant's.
+    house: Meters,
+    live: BTreeMap<String, Live>,
+    folded: BTreeSet<String>,
+    totals: Sums,
+}
+
+impl Registry {
+    /// `labels` are those that are there from the start, with zeros.
+    pub fn new(slots: usize, max_series: usize, labels: &[(String, String)], stored: &Stored) -> Registry {
+        let mut registry = Registry {
+            slots,
+            max_series,
+            groups: Vec::new(),
+            house: Meters::new(max_series),
+            live: BTreeMap::new(),
+            folded: BTreeSet::new(),
+            totals: Sums::default(),
+        };
+        if stored.hub == VERSION {
+            registry.folded.clone_from(&stored.folded);
+            registry.totals.add(&stored.totals);
+            restore(&mut registry.house, &stored.house);
+            for group in &stored.groups {
+                let at = registry.group(&group.labels);
+                restore(&mut registry.groups[at].retired, &group.series);
+                registry.groups[at].used = true;
+            }
+        }
+        registry.group(labels);
+        registry
+    }
+
+    /// What to keep, for [`Registry::new`].
+    pub fn stored(&self) -> Stored {
+        let group = |group: &Group| StoredGroup { labels: group.labels.clone(), series: lasting(&group.retired) };
+        Stored {
+            hub: VERSION,
+            folded: self.folded.clone(),
+            groups: self.groups.iter().filter(|group| group.used).map(group).collect(),
+            house: lasting(&self.house),
+            totals: self.totals.clone(),
+        }
+    }
+
+    /// Whether this one's totals are kept already: then its journal says nothing new.
+    pub fn is_folded(&self, run: &str) -> bool {
+        self.folded.contains(run)
+    }
+
+    /// Nobody will ask of this one again: its journal is gone.
+    pub fn forget(&mut self, run: &str) {
+        self.folded.remove(run);
+    }
+
+    pub fn runs(&self) -> impl Iterator<Item = &str> {
+        self.live.keys().map(String::as_str)
+    }
+
+    /// A journal is read from its start. False if it is of another version, or was counted already.
+    pub fn join(&mut self, hello: Hello) -> bool {
+        if hello.hub != VERSION {
+            self.house.add(&HUB_REFUSED, &["version"], 1);
+            return false;
+        }
+        if self.is_folded(&hello.run) {
+            return false;
+        }
+        let group = self.group(&hello.labels);
+        self.groups[group].used = true;
+        let slot = match self.live.get(&hello.run) {
+            Some(known) => known.slot,
+            None => self.free_slot(),
+        };
+        let last = Line { unix: hello.started, live: true, ..Line::default() };
+        self.live.insert(hello.run.clone(), Live { hello, group, slot, held: BTreeMap::new(), last });
+        true
+    }
+
+    /// A line of a journal. What it cannot mean is left out and counted.
+    pub fn update(&mut self, run: &str, mut line: Line) {
+        let Some(live) = self.live.get_mut(run) else { return };
+        let group = &mut self.groups[live.group].retired;
+        for name in &line.cleared {
+            live.held.retain(|(metric, _), _| metric != name);
+        }
+        for (name, source, number) in line.series.drain(..) {
+            let metric = metric::named(&name).filter(|metric| metric.labels.len() == source.len());
+            let Some((metric, cell)) = metric.and_then(|metric| Some((metric, number.cell(metric)?))) else {
+                self.house.add(&HUB_REFUSED, &["shape"], 1);
+                continue;
+            };
+            if let Some(held) = live.held.get_mut(&(metric.name, source.clone())) {
+                held.cell = later(&held.cell, cell);
+                continue;
+            }
+            if live.held.len() >= SERIES {
+                self.house.add(&HUB_REFUSED, &["room"], 1);
+                continue;
+            }
+            let store = if is_house(metric) { &mut self.house } else { &mut *group };
+            let values: Vec<&str> = source.iter().map(String::as_str).collect();
+            // A counter has its place from here on, so that its sum never changes places.
+            let values = match metric.kind {
+                Kind::Counter | Kind::Histogram => store.admit_series(metric, &values),
+                Kind::Gauge | Kind::Info => Some(store.admit_values(metric, &values)),
+            };
+            if let Some(values) = values {
+                live.held.insert((metric.name, source), Held { metric, values, cell });
+            }
+        }
+        line.unix = line.unix.max(live.last.unix);
+        live.last = line;
+    }
+
+    /// The wrapper is gone, and its journal was read to the end: what it has counted stays.
+    pub fn retire(&mut self, run: &str) {
+        let Some(live) = self.live.remove(run) else { return };
+        let group = &mut self.groups[live.group].retired;
+        for Held { metric, values, cell } in live.held.into_values() {
+            if matches!(metric.kind, Kind::Counter | Kind::Histogram) {
+                let store = if is_house(metric) { &mut self.house } else { &mut *group };
+                let values: Vec<&str> = values.iter().map(String::as_str).collect();
+                store.merge(metric, &values, &cell, metric.merge);
+            }
+        }
+        self.totals.add(&live.last.totals);
+        self.house.add(&HUB_RETIRED, &[], 1);
+        self.folded.insert(run.to_owned());
+    }
+
+    /// The wrapper's journal is gone, and nobody knows where to. What it had said still holds.
+    pub fn lose(&mut self, run: &str) {
+        self.retire(run);
+        self.forget(run);
+    }
+
+    /// For the sidecars' own numbers that the hub itself counts.
+    pub fn house_mut(&mut self) -> &mut Meters {
+        &mut self.house
+    }
+
+    /// Everything to be exposed: a store for each set of labels, whose `claude_agent_*` count, and one for `agent_sidecar_*`.
+    pub fn expose(&self, unix: f64) -> (Vec<(Labels, Meters)>, Meters) {
+        let mut house = self.house.clone();
+        let mut groups: Vec<(Labels, Meters)> = self.groups.iter().map(|g| (g.labels.clone(), g.retired.clone())).collect();
+        for (_, meters) in &mut groups {
+            meters.set(&SESSIONS_ACTIVE, &[], 0.0);
+        }
+        let mut live: Vec<&Live> = self.live.values().collect();
+        live.sort_by(|a, b| a.last.unix.total_cmp(&b.last.unix));
+        let mut stale = 0;
+        for live in &live {
+            stale += usize::from(live.stale(unix));
+            let slot = self.slot(live);
+            for Held { metric, values, cell } in live.held.values() {
+                let store = if is_house(metric) { &mut house } else { &mut groups[live.group].1 };
+                let value = |(label, value): (&&str, &String)| if *label == SLOT { slot.clone() } else { value.clone() };
+                let values: Vec<String> = metric.labels.iter().zip(values).map(value).collect();
+                let values: Vec<&str> = values.iter().map(String::as_str).collect();
+                store.merge(metric, &values, cell, metric.merge);
+            }
+        }
+        for (_, meters) in &groups {
+            for series in meters.family(&SERIES_LIMIT_HITS).into_iter().flat_map(metric::Family::series) {
+                let values: Vec<&str> = series.values.iter().map(String::as_str).collect();
+                house.merge(&SERIES_LIMIT_HITS, &values, &series.cell, Merge::Sum);
+            }
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a gauge speaks in floats")]
+        for (state, n) in [("live", live.len() - stale), ("stale", stale)] {
+            house.set(&HUB_WRAPPERS, &[state], n as f64);
+        }
+        let nobody = !self.groups.iter().any(|group| group.used);
+        let mut used = self.groups.iter().map(|group| group.used || nobody);
+        groups.retain(|_| used.next().unwrap_or(true));
+        (groups, house)
+    }
+
+    pub fn health(&self, unix: f64) -> Health {
+        let count = |of: fn(&Line) -> bool| self.live.values().filter(|live| !live.stale(unix) && of(&live.last)).count();
+        Health { wrappers: self.live.len(), live: count(|line| line.live || line.blind), ready: count(|line| line.ready) }
+    }
+
+    /// What `/status` says of all of them: the object that a wrapper alone has, with every live session.
+    pub fn status(&self, unix: f64) -> Value {
+        let mut totals = self.totals.clone();
+        let mut live: Vec<&Live> = self.live.values().collect();
+        live.sort_by(|a, b| a.hello.started.total_cmp(&b.hello.started));
+        let mut sessions = Vec::new();
+        for live in live {
+            totals.add(&live.last.totals);
+            let since = (unix - live.last.unix).max(0.0);
+            for mut session in live.last.sessions.iter().cloned() {
+                let Some(object) = session.as_object_mut() else { continue };
+                if let Some(seconds) = object.get("state_seconds").and_then(Value::as_f64) {
+                    object.insert(String::from("state_seconds"), json!(seconds + since));
+                }
+                // Those without a number of their own have none.
+                object.insert(String::from(SLOT), live.slot.map_or_else(|| json!(OTHER), |slot| json!(slot)));
+                object.insert(String::from("pid"), json!(live.hello.pid));
+                object.insert(String::from("stale"), json!(live.stale(unix)));
+                object.extend(live.hello.labels.iter().map(|(label, value)| (label.clone(), json!(value))));
+                sessions.push(session);
+            }
+        }
+        json!({ "sessions": sessions, "totals": totals })
+    }
+
+    fn slot(&self, live: &Live) -> String {
+        live.slot.map_or_else(|| OTHER.to_owned(), |slot| slot.to_string())
+    }
+
+    fn free_slot(&self) -> Option<usize> {
+        let taken: BTreeSet<usize> = self.live.values().filter_map(|live| live.slot).collect();
+        (0..self.slots).find(|slot| !taken.contains(slot))
+    }
+
+    fn group(&mut self, labels: &[(String, String)]) -> usize {
+        let mut labels: Labels = LABELS
+            .iter()
+            .filter_map(|name| labels.iter().find(|(label, _)| label == name))
+            .map(|(label, value)| (label.clone(), bounded(value, MAX_LABEL).to_owned()))
+            .collect();
+        let at = |groups: &[Group], labels: &Labels| groups.iter().position(|group| group.labels == *labels);
+        if let Some(at) = at(&self.groups, &labels) {
+            return at;
+        }
+        if self.groups.iter().filter(|group| group.used).count() >= GROUPS {
+            labels = LABELS.iter().map(|label| ((*label).to_owned(), OTHER.to_owned())).collect();
+            if let Some(at) = at(&self.groups, &labels) {
+                return at;
+            }
+        }
+        self.groups.push(Group { labels, retired: Meters::new(self.max_series), used: false });
+        self.groups.len() - 1
+    }
+}
+
+fn is_house(metric: &Metric) -> bool {
+    !metric.name.starts_with("claude_agent_")
+}
+
+/// A total does not fall, whoever says so.
+fn later(before: &Cell, now: Cell) -> Cell {
+    match (before, now) {
+        (Cell::Count(a), Cell::Count(b)) => Cell::Count(b.max(*a)),
+        (Cell::Usd(a), Cell::Usd(b)) => Cell::Usd(b.max(*a)),
+        (Cell::Time(a), Cell::Time(b)) => Cell::Time(b.max(*a)),
+        (Cell::Histogram(a), Cell::Histogram(b)) if b.count < a.count => Cell::Histogram(a.clone()),
+        (_, now) => now,
+    }
+}
+
+/// What has a total, and not what was so at some moment.
+fn lasting(meters: &Meters) -> Vec<(String, Vec<String>, Number)> {
+    wire::series(meters.changed(0).filter(|(metric, _)| matches!(metric.kind, Kind::Counter | Kind::Histogram)))
+}
+
+fn restore(meters: &mut Meters, series: &[(String, Vec<String>, Number)]) {
+    for (name, values, number) in series {
+        let Some(metric) = metric::named(name).filter(|metric| metric.labels.len() == values.len()) else { continue };
+        let Some(cell) = number.clone().cell(metric) else { continue };
+        let values: Vec<&str> = values.iter().map(String::as_str).collect();
+        meters.merge(metric, &values, &cell, metric.merge);
+    }
+}
