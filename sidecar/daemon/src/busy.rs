@@ -46,15 +46,28 @@ impl Word {
     /// Of this moment. An agent on its way out is busy to the last: its last cost is on its way, too.
     pub(crate) fn of(monitor: &Monitor, now: Now, lease: Duration) -> Word {
         let state = monitor.activity();
-        let busy = monitor.running() && !matches!(state, Activity::WaitingInput | Activity::Idle);
+        let busy = monitor.running() && works(state);
         Word { busy, state, until: busy.then(|| (now.unix + lease).as_secs()) }
     }
 
-    fn json(&self) -> Vec<u8> {
+    /// Of several agents: the platform is to wait for the last of them.
+    pub(crate) fn of_all(states: impl Iterator<Item = Activity>, unix: Duration, lease: Duration) -> Word {
+        let mut word = Word { busy: false, state: Activity::Idle, until: None };
+        if let Some(state) = states.into_iter().find(|state| works(*state)) {
+            word = Word { busy: true, state, until: Some((unix + lease).as_secs()) };
+        }
+        word
+    }
+
+    pub(crate) fn json(&self) -> Vec<u8> {
         let mut json = serde_json::to_vec(self).expect("a word has no keys but names");
         json.push(b'\n');
         json
     }
+}
+
+fn works(state: Activity) -> bool {
+    !matches!(state, Activity::WaitingInput | Activity::Idle)
 }
 
 /// Where the word goes, and for how long it holds.
@@ -180,11 +193,6 @@ fn post(uri: &Uri, headers: &Headers, json: Vec<u8>) -> Result<(), String> {
         Ok(Err(_)) => Err(String::from("the webhook breaks off")),
         Err(_) => Err(format!("the webhook does not answer within {ANSWER:?}")),
     }
-}
-
-/// The answer to `/busy`.
-pub(crate) fn page(monitor: &Monitor, now: Now, lease: Duration) -> Vec<u8> {
-    Word::of(monitor, now, lease).json()
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::config::{Config, Kind, Mistakes, SETTINGS, Sources};
 use crate::run::{self, Agent};
 use crate::shim::install;
 use crate::supervise::OWN_FAILURE;
-use crate::{demo, doctor, explain, messages_api, reference, replay};
+use crate::{demo, doctor, explain, hub, messages_api, reference, replay};
 
 /// A word on the command line that nobody understands.
 const USAGE: u8 = 2;
@@ -30,6 +30,11 @@ impl<E: Error + 'static> From<E> for Failure {
         Failure { error: Box::new(error), code: ExitCode::FAILURE }
     }
 }
+
+/// `hub` with settings that allow none.
+#[derive(Debug, thiserror::Error)]
+#[error("there is nothing to serve: set --listen to an address with a port, or --socket, and not --hub off")]
+struct NoMeeting;
 
 fn command() -> Command {
     let config = Arg::new("config")
@@ -66,6 +71,12 @@ fn command() -> Command {
                         .help("the program to start and its arguments; `--` before it where it could be taken for a flag")
                         .value_parser(value_parser!(OsString)),
                 ),
+        )
+        .subcommand(
+            Command::new("hub")
+                .about("Serve what all wrappers of this container have counted, without an agent of one's own")
+                .arg(config.clone())
+                .args(flags()),
         )
         .subcommand(
             Command::new("replay")
@@ -203,6 +214,12 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
         Some(("run", matches)) => {
             drop(out);
             return run_command(matches);
+        }
+        Some(("hub", matches)) => {
+            let config = config(matches)?;
+            crate::logging::start(&config);
+            let meeting = config.meeting().ok_or(NoMeeting)?;
+            hub::alone(hub::Place::find(&meeting)?, config.listen(), &config.hub_options())?;
         }
         Some(("replay", matches)) => {
             let config = config(matches)?;

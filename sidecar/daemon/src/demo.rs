@@ -88,7 +88,7 @@ fn show(options: &Options, cli: &Path, scratch: &Path, out: &mut impl Write) -> 
     let wrapper = std::env::current_exe().map_err(failed("find this program"))?;
     let mut command = Command::new(&wrapper);
     command
-        .args(["run", "--quiet", "--max-cost-usd", "5", "--listen", &metrics.to_string(), "--ledger"])
+        .args(["run", "--quiet", "--max-cost-usd", "5", "--hub", "off", "--listen", &metrics.to_string(), "--ledger"])
         .arg(&ledger)
         .arg("--")
         .arg(cli)

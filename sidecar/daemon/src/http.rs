@@ -1,15 +1,17 @@
 //! `/metrics`, `/livez`, `/readyz`, `/status`, `/busy`: on a thread and a runtime of their own, read-only, and in nobody's way.
 //!
-//! An answer is made by a visit to the monitor on its own thread; encoding and sending happen here. A scraper that stalls holds a
+//! A wrapper alone makes an answer by a visit to the monitor on its own thread; a hub makes it of all wrappers' journals. A scraper that stalls holds a
 //! connection and nothing else. There is nothing here that changes anything: control is not offered over HTTP.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use agent_sidecar_core::hub::Health;
 use agent_sidecar_core::metric::{self, Meters};
 use agent_sidecar_core::{Monitor, Now};
 use http_body_util::Full;
@@ -17,9 +19,11 @@ use hyper::body::{Bytes, Incoming};
 use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::busy;
+use crate::busy::Word;
 use crate::export::{otlp, prometheus};
+use crate::hub::Desk;
 use crate::supervise::{Counts, Handle};
 
 /// A monitor that does not answer a visit for so long is not alive.
@@ -80,9 +84,17 @@ impl Scrapes {
     }
 }
 
-/// Marks the answer that has the last numbers: its connection ends with it, and with the connection the wait.
+/// Marks an answer that somebody may wait for to be read: its connection ends with it, and with the connection the wait. When it
+/// began to be made.
 #[derive(Clone, Copy)]
-struct Last;
+struct Last(u128);
+
+/// Who answers.
+trait Pages: Send + Sync + 'static {
+    fn answer(&self, request: &Request<Incoming>) -> impl Future<Output = Response<Full<Bytes>>> + Send;
+    /// An answer has left, to its last byte.
+    fn left(&self, last: Last);
+}
 
 /// What the answers are made of.
 pub(crate) struct Site {
@@ -108,27 +120,61 @@ pub(crate) fn serve(bound: Bound, site: Site) -> std::io::Result<()> {
     Ok(())
 }
 
-async fn accept(listener: TcpListener, site: Arc<Site>) -> std::io::Result<()> {
+async fn accept<P: Pages>(listener: TcpListener, pages: Arc<P>) -> std::io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    let mut open: VecDeque<tokio::task::AbortHandle> = VecDeque::with_capacity(CONNECTIONS);
+    let mut open = Connections::default();
     loop {
-        let Ok((stream, _)) = listener.accept().await else {
+        match listener.accept().await {
+            Ok((stream, _)) => open.serve(stream, &pages),
             // Out of descriptors, most likely the agent's doing: others need them more.
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            continue;
-        };
-        open.retain(|connection| !connection.is_finished());
-        if open.len() >= CONNECTIONS {
-            open.pop_front().inspect(tokio::task::AbortHandle::abort);
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
-        let site = Arc::clone(&site);
+    }
+}
+
+/// Serves what all wrappers of the container have counted.
+pub(crate) async fn serve_hub(bound: Bound, desk: Arc<Desk>) -> std::io::Result<()> {
+    accept(bound.listener, desk).await
+}
+
+/// The same at the hub's socket, for this user's processes and root's.
+pub(crate) async fn serve_socket(listener: UnixListener, desk: Arc<Desk>) -> std::io::Result<()> {
+    let listener = tokio::net::UnixListener::from_std(listener)?;
+    let us = rustix::process::geteuid();
+    let mut open = Connections::default();
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let peer = rustix::net::sockopt::socket_peercred(&stream);
+                if peer.is_ok_and(|peer| peer.uid == us || peer.uid.is_root()) {
+                    open.serve(stream, &desk);
+                }
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
+/// Those that are open, oldest first.
+#[derive(Default)]
+struct Connections {
+    open: VecDeque<tokio::task::AbortHandle>,
+}
+
+impl Connections {
+    fn serve<P: Pages>(&mut self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, pages: &Arc<P>) {
+        self.open.retain(|connection| !connection.is_finished());
+        if self.open.len() >= CONNECTIONS {
+            self.open.pop_front().inspect(tokio::task::AbortHandle::abort);
+        }
+        let pages = Arc::clone(pages);
         let connection = tokio::task::spawn(async move {
-            let last = AtomicBool::new(false);
+            let last = Mutex::new(None);
             let service = hyper::service::service_fn(|request: Request<Incoming>| {
-                let (site, last) = (&site, &last);
+                let (pages, last) = (&pages, &last);
                 async move {
-                    let response = answer(&request, site).await;
-                    last.store(response.extensions().get::<Last>().is_some(), Relaxed);
+                    let response = pages.answer(&request).await;
+                    *last.lock().unwrap_or_else(PoisonError::into_inner) = response.extensions().get::<Last>().copied();
                     Ok::<_, Infallible>(response)
                 }
             });
@@ -139,59 +185,126 @@ async fn accept(listener: TcpListener, site: Arc<Site>) -> std::io::Result<()> {
                 .serve_connection(TokioIo::new(stream), service);
             // Whoever is slower than that is cut off; whoever hangs up has hung up.
             let served = tokio::time::timeout(CLIENT * 6, connection).await;
-            if last.load(Relaxed) && matches!(served, Ok(Ok(()))) {
-                site.scrapes.read_to_the_end();
+            let last = last.into_inner().unwrap_or_else(PoisonError::into_inner);
+            if let (Some(last), Ok(Ok(()))) = (last, served) {
+                pages.left(last);
             }
         });
-        open.push_back(connection.abort_handle());
+        self.open.push_back(connection.abort_handle());
     }
 }
 
-async fn answer(request: &Request<Incoming>, site: &Site) -> Response<Full<Bytes>> {
-    if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        let mut refused = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD: nothing can be changed here\n");
-        refused.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
-        return refused;
+/// What is no GET is answered with this.
+fn refused(request: &Request<Incoming>) -> Option<Response<Full<Bytes>>> {
+    if matches!(*request.method(), Method::GET | Method::HEAD) {
+        return None;
     }
-    let handle = &site.handle;
-    match request.uri().path() {
-        "/metrics" => {
-            // Asked before the answer is made: what is said then is the last.
-            let last = site.scrapes.lingering.load(Relaxed) && request.method() == Method::GET;
-            let mut response = metrics(site).await;
-            if last && response.status() == StatusCode::OK {
-                response.headers_mut().insert(CONNECTION, hyper::header::HeaderValue::from_static("close"));
-                response.extensions_mut().insert(Last);
-            }
-            response
-        }
-        "/livez" => match visit(handle, |monitor, _| monitor.live()).await {
-            Visit::Answer(true) => text(StatusCode::OK, "ok\n"),
-            Visit::Answer(false) => text(StatusCode::SERVICE_UNAVAILABLE, "the agent survives every attempt to end it\n"),
-            Visit::Silent => text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n"),
-            // The agent works on, uncounted: no reason to have the platform kill it.
-            Visit::Gone => text(StatusCode::OK, "degraded: the monitor failed, the agent is relayed without it\n"),
-        },
-        "/readyz" => match visit(handle, |monitor, _| monitor.ready()).await {
-            Visit::Answer(true) => text(StatusCode::OK, "ok\n"),
-            Visit::Answer(false) => text(StatusCode::SERVICE_UNAVAILABLE, "the agent is not up, or on its way out\n"),
-            Visit::Silent | Visit::Gone => text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n"),
-        },
-        "/status" => match visit(handle, |monitor, _| serde_json::to_vec(&monitor.status())).await {
-            Visit::Answer(Ok(status)) => reply(StatusCode::OK, "application/json", status),
-            Visit::Answer(Err(_)) | Visit::Silent | Visit::Gone => {
-                text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n")
-            }
-        },
-        "/busy" => {
-            let lease = site.lease;
-            match visit(handle, move |monitor, now| busy::page(monitor, now, lease)).await {
-                Visit::Answer(word) => reply(StatusCode::OK, "application/json", word),
-                Visit::Silent | Visit::Gone => text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n"),
-            }
-        }
+    let mut refused = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD: nothing can be changed here\n");
+    refused.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
+    Some(refused)
+}
+
+fn mark_last(response: &mut Response<Full<Bytes>>, began: u128) {
+    response.headers_mut().insert(CONNECTION, hyper::header::HeaderValue::from_static("close"));
+    response.extensions_mut().insert(Last(began));
+}
+
+fn index(path: &str) -> Response<Full<Bytes>> {
+    match path {
         "/" => text(StatusCode::OK, "agent-sidecar: /metrics /livez /readyz /status /busy\n"),
         _ => text(StatusCode::NOT_FOUND, "not here; there are /metrics /livez /readyz /status /busy\n"),
+    }
+}
+
+impl Pages for Site {
+    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        let site = self;
+        if let Some(refused) = refused(request) {
+            return refused;
+        }
+        let handle = &site.handle;
+        match request.uri().path() {
+            "/metrics" => {
+                // Asked before the answer is made: what is said then is the last.
+                let last = site.scrapes.lingering.load(Relaxed) && request.method() == Method::GET;
+                let mut response = metrics(site).await;
+                if last && response.status() == StatusCode::OK {
+                    mark_last(&mut response, 0);
+                }
+                response
+            }
+            "/livez" => match visit(handle, |monitor, _| monitor.live()).await {
+                Visit::Answer(true) => text(StatusCode::OK, "ok\n"),
+                Visit::Answer(false) => text(StatusCode::SERVICE_UNAVAILABLE, "the agent survives every attempt to end it\n"),
+                Visit::Silent => text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n"),
+                // The agent works on, uncounted: no reason to have the platform kill it.
+                Visit::Gone => text(StatusCode::OK, "degraded: the monitor failed, the agent is relayed without it\n"),
+            },
+            "/readyz" => match visit(handle, |monitor, _| monitor.ready()).await {
+                Visit::Answer(true) => text(StatusCode::OK, "ok\n"),
+                Visit::Answer(false) => text(StatusCode::SERVICE_UNAVAILABLE, "the agent is not up, or on its way out\n"),
+                Visit::Silent | Visit::Gone => text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n"),
+            },
+            "/status" => match visit(handle, |monitor, _| serde_json::to_vec(&monitor.status())).await {
+                Visit::Answer(Ok(status)) => reply(StatusCode::OK, "application/json", status),
+                Visit::Answer(Err(_)) | Visit::Silent | Visit::Gone => {
+                    text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n")
+                }
+            },
+            "/busy" => {
+                let lease = site.lease;
+                match visit(handle, move |monitor, now| Word::of(monitor, now, lease)).await {
+                    Visit::Answer(word) => reply(StatusCode::OK, "application/json", word.json()),
+                    Visit::Silent | Visit::Gone => {
+                        text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n")
+                    }
+                }
+            }
+            path => index(path),
+        }
+    }
+
+    fn left(&self, _: Last) {
+        self.scrapes.read_to_the_end();
+    }
+}
+
+impl Pages for Desk {
+    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        if let Some(refused) = refused(request) {
+            return refused;
+        }
+        match request.uri().path() {
+            "/metrics" => {
+                let (body, began) = self.metrics();
+                let mut response = reply(StatusCode::OK, prometheus::CONTENT_TYPE, body.into_bytes());
+                if request.method() == Method::GET {
+                    mark_last(&mut response, began);
+                }
+                response
+            }
+            // A restart would end all agents: one that is lost is no reason, if others work.
+            "/livez" => match self.health() {
+                Health { wrappers, live: 0, .. } if wrappers > 0 => {
+                    text(StatusCode::SERVICE_UNAVAILABLE, "no agent of this container answers, or can be ended\n")
+                }
+                _ => text(StatusCode::OK, "ok\n"),
+            },
+            // Who serves without an agent waits for some.
+            "/readyz" => match self.health() {
+                Health { wrappers, ready: 0, .. } if wrappers > 0 => {
+                    text(StatusCode::SERVICE_UNAVAILABLE, "no agent of this container is up, but on its way in or out\n")
+                }
+                _ => text(StatusCode::OK, "ok\n"),
+            },
+            "/status" => reply(StatusCode::OK, "application/json", self.status()),
+            "/busy" => reply(StatusCode::OK, "application/json", self.busy().json()),
+            path => index(path),
+        }
+    }
+
+    fn left(&self, Last(began): Last) {
+        self.read(began);
     }
 }
 

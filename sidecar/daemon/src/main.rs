@@ -8,6 +8,7 @@ mod doctor;
 mod explain;
 mod export;
 mod http;
+mod hub;
 mod lines;
 mod logging;
 mod messages_api;

@@ -17,8 +17,10 @@ use agent_sidecar_core::{Input, Monitor, Output, Settings};
 
 use crate::busy;
 use crate::config::Config;
+use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
 use crate::http::{self, Scrapes, Site};
+use crate::hub::{Place, Share, Turn};
 use crate::lines::{LineFile, Use};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
@@ -89,7 +91,10 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     meters.set(&metric::CONFIG_INFO, &[&config.fingerprint()], 1.0);
     meters.set(&metric::IDLE_TIMEOUT, &[], config.idle_timeout().unwrap_or_default().as_secs_f64());
 
-    let bound = config.listen().and_then(|address| match http::bind(address) {
+    let turn = turn(config);
+    meters.set(&metric::DEGRADED, &["hub"], f64::from(u8::from(matches!(turn, Meet::Nowhere))));
+    let alone = !matches!(turn, Meet::At(_));
+    let bound = config.listen().filter(|_| alone).and_then(|address| match http::bind(address) {
         Ok(bound) => {
             // A port that we picked nobody can know but by this line.
             if address.port() == 0 {
@@ -137,6 +142,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let counts = Arc::clone(&telemetry.counts);
     let pipeline = telemetry.start(&handle);
     let inlet = pipeline.as_ref().map(Pipeline::inlet);
+    let share = if let Meet::At(turn) = turn { join(config, turn, &nonce, &handle, &counts) } else { None };
+    let teller = share.clone();
     let failures = handle.clone();
     let mut supervisor = supervisor.sink(Box::new(move |_, output| match output {
         Output::Record(record) => {
@@ -148,6 +155,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             }
             if let Some(ledger) = &mut ledger {
                 ledger.write(&record, &failures);
+            }
+            if let Some(share) = &teller {
+                share.poke();
             }
         }
         Output::Decided(decision) => tracing::warn!(
@@ -202,6 +212,21 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         let (handle, counts) = (handle.clone(), Arc::clone(&counts));
         last.push(Box::new(move |_| telemetry::end(&pipeline, &counts, &handle)));
     }
+    if let Some(share) = share {
+        let (linger, handle) = (config.linger(), handle.clone());
+        last.push(Box::new(move |_| {
+            if !linger.is_zero() {
+                say_scraped(&handle);
+            }
+            share.finish();
+            if !linger.is_zero() && !share.linger(linger) {
+                tracing::warn!(
+                    ?linger,
+                    "nobody read the last metrics; the next hub here has them, and the ledger, if one is set"
+                );
+            }
+        }));
+    }
     if let Some(bound) = bound {
         let scrapes = Arc::new(Scrapes::default());
         if let Err(error) = http::serve(
@@ -220,10 +245,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         if !linger.is_zero() {
             let handle = handle.clone();
             last.push(Box::new(move |_| {
-                // The reader's own scrape already says that it happened.
-                let told =
-                    http::visit_blocking(&handle, |monitor, _| monitor.meters_mut().add(&metric::FINAL_FLUSH, &["scraped"], 1));
-                if told.is_none() || !scrapes.wait(linger) {
+                if !say_scraped(&handle) || !scrapes.wait(linger) {
                     tracing::warn!(?linger, "nobody read the last metrics; the ledger has them, if one is set");
                 }
             }));
@@ -245,6 +267,49 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         None if code == 0 && without_result.load(Relaxed) => CUT_SHORT,
         None => code,
     })
+}
+
+/// Where a wrapper's numbers go.
+enum Meet {
+    /// They are served by itself, if at all.
+    Alone,
+    /// It should have met others, and there is no place to.
+    Nowhere,
+    At(Turn),
+}
+
+/// Whether others of this container are served together with us, and whether it is us who serves.
+fn turn(config: &Config) -> Meet {
+    let Some(meeting) = config.meeting() else { return Meet::Alone };
+    match Place::find(&meeting).and_then(|place| Turn::take(place, config.listen())) {
+        Ok(turn) => Meet::At(turn),
+        Err(error) => {
+            tracing::warn!(%error, "this agent is not served together with others; name another --hub-state-dir, or --hub off");
+            Meet::Nowhere
+        }
+    }
+}
+
+/// Has our numbers served by the hub, and the hub by us when it is our turn.
+fn join(config: &Config, turn: Turn, nonce: &str, handle: &Handle, counts: &Arc<otlp::Counts>) -> Option<Share> {
+    if turn.is_deaf() {
+        handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["http"], 1.0));
+    }
+    let share = Share::start(turn.place(), nonce, config.labels(), handle.clone(), Arc::clone(counts));
+    let attended = share.and_then(|share| turn.attend(config.hub_options(), share.clone()).map(|()| share));
+    match attended {
+        Ok(share) => Some(share),
+        Err(error) => {
+            tracing::warn!(%error, "metrics are not served");
+            handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["hub"], 1.0));
+            None
+        }
+    }
+}
+
+/// The reader's own scrape already says that it happened. False if nobody can be told.
+fn say_scraped(handle: &Handle) -> bool {
+    http::visit_blocking(handle, |monitor, _| monitor.meters_mut().add(&metric::FINAL_FLUSH, &["scraped"], 1)).is_some()
 }
 
 /// Whether, and how, the CLI's own telemetry comes to us.

@@ -15,6 +15,7 @@ const TABLES: &[(&str, &str)] = &[
     ("limits", "write [limits] above its keys"),
     ("limits.modes", "write [limits.modes] above lines like max_cost_usd = \"shadow\""),
     ("stop", "write [stop] above its keys"),
+    ("hub", "write [hub] above its keys"),
     ("ledger", "write [ledger] above its keys"),
     ("otlp", "write [otlp] above its keys"),
     ("log", "write [log] above its keys"),

@@ -20,6 +20,7 @@ use agent_sidecar_core::tokens::Usd;
 
 use crate::busy::Lease;
 use crate::export::otlp::environment::{Headers, Own};
+use crate::hub::Meeting;
 
 pub(crate) use value::{Kind, Value};
 
@@ -81,6 +82,10 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("stop.platform_grace", "platform-grace", Kind::Time, "30s", "what the platform gives between SIGTERM and SIGKILL (Kubernetes: 30s, Docker: 10s); only checked"),
     setting("linger", "linger", Kind::Pause, "0s", "keep the metrics up after the agent's end until they were read once, this long at most"),
     setting("listen", "listen", Kind::Address, ":9477", "where /metrics, /livez, /readyz and /status are served; port 0 picks one, off serves nothing"),
+    setting("hub.mode", "hub", Kind::Choice(&["auto", "off"]), "auto", "whether the wrappers of a container that have the same `listen` are served as one, by one of them; off: each for itself"),
+    setting("hub.socket", "socket", Kind::Path, "", "where that one is asked; who names the same socket belongs together, whatever its `listen`; unset, hub.sock (hub-PORT.sock for another port) in /run/agent-sidecar, or in agent-sidecar below $XDG_RUNTIME_DIR, or in /tmp/agent-sidecar-UID"),
+    setting("hub.state_dir", "hub-state-dir", Kind::Path, "", "where the totals of those that ended are kept, and the journals of those that run; unset, beside the socket; name a volume to have counters outlive the container"),
+    setting("hub.slots", "hub-slots", Kind::Count, "8", "agents at once that have a `slot` of their own in the metrics; the others share `other`"),
     setting("ledger.path", "ledger", Kind::Path, "", "append one JSON line for each accounting fact to this file"),
     setting("events.path", "events", Kind::Path, "", "append one JSON line for each event (turns, requests, tools, limits, ends) to this file"),
     setting("otlp.endpoint", "otlp-endpoint", Kind::Url, "", "where spans, metrics and logs are sent, like http://collector:4318; unset, the OTEL_EXPORTER_OTLP_* variables say it, and without them nothing is sent; off sends nothing whatever they say"),
@@ -457,6 +462,22 @@ impl Config {
             Some(Value::Address(address)) => *address,
             _ => None,
         }
+    }
+
+    /// Where the wrappers of this container meet, if they are to.
+    pub(crate) fn meeting(&self) -> Option<Meeting> {
+        if self.text("hub.mode") != "auto" {
+            return None;
+        }
+        let socket = self.path("hub.socket");
+        // Nobody can know the port that will be picked: whoever asks for one asks for it alone.
+        let port = self.listen().map(|address| address.port()).filter(|port| *port != 0);
+        (socket.is_some() || port.is_some()).then(|| Meeting { socket, port, state_dir: self.path("hub.state_dir") })
+    }
+
+    pub(crate) fn hub_options(&self) -> crate::hub::Options {
+        let slots = self.count("hub.slots").and_then(|n| usize::try_from(n).ok()).unwrap_or(8);
+        crate::hub::Options { slots, max_series: self.max_series(), labels: self.labels(), lease: self.busy().length }
     }
 
     pub(crate) fn ledger(&self) -> Option<PathBuf> {

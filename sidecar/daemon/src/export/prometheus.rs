@@ -9,8 +9,11 @@ pub(crate) const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
 
 /// All series that exist, in the catalogue's order. `labels` are constant: every series of the agent says them.
 pub(crate) fn text(meters: &Meters, labels: &[(&'static str, String)]) -> String {
-    let families: Vec<proto::MetricFamily> =
-        meters.families().map(|one| family(one, labels)).filter(|family| !family.get_metric().is_empty()).collect();
+    write(meters.families().map(|one| family(one, labels)))
+}
+
+fn write(families: impl Iterator<Item = proto::MetricFamily>) -> String {
+    let families: Vec<proto::MetricFamily> = families.filter(|family| !family.get_metric().is_empty()).collect();
     let mut text = Vec::with_capacity(64 * 1024);
     TextEncoder::new()
         .encode(&families, &mut text)
@@ -18,7 +21,19 @@ pub(crate) fn text(meters: &Meters, labels: &[(&'static str, String)]) -> String
     String::from_utf8(text).expect("labels and help are text")
 }
 
-fn family(family: &Family, constant: &[(&'static str, String)]) -> proto::MetricFamily {
+/// What a hub exposes: the agents' series by the labels of those they work for, and the sidecars' own.
+pub(crate) fn hub_text(groups: &[(Vec<(String, String)>, Meters)], house: &Meters) -> String {
+    write(house.families().enumerate().map(|(i, own)| {
+        let mut whole = family::<String>(own, &[]);
+        if own.metric.name.starts_with("claude_agent_") {
+            let of_group = groups.iter().filter_map(|(labels, meters)| Some(family(meters.families().nth(i)?, labels)));
+            whole.set_metric(of_group.flat_map(|mut one| one.take_metric()).collect());
+        }
+        whole
+    }))
+}
+
+fn family<L: AsRef<str>>(family: &Family, constant: &[(L, String)]) -> proto::MetricFamily {
     let metric = family.metric;
     let constant = if metric.name.starts_with("claude_agent_") { constant } else { &[] };
     let mut out = proto::MetricFamily::default();
@@ -31,10 +46,10 @@ fn family(family: &Family, constant: &[(&'static str, String)]) -> proto::Metric
     });
     let series = family.series().map(|series| {
         let mut one = proto::Metric::default();
-        let constant = constant.iter().map(|(name, value)| (name, value));
-        let labels = metric.labels.iter().zip(&series.values).chain(constant).map(|(name, value)| {
+        let constant = constant.iter().map(|(name, value)| (name.as_ref(), value));
+        let labels = metric.labels.iter().copied().zip(&series.values).chain(constant).map(|(name, value)| {
             let mut label = proto::LabelPair::default();
-            label.set_name((*name).to_owned());
+            label.set_name(name.to_owned());
             label.set_value(value.clone());
             label
         });

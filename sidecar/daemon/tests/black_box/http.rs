@@ -31,7 +31,7 @@ fn ask(address: SocketAddr, request: &str) -> (String, String) {
 }
 
 /// `None` when there is nobody any more.
-fn try_ask(address: SocketAddr, request: &str) -> Option<(String, String)> {
+pub(crate) fn try_ask(address: SocketAddr, request: &str) -> Option<(String, String)> {
     let mut stream = TcpStream::connect(address).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).ok()?;
     write!(stream, "{request} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").ok()?;
@@ -95,14 +95,16 @@ fn slow_clients_keep_no_probe_out() {
 #[test]
 fn a_taken_port_is_said_once_and_the_agent_runs() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let out = Command::new(SIDECAR)
-        .args(["run", "--listen", &taken.local_addr().unwrap().to_string(), "--", "echo", "done"])
-        .output()
-        .unwrap();
-    let said = String::from_utf8(out.stderr).unwrap();
-    assert_eq!((out.status.code(), out.stdout.as_slice()), (Some(0), b"done\n".as_slice()), "{said}");
-    assert_eq!(said.matches("metrics are not served").count(), 1, "{said}");
-    assert!(said.contains("--listen"), "{said}");
+    let address = taken.local_addr().unwrap().to_string();
+    let socket = scratch("taken").join("hub.sock").display().to_string();
+    for hub in [["--hub", "off"], ["--socket", &socket]] {
+        let mut command = Command::new(SIDECAR);
+        let out = command.args(["run", "--listen", &address]).args(hub).args(["--", "echo", "done"]).output().unwrap();
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert_eq!((out.status.code(), out.stdout.as_slice()), (Some(0), b"done\n".as_slice()), "{said}");
+        assert_eq!(said.matches("metrics are not served").count(), 1, "{said}");
+        assert!(said.contains("--listen"), "{said}");
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod doctor;
 mod exit_codes;
 mod explain;
 mod http;
+mod hub;
 mod inherited;
 mod install;
 mod namespaces;

@@ -1,0 +1,103 @@
+//! What the hub answers, to whoever asks.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use agent_sidecar_core::hub::Health;
+use agent_sidecar_core::metric;
+use agent_sidecar_core::update::Activity;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::Place;
+use super::share::{Share, unix_nanos};
+use super::shelf::{Shelf, unix};
+use crate::busy::Word;
+use crate::export::prometheus;
+
+/// See the module's head.
+pub(crate) struct Desk {
+    shelf: Mutex<Shelf>,
+    /// The hub's own agent, if it has one: it need not be late.
+    own: Option<Share>,
+    place: Place,
+    lease: Duration,
+}
+
+/// What a hub is to know.
+#[derive(Clone)]
+pub(crate) struct Options {
+    pub(crate) slots: usize,
+    pub(crate) max_series: usize,
+    /// Of the series that are there before any wrapper is.
+    pub(crate) labels: Vec<(&'static str, String)>,
+    /// For how long `/busy` may be believed.
+    pub(crate) lease: Duration,
+}
+
+impl Desk {
+    pub(super) fn open(place: &Place, options: &Options, own: Option<Share>) -> Desk {
+        let labels: Vec<(String, String)> =
+            options.labels.iter().map(|(label, value)| ((*label).to_owned(), value.clone())).collect();
+        let shelf = Shelf::open(&place.dir, options.slots, options.max_series, &labels);
+        Desk { shelf: Mutex::new(shelf), own, place: place.clone(), lease: options.lease }
+    }
+
+    /// Takes in those that ended, so that their journals do not pile up.
+    pub(super) fn tidy(&self) {
+        self.shelf().scan();
+    }
+
+    /// The exposition, and when it began to be made.
+    pub(crate) fn metrics(&self) -> (String, u128) {
+        if let Some(own) = &self.own {
+            own.flush();
+        }
+        let began = unix_nanos();
+        let (groups, house) = {
+            let mut shelf = self.shelf();
+            shelf.scan();
+            shelf.registry.expose(unix())
+        };
+        let text = prometheus::hub_text(&groups, &house);
+        // Of the one before: this one is not read yet.
+        self.shelf().registry.house_mut().set(&metric::LAST_SCRAPE, &[], unix());
+        (text, began)
+    }
+
+    /// Somebody has read, to its end, what began to be made then.
+    pub(crate) fn read(&self, began: u128) {
+        // Whoever waits for it waits for nothing else: then it waits in vain.
+        std::fs::write(self.place.scraped(), began.to_string()).ok();
+    }
+
+    pub(crate) fn health(&self) -> Health {
+        let mut shelf = self.shelf();
+        shelf.scan();
+        shelf.registry.health(unix())
+    }
+
+    pub(crate) fn status(&self) -> Vec<u8> {
+        self.sessions().to_string().into_bytes()
+    }
+
+    pub(crate) fn busy(&self) -> Word {
+        let status = self.sessions();
+        let sessions = status["sessions"].as_array().into_iter().flatten();
+        let states = sessions.filter_map(|session| Activity::deserialize(&session["state"]).ok());
+        Word::of_all(states, Duration::from_secs_f64(unix()), self.lease)
+    }
+
+    fn sessions(&self) -> Value {
+        if let Some(own) = &self.own {
+            own.flush();
+        }
+        let mut shelf = self.shelf();
+        shelf.scan();
+        shelf.registry.status(unix())
+    }
+
+    fn shelf(&self) -> MutexGuard<'_, Shelf> {
+        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

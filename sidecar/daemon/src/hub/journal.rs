@@ -1,0 +1,102 @@
+//! A wrapper's journal: its totals, line by line, in a file that is locked while it lives.
+//!
+//! A line that could not be written, or only in part, is no line: the next one begins a new file with everything, and takes the
+//! place of the old one in one step. The same is done when a file has grown too long.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use agent_sidecar_core::hub::{Hello, Line};
+
+use super::place::try_lock;
+
+/// Journals end in this, and what becomes one in the other.
+pub(super) const ENDING: &str = ".jsonl";
+pub(super) const UNFINISHED: &str = ".new";
+/// A file may grow to this, and to four times what it began with.
+const LONG: u64 = 256 * 1024;
+
+/// See the module's head.
+pub(super) struct Journal {
+    path: PathBuf,
+    hello: Hello,
+    /// Locked.
+    file: Option<File>,
+    size: u64,
+    first_size: u64,
+    mark: u64,
+    ended: bool,
+}
+
+impl Journal {
+    pub(super) fn new(dir: &Path, hello: Hello) -> Journal {
+        let path = dir.join(format!("{}{ENDING}", hello.run));
+        Journal { path, hello, file: None, size: 0, first_size: 0, mark: 0, ended: false }
+    }
+
+    /// What the next line has to tell: the changes since this mark.
+    pub(super) fn since(&self) -> u64 {
+        if self.file.is_none() || self.size > LONG.max(4 * self.first_size) { 0 } else { self.mark }
+    }
+
+    /// Writes a line with the changes since [`Journal::since`].
+    pub(super) fn write(&mut self, line: &Line, mark: u64) -> io::Result<()> {
+        if self.ended {
+            return Ok(());
+        }
+        let mut bytes = Vec::with_capacity(4 * 1024);
+        let whole = self.since() == 0;
+        if whole {
+            serde_json::to_writer(&mut bytes, &self.hello)?;
+            bytes.push(b'\n');
+        }
+        serde_json::to_writer(&mut bytes, line)?;
+        bytes.push(b'\n');
+        let written = if whole { self.begin(&bytes) } else { self.append(&bytes) };
+        if written.is_err() {
+            // Whatever is there now is not trusted; but its lock says that we live.
+            self.size = u64::MAX;
+        }
+        written?;
+        self.mark = mark;
+        Ok(())
+    }
+
+    /// No line follows. The journal is for the hub to take.
+    pub(super) fn end(&mut self) {
+        self.ended = true;
+        self.file = None;
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let Some(file) = &mut self.file else { return Err(io::Error::other("no file")) };
+        let n = file.write(bytes)?;
+        if n < bytes.len() {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, "the line was written in part"));
+        }
+        self.size += n as u64;
+        Ok(())
+    }
+
+    fn begin(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let new = self.path.with_extension(&UNFINISHED[1..]);
+        let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(&new)?;
+        // Locked before it has its name: a journal without a lock is that of a dead wrapper.
+        let ready = try_lock(&file)
+            .and_then(|ours| if ours { Ok(()) } else { Err(io::Error::other("somebody has locked our journal")) })
+            .and_then(|()| file.set_len(0))
+            .and_then(|()| file.write_all(bytes))
+            .and_then(|()| fs::rename(&new, &self.path));
+        if let Err(error) = ready {
+            fs::remove_file(&new).ok();
+            return Err(error);
+        }
+        self.size = bytes.len() as u64;
+        self.first_size = self.size;
+        // The old one is given up only now.
+        self.file = Some(file);
+        Ok(())
+    }
+}

@@ -1,0 +1,152 @@
+//! Who serves: whoever holds the lock. The others wait for it, asleep in the kernel.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Place;
+use super::desk::{Desk, Options};
+use super::share::Share;
+use crate::http::{self, Bound};
+
+/// How often the journals of those that ended are taken in when nobody asks for anything.
+const TIDY: Duration = Duration::from_secs(1);
+/// The hub before us may still be on its way out, and its port with it.
+const AGAIN: Duration = Duration::from_millis(50);
+/// Later, a port that somebody else has.
+const RARELY: Duration = Duration::from_secs(1);
+
+/// A wrapper's turn to serve: now, or when it comes.
+pub(crate) struct Turn {
+    place: Place,
+    address: Option<SocketAddr>,
+    now: Option<(fs::File, Option<Bound>)>,
+}
+
+impl Turn {
+    /// Takes the lock if it is free, and then binds the address. What cannot be bound is said, and tried again later.
+    pub(crate) fn take(place: Place, address: Option<SocketAddr>) -> std::io::Result<Turn> {
+        let now = place.lock()?.map(|lock| {
+            let bound = address.and_then(|address| match bind(&place, address) {
+                Ok(bound) => Some(bound),
+                Err(error) => {
+                    tracing::warn!(%address, %error, "metrics are not served; choose another address with --listen, or off");
+                    None
+                }
+            });
+            (lock, bound)
+        });
+        if now.is_none() {
+            tracing::info!(socket = %place.socket.display(), "a hub of this container serves the metrics");
+        }
+        Ok(Turn { place, address, now })
+    }
+
+    /// Whether the address was to be served, and is somebody else's.
+    pub(crate) fn is_deaf(&self) -> bool {
+        self.address.is_some() && matches!(self.now, Some((_, None)))
+    }
+
+    pub(crate) fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Serves as soon as it is our turn, on a thread of its own, until the process ends.
+    pub(crate) fn attend(self, options: Options, own: Share) -> std::io::Result<()> {
+        std::thread::Builder::new().name(String::from("hub")).stack_size(512 * 1024).spawn(move || {
+            if let Err(error) = self.serve(&options, Some(own)) {
+                tracing::error!(%error, "this wrapper cannot serve the others; the agent goes on");
+            }
+        })?;
+        Ok(())
+    }
+
+    fn serve(self, options: &Options, own: Option<Share>) -> std::io::Result<()> {
+        let Turn { place, address, now } = self;
+        // Kept until the process ends.
+        let (_lock, bound) = match now {
+            Some(now) => now,
+            None => (place.wait()?, None),
+        };
+        let desk = Arc::new(Desk::open(&place, options, own));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
+        runtime.block_on(async {
+            match socket(&place) {
+                Ok(socket) => {
+                    tokio::spawn(http::serve_socket(socket, Arc::clone(&desk)));
+                }
+                Err(error) => {
+                    tracing::warn!(socket = %place.socket.display(), %error, "nothing is served at the hub's socket");
+                }
+            }
+            if let Some(address) = address {
+                let desk = Arc::clone(&desk);
+                tokio::spawn(async move {
+                    let bound = match bound {
+                        Some(bound) => bound,
+                        None => bind_at_last(&place, address).await,
+                    };
+                    if let Err(error) = http::serve_hub(bound, desk).await {
+                        tracing::error!(%error, "metrics are no longer served; the agents go on");
+                    }
+                });
+            }
+            let mut tick = tokio::time::interval(TIDY);
+            tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                tick.tick().await;
+                let desk = Arc::clone(&desk);
+                // One that panics is not the end of the others.
+                tokio::task::spawn_blocking(move || desk.tidy()).await.ok();
+            }
+        })
+    }
+}
+
+/// `agent-sidecar hub`: serves without an agent of its own, until a signal ends it.
+pub(crate) fn alone(place: Place, address: Option<SocketAddr>, options: &Options) -> std::io::Result<()> {
+    Turn::take(place, address)?.serve(options, None)
+}
+
+/// A port that is to be picked is the one that was picked before, if it is free: whoever scrapes knows that one.
+fn bind(place: &Place, address: SocketAddr) -> std::io::Result<Bound> {
+    let before = fs::read_to_string(place.address()).ok().and_then(|text| text.trim().parse::<SocketAddr>().ok());
+    let before = before.filter(|before| address.port() == 0 && before.ip() == address.ip());
+    let bound = match before.and_then(|before| http::bind(before).ok()) {
+        Some(bound) => bound,
+        None => http::bind(address)?,
+    };
+    tracing::info!(address = %bound.address, "serving metrics");
+    fs::write(place.address(), bound.address.to_string()).ok();
+    Ok(bound)
+}
+
+async fn bind_at_last(place: &Place, address: SocketAddr) -> Bound {
+    let mut tries = 0_u32;
+    loop {
+        match bind(place, address) {
+            Ok(bound) => return bound,
+            Err(error) if tries == 100 => {
+                tracing::warn!(%address, %error, "metrics are not served; choose another address with --listen, or off");
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(if tries < 100 { AGAIN } else { RARELY }).await;
+        tries = tries.saturating_add(1);
+    }
+}
+
+fn socket(place: &Place) -> std::io::Result<UnixListener> {
+    // We have the lock: whatever is there is a dead hub's.
+    match fs::remove_file(&place.socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&place.socket)?;
+    fs::set_permissions(&place.socket, fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}

@@ -1,0 +1,182 @@
+//! A wrapper's side: sees to it that what it has counted is in its journal, soon and without anybody waiting for it.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use agent_sidecar_core::hub::{Hello, Line, VERSION};
+use agent_sidecar_core::metric;
+
+use super::Place;
+use super::journal::Journal;
+use super::shelf;
+use crate::export::otlp;
+use crate::http::{relayed, visit_blocking};
+use crate::supervise::Handle;
+
+/// Two lines are at least this far apart. An answer is in the journal twice as soon as a kill could follow it that somebody meant.
+const GAP: Duration = Duration::from_millis(25);
+/// What moves without an event that anybody hears of is told this often.
+const TICK: Duration = Duration::from_secs(1);
+/// Something is written at least this often, so that silence means something.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// How often a wrapper that waits to be read looks whether it was.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// See the module's head.
+#[derive(Clone)]
+pub(crate) struct Share {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    poked: Mutex<bool>,
+    bell: Condvar,
+    written: Mutex<Written>,
+    handle: Handle,
+    exports: Arc<otlp::Counts>,
+    place: Place,
+}
+
+struct Written {
+    journal: Journal,
+    last: Line,
+    at: Option<Instant>,
+    failed: bool,
+}
+
+impl Share {
+    /// Starts telling. `labels` say for whom the wrapper works.
+    pub(crate) fn start(
+        place: &Place,
+        run: &str,
+        labels: Vec<(&'static str, String)>,
+        handle: Handle,
+        exports: Arc<otlp::Counts>,
+    ) -> std::io::Result<Share> {
+        let hello = Hello {
+            hub: VERSION,
+            run: run.to_owned(),
+            pid: std::process::id(),
+            started: shelf::unix(),
+            labels: labels.into_iter().map(|(label, value)| (label.to_owned(), value)).collect(),
+        };
+        let written = Written { journal: Journal::new(&place.dir, hello), last: Line::default(), at: None, failed: false };
+        let inner = Inner {
+            // The first line at once.
+            poked: Mutex::new(true),
+            bell: Condvar::new(),
+            written: Mutex::new(written),
+            handle,
+            exports,
+            place: place.clone(),
+        };
+        let share = Share { inner: Arc::new(inner) };
+        let teller = share.clone();
+        std::thread::Builder::new().name(String::from("share")).stack_size(256 * 1024).spawn(move || teller.tell())?;
+        Ok(share)
+    }
+
+    /// Something was counted that must not be lost.
+    pub(crate) fn poke(&self) {
+        let mut poked = lock(&self.inner.poked);
+        if !std::mem::replace(&mut *poked, true) {
+            self.inner.bell.notify_one();
+        }
+    }
+
+    /// Writes what is not written yet. False when there is no monitor to ask.
+    pub(crate) fn flush(&self) -> bool {
+        let mut written = lock(&self.inner.written);
+        let since = written.journal.since();
+        let (handle, exports) = (self.inner.handle.clone(), Arc::clone(&self.inner.exports));
+        let told = visit_blocking(&self.inner.handle, move |monitor, _| {
+            relayed(monitor.meters_mut(), handle.counts());
+            exports.fill(monitor.meters_mut());
+            monitor.journal(since)
+        });
+        let Some((line, mark)) = told else { return false };
+        let same = line.series.is_empty() && line.cleared.is_empty();
+        let same = same && (line.live, line.ready) == (written.last.live, written.last.ready);
+        if same && since > 0 && written.at.is_some_and(|at| at.elapsed() < HEARTBEAT) {
+            return true;
+        }
+        self.write(&mut written, line, mark);
+        true
+    }
+
+    /// The last line. The journal is the hub's from here on.
+    pub(crate) fn finish(&self) {
+        self.flush();
+        lock(&self.inner.written).journal.end();
+    }
+
+    /// Waits until some hub has shown to somebody what was written last, or for so long; says whether one did.
+    pub(crate) fn linger(&self, timeout: Duration) -> bool {
+        let told = unix_nanos();
+        let deadline = Instant::now() + timeout;
+        loop {
+            if scraped(&self.inner.place).is_some_and(|at| at > told) {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    fn tell(&self) {
+        loop {
+            let poked = lock(&self.inner.poked);
+            let (mut poked, _) =
+                self.inner.bell.wait_timeout_while(poked, TICK, |poked| !*poked).unwrap_or_else(PoisonError::into_inner);
+            *poked = false;
+            drop(poked);
+            if !self.flush() && !self.inner.handle.visit(|_, _| {}) {
+                return self.blind();
+            }
+            std::thread::sleep(GAP);
+        }
+    }
+
+    /// The monitor is no more, and the agent goes on without it. The numbers stay as they are.
+    fn blind(&self) {
+        let mut written = lock(&self.inner.written);
+        let line = Line { unix: shelf::unix(), ready: false, blind: true, ..written.last.clone() };
+        // Whether the journal is to be begun anew: then there is nothing to begin it with.
+        let mark = written.journal.since();
+        if mark > 0 {
+            self.write(&mut written, line, mark);
+        }
+    }
+
+    fn write(&self, written: &mut Written, mut line: Line, mark: u64) {
+        let done = written.journal.write(&line, mark);
+        line.series.clear();
+        line.cleared.clear();
+        written.last = line;
+        written.at = Some(Instant::now());
+        let failed = done.is_err();
+        if failed != std::mem::replace(&mut written.failed, failed) {
+            if let Err(error) = done {
+                tracing::warn!(dir = %self.inner.place.dir.display(), %error, "the hub is not told what this agent counts");
+            }
+            self.inner.handle.visit(move |monitor, _| {
+                monitor.meters_mut().set(&metric::DEGRADED, &["hub"], f64::from(u8::from(failed)));
+            });
+        }
+    }
+}
+
+/// When a hub began to collect what somebody has then read to the end: nanoseconds since the Unix epoch.
+fn scraped(place: &Place) -> Option<u128> {
+    std::fs::read_to_string(place.scraped()).ok()?.trim().parse().ok()
+}
+
+pub(super) fn unix_nanos() -> u128 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

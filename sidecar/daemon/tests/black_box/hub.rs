@@ -1,0 +1,300 @@
+//! Many wrappers served as one, and what is left of the sums when any of them is killed.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal};
+
+use crate::http::try_ask;
+use crate::support::*;
+
+/// A CLI of one process, id and number of turns in its arguments: a cent for each turn, and a pause before each.
+const CLI: &str = r#"
+echo '{"type":"system","subtype":"init","session_id":"'$1'","model":"claude-opus-5-5"}'
+i=0
+while [ $i -lt $2 ]; do
+  i=$((i+1)); sleep $3
+  used='{"claude-opus-5-5":{"inputTokens":'$((i*10))',"outputTokens":'$((i*5))',"costUSD":'$i'e-2}}'
+  echo '{"type":"result","subtype":"success","is_error":false,"session_id":"'$1'","num_turns":1,"total_cost_usd":'$i'e-2,"modelUsage":'$used'}'
+done
+read -r _
+"#;
+
+/// Where some wrappers meet.
+struct Yard {
+    dir: PathBuf,
+}
+
+impl Yard {
+    fn new(name: &str) -> Yard {
+        Yard { dir: scratch(name) }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.join("hub.sock")
+    }
+
+    fn state(&self) -> PathBuf {
+        self.dir.join("hub.state")
+    }
+
+    fn ledger(&self, id: usize) -> PathBuf {
+        self.dir.join(format!("ledger{id}.jsonl"))
+    }
+
+    fn command(&self, what: &str) -> Command {
+        let mut command = Command::new(SIDECAR);
+        command.args([what, "--listen", "127.0.0.1:0", "--socket"]).arg(self.socket());
+        command
+    }
+
+    /// A wrapper with `turns` turns, which then waits for the end of its input.
+    fn start(&self, id: usize, turns: usize, pause: &str, flags: &[&str]) -> Running {
+        let mut command = self.command("run");
+        command.args(["--tenant", &format!("t{id}"), "--ledger"]).arg(self.ledger(id)).args(flags);
+        command.args(["--", "sh", "-c", CLI, "sh", &format!("s{id}"), &turns.to_string(), pause]).args(ONE_SHOT);
+        Running::start(command)
+    }
+
+    /// A hub without an agent, for whoever wants to know in the end.
+    fn hub(&self) -> Running {
+        Running::start(self.command("hub"))
+    }
+
+    /// Where the present hub is asked.
+    fn address(&self) -> Option<SocketAddr> {
+        std::fs::read_to_string(self.state().join("address")).ok()?.parse().ok()
+    }
+
+    fn metrics(&self) -> Option<String> {
+        let (head, body) = try_ask(self.address()?, "GET /metrics")?;
+        head.starts_with("HTTP/1.1 200").then_some(body)
+    }
+
+    fn hub_pid(&self) -> Option<Pid> {
+        let stream = UnixStream::connect(self.socket()).ok()?;
+        Some(rustix::net::sockopt::socket_peercred(&stream).ok()?.pid)
+    }
+
+    /// What a wrapper's journal has told last, in cents.
+    fn told(&self, pid: i32) -> Option<u64> {
+        let mine = format!("\"pid\":{pid},");
+        let journals = std::fs::read_dir(self.state()).ok()?.flatten().filter_map(|e| std::fs::read_to_string(e.path()).ok());
+        let journal = journals.into_iter().find(|text| text.lines().next().is_some_and(|hello| hello.contains(&mine)))?;
+        let line = journal.lines().next_back().filter(|_| journal.ends_with('\n'))?;
+        let line: serde_json::Value = serde_json::from_str(line).ok()?;
+        Some(cents(line["totals"]["cost_usd"].as_f64()?))
+    }
+
+    fn ledger_cents(&self, id: usize) -> u64 {
+        let out = Command::new(SIDECAR).args(["replay", "--ledger", "--format", "json"]).arg(self.ledger(id)).output().unwrap();
+        let sum: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        cents(sum["totals"]["cost_usd"].as_f64().unwrap())
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few cents")]
+fn cents(usd: f64) -> u64 {
+    (usd * 100.0).round() as u64
+}
+
+/// What a metric says, by tenant.
+fn by_tenant(metrics: &str, name: &str) -> BTreeMap<String, u64> {
+    let mut sums = BTreeMap::new();
+    for line in metrics.lines().filter(|line| line.starts_with(name)) {
+        let (series, value) = line.rsplit_once(' ').unwrap();
+        let tenant = series.split("tenant=\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap_or_default();
+        *sums.entry(tenant.to_owned()).or_default() += cents(value.parse::<f64>().unwrap());
+    }
+    sums
+}
+
+fn series(metrics: &str) -> usize {
+    metrics.lines().filter(|line| !line.starts_with('#')).count()
+}
+
+#[test]
+fn fifty_at_once_are_served_as_one_and_the_sums_are_the_ledgers() {
+    const MANY: usize = 50;
+    let yard = Yard::new("fifty");
+    let mut running: Vec<Running> = (0..MANY).map(|id| yard.start(id % 5, 3, "0.2", &[])).collect();
+    let all = (MANY * 3) as u64;
+    let body = wait_for("all turns to be counted", || {
+        let body = yard.metrics()?;
+        (by_tenant(&body, "claude_agent_cost_usd_total{").values().sum::<u64>() == all).then_some(body)
+    });
+    assert!(body.contains("agent_sidecar_hub_wrappers{state=\"live\"} 50\n"), "{body}");
+    let slots = body.lines().filter(|line| line.starts_with("claude_agent_process_state{") && line.contains("\"idle\""));
+    assert!(slots.filter(|line| line.contains("slot=\"other\"")).count() > 0, "eight have a place of their own: {body}");
+    assert_eq!(body.lines().filter(|line| line.contains("slot=\"8\"")).count(), 0, "{body}");
+    assert!(series(&body) < 5 * 1_500, "{}", series(&body));
+    let status: serde_json::Value = serde_json::from_str(&try_ask(yard.address().unwrap(), "GET /status").unwrap().1).unwrap();
+    assert_eq!(status["sessions"].as_array().unwrap().len(), MANY, "{status}");
+    assert_eq!(cents(status["totals"]["cost_usd"].as_f64().unwrap()), all);
+    for wrapper in &mut running {
+        wrapper.close_stdin();
+    }
+    for wrapper in &mut running {
+        assert_eq!(wrapper.code(), Some(1), "`read` had nothing to read");
+    }
+    // They are all gone, and with them whoever served. What they have counted is not.
+    let _hub = yard.hub();
+    let ended = wait_for("the next hub to have all", || {
+        let body = yard.metrics()?;
+        body.contains("agent_sidecar_hub_retired_total 50\n").then_some(body)
+    });
+    let sums = by_tenant(&ended, "claude_agent_cost_usd_total{");
+    for id in 0..5 {
+        assert_eq!(sums[&format!("t{id}")], yard.ledger_cents(id), "t{id}: {ended}");
+    }
+    assert!(ended.contains("claude_agent_sessions_active{tenant=\"t0\"} 0\n"), "{ended}");
+    assert!(!ended.contains("slot="), "nobody has a place any more: {ended}");
+    let journals = std::fs::read_dir(yard.state()).unwrap().flatten().filter(|e| e.path().extension() == Some("jsonl".as_ref()));
+    assert_eq!(journals.count(), 0, "journals do not pile up");
+}
+
+#[test]
+fn whoever_is_killed_and_whenever_nothing_told_is_lost_or_doubled() {
+    const MANY: usize = 24;
+    let yard = Yard::new("chaos");
+    // What a wrapper had told when it was killed.
+    let mut killed: BTreeMap<usize, u64> = BTreeMap::new();
+    let mut running: Vec<Running> = (0..MANY).map(|id| yard.start(id, 12, "0.1", &[])).collect();
+    let pick = noise(8 * 64, u64::try_from(running[0].pid()).unwrap());
+    for (round, random) in pick.chunks(8).take(10).enumerate() {
+        // Every other time it is whoever serves.
+        let hub = wait_for("somebody to serve", || yard.hub_pid());
+        let serving = running.iter().position(|one| one.pid() == hub.as_raw_nonzero().get());
+        let victim = serving.filter(|_| round % 2 == 0).unwrap_or(usize::from(random[0]) % MANY);
+        if killed.contains_key(&victim) {
+            continue;
+        }
+        let told = wait_for("its first line", || yard.told(running[victim].pid()));
+        running[victim].signal(Signal::KILL);
+        killed.insert(victim, told);
+        wait_for("the numbers to be served again", || yard.metrics());
+    }
+    assert!(killed.len() > 5, "{killed:?}");
+    for (id, wrapper) in running.iter_mut().enumerate() {
+        wrapper.close_stdin();
+        wrapper.code();
+        // A hub in between, killed in the middle of whatever it does.
+        if id % 8 == 0 {
+            let hub = yard.hub();
+            std::thread::sleep(Duration::from_millis(u64::from(pick[100 + id]) / 2));
+            hub.signal(Signal::KILL);
+        }
+    }
+    let _hub = yard.hub();
+    let gone = format!("agent_sidecar_hub_retired_total {MANY}\n");
+    let ended = wait_for("the last hub to have all", || yard.metrics().filter(|body| body.contains(&gone)));
+    let sums = by_tenant(&ended, "claude_agent_cost_usd_total{");
+    for id in 0..MANY {
+        let (counted, ledger) = (sums.get(&format!("t{id}")).copied().unwrap_or_default(), yard.ledger_cents(id));
+        match killed.get(&id) {
+            // The ledger is written first, by a moment.
+            Some(told) => assert!((*told..=ledger).contains(&counted), "t{id}: {told} <= {counted} <= {ledger}"),
+            None => assert_eq!((counted, ledger), (12, 12), "t{id}"),
+        }
+    }
+}
+
+#[test]
+fn a_hub_that_is_frozen_delays_nobody_and_loses_nothing() {
+    let yard = Yard::new("frozen");
+    let hub = yard.hub();
+    wait_for("the hub", || yard.metrics());
+    hub.signal(Signal::STOP);
+    let start = Instant::now();
+    let mut wrapper = yard.start(0, 2, "0", &["--hub-slots", "2"]);
+    wrapper.line();
+    wrapper.close_stdin();
+    wrapper.code();
+    assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
+    hub.signal(Signal::CONT);
+    wait_for("its numbers", || {
+        let body = yard.metrics()?;
+        (by_tenant(&body, "claude_agent_cost_usd_total{").get("t0") == Some(&2)).then_some(())
+    });
+}
+
+#[test]
+fn the_next_wrapper_serves_at_the_same_address() {
+    let yard = Yard::new("takeover");
+    let mut running: Vec<Running> = (0..3).map(|id| yard.start(id, 1, "0", &[])).collect();
+    let all = |body: &str| by_tenant(body, "claude_agent_turns_total{outcome=\"success\"").values().sum::<u64>() == 300;
+    wait_for("three turns", || yard.metrics().filter(|body| all(body)));
+    let before = yard.address().unwrap();
+    for left in (0..3_usize).rev() {
+        let hub = wait_for("somebody to serve", || yard.hub_pid());
+        let serving = running.iter().position(|one| one.pid() == hub.as_raw_nonzero().get()).unwrap();
+        running.swap_remove(serving).signal(Signal::KILL);
+        if left > 0 {
+            wait_for("another to serve the same", || yard.metrics().filter(|body| all(body)));
+            assert_eq!(yard.address(), Some(before));
+        }
+    }
+}
+
+#[test]
+fn the_last_numbers_of_each_wait_to_be_read_at_the_hub() {
+    let yard = Yard::new("linger");
+    let _hub = yard.hub();
+    wait_for("the hub", || yard.metrics());
+    let mut wrapper = yard.start(0, 1, "0", &["--linger", "25s", "--platform-grace", "60s"]);
+    let pid = wrapper.pid();
+    wrapper.line();
+    wrapper.close_stdin();
+    assert!(wrapper.rest().ends_with(b"\n"), "the app has its end before the numbers are read");
+    assert!(alive(pid), "nobody has read them");
+    let last = wait_for("the exit to be read", || {
+        let body = yard.metrics()?;
+        body.contains("claude_agent_process_exits_total{reason=\"error\",tenant=\"t0\"} 1\n").then_some(body)
+    });
+    assert!(last.contains("claude_agent_sessions_active{tenant=\"t0\"} 0\n"), "{last}");
+    wait_for("the wrapper to go", || {
+        yard.metrics();
+        (!alive(pid)).then_some(())
+    });
+    assert_eq!(wrapper.code(), Some(1));
+}
+
+#[test]
+fn the_socket_is_the_owners_and_says_the_same() {
+    use std::os::unix::fs::MetadataExt;
+    let yard = Yard::new("socket");
+    let _hub = yard.hub();
+    wait_for("the hub", || yard.metrics());
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
+    assert_eq!((mode(&yard.socket()), mode(&yard.state())), (0o600, 0o700));
+    let mut stream = UnixStream::connect(yard.socket()).unwrap();
+    stream.write_all(b"GET /livez HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("ok\n"), "{answer}");
+}
+
+#[test]
+fn the_exposition_of_many_pleases_the_linter() {
+    let yard = Yard::new("lint");
+    let _hub = yard.hub();
+    let _running: Vec<Running> = (0..3).map(|id| yard.start(id, 1, "0", &[])).collect();
+    let body = wait_for("three wrappers", || {
+        yard.metrics().filter(|body| by_tenant(body, "claude_agent_process_starts_total{").len() == 3)
+    });
+    let mut lint = Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool comes with the package `prometheus`");
+    lint.stdin.take().unwrap().write_all(body.as_bytes()).unwrap();
+    let out = lint.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+}
