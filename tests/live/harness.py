@@ -225,7 +225,7 @@ class Sidecar:
         directory.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.ledger_file = directory / "ledger.jsonl"
-        self.argv = [binary(), "run", "--hub", "off", "--listen", f"127.0.0.1:{self.port}", "--ledger", self.ledger_file, *flags, "--"]
+        self.argv = [binary(), "run", *([] if "--socket" in flags else ["--hub", "off"]), "--listen", f"127.0.0.1:{self.port}", "--ledger", self.ledger_file, *flags, "--"]
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:

@@ -64,8 +64,31 @@ impl Limit {
 
 labels! {
     /// Over what it is limited.
-    Scope { Turn = "turn", Session = "session", Tool = "tool", Subagent = "subagent" }
+    Scope {
+        Turn = "turn", Session = "session", Tool = "tool", Subagent = "subagent",
+        // What all wrappers that meet spend together: see [`crate::budget`].
+        Container = "container", ContainerDay = "container_day", ContainerMonth = "container_month",
+        Tenant = "tenant", TenantDay = "tenant_day", TenantMonth = "tenant_month",
+    }
 }
+
+impl Scope {
+    /// Its place among those that several wrappers share.
+    pub fn shared(self) -> Option<usize> {
+        match self {
+            Scope::Turn | Scope::Session | Scope::Tool | Scope::Subagent => None,
+            Scope::Container => Some(0),
+            Scope::ContainerDay => Some(1),
+            Scope::ContainerMonth => Some(2),
+            Scope::Tenant => Some(3),
+            Scope::TenantDay => Some(4),
+            Scope::TenantMonth => Some(5),
+        }
+    }
+}
+
+/// How many scopes are shared.
+pub const SHARED: usize = 6;
 
 /// How much is allowed: reaching it is too much.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -101,8 +124,20 @@ impl Rule {
     /// What is done first when the ceiling is reached.
     pub fn first_step(&self) -> Step {
         match (self.limit, self.scope) {
-            // What ends with the turn leaves the session alive.
-            (_, Scope::Turn | Scope::Tool | Scope::Subagent) | (Limit::Stall, Scope::Session) => Step::Interrupt,
+            // What ends with the turn leaves the session alive; what others have spent is no reason to end it.
+            (
+                _,
+                Scope::Turn
+                | Scope::Tool
+                | Scope::Subagent
+                | Scope::Container
+                | Scope::ContainerDay
+                | Scope::ContainerMonth
+                | Scope::Tenant
+                | Scope::TenantDay
+                | Scope::TenantMonth,
+            )
+            | (Limit::Stall, Scope::Session) => Step::Interrupt,
             (limit, Scope::Session) if limit.is_loop() => Step::Interrupt,
             // It never said a word: there is nobody to ask.
             (Limit::Startup, Scope::Session) => Step::Terminate,
@@ -112,7 +147,12 @@ impl Rule {
 
     /// Whether the session stays and takes no more work, where the CLI can be told so.
     pub fn refuses(&self) -> bool {
-        self.scope == Scope::Session && matches!(self.limit, Limit::Turns | Limit::CostUsd | Limit::Tokens)
+        self.is_shared() || self.scope == Scope::Session && matches!(self.limit, Limit::Turns | Limit::CostUsd | Limit::Tokens)
+    }
+
+    /// Whether others spend from it, too.
+    pub fn is_shared(&self) -> bool {
+        self.scope.shared().is_some()
     }
 
     /// The ceiling in money, if it is one.
@@ -167,6 +207,31 @@ pub struct Outside {
     pub fed_at: Option<Duration>,
     /// The CLI can be told to turn away what the app says.
     pub can_refuse: bool,
+    /// What this process has spent, in all its sessions.
+    pub spent: Usd,
+    /// What is known of the budgets that others spend from, too.
+    pub shared: [Option<Shared>; SHARED],
+}
+
+/// How much of a shared budget is spoken for, as it was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shared {
+    /// Spent by all, and reserved by those who came before us.
+    pub used: Usd,
+    /// What this process had spent by then, in all.
+    pub when_spent: Usd,
+    /// Which day or month this is; a new one starts afresh.
+    pub period: Duration,
+    /// Somebody has raised it to this.
+    pub raised: Option<Usd>,
+}
+
+impl Outside {
+    /// How much a rule allows, in its own unit.
+    fn ceiling(&self, rule: &Rule) -> f64 {
+        let raised = rule.scope.shared().and_then(|at| self.shared[at]?.raised);
+        raised.map_or(0.0, Usd::to_f64).max(rule.ceiling.to_f64())
+    }
 }
 
 #[derive(Debug)]
@@ -255,7 +320,7 @@ impl Judge {
                 tracked.warned = 0;
                 tracked.reached = false;
             }
-            let ceiling = rule.ceiling.to_f64();
+            let ceiling = outside.ceiling(&rule);
             let ratio = measure.ratio(ceiling);
             out.push(Update::LimitUsed { limit: rule.limit, scope: rule.scope, ratio: ratio.min(1e9) });
             let decision = |step, level| {
@@ -273,6 +338,10 @@ impl Judge {
             };
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it was a count")]
             let detected = |action| Update::LoopDetected { kind: rule.limit, streak: measure.observed as u64, action };
+            // Others may have reserved more than they needed; or somebody has raised it.
+            if rule.is_shared() && ratio < 1.0 {
+                tracked.reached = false;
+            }
             if !tracked.reached {
                 let levels = rule.warn_at();
                 let passed = levels.iter().filter(|level| ratio >= **level).count();
@@ -296,6 +365,11 @@ impl Judge {
             }
         }
         reached
+    }
+
+    /// Whether a shared budget is used up and is to be held to.
+    pub fn holds(&self) -> bool {
+        self.rules.iter().any(|tracked| tracked.reached && tracked.rule.is_shared() && tracked.rule.mode == Mode::Enforce)
     }
 
     /// When the clock alone will reach a ceiling, or a warning.
@@ -329,7 +403,7 @@ impl Judge {
                 scope: rule.scope,
                 mode: rule.mode,
                 used: measure(rule, self.began, session, outside, in_flight, now).map_or(0.0, |measure| measure.observed),
-                ceiling: rule.ceiling.to_f64(),
+                ceiling: outside.ceiling(rule),
             })
             .collect()
     }
@@ -374,6 +448,19 @@ fn measure(
             Measure { observed: (turn.cost + usd).to_f64(), ..count(0, turn.started) }
         }
         (Limit::CostUsd, Scope::Session) => Measure { observed: (session.cost() + usd).to_f64(), ..count(0, began) },
+        (
+            Limit::CostUsd,
+            Scope::Container
+            | Scope::ContainerDay
+            | Scope::ContainerMonth
+            | Scope::Tenant
+            | Scope::TenantDay
+            | Scope::TenantMonth,
+        ) => {
+            let shared = outside.shared[rule.scope.shared()?]?;
+            let since = outside.spent.saturating_sub(shared.when_spent);
+            Measure { observed: (shared.used + since + usd).to_f64(), ..count(0, shared.period) }
+        }
         (Limit::Tokens, Scope::Turn) => {
             let turn = turn?;
             count(turn.tokens.saturating_add(tokens), turn.started)
@@ -410,8 +497,6 @@ fn measure(
         (Limit::FanOut, _) => count(streaks().subagents, turn?.started),
         (Limit::NoProgress, _) => count(streaks().stale, turn?.started),
         // The others have no meaning in that scope; the configuration cannot name them.
-        (Limit::Startup | Limit::Stall, _) | (Limit::Turns | Limit::CostUsd | Limit::Tokens, Scope::Tool | Scope::Subagent) => {
-            return None;
-        }
+        (Limit::Startup | Limit::Stall | Limit::Turns | Limit::CostUsd | Limit::Tokens | Limit::Duration, _) => return None,
     })
 }

@@ -15,7 +15,7 @@ use crate::detect::why::{Vitals, Why, why};
 use crate::event::{Broken, Event, Message, claude_code};
 use crate::ladder::{Goal, Ladder, Patience};
 use crate::ledger::Base;
-use crate::limit::{Ceiling, Judge, Limit, Mode, Outside, Reached, Rule, Scope, Used};
+use crate::limit::{Ceiling, Judge, Limit, Mode, Outside, Reached, Rule, SHARED, Scope, Shared, Used};
 use crate::line::{Line, Splitter};
 use crate::log::Logs;
 use crate::meter;
@@ -61,6 +61,8 @@ pub enum Input<'a> {
     Native(&'a native::Report),
     /// What the container and the processes use.
     Sample(&'a Sample),
+    /// What is left of the budgets that others spend from, too.
+    Shared(&'a [Option<Shared>; SHARED]),
     /// Somebody wants the agent gone.
     Stop(Stop),
     /// The CLI was reaped; everything that it wrote has been handed in before.
@@ -171,6 +173,8 @@ pub struct Settings {
     pub trace: TraceSettings,
     /// Log events are wanted.
     pub events: bool,
+    /// A file that is there while [`Monitor::held`]; whoever looks after shared budgets sees to it.
+    pub hold_file: String,
 }
 
 impl Default for Settings {
@@ -189,6 +193,7 @@ impl Default for Settings {
             max_series: MAX_SERIES,
             trace: TraceSettings::default(),
             events: false,
+            hold_file: String::new(),
         }
     }
 }
@@ -247,6 +252,10 @@ pub struct Monitor {
     refusing: bool,
     /// The kernel killed the CLI for memory, or somebody of whom nobody knows who it was.
     out_of_memory: bool,
+    /// The CLI was told to turn prompts away while a shared budget is used up.
+    hold_told: bool,
+    /// The most that an answer has cost of late: what the next one may.
+    answer_cost: Usd,
     exited: bool,
     pid: Option<u32>,
     meters: Meters,
@@ -278,7 +287,7 @@ impl Monitor {
         Monitor {
             session: Session::new(opening, settings.prices.clone(), now),
             judge: Judge::new(&settings.rules, now.mono),
-            asker: Asker::new(&settings.nonce),
+            asker: Asker::new(&settings.nonce, &settings.hold_file),
             ladder: None,
             outside: Outside::default(),
             vitals: Vitals::default(),
@@ -292,6 +301,8 @@ impl Monitor {
             stdin_closed: !settings.stdin_json,
             refusing: false,
             out_of_memory: false,
+            hold_told: false,
+            answer_cost: Usd::ZERO,
             exited: false,
             pid: None,
             meters,
@@ -326,6 +337,7 @@ impl Monitor {
             Input::NotInjected { request_id } => self.not_injected(request_id),
             Input::Native(report) => self.native(report),
             Input::Sample(sample) => self.sampled(sample),
+            Input::Shared(shared) => self.outside.shared = *shared,
             Input::Stop(stop) => self.stop(stop),
             Input::Exited(exit) => self.exit(exit),
             Input::Timeout => self.session.tick(self.now),
@@ -425,7 +437,7 @@ impl Monitor {
             process: &self.vitals,
             memory_seconds_left: self.growth.left().map(|left| left.as_secs_f64()),
             silent_seconds: self.now.mono.saturating_sub(self.session.last_active()).as_secs_f64(),
-            refusing: self.refusing,
+            refusing: self.refusing || self.held(),
             state_seconds: self.now.mono.saturating_sub(self.session.activity_since()).as_secs_f64(),
             tools_in_flight: self.session.calls_in_flight(),
             subagents_active: self.session.subagents_active(),
@@ -473,6 +485,20 @@ impl Monitor {
     /// What this run has cost so far, by confirmations and live totals.
     pub fn cost(&self) -> Usd {
         self.report.totals().cost_usd
+    }
+
+    /// Whether a shared budget is used up, and this agent has to wait for it.
+    pub fn held(&self) -> bool {
+        !self.exited && self.judge.holds()
+    }
+
+    /// What this process has spent; and, while the model is asked, what its answer may cost.
+    pub fn claim(&self) -> (Usd, Option<Usd>) {
+        let asks = !self.exited
+            && self.session.turn().is_some()
+            && matches!(self.session.activity(), Activity::Model | Activity::RetryBackoff | Activity::Compacting)
+            && self.ladder.is_none();
+        (self.outside.spent, asks.then_some(self.answer_cost))
     }
 
     /// Whether the CLI's telemetry said anything.
@@ -812,8 +838,13 @@ impl Monitor {
             self.close_stdin();
         }
         self.judge();
+        // It was used up before anything could be said to the CLI.
+        if !self.hold_told && self.held() && self.can_inject() {
+            self.hold_told = true;
+            self.inject(OwnRequest::Hold);
+        }
         // A message that was on its way before the refusal, or a CLI that does not know hooks.
-        if self.refusing && self.ladder.is_none() && self.session.turn().is_some_and(|turn| turn.rounds > 0) {
+        if (self.refusing || self.held()) && self.ladder.is_none() && self.session.turn().is_some_and(|turn| turn.rounds > 0) {
             self.begin(Goal::Turn, Scope::Session, ExitReason::Limit, Step::Interrupt, SIGTERM, None);
         }
         if let Some(ladder) = &mut self.ladder {
@@ -890,6 +921,13 @@ impl Monitor {
 
     /// A budget of the session is used up: the turn ends with a result, and the CLI turns away what the app says next, with one too.
     fn refuse(&mut self, rule: &Rule, reason: ExitReason) {
+        if rule.is_shared() {
+            if !std::mem::replace(&mut self.hold_told, true) {
+                self.inject(OwnRequest::Hold);
+            }
+            // How far above it all of them are, no single one knows.
+            return self.begin(Goal::Turn, rule.scope, reason, Step::Interrupt, SIGTERM, None);
+        }
         if !std::mem::replace(&mut self.refusing, true) {
             self.inject(OwnRequest::Refuse);
         }
@@ -1017,6 +1055,15 @@ impl Monitor {
     }
 
     fn fold(&mut self, update: Update) {
+        match &update {
+            Update::Spent(spent) => {
+                self.outside.spent += spent.cost;
+                // One large answer is not remembered for ever.
+                self.answer_cost = spent.cost.max(Usd::from_pico(self.answer_cost.pico() / 2));
+            }
+            Update::Corrected { usd, .. } => self.outside.spent = self.outside.spent - *usd,
+            _ => {}
+        }
         self.meters.set_time(self.now.unix);
         if let Some(spans) = &self.spans {
             self.meters.set_context(spans.context().filter(|context| context.sampled));

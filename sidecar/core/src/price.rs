@@ -246,7 +246,8 @@ fn scale(usd: Usd, factor: f64) -> Usd {
 }
 
 /// The UTC day of a moment, as `YYYY-MM-DD`: days compare as text.
-fn day(at: Duration) -> String {
+/// The day that it is, in UTC: `YYYY-MM-DD`.
+pub(crate) fn day(at: Duration) -> String {
     // Civil-from-days, after Howard Hinnant's public algorithm; days since 1970 are never negative here.
     let z = at.as_secs() / 86_400 + 719_468;
     let era = z / 146_097;

@@ -157,6 +157,8 @@ labels! {
         GetUsage = "get_usage", Interrupt = "interrupt", EndSession = "end_session",
         /// Have the CLI turn away what the app says next.
         Refuse = "refuse",
+        /// The same for as long as a shared budget is used up.
+        Hold = "hold",
     }
 }
 

@@ -636,3 +636,47 @@ fn what_was_frozen_with_us_is_not_silence() {
         assert!(b.log().contains(limit), "{}", b.log());
     }
 }
+
+/// What the book says of the container's budget.
+fn container(used: f64, period: u64) -> [Option<agent_sidecar_core::limit::Shared>; agent_sidecar_core::limit::SHARED] {
+    let mut shared = [None; agent_sidecar_core::limit::SHARED];
+    let period = Duration::from_secs(period);
+    shared[1] =
+        Some(agent_sidecar_core::limit::Shared { used: Usd::from_f64(used), when_spent: Usd::ZERO, period, raised: None });
+    shared
+}
+
+#[test]
+fn a_shared_budget_holds_the_agent_until_there_is_more() {
+    let rule = Rule {
+        limit: Limit::CostUsd,
+        scope: Scope::ContainerDay,
+        ceiling: Ceiling::Usd(Usd::from_f64(1.0)),
+        mode: Mode::Enforce,
+    };
+    let mut bench =
+        Bench::with(Settings { rules: vec![rule], poll: true, hold_file: String::from("/x/it's.hold"), ..settings() });
+    assert!(!bench.monitor.held(), "nobody has said anything of it");
+    bench.put(Input::Shared(&container(0.85, 7)));
+    assert!(!bench.monitor.held());
+    bench.put(Input::Shared(&container(1.0, 7)));
+    assert!(bench.monitor.held(), "others have spent it");
+    bench.put(Input::Shared(&container(0.9, 7)));
+    assert!(!bench.monitor.held(), "somebody needed less than was reserved");
+    bench.put(Input::Shared(&container(1.2, 7)));
+    bench.put(Input::Shared(&container(0.0, 8)));
+    assert!(!bench.monitor.held(), "another day");
+    bench.put(Input::Shared(&container(1.5, 8)));
+    assert!(bench.monitor.held());
+    let mut raised = container(1.5, 8);
+    raised[1].as_mut().unwrap().raised = Some(Usd::from_f64(2.0));
+    bench.put(Input::Shared(&raised));
+    assert!(!bench.monitor.held(), "somebody has raised it");
+    assert!((bench.monitor.limits()[0].ceiling - 2.0).abs() < 1e-9);
+    let shadow = Rule { mode: Mode::Shadow, ..rule };
+    let mut bench = Bench::with(Settings { rules: vec![shadow], poll: true, ..settings() });
+    bench.put(Input::Shared(&container(2.0, 7)));
+    assert!(!bench.monitor.held());
+    let told = bench.monitor.meters().get(&metric::ENFORCEMENTS, &["usd", "container_day", "interrupt", "shadow"]).cloned();
+    assert_eq!(told, Some(Cell::Count(1)));
+}

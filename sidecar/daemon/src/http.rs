@@ -1,7 +1,8 @@
 //! `/metrics`, `/livez`, `/readyz`, `/status`, `/busy`: on a thread and a runtime of their own, read-only, and in nobody's way.
 //!
-//! A wrapper alone makes an answer by a visit to the monitor on its own thread; a hub makes it of all wrappers' journals. A scraper that stalls holds a
-//! connection and nothing else. There is nothing here that changes anything: control is not offered over HTTP.
+//! A wrapper alone makes an answer by a visit to the monitor on its own thread; a hub makes it of all wrappers' journals. A scraper
+//! that stalls holds a connection and nothing else. Nothing can be changed over TCP; at the hub's socket, budgets can be raised, where
+//! that was allowed.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -12,7 +13,9 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_sidecar_core::hub::Health;
+use agent_sidecar_core::limit::Scope;
 use agent_sidecar_core::metric::{self, Meters};
+use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::{Monitor, Now};
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
@@ -22,6 +25,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::busy::Word;
+use crate::config::{Kind, Value};
 use crate::export::{otlp, prometheus};
 use crate::hub::Desk;
 use crate::supervise::{Counts, Handle};
@@ -141,13 +145,14 @@ pub(crate) async fn serve_hub(bound: Bound, desk: Arc<Desk>) -> std::io::Result<
 pub(crate) async fn serve_socket(listener: UnixListener, desk: Arc<Desk>) -> std::io::Result<()> {
     let listener = tokio::net::UnixListener::from_std(listener)?;
     let us = rustix::process::geteuid();
+    let pages = Arc::new(Socket { desk });
     let mut open = Connections::default();
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
                 let peer = rustix::net::sockopt::socket_peercred(&stream);
                 if peer.is_ok_and(|peer| peer.uid == us || peer.uid.is_root()) {
-                    open.serve(stream, &desk);
+                    open.serve(stream, &pages);
                 }
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
@@ -342,6 +347,53 @@ pub(crate) fn relayed(meters: &mut Meters, counts: &Counts) {
     meters.raise(&metric::ORPHANS_TERMINATED, &[], n(&counts.orphans_terminated));
     meters.raise(&metric::ZOMBIES_REAPED, &[], n(&counts.zombies_reaped));
     meters.set(&metric::BACKLOG_BYTES, &[], n(&counts.waiting_bytes));
+}
+
+/// The hub's pages, and what can be changed there: at the socket alone, and only if that was wanted.
+struct Socket {
+    desk: Arc<Desk>,
+}
+
+impl Pages for Socket {
+    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        match request.uri().path().strip_prefix("/v1/budgets/") {
+            Some(scope) if request.method() == Method::POST && self.desk.control() => self.raise(scope, request.uri().query()),
+            Some(_) if request.method() == Method::POST => {
+                text(StatusCode::FORBIDDEN, "nothing can be changed here without --hub-control\n")
+            }
+            _ => self.desk.answer(request).await,
+        }
+    }
+
+    fn left(&self, last: Last) {
+        self.desk.left(last);
+    }
+}
+
+impl Socket {
+    /// `POST /v1/budgets/SCOPE?usd=7.50`, and `&tenant=NAME` for a tenant's.
+    fn raise(&self, scope: &str, query: Option<&str>) -> Response<Full<Bytes>> {
+        let scope = Scope::ALL.iter().find(|known| known.as_str() == scope && known.shared().is_some());
+        let Some(scope) = scope else {
+            return text(StatusCode::NOT_FOUND, "no such budget: container, tenant, and each with _day or _month\n");
+        };
+        let value = |name: &str| {
+            let pairs = query.unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
+            pairs.into_iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned())
+        };
+        let usd = value("usd").and_then(|usd| Kind::Money.parse(&usd).ok());
+        let Some(Value::Money(usd)) = usd else {
+            return text(StatusCode::BAD_REQUEST, "say how much, in dollars: ?usd=7.50\n");
+        };
+        let tenant = value("tenant");
+        if matches!(scope, Scope::Tenant | Scope::TenantDay | Scope::TenantMonth) && tenant.is_none() {
+            return text(StatusCode::BAD_REQUEST, "say whose: &tenant=NAME\n");
+        }
+        match self.desk.raise(*scope, tenant, Usd::from_f64(usd)) {
+            Ok(()) => text(StatusCode::OK, "raised\n"),
+            Err(_) => text(StatusCode::SERVICE_UNAVAILABLE, "the budgets cannot be written\n"),
+        }
+    }
 }
 
 enum Visit<T> {

@@ -20,7 +20,7 @@ use crate::config::Config;
 use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
 use crate::http::{self, Scrapes, Site};
-use crate::hub::{Place, Share, Turn};
+use crate::hub::{Payer, Place, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
@@ -66,6 +66,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     };
     let nonce = format!("{:016x}", supervise::random());
     let telemetry = Telemetry::plan(config, launch.asks_model, &nonce);
+    let turn = turn(config);
     let settings = Settings {
         nonce: nonce.clone(),
         start: launch.start,
@@ -79,6 +80,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         max_series: config.max_series(),
         trace: telemetry.trace_settings(),
         events: telemetry.wants_events() || config.events().is_some(),
+        hold_file: turn.hold_file(&nonce),
     };
     let clock = Clock::start();
     let mut monitor = Monitor::new(settings, false, clock.now());
@@ -91,7 +93,6 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     meters.set(&metric::CONFIG_INFO, &[&config.fingerprint()], 1.0);
     meters.set(&metric::IDLE_TIMEOUT, &[], config.idle_timeout().unwrap_or_default().as_secs_f64());
 
-    let turn = turn(config);
     meters.set(&metric::DEGRADED, &["hub"], f64::from(u8::from(matches!(turn, Meet::Nowhere))));
     let alone = !matches!(turn, Meet::At(_));
     let bound = config.listen().filter(|_| alone).and_then(|address| match http::bind(address) {
@@ -278,13 +279,22 @@ enum Meet {
     At(Turn),
 }
 
+impl Meet {
+    fn hold_file(&self, run: &str) -> String {
+        match self {
+            Meet::At(turn) => turn.place().hold_file(run).display().to_string(),
+            Meet::Alone | Meet::Nowhere => String::new(),
+        }
+    }
+}
+
 /// Whether others of this container are served together with us, and whether it is us who serves.
 fn turn(config: &Config) -> Meet {
     let Some(meeting) = config.meeting() else { return Meet::Alone };
     match Place::find(&meeting).and_then(|place| Turn::take(place, config.listen())) {
         Ok(turn) => Meet::At(turn),
         Err(error) => {
-            tracing::warn!(%error, "this agent is not served together with others; name another --hub-state-dir, or --hub off");
+            tracing::warn!(%error, "this agent is not served together with others, and shared budgets do not hold; name another --hub-state-dir, or --hub off");
             Meet::Nowhere
         }
     }
@@ -295,7 +305,15 @@ fn join(config: &Config, turn: Turn, nonce: &str, handle: &Handle, counts: &Arc<
     if turn.is_deaf() {
         handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["http"], 1.0));
     }
-    let share = Share::start(turn.place(), nonce, config.labels(), handle.clone(), Arc::clone(counts));
+    let shares = config.rules().iter().any(|rule| rule.is_shared() && rule.mode != LimitMode::Off);
+    let teller = Teller {
+        run: nonce.to_owned(),
+        labels: config.labels(),
+        payer: shares.then(|| Payer { tenant: config.tenant(), offset: config.utc_offset() }),
+        handle: handle.clone(),
+        exports: Arc::clone(counts),
+    };
+    let share = Share::start(turn.place(), teller);
     let attended = share.and_then(|share| turn.attend(config.hub_options(), share.clone()).map(|()| share));
     match attended {
         Ok(share) => Some(share),

@@ -74,6 +74,13 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("limits.max_subagents", "max-subagents", Kind::Count, "100", "subagents that one user turn starts"),
     setting("limits.max_stale_answers", "max-stale-answers", Kind::Count, "40", "answers in a row that bring no progress: no call that succeeded and was new, or had a new result; waits aside"),
     setting("limits.loop_mode", "loop-mode", Kind::Mode, "shadow", "what these six do, where `limits.mode` allows as much: off, shadow or enforce (interrupt the turn); `limits.modes.<limit>` sets one"),
+    setting("limits.container_max_cost_usd", "container-max-cost-usd", Kind::Money, "", "spend of all agents of the container, in dollars, for as long as its state is kept"),
+    setting("limits.container_day_max_cost_usd", "container-day-max-cost-usd", Kind::Money, "", "the same, of each day"),
+    setting("limits.container_month_max_cost_usd", "container-month-max-cost-usd", Kind::Money, "", "the same, of each month"),
+    setting("limits.tenant_max_cost_usd", "tenant-max-cost-usd", Kind::Money, "", "spend of all agents of the container that work for this tenant, in dollars"),
+    setting("limits.tenant_day_max_cost_usd", "tenant-day-max-cost-usd", Kind::Money, "", "the same, of each day"),
+    setting("limits.tenant_month_max_cost_usd", "tenant-month-max-cost-usd", Kind::Money, "", "the same, of each month"),
+    setting("limits.utc_offset", "utc-offset", Kind::Offset, "+00:00", "where days and months of budgets begin: hours and minutes east of Greenwich"),
     setting("limits.mode", "mode", Kind::Mode, "enforce", "what reaching a limit does: off, shadow (only says what it would do) or enforce; `limits.modes.<limit>` sets one"),
     setting("limits.exit_code", "limit-exit-code", Kind::Code, "", "exit with this code after a stop by a limit, instead of the CLI's own"),
     setting("stop.interrupt", "stop-interrupt", Kind::Time, "3s", "how long an interrupted turn has to end"),
@@ -85,6 +92,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("hub.mode", "hub", Kind::Choice(&["auto", "off"]), "auto", "whether the wrappers of a container that have the same `listen` are served as one, by one of them; off: each for itself"),
     setting("hub.socket", "socket", Kind::Path, "", "where that one is asked; who names the same socket belongs together, whatever its `listen`; unset, hub.sock (hub-PORT.sock for another port) in /run/agent-sidecar, or in agent-sidecar below $XDG_RUNTIME_DIR, or in /tmp/agent-sidecar-UID"),
     setting("hub.state_dir", "hub-state-dir", Kind::Path, "", "where the totals of those that ended are kept, and the journals of those that run; unset, beside the socket; name a volume to have counters outlive the container"),
+    setting("hub.control", "hub-control", Kind::Switch, "false", "whether shared budgets can be raised at the socket, by this user and root: an agent that runs under the same user can, too"),
     setting("hub.slots", "hub-slots", Kind::Count, "8", "agents at once that have a `slot` of their own in the metrics; the others share `other`"),
     setting("ledger.path", "ledger", Kind::Path, "", "append one JSON line for each accounting fact to this file"),
     setting("events.path", "events", Kind::Path, "", "append one JSON line for each event (turns, requests, tools, limits, ends) to this file"),
@@ -152,6 +160,12 @@ const RULES: &[(&str, Limit, Scope)] = &[
     ("max_compactions", Limit::Compactions, Scope::Turn),
     ("max_subagents", Limit::FanOut, Scope::Turn),
     ("max_stale_answers", Limit::NoProgress, Scope::Turn),
+    ("container_max_cost_usd", Limit::CostUsd, Scope::Container),
+    ("container_day_max_cost_usd", Limit::CostUsd, Scope::ContainerDay),
+    ("container_month_max_cost_usd", Limit::CostUsd, Scope::ContainerMonth),
+    ("tenant_max_cost_usd", Limit::CostUsd, Scope::Tenant),
+    ("tenant_day_max_cost_usd", Limit::CostUsd, Scope::TenantDay),
+    ("tenant_month_max_cost_usd", Limit::CostUsd, Scope::TenantMonth),
 ];
 
 fn is_limit(key: &str) -> bool {
@@ -365,6 +379,21 @@ impl Config {
                 });
             }
         }
+        let shared = RULES.iter().filter(|(_, _, scope)| scope.shared().is_some());
+        for (name, _, scope) in shared {
+            let key = format!("limits.{name}");
+            let Some(effective) = self.values.get(key.as_str()).filter(|effective| effective.value.is_some()) else { continue };
+            let of_tenant = matches!(scope, Scope::Tenant | Scope::TenantDay | Scope::TenantMonth);
+            let (what, remedy) = if self.meeting().is_none() {
+                ("and agents that do not meet share nothing", "set `listen` to an address with a port, or name `hub.socket`")
+            } else if of_tenant && self.tenant().is_none() {
+                ("and there is no tenant", "set `labels.tenant`")
+            } else {
+                continue;
+            };
+            let what = format!("`{key}` is a budget that agents share, {what}");
+            mistakes.push(Mistake { origin: effective.origin.clone(), what, remedy: remedy.to_owned() });
+        }
         if !self.linger().is_zero() && self.listen().is_none() {
             mistakes.push(Mistake {
                 origin: self.values["linger"].origin.clone(),
@@ -435,6 +464,7 @@ impl Config {
                     | Value::Factor(_)
                     | Value::Text
                     | Value::Headers(_)
+                    | Value::Offset(_)
                     | Value::Address(_) => return None,
                 };
                 let usual = if limit.is_loop() { loops } else { common };
@@ -477,7 +507,15 @@ impl Config {
 
     pub(crate) fn hub_options(&self) -> crate::hub::Options {
         let slots = self.count("hub.slots").and_then(|n| usize::try_from(n).ok()).unwrap_or(8);
-        crate::hub::Options { slots, max_series: self.max_series(), labels: self.labels(), lease: self.busy().length }
+        let (control, offset) = (self.switch("hub.control"), self.utc_offset());
+        crate::hub::Options {
+            slots,
+            max_series: self.max_series(),
+            labels: self.labels(),
+            control,
+            offset,
+            lease: self.busy().length,
+        }
     }
 
     pub(crate) fn ledger(&self) -> Option<PathBuf> {
@@ -603,6 +641,18 @@ impl Config {
             .filter(|(_, key)| self.value(key).is_some())
             .map(|(label, key)| (label, self.text(key).to_owned()))
             .collect()
+    }
+
+    pub(crate) fn tenant(&self) -> Option<String> {
+        self.value("labels.tenant").map(|_| self.text("labels.tenant").to_owned())
+    }
+
+    /// Where days begin, in seconds east of Greenwich.
+    pub(crate) fn utc_offset(&self) -> i64 {
+        match self.value("limits.utc_offset") {
+            Some(Value::Offset(seconds)) => *seconds,
+            _ => 0,
+        }
     }
 
     pub(crate) fn idle_timeout(&self) -> Option<Duration> {

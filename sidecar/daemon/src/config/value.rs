@@ -23,6 +23,8 @@ pub(crate) enum Kind {
     Label,
     /// An exit code.
     Code,
+    /// From UTC.
+    Offset,
     Path,
     Address,
     Choice(&'static [&'static str]),
@@ -43,6 +45,8 @@ pub(crate) enum Value {
     Switch(bool),
     Mode(Mode),
     Code(u8),
+    /// In seconds, east of Greenwich.
+    Offset(i64),
     /// `None` is off.
     Address(Option<SocketAddr>),
     /// The text itself is the value.
@@ -58,7 +62,13 @@ impl Value {
             Value::Count(n) | Value::Size(n) => *n as f64,
             Value::Money(n) | Value::Factor(n) => *n,
             Value::Time(time) => time.as_secs_f64(),
-            Value::Switch(_) | Value::Mode(_) | Value::Code(_) | Value::Address(_) | Value::Text | Value::Headers(_) => 0.0,
+            Value::Switch(_)
+            | Value::Mode(_)
+            | Value::Code(_)
+            | Value::Offset(_)
+            | Value::Address(_)
+            | Value::Text
+            | Value::Headers(_) => 0.0,
         }
     }
 }
@@ -110,6 +120,7 @@ impl Kind {
                 Ok(code) => Ok(Value::Code(code)),
                 Err(_) => Err(not(())),
             },
+            Kind::Offset => offset(text).map(Value::Offset).ok_or(()).map_err(not),
             Kind::Path if text.is_empty() => Err(String::from("is empty")),
             Kind::Path => Ok(Value::Text),
             Kind::Address => address(text).map(Value::Address).ok_or(()).map_err(not),
@@ -133,6 +144,7 @@ impl Kind {
             Kind::Mode => String::from("a mode"),
             Kind::Label => String::from("a text"),
             Kind::Code => String::from("an exit code"),
+            Kind::Offset => String::from("an offset from UTC"),
             Kind::Path => String::from("a path"),
             Kind::Address => String::from("an address"),
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
@@ -154,6 +166,7 @@ impl Kind {
             Kind::Switch => String::from("write true or false"),
             Kind::Mode => String::from("write off, shadow or enforce"),
             Kind::Code => String::from("write a number from 0 to 255"),
+            Kind::Offset => String::from("write UTC or an offset, like +02:00"),
             Kind::Path => String::from("write a path"),
             Kind::Label => String::from("write a name, like \"research\""),
             Kind::Address => String::from("write an address and a port, like 127.0.0.1:9477 or :9477, or off"),
@@ -175,6 +188,7 @@ impl Kind {
             Kind::Switch => String::from("true or false"),
             Kind::Mode => String::from("off, shadow or enforce"),
             Kind::Code => String::from("exit code"),
+            Kind::Offset => String::from("UTC or offset"),
             Kind::Path => String::from("path"),
             Kind::Label => String::from("text"),
             Kind::Address => String::from("address or off"),
@@ -205,6 +219,20 @@ fn duration(text: &str) -> Option<Duration> {
     }
     // A year is no limit any more, but a typo.
     (!text.is_empty() && total <= Duration::from_secs(366 * 86_400)).then_some(total)
+}
+
+/// `UTC`, `+02:00`, `-05:30`.
+fn offset(text: &str) -> Option<i64> {
+    if matches!(text, "UTC" | "Z") {
+        return Some(0);
+    }
+    let (sign, rest) = text.strip_prefix('+').map(|rest| (1, rest)).or_else(|| text.strip_prefix('-').map(|rest| (-1, rest)))?;
+    let (hours, minutes) = rest.split_once(':')?;
+    let number = |text: &str, most: i64| {
+        let two = text.len() == 2 && text.bytes().all(|byte| byte.is_ascii_digit());
+        text.parse::<i64>().ok().filter(|n| two && *n <= most)
+    };
+    Some(sign * (number(hours, 14)? * 3_600 + number(minutes, 59)? * 60))
 }
 
 /// `512MiB`, `2GB`, `1048576`.

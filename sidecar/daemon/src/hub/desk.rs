@@ -4,7 +4,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_sidecar_core::hub::Health;
+use agent_sidecar_core::limit::Scope;
 use agent_sidecar_core::metric;
+use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::update::Activity;
 use serde::Deserialize;
 use serde_json::Value;
@@ -12,6 +14,7 @@ use serde_json::Value;
 use super::Place;
 use super::share::{Share, unix_nanos};
 use super::shelf::{Shelf, unix};
+use super::till::{self, Payer};
 use crate::busy::Word;
 use crate::export::prometheus;
 
@@ -22,6 +25,8 @@ pub(crate) struct Desk {
     own: Option<Share>,
     place: Place,
     lease: Duration,
+    control: bool,
+    offset: i64,
 }
 
 /// What a hub is to know.
@@ -33,6 +38,10 @@ pub(crate) struct Options {
     pub(crate) labels: Vec<(&'static str, String)>,
     /// For how long `/busy` may be believed.
     pub(crate) lease: Duration,
+    /// Whether shared budgets can be raised, at the socket.
+    pub(crate) control: bool,
+    /// Where its days begin, in seconds east of Greenwich.
+    pub(crate) offset: i64,
 }
 
 impl Desk {
@@ -40,7 +49,8 @@ impl Desk {
         let labels: Vec<(String, String)> =
             options.labels.iter().map(|(label, value)| ((*label).to_owned(), value.clone())).collect();
         let shelf = Shelf::open(&place.dir, options.slots, options.max_series, &labels);
-        Desk { shelf: Mutex::new(shelf), own, place: place.clone(), lease: options.lease }
+        let Options { lease, control, offset, .. } = *options;
+        Desk { shelf: Mutex::new(shelf), own, place: place.clone(), lease, control, offset }
     }
 
     /// Takes in those that ended, so that their journals do not pile up.
@@ -95,6 +105,19 @@ impl Desk {
         let mut shelf = self.shelf();
         shelf.scan();
         shelf.registry.status(unix())
+    }
+
+    /// Whether anything may be changed here.
+    pub(crate) fn control(&self) -> bool {
+        self.control
+    }
+
+    /// Makes a shared budget larger; the agents hear of it within a second.
+    pub(crate) fn raise(&self, scope: Scope, tenant: Option<String>, usd: Usd) -> std::io::Result<()> {
+        let payer = Payer { tenant, offset: self.offset };
+        till::raise(&self.place.dir, &payer, scope, usd, Duration::from_secs_f64(unix().max(0.0)))?;
+        tracing::warn!(scope = scope.as_str(), tenant = payer.tenant, usd = usd.to_f64(), "a shared budget was raised");
+        Ok(())
     }
 
     fn shelf(&self) -> MutexGuard<'_, Shelf> {

@@ -16,8 +16,10 @@ mod place;
 mod serve;
 mod share;
 mod shelf;
+mod till;
 
 pub(crate) use desk::{Desk, Options};
 pub(crate) use place::{Meeting, Place};
 pub(crate) use serve::{Turn, alone};
-pub(crate) use share::Share;
+pub(crate) use share::{Share, Teller};
+pub(crate) use till::Payer;

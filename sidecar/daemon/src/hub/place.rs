@@ -56,6 +56,11 @@ impl Place {
         self.dir.join("scraped")
     }
 
+    /// There while this wrapper's agent waits for a shared budget.
+    pub(crate) fn hold_file(&self, run: &str) -> PathBuf {
+        self.dir.join(format!("{run}.hold"))
+    }
+
     /// Where the hub before this one was served, for a port that was picked.
     pub(super) fn address(&self) -> PathBuf {
         self.dir.join("address")

@@ -1,14 +1,19 @@
 //! A wrapper's side: sees to it that what it has counted is in its journal, soon and without anybody waiting for it.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_sidecar_core::hub::{Hello, Line, VERSION};
+use agent_sidecar_core::limit::{SHARED, Shared};
 use agent_sidecar_core::metric;
+use agent_sidecar_core::tokens::Usd;
+use agent_sidecar_core::{Input, Monitor};
 
 use super::Place;
 use super::journal::Journal;
 use super::shelf;
+use super::till::{Payer, Till};
 use crate::export::otlp;
 use crate::http::{relayed, visit_blocking};
 use crate::supervise::Handle;
@@ -32,9 +37,12 @@ struct Inner {
     poked: Mutex<bool>,
     bell: Condvar,
     written: Mutex<Written>,
+    /// Where budgets are shared.
+    purse: Option<Mutex<Held>>,
     handle: Handle,
     exports: Arc<otlp::Counts>,
     place: Place,
+    hold_file: PathBuf,
 }
 
 struct Written {
@@ -44,18 +52,33 @@ struct Written {
     failed: bool,
 }
 
+/// What was found at the till, and whether the agent is held for it.
+struct Held {
+    till: Till,
+    last: Option<[Option<Shared>; SHARED]>,
+    held: bool,
+    failed: bool,
+    closed: bool,
+}
+
+/// Who tells, and what.
+pub(crate) struct Teller {
+    pub(crate) run: String,
+    /// For whom it works.
+    pub(crate) labels: Vec<(&'static str, String)>,
+    /// If it spends from shared budgets.
+    pub(crate) payer: Option<Payer>,
+    pub(crate) handle: Handle,
+    pub(crate) exports: Arc<otlp::Counts>,
+}
+
 impl Share {
-    /// Starts telling. `labels` say for whom the wrapper works.
-    pub(crate) fn start(
-        place: &Place,
-        run: &str,
-        labels: Vec<(&'static str, String)>,
-        handle: Handle,
-        exports: Arc<otlp::Counts>,
-    ) -> std::io::Result<Share> {
+    /// Starts telling.
+    pub(crate) fn start(place: &Place, teller: Teller) -> std::io::Result<Share> {
+        let Teller { run, labels, payer, handle, exports } = teller;
         let hello = Hello {
             hub: VERSION,
-            run: run.to_owned(),
+            run: run.clone(),
             pid: std::process::id(),
             started: shelf::unix(),
             labels: labels.into_iter().map(|(label, value)| (label.to_owned(), value)).collect(),
@@ -66,6 +89,11 @@ impl Share {
             poked: Mutex::new(true),
             bell: Condvar::new(),
             written: Mutex::new(written),
+            purse: payer.map(|payer| {
+                let till = Till::new(&place.dir, &run, payer);
+                Mutex::new(Held { till, last: None, held: false, failed: false, closed: false })
+            }),
+            hold_file: place.hold_file(&run),
             handle,
             exports,
             place: place.clone(),
@@ -92,21 +120,85 @@ impl Share {
         let told = visit_blocking(&self.inner.handle, move |monitor, _| {
             relayed(monitor.meters_mut(), handle.counts());
             exports.fill(monitor.meters_mut());
-            monitor.journal(since)
+            (monitor.journal(since), monitor.claim())
         });
-        let Some((line, mark)) = told else { return false };
+        let Some(((line, mark), claim)) = told else { return false };
         let same = line.series.is_empty() && line.cleared.is_empty();
         let same = same && (line.live, line.ready) == (written.last.live, written.last.ready);
         if same && since > 0 && written.at.is_some_and(|at| at.elapsed() < HEARTBEAT) {
+            drop(written);
+            self.pay(claim);
             return true;
         }
         self.write(&mut written, line, mark);
+        // The journal says that we live: it has to be there first.
+        let told = !written.failed;
+        drop(written);
+        if told {
+            self.pay(claim);
+        }
         true
+    }
+
+    /// Says what was spent and is asked for, and has the agent held to what is left.
+    fn pay(&self, (spent, asks): (Usd, Option<Usd>)) {
+        let Some(purse) = &self.inner.purse else { return };
+        let mut purse = lock(purse);
+        if purse.closed {
+            return;
+        }
+        let settled = purse.till.settle(unix(), spent, asks);
+        let failed = settled.is_err();
+        match settled {
+            Ok(shared) if purse.last != Some(shared) || purse.held => {
+                purse.last = Some(shared);
+                let told = visit_blocking(&self.inner.handle, move |monitor: &mut Monitor, now| {
+                    monitor.handle(now, Input::Shared(&shared));
+                    monitor.held()
+                });
+                self.hold(&mut purse, told.unwrap_or(false));
+            }
+            Ok(_) => {}
+            Err(error) if !purse.failed => {
+                tracing::warn!(%error, "shared budgets are held to as far as they were known");
+            }
+            Err(_) => {}
+        }
+        if failed != std::mem::replace(&mut purse.failed, failed) {
+            self.degraded(failed);
+        }
+    }
+
+    /// Sees to it that the CLI turns prompts away, or takes them again.
+    fn hold(&self, purse: &mut Held, held: bool) {
+        if std::mem::replace(&mut purse.held, held) == held {
+            return;
+        }
+        let done = if held { std::fs::write(&self.inner.hold_file, "") } else { std::fs::remove_file(&self.inner.hold_file) };
+        if let Err(error) = done {
+            tracing::warn!(%error, held, "the CLI is not told of a shared budget; turns are interrupted instead");
+        }
+    }
+
+    fn degraded(&self, on: bool) {
+        self.inner.handle.visit(move |monitor, _| {
+            monitor.meters_mut().set(&metric::DEGRADED, &["hub"], f64::from(u8::from(on)));
+        });
     }
 
     /// The last line. The journal is the hub's from here on.
     pub(crate) fn finish(&self) {
         self.flush();
+        if let Some(purse) = &self.inner.purse {
+            let mut purse = lock(purse);
+            let spent = visit_blocking(&self.inner.handle, |monitor, _| monitor.claim().0);
+            // What could not be closed is closed by whoever finds our journal gone.
+            if let Some(spent) = spent {
+                purse.till.close(unix(), spent).ok();
+            }
+            self.hold(&mut purse, false);
+            purse.closed = true;
+        }
         lock(&self.inner.written).journal.end();
     }
 
@@ -161,9 +253,7 @@ impl Share {
             if let Err(error) = done {
                 tracing::warn!(dir = %self.inner.place.dir.display(), %error, "the hub is not told what this agent counts");
             }
-            self.inner.handle.visit(move |monitor, _| {
-                monitor.meters_mut().set(&metric::DEGRADED, &["hub"], f64::from(u8::from(failed)));
-            });
+            self.degraded(failed);
         }
     }
 }
@@ -174,7 +264,11 @@ fn scraped(place: &Place) -> Option<u128> {
 }
 
 pub(super) fn unix_nanos() -> u128 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos()
+    unix().as_nanos()
+}
+
+fn unix() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -115,6 +115,8 @@ impl Shelf {
             }
         }
         for (run, _locked) in ended {
+            // It was killed while it waited for a budget.
+            fs::remove_file(self.dir.join(format!("{run}.hold"))).ok();
             if fs::remove_file(self.path(&run)).is_ok() {
                 self.registry.forget(&run);
                 self.tails.remove(&run);

@@ -298,3 +298,192 @@ fn the_exposition_of_many_pleases_the_linter() {
     let out = lint.wait_with_output().unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
 }
+
+/// A CLI that speaks with its app: a message costs a nickel, three seconds after it, unless a hook turns it away or it is interrupted.
+const TALKER: &str = r#"
+import json, select, subprocess, sys, os
+buffer, block, total, turns, session = b"", None, 0.0, 0, sys.argv[1]
+
+def say(**line):
+    print(json.dumps(line), flush=True)
+
+def result(subtype, text):
+    used = {"claude-opus-5-5": {"inputTokens": 10, "outputTokens": 5, "costUSD": round(total, 2)}}
+    say(type="result", subtype=subtype, is_error=False, session_id=session, num_turns=1, result=text, total_cost_usd=round(total, 2), modelUsage=used)
+
+def line(timeout=None):
+    global buffer
+    while b"\n" not in buffer:
+        if not select.select([0], [], [], timeout)[0]:
+            return None
+        more = os.read(0, 65536)
+        if not more:
+            sys.exit(0)
+        buffer += more
+    first, buffer = buffer.split(b"\n", 1)
+    return json.loads(first)
+
+def control(message):
+    global block
+    request = message["request"]
+    if request["subtype"] == "apply_flag_settings":
+        block = request["settings"]["hooks"]["UserPromptSubmit"][0]["hooks"][0]["command"]
+    body = {"subtype": "success", "request_id": message["request_id"], "response": {}}
+    say(type="control_response", response=body)
+    return request["subtype"]
+
+while True:
+    message = line()
+    if message["type"] == "control_request":
+        control(message)
+    elif message["type"] == "user":
+        said = subprocess.run(["sh", "-c", block], capture_output=True).stdout if block else b""
+        if b"block" in said:
+            result("success", json.loads(said)["reason"])
+            continue
+        say(type="system", subtype="init", session_id=session, model="claude-opus-5-5")
+        say(type="system", subtype="status", status="requesting", session_id=session)
+        turns += 1
+        answer = {"id": f"msg_{session}_{turns}", "model": "claude-opus-5-5", "role": "assistant", "content": [{"type": "text", "text": "so"}]}
+        say(type="assistant", session_id=session, message={**answer, "usage": {"input_tokens": 1, "output_tokens": 1}})
+        stopped = False
+        while not stopped and (message := line(3)):
+            stopped = message["type"] == "control_request" and control(message) == "interrupt"
+        if stopped:
+            result("error_during_execution", "stopped")
+        else:
+            total += 0.05
+            result("success", "answer")
+"#;
+
+const INITIALIZE: &[u8] = b"{\"type\":\"control_request\",\"request_id\":\"1\",\"request\":{\"subtype\":\"initialize\"}}\n";
+const PROMPT: &[u8] = b"{\"type\":\"user\",\"message\":{\"role\":\"user\",\"content\":\"go on\"}}\n";
+
+impl Yard {
+    fn talker(&self, id: usize, flags: &[&str]) -> Running {
+        let mut command = self.command("run");
+        command.args(["--tenant", "acme", "--usage-poll=false", "--ledger"]).arg(self.ledger(id)).args(flags);
+        command.args(["--", "python3", "-u", "-c", TALKER, &format!("s{id}")]).args(STREAM_JSON);
+        let mut running = Running::start(command);
+        // As the SDKs begin: from here on, the CLI can be spoken to.
+        running.write(INITIALIZE).unwrap();
+        assert!(running.line().contains("control_response"));
+        running
+    }
+}
+
+/// What the app hears for a message.
+fn prompt(running: &mut Running) -> String {
+    running.write(PROMPT).unwrap();
+    loop {
+        let line: serde_json::Value = serde_json::from_str(&running.line()).unwrap();
+        if line["type"] == "result" {
+            return line["result"].as_str().unwrap().to_owned();
+        }
+    }
+}
+
+#[test]
+fn agents_that_share_a_budget_are_above_it_by_one_answer_at_most() {
+    let yard = Yard::new("budget");
+    let all: Vec<_> = std::thread::scope(|scope| {
+        let agents: Vec<_> = (0..4)
+            .map(|id| {
+                let yard = &yard;
+                scope.spawn(move || {
+                    let mut agent = yard.talker(id, &["--container-max-cost-usd", "0.50"]);
+                    let mut answers = 0;
+                    // More often than there is money for.
+                    for _ in 0..12 {
+                        match prompt(&mut agent).as_str() {
+                            "answer" => answers += 1,
+                            other => {
+                                // Stopped in the middle of it, or turned away.
+                                if other.contains("shares with others") {
+                                    break;
+                                }
+                            }
+                        }
+                    }
+                    agent.close_stdin();
+                    agent.code();
+                    answers
+                })
+            })
+            .collect();
+        agents.into_iter().map(|agent| agent.join().unwrap()).collect()
+    });
+    let answers: u64 = all.iter().sum();
+    assert!((9..=11).contains(&answers), "{all:?}: ten nickels are in half a dollar");
+    assert_eq!((0..4).map(|id| yard.ledger_cents(id)).sum::<u64>(), answers * 5);
+
+    // Whoever comes later finds it used up; whoever only wants to know is told and goes on; a larger one has room.
+    let mut later = yard.talker(5, &["--container-max-cost-usd", "0.45"]);
+    let heard = prompt(&mut later);
+    assert!(heard == "stopped" || heard.contains("shares with others"), "{heard}");
+    let heard = prompt(&mut later);
+    assert!(heard.contains("shares with others"), "the CLI itself turns it away: {heard}");
+    let mut shadow = yard.talker(6, &["--container-day-max-cost-usd", "0.45", "--mode", "shadow"]);
+    assert_eq!(prompt(&mut shadow), "answer");
+    let told = std::fs::read_to_string(yard.ledger(6)).unwrap();
+    assert!(told.contains("container_day") && told.contains("shadow"), "{told}");
+    let mut rich = yard.talker(7, &["--tenant-month-max-cost-usd", "5"]);
+    assert_eq!(prompt(&mut rich), "answer");
+    let body = wait_for("the limit to be shown", || {
+        let body = yard.metrics()?;
+        body.contains("claude_agent_limit_used_ratio{limit=\"usd\",scope=\"tenant_month\",tenant=\"acme\"}").then_some(body)
+    });
+    assert!(body.contains("scope=\"container\""), "{body}");
+}
+
+fn post(yard: &Yard, path: &str) -> String {
+    let mut stream = UnixStream::connect(yard.socket()).unwrap();
+    write!(stream, "POST {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer.split(' ').nth(1).unwrap().to_owned()
+}
+
+#[test]
+fn an_agent_that_waits_for_a_budget_goes_on_when_it_is_raised() {
+    let yard = Yard::new("raise");
+    let mut agent = yard.talker(0, &["--container-max-cost-usd", "0.05", "--hub-control"]);
+    assert_eq!(prompt(&mut agent), "answer");
+    wait_for("the CLI to turn it away", || prompt(&mut agent).contains("shares with others").then_some(()));
+    for (path, code) in [
+        ("/v1/budgets/turn?usd=1", "404"),
+        ("/v1/budgets/container?usd=-1", "400"),
+        ("/v1/budgets/tenant?usd=1", "400"),
+        ("/metrics", "405"),
+        ("/v1/budgets/container?usd=1", "200"),
+    ] {
+        assert_eq!(post(&yard, path), code, "{path}");
+    }
+    wait_for("the same session to go on", || (prompt(&mut agent) == "answer").then_some(()));
+    assert!(try_ask(yard.address().unwrap(), "POST /v1/budgets/container?usd=9").unwrap().0.contains("405"), "not over TCP");
+    drop(agent);
+    let _hub = yard.hub();
+    wait_for("the hub", || yard.hub_pid());
+    wait_for("a hub that was not asked to", || (post(&yard, "/v1/budgets/container?usd=2") == "403").then_some(()));
+}
+
+#[test]
+fn what_the_dead_had_reserved_is_free_again() {
+    let yard = Yard::new("reserved");
+    let flags = ["--tenant-max-cost-usd", "0.10"];
+    let mut first = yard.talker(0, &flags);
+    assert_eq!(prompt(&mut first), "answer");
+    // With one answer in hand and one reserved, there is none for another.
+    first.write(PROMPT).unwrap();
+    let reserved = || {
+        let book: serde_json::Value = serde_json::from_slice(&std::fs::read(yard.state().join("budgets.json")).ok()?).ok()?;
+        Some(book["runs"].as_object()?.values().any(|run| run["reserved"].as_u64() > Some(0)))
+    };
+    wait_for("the reservation", || reserved().filter(|reserved| *reserved));
+    let mut second = yard.talker(1, &flags);
+    first.signal(Signal::KILL);
+    wait_for("the dead to be missed", || reserved().filter(|reserved| !reserved));
+    wait_for("a turn that is let through", || (prompt(&mut second) == "answer").then_some(()));
+    let heard = wait_for("the end of the budget", || Some(prompt(&mut second)).filter(|heard| heard != "answer"));
+    assert!(heard == "stopped" || heard.contains("shares with others"), "{heard}");
+}

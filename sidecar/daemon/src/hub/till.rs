@@ -1,0 +1,134 @@
+//! Where a wrapper pays into the budgets that it shares: the book of [`agent_sidecar_core::budget`], a file under a lock.
+//!
+//! The lock is held for the time of one reading and one writing. Who dies with it gives it back; who is frozen with it holds up
+//! nobody: the others go on with what they knew.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use agent_sidecar_core::budget::{Book, Periods, Purse};
+use agent_sidecar_core::limit::{SHARED, Scope, Shared};
+use agent_sidecar_core::tokens::Usd;
+
+use super::journal::ENDING;
+use super::place::try_lock;
+
+/// How often others are looked at that may have died with something reserved.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long the lock is tried for, and how often: others hold it for a fraction of a millisecond.
+const TRIES: u32 = 250;
+const AGAIN: Duration = Duration::from_millis(2);
+
+/// Whose budgets.
+#[derive(Clone, Debug)]
+pub(crate) struct Payer {
+    pub(crate) tenant: Option<String>,
+    /// East of Greenwich, in seconds: where its days begin.
+    pub(crate) offset: i64,
+}
+
+/// See the module's head.
+pub(super) struct Till {
+    dir: PathBuf,
+    run: String,
+    payer: Payer,
+    purse: Purse,
+    looked: Option<Instant>,
+    /// Our line is in the book.
+    known: bool,
+}
+
+impl Till {
+    pub(super) fn new(dir: &Path, run: &str, payer: Payer) -> Till {
+        Till { dir: dir.to_owned(), run: run.to_owned(), payer, purse: Purse::default(), looked: None, known: false }
+    }
+
+    /// Writes what was spent and what is asked for; what is spoken for by then.
+    pub(super) fn settle(&mut self, unix: Duration, spent: Usd, asks: Option<Usd>) -> io::Result<[Option<Shared>; SHARED]> {
+        let periods = Periods::at(unix, self.payer.offset);
+        let _locked = lock(&self.dir)?;
+        let before = read(&self.dir);
+        let mut book = before.clone();
+        if self.known && !book.runs().any(|run| run == self.run) {
+            // Somebody took us for dead: what we had spent is kept already.
+            self.purse = Purse::since(spent);
+        }
+        self.purse.spent(spent, &periods);
+        if self.looked.is_none_or(|at| at.elapsed() > LOOK) {
+            self.looked = Some(Instant::now());
+            let gone: Vec<String> = book.runs().filter(|run| *run != self.run && self.gone(run)).map(str::to_owned).collect();
+            gone.iter().for_each(|run| book.close(run));
+        }
+        let shared = book.write(&self.run, self.payer.tenant.as_deref(), &self.purse, asks, &periods);
+        if book != before {
+            store(&self.dir, &book)?;
+        }
+        self.known = true;
+        Ok(shared)
+    }
+
+    /// The last of it: nothing is reserved any more.
+    pub(super) fn close(&mut self, unix: Duration, spent: Usd) -> io::Result<()> {
+        self.settle(unix, spent, None)?;
+        let _locked = lock(&self.dir)?;
+        let mut book = read(&self.dir);
+        book.close(&self.run);
+        store(&self.dir, &book)
+    }
+
+    /// Whether a wrapper is no more: its journal is taken in, or nobody holds it.
+    fn gone(&self, run: &str) -> bool {
+        match OpenOptions::new().write(true).open(self.dir.join(format!("{run}{ENDING}"))) {
+            Ok(file) => try_lock(&file).unwrap_or(false),
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
+    }
+}
+
+/// Makes a budget larger than whoever started the agents has said.
+pub(super) fn raise(dir: &Path, payer: &Payer, scope: Scope, usd: Usd, unix: Duration) -> io::Result<()> {
+    let _locked = lock(dir)?;
+    let mut book = read(dir);
+    book.raise(scope, payer.tenant.as_deref(), usd, &Periods::at(unix, payer.offset));
+    store(dir, &book)
+}
+
+fn path(dir: &Path) -> PathBuf {
+    dir.join("budgets.json")
+}
+
+fn lock(dir: &Path) -> io::Result<File> {
+    let path = dir.join("budgets.lock");
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    for _ in 0..TRIES {
+        if try_lock(&file)? {
+            return Ok(file);
+        }
+        std::thread::sleep(AGAIN);
+    }
+    Err(io::Error::new(io::ErrorKind::WouldBlock, "somebody does not let go of the budgets"))
+}
+
+fn read(dir: &Path) -> Book {
+    let path = path(dir);
+    let Ok(bytes) = fs::read(&path) else { return Book::default().checked() };
+    match serde_json::from_slice::<Book>(&bytes) {
+        Ok(book) => book.checked(),
+        Err(error) => {
+            tracing::error!(path = %path.display(), %error, "what was spent from shared budgets cannot be read: they start again");
+            // For people to look at.
+            fs::rename(&path, path.with_extension("broken")).ok();
+            Book::default().checked()
+        }
+    }
+}
+
+fn store(dir: &Path, book: &Book) -> io::Result<()> {
+    let new = path(dir).with_extension("tmp");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    file.write_all(&serde_json::to_vec(book)?)?;
+    fs::rename(&new, path(dir))
+}
