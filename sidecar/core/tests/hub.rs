@@ -1,4 +1,5 @@
 //! The registry against a model: wrappers that write, die and come late, hubs that die between any two of their steps.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed; helpers are tests, too")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

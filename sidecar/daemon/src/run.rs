@@ -20,7 +20,7 @@ use crate::config::Config;
 use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
 use crate::http::{self, Scrapes, Site};
-use crate::hub::{Payer, Place, Share, Teller, Turn};
+use crate::hub::{Payer, Place, Seat, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
@@ -67,6 +67,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let nonce = format!("{:016x}", supervise::random());
     let telemetry = Telemetry::plan(config, launch.asks_model, &nonce);
     let turn = turn(config);
+    // Who only asks for a version takes nobody's place.
+    let seat = if launch.asks_model { seat(config, &turn)? } else { None };
     let settings = Settings {
         nonce: nonce.clone(),
         start: launch.start,
@@ -195,6 +197,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         let handle = handle.clone();
         words.push(Box::new(move || last_reading(&sampler, &handle)));
     }
+    if let Some(seat) = seat {
+        last.push(Box::new(move |_| drop(seat)));
+    }
     if let Some((receiver, plan)) = receiver {
         match receiver.serve(handle.clone(), &plan) {
             Ok(served) => {
@@ -296,6 +301,24 @@ fn turn(config: &Config) -> Meet {
         Err(error) => {
             tracing::warn!(%error, "this agent is not served together with others, and shared budgets do not hold; name another --hub-state-dir, or --hub off");
             Meet::Nowhere
+        }
+    }
+}
+
+/// Waits until there is room for one more agent. Without a place where they meet, nobody can be counted, and nobody waits.
+fn seat(config: &Config, turn: &Meet) -> Result<Option<Seat>, Failure> {
+    let (Some((seats, patience, mode)), Meet::At(turn)) = (config.max_sessions(), turn) else { return Ok(None) };
+    let shadow = mode == LimitMode::Shadow;
+    match Seat::take(turn.place(), seats, if shadow { Duration::ZERO } else { patience }) {
+        Ok(Ok(seat)) => Ok(Some(seat)),
+        Ok(Err(full)) if shadow => {
+            tracing::warn!(%full, "this agent would have had to wait");
+            Ok(None)
+        }
+        Ok(Err(full)) => Err(Failure { exit_code: supervise::OWN_FAILURE, source: Box::new(full) }),
+        Err(error) => {
+            tracing::warn!(%error, "agents cannot be counted: this one is started");
+            Ok(None)
         }
     }
 }

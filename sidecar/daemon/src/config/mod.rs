@@ -80,6 +80,8 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("limits.tenant_max_cost_usd", "tenant-max-cost-usd", Kind::Money, "", "spend of all agents of the container that work for this tenant, in dollars"),
     setting("limits.tenant_day_max_cost_usd", "tenant-day-max-cost-usd", Kind::Money, "", "the same, of each day"),
     setting("limits.tenant_month_max_cost_usd", "tenant-month-max-cost-usd", Kind::Money, "", "the same, of each month"),
+    setting("limits.max_sessions", "max-sessions", Kind::Count, "", "agents of the container that may run at once; one more waits to be started"),
+    setting("limits.queue_timeout", "queue-timeout", Kind::Pause, "30s", "how long it waits; then it is not started, and the exit code is 125"),
     setting("limits.utc_offset", "utc-offset", Kind::Offset, "+00:00", "where days and months of budgets begin: hours and minutes east of Greenwich"),
     setting("limits.mode", "mode", Kind::Mode, "enforce", "what reaching a limit does: off, shadow (only says what it would do) or enforce; `limits.modes.<limit>` sets one"),
     setting("limits.exit_code", "limit-exit-code", Kind::Code, "", "exit with this code after a stop by a limit, instead of the CLI's own"),
@@ -394,6 +396,13 @@ impl Config {
             let what = format!("`{key}` is a budget that agents share, {what}");
             mistakes.push(Mistake { origin: effective.origin.clone(), what, remedy: remedy.to_owned() });
         }
+        if self.max_sessions().is_some() && self.meeting().is_none() {
+            mistakes.push(Mistake {
+                origin: self.values["limits.max_sessions"].origin.clone(),
+                what: String::from("`limits.max_sessions` is for agents that meet, and these do not"),
+                remedy: String::from("set `listen` to an address with a port, or name `hub.socket`"),
+            });
+        }
         if !self.linger().is_zero() && self.listen().is_none() {
             mistakes.push(Mistake {
                 origin: self.values["linger"].origin.clone(),
@@ -442,14 +451,17 @@ impl Config {
 
     // ---- what the rest of the program asks
 
-    /// Every ceiling that is set, with its mode.
-    pub(crate) fn rules(&self) -> Vec<Rule> {
-        let set = |key| match self.value(key) {
+    fn mode(&self, key: &str) -> Mode {
+        match self.value(key) {
             Some(Value::Mode(mode)) => *mode,
             _ => Mode::Enforce,
-        };
-        let common = set("limits.mode");
-        let loops = common.min(set("limits.loop_mode"));
+        }
+    }
+
+    /// Every ceiling that is set, with its mode.
+    pub(crate) fn rules(&self) -> Vec<Rule> {
+        let common = self.mode("limits.mode");
+        let loops = common.min(self.mode("limits.loop_mode"));
         RULES
             .iter()
             .filter_map(|&(name, limit, scope)| {
@@ -641,6 +653,13 @@ impl Config {
             .filter(|(_, key)| self.value(key).is_some())
             .map(|(label, key)| (label, self.text(key).to_owned()))
             .collect()
+    }
+
+    /// How many agents may run at once, how long one more waits, and what becomes of it.
+    pub(crate) fn max_sessions(&self) -> Option<(u64, Duration, Mode)> {
+        let mode = self.mode("limits.mode");
+        let seats = self.count("limits.max_sessions").filter(|_| mode != Mode::Off)?;
+        Some((seats, self.time("limits.queue_timeout").unwrap_or_default(), mode))
     }
 
     pub(crate) fn tenant(&self) -> Option<String> {

@@ -13,6 +13,7 @@
 mod desk;
 mod journal;
 mod place;
+mod seat;
 mod serve;
 mod share;
 mod shelf;
@@ -20,6 +21,7 @@ mod till;
 
 pub(crate) use desk::{Desk, Options};
 pub(crate) use place::{Meeting, Place};
+pub(crate) use seat::Seat;
 pub(crate) use serve::{Turn, alone};
 pub(crate) use share::{Share, Teller};
 pub(crate) use till::Payer;

@@ -487,3 +487,31 @@ fn what_the_dead_had_reserved_is_free_again() {
     let heard = wait_for("the end of the budget", || Some(prompt(&mut second)).filter(|heard| heard != "answer"));
     assert!(heard == "stopped" || heard.contains("shares with others"), "{heard}");
 }
+
+#[test]
+fn no_more_run_at_once_than_may_and_the_next_waits_its_time() {
+    let yard = Yard::new("seats");
+    let flags = ["--max-sessions", "2", "--queue-timeout", "60s", "--platform-grace", "90s"];
+    let mut running: Vec<Running> = (0..2).map(|id| yard.start(id, 1, "0", &flags)).collect();
+    for wrapper in &mut running {
+        wrapper.line();
+    }
+    // One too many for those who cannot wait; for whoever only wants to know, there is room.
+    let claude = ["--", "sh", "-c", CLI, "sh", "x", "0", "0"];
+    let run = |flags: &[&str], args: &[&str]| {
+        let mut command = yard.command("run");
+        command.args(["--max-sessions", "2"]).args(flags).args(claude).args(args).stdin(Stdio::null());
+        let out = command.output().unwrap();
+        (out.status.code(), String::from_utf8(out.stderr).unwrap())
+    };
+    let (code, said) = run(&["--queue-timeout", "0"], &ONE_SHOT);
+    assert!(code == Some(125) && said.contains("as many agents as may run at once (2)"), "{code:?} {said}");
+    let (code, said) = run(&["--mode", "shadow"], &ONE_SHOT);
+    assert!(code == Some(1) && said.contains("would have had to wait"), "{code:?} {said}");
+    // The third waits, until one of the two is killed.
+    let mut third = yard.start(2, 1, "0", &flags);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!yard.ledger(2).exists() || std::fs::metadata(yard.ledger(2)).unwrap().len() == 0, "it has not begun");
+    running[0].signal(Signal::KILL);
+    assert!(third.line().contains("init"), "it has begun");
+}
