@@ -30,6 +30,6 @@ def test_a_port_that_is_taken_costs_the_metrics_and_nothing_else():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        done = subprocess.run([harness.binary(), "run", "--listen", address, "--", "sh", "-c", "exit 4"], capture_output=True, timeout=20)
+        done = subprocess.run([harness.binary(), "run", "--hub", "off", "--listen", address, "--", "sh", "-c", "exit 4"], capture_output=True, timeout=20)
     assert done.returncode == 4
     assert address.encode() in done.stderr and b"--listen" in done.stderr

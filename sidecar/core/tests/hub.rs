@@ -161,7 +161,7 @@ proptest! {
                 Step::Start(tenant) => {
                     let run = format!("run{n:04}");
                     let labels = vec![(String::from("tenant"), format!("t{}", tenant % 3))];
-                    let hello_of = Hello { hub: VERSION, run: run.clone(), pid: 1, started: 0.0, labels };
+                    let hello_of = Hello { hub: VERSION, run: run.clone(), pid: 1, started: 0.0, world: String::new(), labels };
                     let wrapper = Wrapper { hello: hello_of, meters: Meters::default(), since: 0, alive: true };
                     disk.journals.insert(run.clone(), hello(&wrapper));
                     told.insert(run, (0, 0, 0));
@@ -236,7 +236,7 @@ fn written(meters: &mut Meters) -> Line {
 
 fn join(registry: &mut Registry, run: &str, tenant: &str, meters: &mut Meters) {
     let labels = vec![(String::from("tenant"), tenant.to_owned())];
-    assert!(registry.join(Hello { hub: VERSION, run: run.to_owned(), pid: 1, started: 0.0, labels }));
+    assert!(registry.join(Hello { hub: VERSION, run: run.to_owned(), pid: 1, started: 0.0, world: String::new(), labels }));
     registry.update(run, written(meters));
 }
 
@@ -358,7 +358,8 @@ fn what_is_no_number_of_the_catalogue_is_refused_and_counted() {
     let (groups, house) = registry.expose(0.0);
     assert_eq!(house.get(&metric::HUB_REFUSED, &["shape"]), Some(&Cell::Count(5)));
     assert_eq!(groups.last().unwrap().1.get(&TURNS, &["success"]), Some(&Cell::Count(0)));
-    let other = Hello { hub: VERSION + 1, run: String::from("b"), pid: 1, started: 0.0, labels: Vec::new() };
+    let other =
+        Hello { hub: VERSION + 1, run: String::from("b"), pid: 1, started: 0.0, world: String::new(), labels: Vec::new() };
     assert!(!registry.join(other));
     assert_eq!(registry.runs().count(), 1);
     // A total does not fall.

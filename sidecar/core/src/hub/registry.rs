@@ -72,6 +72,9 @@ pub struct Health {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Stored {
     pub hub: u32,
+    /// See [`Hello::world`].
+    #[serde(default)]
+    pub world: String,
     /// Counted below, though their journals may still be there.
     folded: BTreeSet<String>,
     groups: Vec<StoredGroup>,
@@ -129,6 +132,7 @@ impl Registry {
         let group = |group: &Group| StoredGroup { labels: group.labels.clone(), series: lasting(&group.retired) };
         Stored {
             hub: VERSION,
+            world: String::new(),
             folded: self.folded.clone(),
             groups: self.groups.iter().filter(|group| group.used).map(group).collect(),
             house: lasting(&self.house),
@@ -220,12 +224,6 @@ impl Registry {
         self.totals.add(&live.last.totals);
         self.house.add(&HUB_RETIRED, &[], 1);
         self.folded.insert(run.to_owned());
-    }
-
-    /// The wrapper's journal is gone, and nobody knows where to. What it had said still holds.
-    pub fn lose(&mut self, run: &str) {
-        self.retire(run);
-        self.forget(run);
     }
 
     /// For the sidecars' own numbers that the hub itself counts.

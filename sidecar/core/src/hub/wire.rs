@@ -20,6 +20,9 @@ pub struct Hello {
     pub pid: u32,
     /// When it started, in seconds since the Unix epoch.
     pub started: f64,
+    /// The container that it runs in, for whoever finds the journal later in another; empty where that makes no difference.
+    #[serde(default)]
+    pub world: String,
     /// For whom it works: `tenant`, `team`, `cost_center`.
     #[serde(default)]
     pub labels: Vec<(String, String)>,

@@ -48,7 +48,7 @@ impl Desk {
     pub(super) fn open(place: &Place, options: &Options, own: Option<Share>) -> Desk {
         let labels: Vec<(String, String)> =
             options.labels.iter().map(|(label, value)| ((*label).to_owned(), value.clone())).collect();
-        let shelf = Shelf::open(&place.dir, options.slots, options.max_series, &labels);
+        let shelf = Shelf::open(place, options.slots, options.max_series, &labels);
         let Options { lease, control, offset, .. } = *options;
         Desk { shelf: Mutex::new(shelf), own, place: place.clone(), lease, control, offset }
     }

@@ -24,6 +24,8 @@ pub(crate) struct Place {
     pub(crate) socket: PathBuf,
     /// Journals, the lock and the totals; ours alone.
     pub(crate) dir: PathBuf,
+    /// Which container this is, where nobody has said where the state is to be kept: what another has left there is not ours.
+    pub(crate) world: String,
 }
 
 impl Place {
@@ -48,7 +50,9 @@ impl Place {
             None => socket.with_extension("state"),
         };
         private(&dir)?;
-        Ok(Place { socket, dir })
+        let named = meeting.socket.is_some() || meeting.state_dir.is_some();
+        let world = if named { String::new() } else { world() };
+        Ok(Place { socket, dir, world })
     }
 
     /// Where it stands when somebody has last read everything.
@@ -95,6 +99,13 @@ pub(super) fn try_lock(file: &File) -> io::Result<bool> {
         Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => Ok(false),
         Err(error) => Err(error.into()),
     }
+}
+
+/// A port is one of a network namespace, and a container that starts again has a new one. Nothing where that cannot be told.
+fn world() -> String {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let network = fs::read_link("/proc/self/ns/net").unwrap_or_default();
+    format!("{} {}", boot.trim(), network.display())
 }
 
 fn usual_dir() -> io::Result<PathBuf> {

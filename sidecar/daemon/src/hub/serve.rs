@@ -11,6 +11,7 @@ use super::Place;
 use super::desk::{Desk, Options};
 use super::share::Share;
 use crate::http::{self, Bound};
+use crate::supervise::{HUP, INT, TERM};
 
 /// How often the journals of those that ended are taken in when nobody asks for anything.
 const TIDY: Duration = Duration::from_secs(1);
@@ -108,6 +109,13 @@ impl Turn {
 
 /// `agent-sidecar hub`: serves without an agent of its own, until a signal ends it.
 pub(crate) fn alone(place: Place, address: Option<SocketAddr>, options: &Options) -> std::io::Result<()> {
+    // All that has to be kept is kept: what is left is to go, also as PID 1, which nothing ends by default.
+    let mut signals = signal_hook::iterator::Signals::new([INT, TERM, HUP])?;
+    std::thread::Builder::new().name(String::from("signals")).stack_size(128 * 1024).spawn(move || {
+        if signals.forever().next().is_some() {
+            std::process::exit(0);
+        }
+    })?;
     Turn::take(place, address)?.serve(options, None)
 }
 

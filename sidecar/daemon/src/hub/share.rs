@@ -81,6 +81,7 @@ impl Share {
             run: run.clone(),
             pid: std::process::id(),
             started: shelf::unix(),
+            world: place.world.clone(),
             labels: labels.into_iter().map(|(label, value)| (label.to_owned(), value)).collect(),
         };
         let written = Written { journal: Journal::new(&place.dir, hello), last: Line::default(), at: None, failed: false };

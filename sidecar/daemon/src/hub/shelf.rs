@@ -10,12 +10,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use agent_sidecar_core::hub::{Hello, Line, Registry, Stored};
 use agent_sidecar_core::metric::HUB_REFUSED;
 
+use super::Place;
 use super::journal::{ENDING, UNFINISHED};
 use super::place::try_lock;
 
@@ -43,6 +44,8 @@ enum Who {
     Known,
     /// In the totals already.
     Folded,
+    /// Of a container that was here before, or of one that shares our files and nothing else.
+    Past,
     /// Of another version, or of none. Left alone: it may be somebody's who comes back.
     Foreign,
 }
@@ -50,6 +53,7 @@ enum Who {
 /// See the module's head.
 pub(super) struct Shelf {
     dir: PathBuf,
+    world: String,
     pub(super) registry: Registry,
     tails: BTreeMap<String, Tail>,
     /// Totals that are not on disk yet.
@@ -59,8 +63,8 @@ pub(super) struct Shelf {
 
 impl Shelf {
     /// With what earlier hubs have kept.
-    pub(super) fn open(dir: &Path, slots: usize, max_series: usize, labels: &[(String, String)]) -> Shelf {
-        let path = dir.join(TOTALS);
+    pub(super) fn open(place: &Place, slots: usize, max_series: usize, labels: &[(String, String)]) -> Shelf {
+        let path = place.dir.join(TOTALS);
         let stored = match fs::read(&path) {
             Ok(bytes) => serde_json::from_slice::<Stored>(&bytes).unwrap_or_else(|error| {
                 tracing::error!(path = %path.display(), %error, "the totals of ended agents cannot be read: counters start again");
@@ -70,8 +74,11 @@ impl Shelf {
             }),
             Err(_) => Stored::default(),
         };
+        // Those of a container that was here before start again with this one, as every counter does.
+        let stored = if stored.world == place.world { stored } else { Stored::default() };
         Shelf {
-            dir: dir.to_owned(),
+            dir: place.dir.clone(),
+            world: place.world.clone(),
             registry: Registry::new(slots, max_series, labels, &stored),
             tails: BTreeMap::new(),
             unstored: false,
@@ -97,8 +104,9 @@ impl Shelf {
             }
         }
         let lost: Vec<String> = self.registry.runs().filter(|run| !runs.contains(*run)).map(str::to_owned).collect();
+        // Somebody removed its journal. What it had said holds, and what it says elsewhere is not counted again.
         for run in lost {
-            self.registry.lose(&run);
+            self.registry.retire(&run);
             self.tails.remove(&run);
             self.unstored = true;
         }
@@ -155,7 +163,7 @@ impl Shelf {
             return Ok(None);
         }
         let tail = self.tails.entry(run.to_owned()).or_default();
-        if tail.inode != found.ino() || found.len() < tail.at {
+        if tail.inode != found.ino() || found.len() < tail.at && tail.at != u64::MAX {
             *tail = Tail { inode: found.ino(), ..Tail::default() };
         }
         if found.len() > tail.at {
@@ -165,9 +173,14 @@ impl Shelf {
             // A wrapper in the middle of a line has not said it yet.
             let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
             for line in bytes[..whole].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-                take(&mut self.registry, run, tail, line);
+                take(&mut self.registry, &self.world, run, tail, line);
             }
             tail.at += whole as u64;
+            if whole == 0 && bytes.len() as u64 == READ {
+                // No wrapper says that much at once.
+                tail.who = Who::Foreign;
+                tail.at = u64::MAX;
+            }
         }
         Ok(Some(file).filter(|_| gone && tail.who != Who::Foreign))
     }
@@ -176,7 +189,9 @@ impl Shelf {
         let path = self.dir.join(TOTALS);
         let new = path.with_extension("json.tmp");
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec(&self.registry.stored())?)?;
+        let mut stored = self.registry.stored();
+        stored.world.clone_from(&self.world);
+        file.write_all(&serde_json::to_vec(&stored)?)?;
         fs::rename(&new, &path)
     }
 
@@ -187,22 +202,148 @@ impl Shelf {
     }
 }
 
-fn take(registry: &mut Registry, run: &str, tail: &mut Tail, line: &[u8]) {
+fn take(registry: &mut Registry, world: &str, run: &str, tail: &mut Tail, line: &[u8]) {
     match tail.who {
         Who::Unread if registry.is_folded(run) => tail.who = Who::Folded,
         Who::Unread => {
             let hello = serde_json::from_slice::<Hello>(line).ok().filter(|hello| hello.run == run);
-            tail.who = if hello.is_some_and(|hello| registry.join(hello)) { Who::Known } else { Who::Foreign };
+            tail.who = match hello {
+                Some(hello) if hello.world != world => Who::Past,
+                Some(hello) if registry.join(hello.clone()) => Who::Known,
+                _ => Who::Foreign,
+            };
         }
         Who::Known => match serde_json::from_slice::<Line>(line) {
             Ok(line) => registry.update(run, line),
             Err(_) => registry.house_mut().add(&HUB_REFUSED, &["shape"], 1),
         },
-        Who::Folded | Who::Foreign => {}
+        Who::Folded | Who::Past | Who::Foreign => {}
     }
 }
 
 /// The time as journals have it.
 pub(super) fn unix() -> f64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use agent_sidecar_core::hub::VERSION;
+    use agent_sidecar_core::metric::{Cell, Meters, TURNS};
+
+    use super::super::journal::Journal;
+    use super::*;
+
+    fn place(name: &str, world: &str) -> Place {
+        let dir = std::env::temp_dir().join(format!("agent-sidecar-shelf-{name}-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        Place { socket: dir.join("hub.sock"), dir, world: world.to_owned() }
+    }
+
+    fn journal(place: &Place, run: &str) -> Journal {
+        let hello =
+            Hello { hub: VERSION, run: run.to_owned(), pid: 1, started: 0.0, world: place.world.clone(), labels: Vec::new() };
+        Journal::new(&place.dir, hello)
+    }
+
+    /// Says that there were so many turns more.
+    fn turns(journal: &mut Journal, meters: &mut Meters, n: u64) {
+        meters.add(&TURNS, &["success"], n);
+        let mut line = Line::default();
+        let mark = agent_sidecar_core::hub::changes(meters, journal.since(), &mut line);
+        journal.write(&line, mark).unwrap();
+    }
+
+    fn shelf(place: &Place) -> Shelf {
+        let mut shelf = Shelf::open(place, 8, 1_500, &[]);
+        shelf.scan();
+        shelf
+    }
+
+    fn counted(shelf: &Shelf) -> u64 {
+        match shelf.registry.expose(0.0).0[0].1.get(&TURNS, &["success"]) {
+            Some(Cell::Count(n)) => *n,
+            _ => 0,
+        }
+    }
+
+    #[test]
+    fn a_journal_is_read_as_it_grows_and_taken_in_when_it_is_let_go() {
+        let place = place("grows", "");
+        let (mut journal, mut meters) = (journal(&place, "a"), Meters::default());
+        turns(&mut journal, &mut meters, 1);
+        let mut hub = shelf(&place);
+        assert_eq!(counted(&hub), 1);
+        // Long enough to be begun anew several times.
+        for _ in 0..2_000 {
+            meters.observe(&agent_sidecar_core::metric::TURN_COST, &[], 1.0);
+            turns(&mut journal, &mut meters, 1);
+        }
+        hub.scan();
+        assert_eq!(counted(&hub), 2_001);
+        assert!(fs::metadata(hub.path("a")).unwrap().len() < 300 * 1024);
+        assert_eq!(counted(&shelf(&place)), 2_001, "whoever comes later reads the same");
+        let kept = fs::read(hub.path("a")).unwrap();
+        journal.end();
+        hub.scan();
+        assert!(!hub.path("a").exists());
+        assert_eq!(counted(&hub), 2_001);
+        // Killed before it was removed.
+        fs::write(hub.path("a"), kept).unwrap();
+        let hub = shelf(&place);
+        assert_eq!(counted(&hub), 2_001);
+        assert!(!hub.path("a").exists(), "what is in the totals is cleared away");
+        fs::remove_dir_all(&place.dir).unwrap();
+    }
+
+    #[test]
+    fn what_an_earlier_container_has_left_is_not_ours() {
+        let before = place("world", "before");
+        for run in ["a", "b"] {
+            let (mut journal, mut meters) = (journal(&before, run), Meters::default());
+            turns(&mut journal, &mut meters, 3);
+            journal.end();
+            if run == "a" {
+                assert_eq!(counted(&shelf(&before)), 3);
+            }
+        }
+        let now = place("world", "now");
+        let hub = shelf(&now);
+        assert_eq!(counted(&hub), 0);
+        assert!(!hub.path("b").exists(), "nobody will ask for it");
+        fs::remove_dir_all(&now.dir).unwrap();
+    }
+
+    #[test]
+    fn a_journal_that_was_removed_is_counted_once() {
+        let place = place("removed", "");
+        let (mut journal, mut meters) = (journal(&place, "a"), Meters::default());
+        turns(&mut journal, &mut meters, 5);
+        let mut hub = shelf(&place);
+        let whole = fs::read(hub.path("a")).unwrap();
+        fs::remove_file(hub.path("a")).unwrap();
+        hub.scan();
+        assert_eq!(counted(&hub), 5);
+        fs::write(hub.path("a"), whole).unwrap();
+        hub.scan();
+        assert_eq!(counted(&hub), 5);
+        assert_eq!(counted(&shelf(&place)), 5);
+        fs::remove_dir_all(&place.dir).unwrap();
+    }
+
+    #[test]
+    fn junk_is_counted_and_harms_nobody() {
+        let place = place("junk", "");
+        let (mut good, mut meters) = (journal(&place, "good"), Meters::default());
+        turns(&mut good, &mut meters, 2);
+        fs::write(place.dir.join("bad.jsonl"), b"\xff\xfe no json\n{}\n").unwrap();
+        fs::write(place.dir.join("empty.jsonl"), b"").unwrap();
+        let other = format!("{{\"hub\":{VERSION},\"run\":\"good\",\"pid\":1,\"started\":0}}\n");
+        fs::write(place.dir.join("thief.jsonl"), other).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", place.dir.join("link.jsonl")).unwrap();
+        fs::write(place.dir.join(TOTALS), b"{torn").unwrap();
+        assert_eq!(counted(&shelf(&place)), 2);
+        assert!(place.dir.join("totals.broken").exists());
+        fs::remove_dir_all(&place.dir).unwrap();
+    }
 }
