@@ -11,7 +11,7 @@ use super::Place;
 use super::desk::{Desk, Options};
 use super::share::Share;
 use crate::http::{self, Bound};
-use crate::supervise::{HUP, INT, TERM};
+use crate::supervise::{HUP, INT, NICE, TERM};
 
 /// How often the journals of those that ended are taken in when nobody asks for anything.
 const TIDY: Duration = Duration::from_secs(1);
@@ -58,6 +58,8 @@ impl Turn {
     /// Serves as soon as it is our turn, on a thread of its own, until the process ends.
     pub(crate) fn attend(self, options: Options, own: Share) -> std::io::Result<()> {
         std::thread::Builder::new().name(String::from("hub")).stack_size(512 * 1024).spawn(move || {
+            // The start of the agent goes first: refused nowhere, and without it all is as right.
+            rustix::process::nice(NICE).ok();
             if let Err(error) = self.serve(&options, Some(own)) {
                 tracing::error!(%error, "this wrapper cannot serve the others; the agent goes on");
             }

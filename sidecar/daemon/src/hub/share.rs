@@ -16,7 +16,7 @@ use super::shelf;
 use super::till::{Payer, Till};
 use crate::export::otlp;
 use crate::http::{relayed, visit_blocking};
-use crate::supervise::Handle;
+use crate::supervise::{Handle, NICE};
 
 /// Two lines are at least this far apart. An answer is in the journal twice as soon as a kill could follow it that somebody meant.
 const GAP: Duration = Duration::from_millis(25);
@@ -219,6 +219,8 @@ impl Share {
     }
 
     fn tell(&self) {
+        // Refused nowhere, and without it all is as right.
+        rustix::process::nice(NICE).ok();
         loop {
             let poked = lock(&self.inner.poked);
             let (mut poked, _) =

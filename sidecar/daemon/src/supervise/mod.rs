@@ -38,7 +38,7 @@ use rustix::event::{EventfdFlags, Timespec};
 pub(crate) use child::refused;
 pub(crate) use signals::{HUP, INT, TERM};
 pub(crate) use tree::{below, state};
-pub(crate) use watch::{Sink, Watch};
+pub(crate) use watch::{NICE, Sink, Watch};
 
 use backlog::Bounds;
 use tap::{Tap, Urgent};

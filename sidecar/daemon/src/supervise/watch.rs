@@ -17,7 +17,7 @@ use super::{Clock, Counts, Letter, Mail};
 const TICK: Duration = Duration::from_millis(1);
 
 /// Who counts does not get in the way of who works: in a flood, or on a busy machine, the relay and the agent go first.
-const NICE: i32 = 5;
+pub(crate) const NICE: i32 = 5;
 
 /// What the thread asks: [`Monitor`], or something worse in a test.
 pub(crate) trait Watch: Send + 'static {
