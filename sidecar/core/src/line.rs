@@ -187,25 +187,21 @@ impl Shortener {
                     out.push(byte);
                     self.at = if left > 1 { At::Unicode(kept + 1, left - 1) } else { At::String(kept + 1) };
                 }
-                At::Dropped(dropped) => match memchr2(b'"', b'\\', bytes) {
-                    Some(end) if bytes[end] == b'"' => {
-                        used = end + 1;
-                        self.dropped.put(&bytes[..end]);
-                        // Two calls whose inputs only begin alike are not taken for the same one.
-                        out.extend_from_slice(format!("…+{} {:016x}\"", dropped + end, self.dropped.finish()).as_bytes());
-                        self.at = At::Outside;
-                    }
-                    Some(end) => {
-                        used = end + 1;
-                        self.dropped.put(&bytes[..used]);
-                        self.at = At::DroppedEscape(dropped + used);
-                    }
-                    None => {
-                        used = bytes.len();
-                        self.dropped.put(bytes);
-                        self.at = At::Dropped(dropped + used);
-                    }
-                },
+                At::Dropped(dropped) => {
+                    let (end, next) = rest_of_string(bytes);
+                    // In one piece: there is much of it.
+                    self.dropped.put(&bytes[..end]);
+                    (used, self.at) = match next {
+                        At::Outside => {
+                            // Two calls whose inputs only begin alike are not taken for the same one.
+                            let hash = self.dropped.finish();
+                            out.extend_from_slice(format!("…+{} {hash:016x}\"", dropped + end).as_bytes());
+                            (end + 1, At::Outside)
+                        }
+                        At::DroppedEscape(_) => (end, At::DroppedEscape(dropped + end)),
+                        _ => (end, At::Dropped(dropped + end)),
+                    };
+                }
                 At::DroppedEscape(dropped) => {
                     self.dropped.put(&bytes[..1]);
                     self.at = At::Dropped(dropped + 1);
@@ -250,6 +246,22 @@ impl Shortener {
             self.lost = true;
         }
     }
+}
+
+/// How much of the bytes is in the string that they begin in, and where that leaves us.
+fn rest_of_string(bytes: &[u8]) -> (usize, At) {
+    let mut at = 0;
+    while let Some(found) = memchr2(b'"', b'\\', &bytes[at..]) {
+        at += found;
+        if bytes[at] == b'"' {
+            return (at, At::Outside);
+        }
+        if at + 1 == bytes.len() {
+            return (bytes.len(), At::DroppedEscape(0));
+        }
+        at += 2;
+    }
+    (bytes.len(), At::Dropped(0))
 }
 
 /// Whether the text so far ends in an escaped high surrogate, whose other half is still to come.
