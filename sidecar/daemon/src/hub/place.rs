@@ -26,6 +26,8 @@ pub(crate) struct Place {
     pub(crate) dir: PathBuf,
     /// Which container this is, where nobody has said where the state is to be kept: what another has left there is not ours.
     pub(crate) world: String,
+    /// What ended agents have counted stays, also when nobody runs any more.
+    pub(crate) keep: bool,
 }
 
 impl Place {
@@ -52,12 +54,17 @@ impl Place {
         private(&dir)?;
         let named = meeting.socket.is_some() || meeting.state_dir.is_some();
         let world = if named { String::new() } else { world() };
-        Ok(Place { socket, dir, world })
+        Ok(Place { socket, dir, world, keep: meeting.state_dir.is_some() })
     }
 
     /// Where it stands when somebody has last read everything.
     pub(super) fn scraped(&self) -> PathBuf {
         self.dir.join("scraped")
+    }
+
+    /// There when a hub without an agent serves here, or will again: with what it counts, counters go on.
+    pub(super) fn kept(&self) -> PathBuf {
+        self.dir.join("kept")
     }
 
     /// There while this wrapper's agent waits for a shared budget.

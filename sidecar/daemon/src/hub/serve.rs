@@ -7,9 +7,9 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Place;
 use super::desk::{Desk, Options};
 use super::share::Share;
+use super::{Place, shelf};
 use crate::http::{self, Bound};
 use crate::supervise::{HUP, INT, NICE, TERM};
 
@@ -30,7 +30,11 @@ pub(crate) struct Turn {
 impl Turn {
     /// Takes the lock if it is free, and then binds the address. What cannot be bound is said, and tried again later.
     pub(crate) fn take(place: Place, address: Option<SocketAddr>) -> std::io::Result<Turn> {
-        let now = place.lock()?.map(|lock| {
+        let lock = place.lock()?;
+        if lock.is_some() && !place.keep {
+            shelf::begin_anew(&place)?;
+        }
+        let now = lock.map(|lock| {
             let bound = address.and_then(|address| match bind(&place, address) {
                 Ok(bound) => Some(bound),
                 Err(error) => {
@@ -110,7 +114,7 @@ impl Turn {
 }
 
 /// `agent-sidecar hub`: serves without an agent of its own, until a signal ends it.
-pub(crate) fn alone(place: Place, address: Option<SocketAddr>, options: &Options) -> std::io::Result<()> {
+pub(crate) fn alone(mut place: Place, address: Option<SocketAddr>, options: &Options) -> std::io::Result<()> {
     // All that has to be kept is kept: what is left is to go, also as PID 1, which nothing ends by default.
     let mut signals = signal_hook::iterator::Signals::new([INT, TERM, HUP])?;
     std::thread::Builder::new().name(String::from("signals")).stack_size(128 * 1024).spawn(move || {
@@ -118,6 +122,8 @@ pub(crate) fn alone(place: Place, address: Option<SocketAddr>, options: &Options
             std::process::exit(0);
         }
     })?;
+    place.keep = true;
+    fs::write(place.kept(), &place.world)?;
     Turn::take(place, address)?.serve(options, None)
 }
 

@@ -50,6 +50,33 @@ enum Who {
     Foreign,
 }
 
+/// Nobody runs, and nobody wants to keep what those counted who did: counters start again, as those of a wrapper alone do.
+pub(super) fn begin_anew(place: &Place) -> io::Result<()> {
+    if fs::read_to_string(place.kept()).is_ok_and(|world| world == place.world) {
+        return Ok(());
+    }
+    let mut dead: Vec<(PathBuf, File)> = Vec::new();
+    for entry in fs::read_dir(&place.dir)? {
+        let path = entry?.path();
+        if !path.to_str().is_some_and(|path| path.ends_with(ENDING)) {
+            continue;
+        }
+        match OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed()).open(&path) {
+            Ok(file) if try_lock(&file)? => dead.push((path, file)),
+            // Its wrapper lives: all goes on.
+            Ok(_) => return Ok(()),
+            Err(_) => {}
+        }
+    }
+    for (path, _locked) in dead {
+        fs::remove_file(path)?;
+    }
+    match fs::remove_file(place.dir.join(TOTALS)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// See the module's head.
 pub(super) struct Shelf {
     dir: PathBuf,
@@ -237,7 +264,7 @@ mod tests {
     fn place(name: &str, world: &str) -> Place {
         let dir = std::env::temp_dir().join(format!("agent-sidecar-shelf-{name}-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
-        Place { socket: dir.join("hub.sock"), dir, world: world.to_owned() }
+        Place { socket: dir.join("hub.sock"), dir, world: world.to_owned(), keep: true }
     }
 
     fn journal(place: &Place, run: &str) -> Journal {
@@ -312,6 +339,32 @@ mod tests {
         assert_eq!(counted(&hub), 0);
         assert!(!hub.path("b").exists(), "nobody will ask for it");
         fs::remove_dir_all(&now.dir).unwrap();
+    }
+
+    #[test]
+    fn counters_start_again_when_nobody_runs_unless_a_hub_keeps_them() {
+        let place = place("anew", "here");
+        let ended = |run: &str| {
+            let (mut journal, mut meters) = (journal(&place, run), Meters::default());
+            turns(&mut journal, &mut meters, 3);
+            journal.end();
+        };
+        ended("a");
+        assert_eq!(counted(&shelf(&place)), 3);
+        ended("b");
+        let (mut lives, mut meters) = (journal(&place, "c"), Meters::default());
+        turns(&mut lives, &mut meters, 1);
+        begin_anew(&place).unwrap();
+        assert_eq!(counted(&shelf(&place)), 7, "one still runs");
+        lives.end();
+        fs::write(place.kept(), "here").unwrap();
+        begin_anew(&place).unwrap();
+        assert_eq!(counted(&shelf(&place)), 7, "a hub keeps them");
+        fs::write(place.kept(), "elsewhere").unwrap();
+        ended("d");
+        begin_anew(&place).unwrap();
+        assert_eq!(counted(&shelf(&place)), 0);
+        fs::remove_dir_all(&place.dir).unwrap();
     }
 
     #[test]
