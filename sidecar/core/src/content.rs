@@ -5,6 +5,8 @@
 
 use serde_json::Value;
 
+use crate::line;
+
 /// Behind what is left of a secret.
 const SCRUBBED: &str = "[scrubbed]";
 /// Characters of one text, unless somebody says otherwise.
@@ -149,9 +151,7 @@ fn scrubbed(text: &str, secrets: &[String]) -> String {
         }
     }
     // A long text was shortened on its way here, perhaps within a secret.
-    if let Some((kept, dropped)) = text.rsplit_once("…+")
-        && dropped.bytes().all(|byte| byte.is_ascii_digit())
-    {
+    if let Some((kept, dropped)) = line::shortened(&text) {
         let whole = kept.trim_end_matches(|c: char| !c.is_whitespace());
         text = format!("{whole}…+{dropped}");
     }
@@ -325,7 +325,8 @@ mod tests {
                 "-----BEGIN CERTIFICATE-----\nMIIE\n-----END CERTIFICATE-----",
                 "-----BEGIN CERTIFICATE-----\nMIIE\n-----END CERTIFICATE-----",
             ),
-            ("head sk-ant-…+900", "head …+900"),
+            ("head sk-ant-…+900 0123456789abcdef", "head …+900"),
+            ("whole …+900", "whole …+900"),
             (
                 "max_tokens: 4096, the secret of my success, ask for a sk-ant key",
                 "max_tokens: 4096, the secret of my success, ask for a sk-ant key",
@@ -333,6 +334,29 @@ mod tests {
             ("äöü =: 'ß' {\n\t\"a\": [1, 2]}\r\n", "äöü =: 'ß' {\n\t\"a\": [1, 2]}\r\n"),
         ] {
             assert_eq!(scrubbed(said, &known), told, "{said}");
+        }
+    }
+
+    #[test]
+    fn half_a_secret_is_not_left_where_a_line_was_shortened() {
+        let secret = "0123456789abcdefghijABCDEFGHIJklmnopqrst";
+        let padding = "word ".repeat(20_000);
+        // Wherever the cut falls.
+        for before in 400..520 {
+            let text = format!("{}key {secret} {padding}", &padding[..before]);
+            let said = serde_json::json!({"type": "assistant", "message": {"content": [{"type": "text", "text": text}]}});
+            let mut told = Vec::new();
+            line::Splitter::default().push(format!("{said}\n").as_bytes(), &mut |line| {
+                let line::Line::Whole(line) = line else { panic!("{line:?}") };
+                assert!(line.len() < 2_000, "it was shortened");
+                told.extend(Gates { answers: true, secrets: vec![secret.to_owned()], ..Gates::default() }.of_cli(line));
+            });
+            let [Piece::Answer { text, .. }] = &told[..] else { panic!("{told:?}") };
+            assert!(!text.contains(&secret[..4]), "{before}: {text}");
+            assert!(
+                text.contains("…+") && text.ends_with(|c: char| c.is_ascii_digit()),
+                "the rest is counted, and not told: {text}"
+            );
         }
     }
 

@@ -248,6 +248,15 @@ impl Shortener {
     }
 }
 
+/// What is left of a string that was shortened, and how many bytes are not; nothing of one that is whole.
+pub(crate) fn shortened(text: &str) -> Option<(&str, &str)> {
+    let (kept, rest) = text.rsplit_once("…+")?;
+    let (bytes, hash) = rest.split_once(' ')?;
+    let ours =
+        bytes.bytes().all(|byte| byte.is_ascii_digit()) && hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
+    ours.then_some((kept, bytes))
+}
+
 /// How much of the bytes is in the string that they begin in, and where that leaves us.
 fn rest_of_string(bytes: &[u8]) -> (usize, At) {
     let mut at = 0;
