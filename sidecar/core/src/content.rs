@@ -130,10 +130,22 @@ pub(crate) fn cut(text: String, max: usize) -> String {
 fn scrubbed_json(value: &Value, secrets: &[String]) -> Value {
     match value {
         Value::String(text) => Value::String(scrubbed(text, secrets)),
-        Value::Array(values) => values.iter().map(|value| scrubbed_json(value, secrets)).collect(),
+        Value::Array(values) => {
+            let flags = std::iter::once(None).chain(values.iter().map(Value::as_str));
+            let scrub = |(before, value): (Option<&str>, &Value)| match value {
+                // A command line, word by word.
+                Value::String(_) if before.is_some_and(|flag| flag.starts_with("--") && names_a_secret(flag)) => {
+                    Value::String(SCRUBBED.to_owned())
+                }
+                value => scrubbed_json(value, secrets),
+            };
+            flags.zip(values).map(scrub).collect()
+        }
         Value::Object(fields) => {
             let scrub = |(key, value): (&String, &Value)| match value {
-                Value::String(_) if names_a_secret(key) => (key.clone(), Value::String(SCRUBBED.to_owned())),
+                Value::String(_) | Value::Array(_) | Value::Object(_) if names_a_secret(key) => {
+                    (key.clone(), Value::String(SCRUBBED.to_owned()))
+                }
                 value => (scrubbed(key, secrets), scrubbed_json(value, secrets)),
             };
             Value::Object(fields.iter().map(scrub).collect())
@@ -246,7 +258,9 @@ fn names_a_secret(name: &str) -> bool {
     ];
     let name = name.to_ascii_lowercase().replace('-', "_");
     // Numbers of tokens are no secret: `max_tokens`, `input_tokens`.
-    SECRET.iter().any(|secret| name.contains(secret)) && !name.ends_with("tokens")
+    let named = SECRET.iter().any(|secret| name.contains(secret)) && !name.ends_with("tokens");
+    // `DB_PASS`; but `PASS` is what tests say, and `PWD` where we are.
+    named || ["_pass", "_pwd", ".pass", ".pwd"].iter().any(|end| name.ends_with(end))
 }
 
 /// Whether a word is a token by its looks.
@@ -327,6 +341,7 @@ mod tests {
             ),
             ("head sk-ant-…+900 0123456789abcdef", "head …+900"),
             ("whole …+900", "whole …+900"),
+            ("DB_PASS=hunter2 PWD=/here PASS: 12 tests", "DB_PASS=[scrubbed] PWD=/here PASS: 12 tests"),
             (
                 "max_tokens: 4096, the secret of my success, ask for a sk-ant key",
                 "max_tokens: 4096, the secret of my success, ask for a sk-ant key",
@@ -335,6 +350,15 @@ mod tests {
         ] {
             assert_eq!(scrubbed(said, &known), told, "{said}");
         }
+    }
+
+    #[test]
+    fn secrets_are_found_in_every_shape_of_json() {
+        let said = serde_json::json!({"args": ["tool", "--password", "hunter2", "--verbose", "on"], "credentials": {"a": ["b"]},
+            "max_tokens": 5, "token": 7});
+        let told = serde_json::json!({"args": ["tool", "--password", SCRUBBED, "--verbose", "on"], "credentials": SCRUBBED,
+            "max_tokens": 5, "token": 7});
+        assert_eq!(scrubbed_json(&said, &[]), told);
     }
 
     #[test]
