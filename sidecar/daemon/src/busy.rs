@@ -30,7 +30,7 @@ use crate::supervise::{BeforeExit, Handle};
 /// How often the agent is looked at. Short beside every lease, and nothing beside the agent's own work.
 const LOOK: Duration = Duration::from_secs(1);
 /// A webhook has this long for its answer; at the end of the agent, too.
-const ANSWER: Duration = Duration::from_secs(2);
+pub(crate) const ANSWER: Duration = Duration::from_secs(2);
 
 /// What is said.
 #[derive(Clone, Debug, PartialEq, Serialize)]

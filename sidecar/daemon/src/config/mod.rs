@@ -18,7 +18,7 @@ use agent_sidecar_core::price::PriceTable;
 use agent_sidecar_core::span::Semconv;
 use agent_sidecar_core::tokens::Usd;
 
-use crate::busy::Lease;
+use crate::busy::{self, Lease};
 use crate::export::otlp::environment::{Headers, Own};
 use crate::hub::Meeting;
 
@@ -359,13 +359,15 @@ impl Config {
         }
         // A signal skips the interrupt: what has to fit is the rest, and the reading of the last numbers.
         let flush = if self.value("otlp.endpoint").is_some() { self.time("otlp.flush") } else { None };
-        let needed = self.patience().end + self.patience().terminate + self.linger() + flush.unwrap_or_default();
+        let webhook = self.value("busy.webhook").map(|_| busy::ANSWER);
+        let after = self.linger() + flush.unwrap_or_default() + webhook.unwrap_or_default();
+        let needed = self.patience().end + self.patience().terminate + after;
         let grace = self.time("stop.platform_grace").unwrap_or(Duration::MAX);
         if needed >= grace {
             mistakes.push(Mistake {
                 origin: self.values["stop.platform_grace"].origin.clone(),
                 what: format!(
-                    "a stop may take {needed:?} (stop.end + stop.terminate + linger, and otlp.flush where it is used), and the platform kills after {grace:?}"
+                    "a stop may take {needed:?} (stop.end + stop.terminate + linger, and where they are used otlp.flush and 2s for busy.webhook), and the platform kills after {grace:?}"
                 ),
                 remedy: String::from(
                     "raise the platform's grace period and `stop.platform_grace` with it, or shorten the others",
