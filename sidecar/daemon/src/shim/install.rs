@@ -360,8 +360,8 @@ fn goes_through_us(place: &Path) -> bool {
     super::find::is_script(place) && fs::read(place).is_ok_and(|text| memchr::memmem::find(&text, b"agent-sidecar").is_some())
 }
 
-/// What it says of itself; every Claude CLI answers `2.1.330 (Claude Code)` to this, without looking at anything. It is run as its owner:
-/// root asks files that others may have put there. Its environment is empty but for PATH, which scripts need.
+/// What it says of itself; every Claude CLI answers `2.1.330 (Claude Code)` to this, without looking at anything. Root asks as somebody
+/// else what others may have put there. Its environment is empty but for PATH, which scripts need.
 fn version(path: &Path) -> Result<String, String> {
     let file = path.metadata().map_err(|error| error.to_string())?;
     if !file.is_file() {
@@ -373,13 +373,74 @@ fn version(path: &Path) -> Result<String, String> {
     let mut command = Command::new(path);
     command.arg("--version").env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).current_dir("/").process_group(0);
-    if rustix::process::geteuid().is_root() && file.uid() != 0 {
-        command.uid(file.uid()).gid(file.gid());
+    if let Some((uid, gid)) = stranger(path).map_err(|error| error.to_string())? {
+        command.uid(uid).gid(gid);
     }
     let said = ask(command)?;
     let version = said.strip_suffix(" (Claude Code)").filter(|version| version.starts_with(|c: char| c.is_ascii_digit()));
     let version = version.filter(|version| version.bytes().all(|c| c.is_ascii_alphanumeric() || b".-+".contains(&c)));
     version.map(str::to_owned).ok_or_else(|| String::from("it does not answer to --version as one"))
+}
+
+/// A user and a group who own nothing.
+const NOBODY: u32 = 65534;
+/// As many as the kernel follows.
+const MOST_LINKS: u32 = 40;
+
+/// Who asks instead of root, if others have a say in what this name leads to: the owner of the file, where nobody can put another in its
+/// place, or else the owner of the directory that holds the name. A link there may lead to a file of root's, and elsewhere a moment later.
+fn stranger(path: &Path) -> io::Result<Option<(u32, u32)>> {
+    if !rustix::process::geteuid().is_root() || !is_user(NOBODY) {
+        return Ok(None);
+    }
+    let owner = match safe_way(path) {
+        Some(file) if file.uid() == 0 && file.mode() & 0o022 == 0 => return Ok(None),
+        Some(file) if file.uid() != 0 => file,
+        _ => directory(path).symlink_metadata()?,
+    };
+    let gid = if owner.uid() == 0 || owner.gid() == 0 { NOBODY } else { owner.gid() };
+    Ok(Some((if owner.uid() == 0 { NOBODY } else { owner.uid() }, gid)))
+}
+
+/// What a name leads to, if every directory and link on the way is root's, and nobody else may write there. From the top down: what is in
+/// a directory that no other can change stays as it was seen.
+fn safe_way(path: &Path) -> Option<Metadata> {
+    let pieces = |path: &Path| path.components().rev().map(|piece| PathBuf::from(piece.as_os_str())).collect::<Vec<_>>();
+    let (mut at, mut todo, mut links) = (PathBuf::from("/"), pieces(path), 0);
+    while let Some(piece) = todo.pop() {
+        if piece == Path::new("..") {
+            at.pop();
+            continue;
+        }
+        at.push(piece);
+        let found = at.symlink_metadata().ok()?;
+        if found.is_file() && todo.is_empty() {
+            return Some(found);
+        }
+        let is_link = found.is_symlink();
+        if found.uid() != 0 || !is_link && found.mode() & 0o022 != 0 {
+            return None;
+        }
+        if is_link {
+            links += 1;
+            let end = fs::read_link(&at).ok().filter(|_| links <= MOST_LINKS)?;
+            at.pop();
+            todo.extend(pieces(&end));
+        }
+    }
+    None
+}
+
+/// Whether there is such a user here. Where there is none but root, as in a namespace that a user has made for himself, root is that user,
+/// and can become nobody else.
+fn is_user(uid: u32) -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    map.is_empty()
+        || map.lines().any(|line| {
+            let mut numbers = line.split_whitespace().map(|n| n.parse::<u64>().unwrap_or(0));
+            let (first, _, long) = (numbers.next().unwrap_or(0), numbers.next(), numbers.next().unwrap_or(0));
+            (first..first + long).contains(&uid.into())
+        })
 }
 
 /// The first line of what it prints, if it ends well and in time.
@@ -507,4 +568,28 @@ fn link(from: &Path, to: &Path) -> Result<(), Trouble> {
 
 fn rename(from: &Path, to: &Path) -> Result<(), Trouble> {
     fs::rename(from, to).map_err(failed(format!("{} cannot become {}", from.display(), to.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_way_is_safe_if_nobody_but_root_can_change_where_it_leads() {
+        assert!(safe_way(Path::new("/proc/../bin/sh")).is_some_and(|file| file.is_file()), "through links");
+        assert!(safe_way(Path::new("/no/such/file")).is_none() && safe_way(Path::new("/bin")).is_none());
+        let dir = std::env::temp_dir().join(format!("agent-sidecar-way-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
+        let (link, file, circle) = (dir.join("link"), dir.join("file"), dir.join("circle"));
+        symlink("/bin/sh", &link).unwrap();
+        symlink("circle", &circle).unwrap();
+        fs::copy("/bin/sh", &file).unwrap();
+        for path in [&link, &file, &circle] {
+            assert!(safe_way(path).is_none(), "{}", path.display());
+        }
+        fs::remove_dir_all(dir).unwrap();
+    }
 }

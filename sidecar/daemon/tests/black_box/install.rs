@@ -158,6 +158,34 @@ fn a_shim_is_for_whom_the_cli_was_for() {
     }
 }
 
+#[test]
+fn root_runs_nothing_that_others_could_have_put_there() {
+    let root = Scratch::new("install", "root-asks");
+    // It says who asks.
+    let tells = "[ \"$1\" = --version ] && echo \"2.1.$(id -u) (Claude Code)\"";
+    let [theirs, open, mine] = ["theirs", "open", "mine"].map(|name| root.join(name).join("claude"));
+    for file in [&theirs, &open, &mine] {
+        script(&file.with_file_name("program"), tells);
+        symlink("program", file).unwrap();
+    }
+    if !root_may_give_away(&theirs.with_file_name("program")) {
+        eprintln!("not tried: not root");
+        return;
+    }
+    // The file is root's, the directory is not.
+    std::os::unix::fs::chown(theirs.with_file_name("program"), Some(0), Some(0)).unwrap();
+    std::os::unix::fs::chown(theirs.parent().unwrap(), Some(1234), Some(0)).unwrap();
+    std::fs::set_permissions(open.parent().unwrap(), std::os::unix::fs::PermissionsExt::from_mode(0o1777)).unwrap();
+    for (file, who) in [(&theirs, "1234"), (&open, "65534")] {
+        let (code, said) = sidecar(&["install", "--print"], &[file]);
+        assert!(code == 0 && said.contains(&format!("CLI 2.1.{who} becomes")), "{said}");
+    }
+    // Where only root can change anything, it is root, unless that is not so further up.
+    let safe = mine.ancestors().all(|dir| dir.metadata().is_ok_and(|dir| dir.uid() == 0 && dir.mode() & 0o022 == 0));
+    let (code, said) = sidecar(&["install", "--print"], &[&mine]);
+    assert!(code == 0 && said.contains(&format!("CLI 2.1.{} becomes", if safe { 0 } else { 65534 })), "{said}");
+}
+
 fn root_may_give_away(path: &Path) -> bool {
     root() && std::os::unix::fs::chown(path, Some(1234), Some(1234)).is_ok() && {
         let reaches =
