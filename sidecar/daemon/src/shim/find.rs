@@ -1,12 +1,12 @@
 //! Which file is the real CLI, and which is one of us.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::Access;
+use rustix::fs::{Access, OFlags};
 
 use super::NAMES;
 
@@ -51,12 +51,9 @@ pub(super) fn is_sidecar(path: &Path) -> bool {
     if is_self(path) {
         return true;
     }
-    let Ok(mut file) = File::open(path) else { return false };
+    let Some(mut file) = open(path) else { return false };
     let mut head = [0; 4];
-    if !file.metadata().is_ok_and(|file| file.is_file() && file.len() <= LARGEST)
-        || file.read_exact(&mut head).is_err()
-        || head != *b"\x7fELF"
-    {
+    if !file.metadata().is_ok_and(|file| file.len() <= LARGEST) || file.read_exact(&mut head).is_err() || head != *b"\x7fELF" {
         return false;
     }
     let mut rest = Vec::new();
@@ -72,7 +69,17 @@ fn is_self(path: &Path) -> bool {
 /// Starts with the name of an interpreter: it may lead anywhere.
 pub(super) fn is_script(path: &Path) -> bool {
     let mut head = [0; 2];
-    File::open(path).and_then(|mut file| file.read_exact(&mut head)).is_ok() && head == *b"#!"
+    open(path).is_some_and(|mut file| file.read_exact(&mut head).is_ok()) && head == *b"#!"
+}
+
+/// A file, and nothing else: a pipe that is called like one has no end, and a device may do something when it is opened.
+fn open(path: &Path) -> Option<File> {
+    let is_file = |file: &Metadata| file.is_file();
+    path.metadata().ok().filter(is_file)?;
+    // It may be another one by now.
+    let file = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path).ok()?;
+    file.metadata().ok().filter(is_file)?;
+    Some(file)
 }
 
 /// In `<name>`'s directory, hidden, for as long as it is not complete.

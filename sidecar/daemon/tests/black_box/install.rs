@@ -186,6 +186,18 @@ fn root_runs_nothing_that_others_could_have_put_there() {
     assert!(code == 0 && said.contains(&format!("CLI 2.1.{} becomes", if safe { 0 } else { 65534 })), "{said}");
 }
 
+#[test]
+fn what_is_called_like_a_cli_and_is_a_pipe_keeps_nobody_waiting() {
+    let root = Scratch::new("install", "pipe");
+    assert!(Command::new("mkfifo").arg(root.join("claude")).status().unwrap().success());
+    for words in [&["install"][..], &["uninstall"]] {
+        let (code, said) = sidecar(words, &[&root.join("claude")]);
+        assert!(code == 1 && said.contains("not a file"), "{said}");
+    }
+    let (_, said) = sidecar(&["doctor"], &[&root]);
+    assert!(said.contains("no Claude CLI was found"), "{said}");
+}
+
 fn root_may_give_away(path: &Path) -> bool {
     root() && std::os::unix::fs::chown(path, Some(1234), Some(1234)).is_ok() && {
         let reaches =
