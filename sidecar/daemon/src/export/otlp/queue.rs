@@ -469,7 +469,7 @@ impl Queue {
 
 /// Whether it is a directory of our own making. A volume is often open to everybody (`emptyDir` is): whatever others put there we would
 /// send in our name.
-fn is_our_own(dir: &Path) -> bool {
+pub(super) fn is_our_own(dir: &Path) -> bool {
     let me = rustix::process::geteuid().as_raw();
     fs::symlink_metadata(dir).is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == me)
 }

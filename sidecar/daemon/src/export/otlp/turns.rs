@@ -3,11 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use agent_sidecar_core::telemetry::{Context, Span, Value};
+
+use super::queue::is_our_own;
 
 /// Sessions that are remembered; the one that was quiet for longest is forgotten.
 const SESSIONS: usize = 256;
@@ -15,7 +17,8 @@ const SESSIONS: usize = 256;
 /// The last turns, as far as they were told.
 pub(crate) fn read(queue_dir: &Path) -> BTreeMap<String, Context> {
     let me = rustix::process::geteuid().as_raw();
-    let files = fs::read_dir(dir(queue_dir)).into_iter().flatten().flatten().take(2 * SESSIONS);
+    let dir = Some(dir(queue_dir)).filter(|dir| is_our_own(dir));
+    let files = dir.and_then(|dir| fs::read_dir(dir).ok()).into_iter().flatten().flatten().take(2 * SESSIONS);
     let turns = files.filter_map(|file| {
         let session = file.file_name().into_string().ok().filter(|name| is_session(name))?;
         // The volume may be open to others.
@@ -56,11 +59,16 @@ fn is_session(name: &str) -> bool {
     (8..=64).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
-fn write(dir: &Path, session: &str, context: Context) -> std::io::Result<()> {
+fn write(dir: &Path, session: &str, context: Context) -> io::Result<()> {
     DirBuilder::new().mode(0o700).recursive(true).create(dir)?;
     let (path, half) = (dir.join(session), dir.join(format!("{session}.{}", std::process::id())));
     let is_new = !path.exists();
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&half)?;
+    if !is_our_own(dir) {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "the directory is somebody else's"));
+    }
+    // Of one that had our number and was killed. A link that is in the way is not followed.
+    drop(fs::remove_file(&half));
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&half)?;
     file.write_all(context.to_traceparent().as_bytes())?;
     fs::rename(&half, &path)?;
     if is_new {
@@ -114,5 +122,25 @@ mod tests {
         }
         assert_eq!(fs::read_dir(root.join("turns")).unwrap().count(), SESSIONS);
         assert!(read(&root).contains_key(&format!("another-{}", SESSIONS + 9)));
+    }
+
+    #[test]
+    fn links_that_others_have_put_there_are_not_followed() {
+        let root = Scratch::new();
+        let (turns, theirs) = (root.join("turns"), root.join("theirs"));
+        fs::create_dir(&theirs).unwrap();
+        fs::write(theirs.join("file"), "as it was").unwrap();
+        std::os::unix::fs::symlink(&theirs, &turns).unwrap();
+        remember(&root, [&turn("session-1", 1)]);
+        assert_eq!(fs::read_dir(&theirs).unwrap().count(), 1);
+        fs::write(theirs.join("session-1"), turn("session-1", 1).context.to_traceparent()).unwrap();
+        assert!(read(&root).is_empty());
+        fs::remove_file(&turns).unwrap();
+        fs::create_dir(&turns).unwrap();
+        let half = turns.join(format!("session-1.{}", std::process::id()));
+        std::os::unix::fs::symlink(theirs.join("file"), &half).unwrap();
+        remember(&root, [&turn("session-1", 2)]);
+        assert_eq!(read(&root), [(String::from("session-1"), turn("session-1", 2).context)].into());
+        assert_eq!(fs::read_to_string(theirs.join("file")).unwrap(), "as it was");
     }
 }
