@@ -315,7 +315,7 @@ fn seat(config: &Config, turn: &Meet) -> Result<Option<Seat>, Failure> {
             tracing::warn!(%full, "this agent would have had to wait");
             Ok(None)
         }
-        Ok(Err(full)) => Err(Failure { exit_code: supervise::OWN_FAILURE, source: Box::new(full) }),
+        Ok(Err(full)) => Err(Failure { exit_code: supervise::OWN_FAILURE, meant: true, source: Box::new(full) }),
         Err(error) => {
             tracing::warn!(%error, "agents cannot be counted: this one is started");
             Ok(None)

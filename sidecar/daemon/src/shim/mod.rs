@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Every word of the command line belongs to the CLI; the configuration is the file's and the environment's alone. Whoever starts the
-//! agent did not choose to have us: where we cannot do our part, the agent runs without it.
+//! agent did not choose to have us: where we cannot do our part, the agent runs without it. What the configuration refuses is refused.
 
 mod find;
 pub(crate) mod install;
@@ -98,7 +98,7 @@ impl Shim {
         };
         match run::run(&config, agent) {
             Ok(code) => Ok(code.into()),
-            Err(refused) if refused.exit_code == OWN_FAILURE => {
+            Err(refused) if refused.exit_code == OWN_FAILURE && !refused.meant => {
                 tracing::error!(error = %refused.source, "the agent runs without the sidecar");
                 // It outlives exec, and nobody there reaps.
                 rustix::process::set_child_subreaper(None).ok();

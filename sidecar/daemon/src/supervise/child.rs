@@ -107,7 +107,7 @@ pub(crate) fn refused(program: &OsStr, source: io::Error) -> Failure {
         ) => (CANNOT_RUN, Refusal::CannotRun { name, source }),
         _ => (OWN_FAILURE, Refusal::Spawn { name, source }),
     };
-    Failure { exit_code, source: what.into() }
+    Failure { exit_code, meant: false, source: what.into() }
 }
 
 #[derive(Debug, thiserror::Error)]

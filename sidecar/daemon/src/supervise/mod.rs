@@ -108,6 +108,8 @@ pub(crate) type LastWords = Box<dyn FnOnce() + Send>;
 #[error("the agent was not started")]
 pub(crate) struct Failure {
     pub(crate) exit_code: u8,
+    /// Nothing failed: it was not to be started.
+    pub(crate) meant: bool,
     #[source]
     pub(crate) source: Box<dyn std::error::Error + Send + Sync>,
 }
@@ -120,7 +122,7 @@ impl Failure {
             what: &'static str,
             source: std::io::Error,
         }
-        Self { exit_code: OWN_FAILURE, source: Box::new(Own { what, source: source.into() }) }
+        Self { exit_code: OWN_FAILURE, meant: false, source: Box::new(Own { what, source: source.into() }) }
     }
 }
 

@@ -316,3 +316,26 @@ fn where_the_sidecar_cannot_work_the_agent_does() {
     assert_eq!(running.number(), running.pid());
     assert_eq!(running.code(), Some(0));
 }
+
+#[test]
+fn one_agent_too_many_is_refused_and_not_run_without_the_sidecar() {
+    let dir = place("full");
+    symlink(SIDECAR, dir.join("claude")).unwrap();
+    script(&dir.join("claude.sidecar-real"), "echo started; read line; echo over");
+    let start = |patience: &str| {
+        let mut command = Command::new(dir.join("claude"));
+        command.args(["-p", "hello"]).env("AGENT_SIDECAR_LISTEN", "off").env("AGENT_SIDECAR_NATIVE_TELEMETRY", "off");
+        command.env("AGENT_SIDECAR_SOCKET", dir.join("hub.sock")).env("AGENT_SIDECAR_MAX_SESSIONS", "1");
+        command.env("AGENT_SIDECAR_QUEUE_TIMEOUT", patience).stdin(Stdio::piped());
+        command
+    };
+    let mut first = Running::start(start("60s"));
+    assert_eq!(first.line(), "started");
+    let (code, said, log) = out(start("100ms").stdin(Stdio::null()));
+    assert_eq!((code, said.as_str()), (Some(125), ""), "{log}");
+    assert!(log.contains("as many agents as may run at once"), "{log}");
+    first.write(b"\n").unwrap();
+    assert_eq!((first.line().as_str(), first.code()), ("over", Some(0)));
+    let (code, said, _) = out(start("60s").stdin(Stdio::null()));
+    assert_eq!((code, said.as_str()), (Some(0), "started\nover\n"), "there is room again");
+}
