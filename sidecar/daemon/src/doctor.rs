@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::config::{Config, DEFAULT_FILE, Mistake};
 use crate::export::otlp::environment;
+use crate::hub::Place;
 use crate::receive::{self, Decision, Surroundings};
 use crate::shim::install::{self, Standing};
 
@@ -210,6 +211,12 @@ fn files(patient: &Patient<'_>, report: &mut Report) {
     if let Some(path) = patient.config.events() {
         writable(&path, "events.path", report);
     }
+    if let Some(path) = patient.config.busy().file {
+        writable(&path, "busy.file", report);
+    }
+    if let Some(dir) = patient.config.meeting().and_then(|meeting| meeting.state_dir) {
+        writable(&dir.join("hub/lock"), "hub.state_dir", report);
+    }
 }
 
 fn queue(patient: &Patient<'_>, report: &mut Report) {
@@ -248,12 +255,18 @@ fn spill(patient: &Patient<'_>, report: &mut Report) {
 
 /// Whether a file can be written, or made, and whether there is room for it.
 fn writable(path: &Path, setting: &'static str, report: &mut Report) {
+    let path = &std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     // The part of the way that is there.
     let there = path.ancestors().find(|part| part.exists()).unwrap_or(Path::new("/"));
-    // Directories of a queue are made when they are needed; those of a file that somebody named are not.
-    let made_by_us = setting == "otlp.queue_dir";
+    // These directories are made when they are needed; that of a file that somebody named is not.
+    let made_by_us = matches!(setting, "otlp.queue_dir" | "hub.state_dir");
+    let replaced = setting == "busy.file";
     let allowed = if there == path {
-        if path.is_dir() { Err(rustix::io::Errno::ISDIR) } else { rustix::fs::access(path, Access::WRITE_OK) }
+        match path.parent() {
+            _ if path.is_dir() => Err(rustix::io::Errno::ISDIR),
+            Some(dir) if replaced => rustix::fs::access(dir, Access::WRITE_OK | Access::EXEC_OK),
+            _ => rustix::fs::access(path, Access::WRITE_OK),
+        }
     } else if !there.is_dir() {
         Err(rustix::io::Errno::NOTDIR)
     } else if !made_by_us && path.parent() != Some(there) {
@@ -292,11 +305,16 @@ fn listen(patient: &Patient<'_>, report: &mut Report) {
     };
     match crate::http::bind(address) {
         Ok(bound) => report.fine(bound.address, "free"),
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => report.warning(
-            address,
-            "somebody listens there: a wrapper that runs, or somebody else; the next one serves no metrics",
-            "choose another address with AGENT_SIDECAR_LISTEN, or 127.0.0.1:0 for any",
-        ),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => match patient.config.meeting() {
+            Some(meeting) if Place::serves(&meeting, address) => {
+                report.fine(address, "served by a wrapper that runs, and the next one with it");
+            }
+            _ => report.warning(
+                address,
+                "somebody listens there, and not for this user's wrappers: the next one serves no metrics",
+                "choose another address with AGENT_SIDECAR_LISTEN, or 127.0.0.1:0 for any",
+            ),
+        },
         Err(error) => report.broken(
             address,
             format!("metrics cannot be served there: {error}"),

@@ -2,7 +2,9 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -34,6 +36,17 @@ impl Place {
     /// # Errors
     /// There is no directory that would do.
     pub(crate) fn find(meeting: &Meeting) -> io::Result<Place> {
+        Place::at(meeting, true)
+    }
+
+    /// Whether a hub is there that serves this address. Changes nothing.
+    pub(crate) fn serves(meeting: &Meeting, address: SocketAddr) -> bool {
+        let served = |place: &Place| fs::read_to_string(place.address()).ok()?.trim().parse::<SocketAddr>().ok();
+        let ours = |place: Place| served(&place) == Some(address) && UnixStream::connect(&place.socket).is_ok();
+        Place::at(meeting, false).is_ok_and(ours)
+    }
+
+    fn at(meeting: &Meeting, make: bool) -> io::Result<Place> {
         let socket = match &meeting.socket {
             Some(socket) => socket.clone(),
             None => {
@@ -41,17 +54,19 @@ impl Place {
                     None | Some(USUAL_PORT) => String::from("hub.sock"),
                     Some(port) => format!("hub-{port}.sock"),
                 };
-                usual_dir()?.join(name)
+                usual_dir(make)?.join(name)
             }
         };
         let dir = match &meeting.state_dir {
             Some(volume) => {
-                fs::create_dir_all(volume)?;
+                if make {
+                    fs::create_dir_all(volume)?;
+                }
                 volume.join("hub")
             }
             None => socket.with_extension("state"),
         };
-        private(&dir)?;
+        private(&dir, make)?;
         let named = meeting.socket.is_some() || meeting.state_dir.is_some();
         let world = if named { String::new() } else { world() };
         Ok(Place { socket, dir, world, keep: meeting.state_dir.is_some() })
@@ -115,7 +130,7 @@ fn world() -> String {
     format!("{} {}", boot.trim(), network.display())
 }
 
-fn usual_dir() -> io::Result<PathBuf> {
+fn usual_dir(make: bool) -> io::Result<PathBuf> {
     let uid = rustix::process::geteuid().as_raw();
     let runtime =
         std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()).map(|dir| Path::new(&dir).join("agent-sidecar"));
@@ -128,7 +143,7 @@ fn usual_dir() -> io::Result<PathBuf> {
     ];
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     for dir in candidates.into_iter().flatten() {
-        match private(&dir).and_then(|()| writable(&dir)) {
+        match private(&dir, make).and_then(|()| writable(&dir)) {
             Ok(()) => return Ok(dir),
             Err(error) => last = error,
         }
@@ -136,11 +151,13 @@ fn usual_dir() -> io::Result<PathBuf> {
     Err(last)
 }
 
-/// Makes the directory, or finds it ours: what others could write there would be believed.
-fn private(dir: &Path) -> io::Result<()> {
-    match DirBuilder::new().mode(0o700).create(dir) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-        _ => {}
+/// Makes the directory, if it may, or finds it ours: what others could write there would be believed.
+fn private(dir: &Path, make: bool) -> io::Result<()> {
+    if make {
+        match DirBuilder::new().mode(0o700).create(dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
     }
     let found = fs::symlink_metadata(dir)?;
     if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() || found.mode() & 0o077 != 0 {

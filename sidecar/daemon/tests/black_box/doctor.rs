@@ -123,6 +123,14 @@ fn settings_that_are_wrong_or_hold_nothing() {
     command.env("AGENT_SIDECAR_LEDGER", dir.join("ledger"));
     one(command.env("AGENT_SIDECAR_EVENTS", &no), "broken", "files", "no/such", "`events.path` cannot be written");
     command.env_remove("AGENT_SIDECAR_EVENTS");
+    one(command.env("AGENT_SIDECAR_BUSY_FILE", &no), "broken", "files", "no/such", "`busy.file` cannot be written");
+    command.env_remove("AGENT_SIDECAR_BUSY_FILE").env("AGENT_SIDECAR_SOCKET", dir.join("hub.sock"));
+    let state = "`hub.state_dir` cannot be written";
+    one(command.env("AGENT_SIDECAR_HUB_STATE_DIR", "/etc/passwd/state"), "broken", "files", "/etc/passwd/state", state);
+    let state = dir.join("no/such/state");
+    assert_eq!(findings(command.env("AGENT_SIDECAR_HUB_STATE_DIR", &state)), (0, Vec::new()), "it is made when it is needed");
+    assert!(!state.exists(), "and not before");
+    command.env_remove("AGENT_SIDECAR_HUB_STATE_DIR").env_remove("AGENT_SIDECAR_SOCKET");
     one(command.env("AGENT_SIDECAR_SPILL_DIR", "/no/such"), "broken", "spill", "/no/such", "cannot be written");
     command.env_remove("AGENT_SIDECAR_SPILL_DIR").env("AGENT_SIDECAR_OTLP_ENDPOINT", "http://127.0.0.1:1");
     let queue = dir.join("queue/otlp");
@@ -159,6 +167,31 @@ fn ports_that_somebody_has() {
     command.env("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc").env("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4317");
     let (code, all) = findings(&mut command);
     assert!(code == 0 && all.iter().any(|finding| finding[2] == "native.telemetry"), "{all:?}");
+}
+
+#[test]
+fn a_port_that_the_next_wrapper_shares() {
+    let (dir, mut command) = place("shared");
+    let socket = dir.join("hub.sock");
+    command.env("AGENT_SIDECAR_SOCKET", &socket);
+    assert_eq!(findings(&mut command), (0, Vec::new()));
+    assert!(!dir.join("hub.state").exists(), "it changes nothing");
+    let mut wrapper = Command::new(SIDECAR);
+    wrapper.args(["run", "--listen", "127.0.0.1:0", "--socket"]).arg(&socket).args(["--", "sh", "-c", "echo started; read line"]);
+    let mut running = Running::start(wrapper);
+    assert_eq!(running.line(), "started");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while std::os::unix::net::UnixStream::connect(&socket).is_err() && std::time::Instant::now() < deadline {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let at = std::fs::read_to_string(dir.join("hub.state/address")).unwrap();
+    assert_eq!(findings(command.env("AGENT_SIDECAR_LISTEN", &at)), (0, Vec::new()));
+    // Not if it serves itself alone.
+    one(command.env("AGENT_SIDECAR_HUB", "off"), "warning", "listen", &at, "somebody listens there");
+    command.env_remove("AGENT_SIDECAR_HUB").env("AGENT_SIDECAR_SOCKET", dir.join("other.sock"));
+    one(&mut command, "warning", "listen", &at, "somebody listens there");
+    running.write(b"\n").unwrap();
+    assert_eq!(running.code(), Some(0));
 }
 
 #[test]
