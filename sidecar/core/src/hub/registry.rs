@@ -343,9 +343,14 @@ fn later(before: &Cell, now: Cell) -> Cell {
     }
 }
 
-/// What has a total, and not what was so at some moment.
+/// What has a total, and not what was so at some moment. The container's own counters are no total of ours: those of the next one begin
+/// with zeros.
 fn lasting(meters: &Meters) -> Vec<(String, Vec<String>, Number)> {
-    wire::series(meters.changed(0).filter(|(metric, _)| matches!(metric.kind, Kind::Counter | Kind::Histogram)))
+    wire::series(
+        meters
+            .changed(0)
+            .filter(|(metric, _)| matches!(metric.kind, Kind::Counter | Kind::Histogram) && metric.merge != Merge::Max),
+    )
 }
 
 fn restore(meters: &mut Meters, series: &[(String, Vec<String>, Number)]) {
