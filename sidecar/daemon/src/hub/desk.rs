@@ -93,7 +93,8 @@ impl Desk {
 
     pub(crate) fn busy(&self) -> Word {
         let status = self.sessions();
-        let sessions = status["sessions"].as_array().into_iter().flatten();
+        // Who is frozen or lost says nothing of now: a lease that it had runs out.
+        let sessions = status["sessions"].as_array().into_iter().flatten().filter(|session| session["stale"] != true);
         let states = sessions.filter_map(|session| Activity::deserialize(&session["state"]).ok());
         Word::of_all(states, Duration::from_secs_f64(unix()), self.lease)
     }
@@ -122,5 +123,34 @@ impl Desk {
 
     fn shelf(&self) -> MutexGuard<'_, Shelf> {
         self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use agent_sidecar_core::hub::{Hello, Line, VERSION};
+
+    use super::super::journal::Journal;
+    use super::*;
+
+    #[test]
+    fn who_has_long_been_silent_is_not_busy() {
+        let dir = std::env::temp_dir().join(format!("agent-sidecar-desk-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let place = Place { socket: dir.join("hub.sock"), spare: None, dir, world: String::new(), keep: false };
+        let hello =
+            Hello { hub: VERSION, run: String::from("a"), pid: 1, started: 0.0, world: String::new(), labels: Vec::new() };
+        let mut journal = Journal::new(&place.dir, hello);
+        let lease = Duration::from_secs(60);
+        let options = Options { slots: 8, max_series: 1_500, labels: Vec::new(), lease, control: false, offset: 0 };
+        let desk = Desk::open(&place, &options, None);
+        let mut busy = |at: f64| {
+            let line = Line { unix: at, sessions: vec![serde_json::json!({"state": "tool"})], ..Line::default() };
+            journal.write(&line, 1).unwrap();
+            desk.busy().busy
+        };
+        assert!(!busy(unix() - 600.0));
+        assert!(busy(unix()));
+        std::fs::remove_dir_all(&place.dir).unwrap();
     }
 }

@@ -3,14 +3,18 @@
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::FlockOperation;
 
 /// Where `:9477` meets; other ports meet elsewhere.
 const USUAL_PORT: u16 = 9477;
+/// What a world leaves is kept for so long after it was last changed, and longer where it has spent from a month's budget.
+const LEFT: Duration = Duration::from_hours(24);
+const LEFT_SPENT: Duration = Duration::from_hours(24 * 32);
 
 /// What the configuration says of it.
 #[derive(Clone, Debug)]
@@ -24,6 +28,8 @@ pub(crate) struct Meeting {
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
     pub(crate) socket: PathBuf,
+    /// Where to be asked when another container, which sees the same files, has that one.
+    pub(super) spare: Option<PathBuf>,
     /// Journals, the lock and the totals; ours alone.
     pub(crate) dir: PathBuf,
     /// Which container this is, where nobody has said where the state is to be kept: what another has left there is not ours.
@@ -42,20 +48,26 @@ impl Place {
     /// Whether a hub is there that serves this address. Changes nothing.
     pub(crate) fn serves(meeting: &Meeting, address: SocketAddr) -> bool {
         let served = |place: &Place| fs::read_to_string(place.address()).ok()?.trim().parse::<SocketAddr>().ok();
-        let ours = |place: Place| served(&place) == Some(address) && UnixStream::connect(&place.socket).is_ok();
+        let asked = |place: &Place| {
+            [Some(&place.socket), place.spare.as_ref()].into_iter().flatten().any(|socket| UnixStream::connect(socket).is_ok())
+        };
+        let ours = |place: Place| served(&place) == Some(address) && asked(&place);
         Place::at(meeting, false).is_ok_and(ours)
     }
 
     fn at(meeting: &Meeting, make: bool) -> io::Result<Place> {
+        let name = match meeting.port {
+            None | Some(USUAL_PORT) => String::from("hub"),
+            Some(port) => format!("hub-{port}"),
+        };
+        if meeting.socket.is_none() && meeting.state_dir.is_none() {
+            let place = Place::usual(&usual_dir(make)?, &name, &World::here());
+            private(&place.dir, make)?;
+            return Ok(place);
+        }
         let socket = match &meeting.socket {
             Some(socket) => socket.clone(),
-            None => {
-                let name = match meeting.port {
-                    None | Some(USUAL_PORT) => String::from("hub.sock"),
-                    Some(port) => format!("hub-{port}.sock"),
-                };
-                usual_dir(make)?.join(name)
-            }
+            None => usual_dir(make)?.join(name).with_extension("sock"),
         };
         let dir = match &meeting.state_dir {
             Some(volume) => {
@@ -66,10 +78,39 @@ impl Place {
             }
             None => socket.with_extension("state"),
         };
-        private(&dir, make)?;
-        let named = meeting.socket.is_some() || meeting.state_dir.is_some();
-        let world = if named { String::new() } else { world() };
-        Ok(Place { socket, dir, world, keep: meeting.state_dir.is_some() })
+        made_private(&dir, make)?;
+        Ok(Place { socket, spare: None, dir, world: String::new(), keep: meeting.state_dir.is_some() })
+    }
+
+    /// Containers may see the same files, and yet each has a port of its own: each has state of its own.
+    fn usual(dir: &Path, name: &str, world: &World) -> Place {
+        let ours = format!("{name}-{}", world.tag());
+        Place {
+            socket: dir.join(name).with_extension("sock"),
+            spare: Some(dir.join(&ours).with_extension("sock")),
+            dir: dir.join(&ours).with_extension("state"),
+            world: world.text(),
+            keep: false,
+        }
+    }
+
+    /// Removes what other worlds have left here, if they have ended.
+    pub(super) fn tidy_worlds(&self) {
+        let Some(beside) = self.dir.parent().filter(|_| self.spare.is_some()) else { return };
+        let boot = World::here().boot_tag();
+        for entry in fs::read_dir(beside).into_iter().flatten().flatten() {
+            let dir = entry.path();
+            let Some(tag) = dir.file_name().and_then(|name| tag_of(name.to_str()?)) else { continue };
+            if dir == self.dir || tag.starts_with(&boot) && !is_left(&dir) {
+                continue;
+            }
+            let lock = OpenOptions::new().write(true).open(dir.join("lock"));
+            // Nobody serves there, and so nobody runs.
+            if lock.and_then(|file| Ok(try_lock(&file)?.then_some(file))).is_ok_and(|locked| locked.is_some()) {
+                fs::remove_file(dir.with_extension("sock")).ok();
+                fs::remove_dir_all(&dir).ok();
+            }
+        }
     }
 
     /// Where it stands when somebody has last read everything.
@@ -114,6 +155,12 @@ impl Place {
     }
 }
 
+/// The lock of a journal whose wrapper is gone: nobody holds it, and it is still the one of that name. A wrapper that begins a new
+/// file gives up the old one, and lives.
+pub(super) fn lock_of_dead(path: &Path, file: &File) -> io::Result<bool> {
+    Ok(try_lock(file)? && fs::symlink_metadata(path)?.ino() == file.metadata()?.ino())
+}
+
 /// Whether a lock was free, and is now ours.
 pub(super) fn try_lock(file: &File) -> io::Result<bool> {
     match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
@@ -123,11 +170,50 @@ pub(super) fn try_lock(file: &File) -> io::Result<bool> {
     }
 }
 
-/// A port is one of a network namespace, and a container that starts again has a new one. Nothing where that cannot be told.
-fn world() -> String {
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let network = fs::read_link("/proc/self/ns/net").unwrap_or_default();
-    format!("{} {}", boot.trim(), network.display())
+/// A port is one of a network namespace, and a container that starts again has a new one. Empty where that cannot be told.
+struct World {
+    boot: String,
+    network: String,
+}
+
+impl World {
+    fn here() -> World {
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let network = fs::read_link("/proc/self/ns/net").unwrap_or_default();
+        World { boot: boot.trim().to_owned(), network: network.display().to_string() }
+    }
+
+    fn text(&self) -> String {
+        format!("{} {}", self.boot, self.network)
+    }
+
+    /// For names of files: first the boot, then the network.
+    fn tag(&self) -> String {
+        format!("{}{}", self.boot_tag(), short(&self.network))
+    }
+
+    fn boot_tag(&self) -> String {
+        short(&self.boot)
+    }
+}
+
+/// The same in every version: FNV-1a.
+fn short(text: &str) -> String {
+    let hash = text.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    format!("{hash:08x}")
+}
+
+/// Of which world a directory is, by its name.
+fn tag_of(name: &str) -> Option<&str> {
+    let (_, tag) = name.strip_prefix("hub-")?.strip_suffix(".state").map(|name| name.rsplit_once('-').unwrap_or(("", name)))?;
+    Some(tag).filter(|tag| tag.len() == 16 && tag.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+/// Whether nobody has come back to it for long.
+fn is_left(dir: &Path) -> bool {
+    let kept_for = if dir.join("budgets.json").exists() { LEFT_SPENT } else { LEFT };
+    let changed = fs::symlink_metadata(dir).and_then(|found| found.modified());
+    changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > kept_for))
 }
 
 fn usual_dir(make: bool) -> io::Result<PathBuf> {
@@ -167,13 +253,31 @@ fn private(dir: &Path, make: bool) -> io::Result<()> {
     Ok(())
 }
 
+/// One that was named for us. Kubernetes gives volumes to a group (`fsGroup`), and new directories in them with it.
+fn made_private(dir: &Path, make: bool) -> io::Result<()> {
+    let Err(refused) = private(dir, make) else { return Ok(()) };
+    // Not through a link, and not what others made.
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::DIRECTORY;
+    let found = OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(dir);
+    let Ok(found) = found else { return Err(refused) };
+    let what = found.metadata()?;
+    if what.uid() != rustix::process::geteuid().as_raw() || what.mode() & 0o007 != 0 {
+        return Err(refused);
+    }
+    if !make {
+        return Ok(());
+    }
+    found.set_permissions(fs::Permissions::from_mode(0o700))?;
+    private(dir, make)
+}
+
 fn writable(dir: &Path) -> io::Result<()> {
     Ok(rustix::fs::access(dir, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)?)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::symlink;
 
     use super::*;
 
@@ -195,6 +299,68 @@ mod tests {
         assert!(Place::find(&meeting("b.sock")).is_err());
         symlink(&place.dir, root.join("c.state")).unwrap();
         assert!(Place::find(&meeting("c.sock")).is_err(), "a link is somebody's idea");
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn what_is_ours_and_a_groups_is_made_ours_alone_where_it_was_named() {
+        let root = scratch("group");
+        let dir = root.join("hub");
+        fs::create_dir(&dir).unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o2770)).unwrap();
+        assert!(private(&dir, true).is_err());
+        Place::find(&Meeting { socket: None, port: None, state_dir: Some(root.clone()) }).unwrap();
+        assert_eq!(fs::metadata(&dir).unwrap().mode() & 0o777, 0o700);
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn containers_that_see_the_same_files_have_state_of_their_own_and_leave_none() {
+        let root = scratch("worlds");
+        let world = |boot: &str, network: &str| World { boot: boot.to_owned(), network: network.to_owned() };
+        let boot = World::here().boot;
+        let [ours, beside, before] = [world(&boot, "a"), world(&boot, "b"), world("long ago", "a")].map(|world| {
+            let place = Place::usual(&root, "hub-9478", &world);
+            private(&place.dir, true).unwrap();
+            place.lock().unwrap();
+            place
+        });
+        assert_eq!(ours.socket, beside.socket);
+        assert_ne!((&ours.dir, &ours.spare), (&beside.dir, &beside.spare));
+        assert_ne!(ours.dir, before.dir);
+        let held = before.lock().unwrap();
+        ours.tidy_worlds();
+        assert!(before.dir.exists(), "somebody runs there");
+        drop(held);
+        ours.tidy_worlds();
+        assert!(!before.dir.exists());
+        assert!(ours.dir.exists() && beside.dir.exists(), "both of this boot");
+        let old = std::time::SystemTime::now() - LEFT * 2;
+        let age = || File::open(&beside.dir).unwrap().set_modified(old).unwrap();
+        fs::write(beside.dir.join("budgets.json"), "").unwrap();
+        age();
+        ours.tidy_worlds();
+        assert!(beside.dir.exists(), "a month's budget is not over");
+        fs::remove_file(beside.dir.join("budgets.json")).unwrap();
+        age();
+        ours.tidy_worlds();
+        assert!(!beside.dir.exists());
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn a_journal_that_was_begun_anew_is_not_that_of_a_dead_wrapper() {
+        let root = scratch("dead");
+        let path = root.join("a.jsonl");
+        fs::write(&path, "").unwrap();
+        let before = File::open(&path).unwrap();
+        let new = File::create(root.join("a.new")).unwrap();
+        assert!(try_lock(&new).unwrap());
+        fs::rename(root.join("a.new"), &path).unwrap();
+        assert!(!lock_of_dead(&path, &before).unwrap(), "locked, and no longer of that name");
+        assert!(!lock_of_dead(&path, &File::open(&path).unwrap()).unwrap());
+        drop(new);
+        assert!(lock_of_dead(&path, &File::open(&path).unwrap()).unwrap());
         fs::remove_dir_all(root).unwrap();
     }
 

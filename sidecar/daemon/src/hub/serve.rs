@@ -4,6 +4,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ const TIDY: Duration = Duration::from_secs(1);
 const AGAIN: Duration = Duration::from_millis(50);
 /// Later, a port that somebody else has.
 const RARELY: Duration = Duration::from_secs(1);
+/// So many looks at its socket, and it does not leave.
+const LEAVES: u32 = 20;
 
 /// A wrapper's turn to serve: now, or when it comes.
 pub(crate) struct Turn {
@@ -33,6 +36,9 @@ impl Turn {
         let lock = place.lock()?;
         if lock.is_some() && !place.keep {
             shelf::begin_anew(&place)?;
+        }
+        if lock.is_some() {
+            place.tidy_worlds();
         }
         let now = lock.map(|lock| {
             let bound = address.and_then(|address| match bind(&place, address) {
@@ -81,14 +87,16 @@ impl Turn {
         let desk = Arc::new(Desk::open(&place, options, own));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
         runtime.block_on(async {
-            match socket(&place) {
-                Ok(socket) => {
-                    tokio::spawn(http::serve_socket(socket, Arc::clone(&desk)));
+            let (at, asked) = (place.clone(), Arc::clone(&desk));
+            tokio::spawn(async move {
+                let served = match socket(&at).await {
+                    Ok(socket) => http::serve_socket(socket, asked).await,
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = served {
+                    tracing::warn!(socket = %at.socket.display(), %error, "nothing is served at the hub's socket");
                 }
-                Err(error) => {
-                    tracing::warn!(socket = %place.socket.display(), %error, "nothing is served at the hub's socket");
-                }
-            }
+            });
             if let Some(address) = address {
                 let desk = Arc::clone(&desk);
                 tokio::spawn(async move {
@@ -155,14 +163,68 @@ async fn bind_at_last(place: &Place, address: SocketAddr) -> Bound {
     }
 }
 
-fn socket(place: &Place) -> std::io::Result<UnixListener> {
-    // We have the lock: whatever is there is a dead hub's.
-    match fs::remove_file(&place.socket) {
+/// Ours, or the spare one where somebody else is asked at it.
+async fn socket(place: &Place) -> std::io::Result<UnixListener> {
+    if !answers(&place.socket).await {
+        return listen(&place.socket);
+    }
+    let Some(spare) = &place.spare else {
+        let what = "a hub with another state directory has it; name another --socket";
+        return Err(std::io::Error::new(std::io::ErrorKind::AddrInUse, what));
+    };
+    tracing::warn!(socket = %spare.display(), "the hub of another container has the usual socket; this one is asked here");
+    listen(spare)
+}
+
+/// Whether somebody is there, and stays: the hub before us may still be on its way out.
+async fn answers(socket: &Path) -> bool {
+    for _ in 0..LEAVES {
+        match tokio::net::UnixStream::connect(socket).await {
+            // Its queue is full: it hangs, and it is there.
+            Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => return false,
+            _ => tokio::time::sleep(AGAIN).await,
+        }
+    }
+    true
+}
+
+fn listen(path: &Path) -> std::io::Result<UnixListener> {
+    // Nobody answers: whatever is there is a dead hub's.
+    match fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let listener = UnixListener::bind(&place.socket)?;
-    fs::set_permissions(&place.socket, fs::Permissions::from_mode(0o600))?;
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    #[test]
+    fn a_socket_where_somebody_answers_is_left_to_them() {
+        let dir = std::env::temp_dir().join(format!("agent-sidecar-serve-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let place = |spare: Option<PathBuf>| Place {
+            socket: dir.join("hub.sock"),
+            spare,
+            dir: dir.clone(),
+            world: String::new(),
+            keep: false,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let other = UnixListener::bind(dir.join("hub.sock")).unwrap();
+        assert!(runtime.block_on(socket(&place(None))).is_err());
+        let spare = runtime.block_on(socket(&place(Some(dir.join("hub-1.sock"))))).unwrap();
+        assert!(spare.local_addr().unwrap().as_pathname().unwrap().ends_with("hub-1.sock"));
+        drop(other);
+        let ours = runtime.block_on(socket(&place(None))).unwrap();
+        assert!(ours.local_addr().unwrap().as_pathname().unwrap().ends_with("hub.sock"));
+        fs::remove_dir_all(dir).unwrap();
+    }
 }

@@ -18,7 +18,7 @@ use agent_sidecar_core::metric::HUB_REFUSED;
 
 use super::Place;
 use super::journal::{ENDING, UNFINISHED};
-use super::place::try_lock;
+use super::place::lock_of_dead;
 
 const TOTALS: &str = "totals.json";
 /// Wrappers at a time. A container that has more has other worries.
@@ -62,9 +62,13 @@ pub(super) fn begin_anew(place: &Place) -> io::Result<()> {
             continue;
         }
         match OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed()).open(&path) {
-            Ok(file) if try_lock(&file)? => dead.push((path, file)),
-            // Its wrapper lives: all goes on.
-            Ok(_) => return Ok(()),
+            Ok(file) => match lock_of_dead(&path, &file) {
+                Ok(true) => dead.push((path, file)),
+                // Its wrapper lives: all goes on.
+                Ok(false) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            },
             Err(_) => {}
         }
     }
@@ -182,11 +186,10 @@ impl Shelf {
         let path = self.path(run);
         let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
         let mut file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&path)?;
-        let ours = try_lock(&file)?;
+        let gone = lock_of_dead(&path, &file)?;
         let found = file.metadata()?;
-        // Replaced since it was opened: its wrapper lives, and holds the lock of the new one.
-        let gone = ours && fs::symlink_metadata(&path)?.ino() == found.ino();
-        if ours && !gone {
+        // Replaced since it was opened: the new one says all of it.
+        if fs::symlink_metadata(&path)?.ino() != found.ino() {
             return Ok(None);
         }
         let tail = self.tails.entry(run.to_owned()).or_default();
@@ -264,7 +267,7 @@ mod tests {
     fn place(name: &str, world: &str) -> Place {
         let dir = std::env::temp_dir().join(format!("agent-sidecar-shelf-{name}-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
-        Place { socket: dir.join("hub.sock"), dir, world: world.to_owned(), keep: true }
+        Place { socket: dir.join("hub.sock"), spare: None, dir, world: world.to_owned(), keep: true }
     }
 
     fn journal(place: &Place, run: &str) -> Journal {

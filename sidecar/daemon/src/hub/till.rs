@@ -14,7 +14,7 @@ use agent_sidecar_core::limit::{SHARED, Scope, Shared};
 use agent_sidecar_core::tokens::Usd;
 
 use super::journal::ENDING;
-use super::place::try_lock;
+use super::place::{lock_of_dead, try_lock};
 
 /// How often others are looked at that may have died with something reserved.
 const LOOK: Duration = Duration::from_secs(1);
@@ -81,10 +81,9 @@ impl Till {
 
     /// Whether a wrapper is no more: its journal is taken in, or nobody holds it.
     fn gone(&self, run: &str) -> bool {
-        match OpenOptions::new().write(true).open(self.dir.join(format!("{run}{ENDING}"))) {
-            Ok(file) => try_lock(&file).unwrap_or(false),
-            Err(error) => error.kind() == io::ErrorKind::NotFound,
-        }
+        let path = self.dir.join(format!("{run}{ENDING}"));
+        let file = OpenOptions::new().write(true).open(&path);
+        file.and_then(|file| lock_of_dead(&path, &file)).unwrap_or_else(|error| error.kind() == io::ErrorKind::NotFound)
     }
 }
 
