@@ -295,13 +295,42 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Whether the command begins with a word that was meant to be a flag's: `--switch true -- claude`.
+fn hides_command(args: &[OsString], argv: &[OsString]) -> bool {
+    let before = args.len().checked_sub(argv.len() + 1).and_then(|at| args.get(at));
+    before.is_some_and(|word| word != "--") && argv.iter().skip(1).any(|word| word == "--")
+}
+
 fn run_command(matches: &ArgMatches) -> Result<ExitCode, Failure> {
     let own = |error: Box<dyn Error>| Failure { error, code: OWN_FAILURE.into() };
     let config = config(matches).map_err(|mistakes| own(Box::new(mistakes)))?;
     crate::logging::start(&config);
     let argv: Vec<OsString> = matches.get_many("command").into_iter().flatten().cloned().collect();
+    if hides_command(&std::env::args_os().collect::<Vec<_>>(), &argv) {
+        tracing::warn!(
+            command = %argv[0].display(),
+            "this is taken for the command, as it stands before `--`; a switch takes its value with `=`"
+        );
+    }
     match run::run(&config, Agent::command(argv)) {
         Ok(code) => Ok(code.into()),
         Err(failure) => Err(Failure { code: failure.exit_code.into(), error: Box::new(failure) }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flags_value_that_became_the_command_is_seen() {
+        let seen = |line: &str| {
+            let args: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            hides_command(&args, &command_of(args.clone()).unwrap())
+        };
+        assert!(seen("agent-sidecar run --content-answers true -- claude -p hi"));
+        assert!(!seen("agent-sidecar run --content-answers=true -- claude -p hi"));
+        assert!(!seen("agent-sidecar run --content-answers -- npx -- claude"));
+        assert!(!seen("agent-sidecar run claude -p hi"));
     }
 }
