@@ -25,6 +25,7 @@ use serde::Serialize;
 
 use crate::export::otlp::environment::Headers;
 use crate::http::visit_blocking;
+use crate::hub::Share;
 use crate::supervise::{BeforeExit, Handle};
 
 /// How often the agent is looked at. Short beside every lease, and nothing beside the agent's own work.
@@ -97,17 +98,35 @@ impl Told {
 }
 
 /// Says it for as long as there is a monitor; what is returned says the last of it. Does nothing where nobody is to be told.
-pub(crate) fn tell_for_ever(lease: Lease, handle: Handle) -> Option<BeforeExit> {
+/// Where wrappers meet, one speaks for all of them, and whoever ends says nothing while another works.
+pub(crate) fn tell_for_ever(lease: Lease, handle: Handle, share: Option<Share>) -> Option<BeforeExit> {
     if lease.file.is_none() && lease.webhook.is_none() {
         return None;
     }
-    let last = lease.clone();
+    let (last, others) = (lease.clone(), share.clone());
     let started = std::thread::Builder::new().name(String::from("busy")).stack_size(512 * 1024).spawn(move || {
         let mut teller = Teller::new(lease);
         let mut told = Told::default();
         let length = teller.lease.length;
+        let target = format!("{:?} {:?}", teller.lease.file, teller.lease.webhook);
+        // Kept until the process ends.
+        let mut speaker = None;
         while let Some((word, now)) = visit_blocking(&handle, move |monitor, now| (Word::of(monitor, now, length), now)) {
-            if told.due(&word, now.mono, length) {
+            let mut word = word;
+            let mut silent = false;
+            if let Some(share) = &share {
+                if speaker.is_none() {
+                    // Where that cannot be found out, twice is better than never.
+                    let turn = share.speaker(&target);
+                    silent = matches!(turn, Ok(None));
+                    speaker = turn.ok().flatten();
+                }
+                if !silent && !word.busy {
+                    let all = Word::of_all(share.others().into_iter(), now.unix, length);
+                    word = if all.busy { all } else { word };
+                }
+            }
+            if !silent && told.due(&word, now.mono, length) {
                 teller.tell(&word);
             }
             std::thread::sleep(LOOK.min(length / 6).max(LOOK / 20));
@@ -117,7 +136,11 @@ pub(crate) fn tell_for_ever(lease: Lease, handle: Handle) -> Option<BeforeExit> 
         tracing::warn!(%error, "nobody is told whether the agent is busy");
         return None;
     }
-    Some(Box::new(move |_| Teller::new(last).tell(&Word { busy: false, state: Activity::Draining, until: None })))
+    Some(Box::new(move |_| {
+        if !others.is_some_and(|share| share.others().into_iter().any(works)) {
+            Teller::new(last).tell(&Word { busy: false, state: Activity::Draining, until: None });
+        }
+    }))
 }
 
 struct Teller {

@@ -20,7 +20,7 @@ use crate::config::Config;
 use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
 use crate::http::{self, Scrapes, Site};
-use crate::hub::{Payer, Place, Seat, Share, Teller, Turn};
+use crate::hub::{NoSeat, Payer, Place, Seat, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
@@ -66,9 +66,11 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     };
     let nonce = format!("{:016x}", supervise::random());
     let telemetry = Telemetry::plan(config, launch.asks_model, &nonce);
-    let turn = turn(config);
+    let place = config.meeting().map(|meeting| Place::find(&meeting));
     // Who only asks for a version takes nobody's place.
-    let seat = if launch.asks_model { seat(config, &turn)? } else { None };
+    let seat = if launch.asks_model { seat(config, place.as_ref())? } else { None };
+    // Only now: who waits for a seat serves nobody.
+    let turn = turn(config, place);
     let settings = Settings {
         nonce: nonce.clone(),
         start: launch.start,
@@ -146,7 +148,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let pipeline = telemetry.start(&handle);
     let inlet = pipeline.as_ref().map(Pipeline::inlet);
     let share = if let Meet::At(turn) = turn { join(config, turn, &nonce, &handle, &counts) } else { None };
-    let teller = share.clone();
+    let (teller, others) = (share.clone(), share.clone());
     let failures = handle.clone();
     let mut supervisor = supervisor.sink(Box::new(move |_, output| match output {
         Output::Record(record) => {
@@ -226,10 +228,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             }
             share.finish();
             if !linger.is_zero() && !share.linger(linger) {
-                tracing::warn!(
-                    ?linger,
-                    "nobody read the last metrics; the next hub here has them, and the ledger, if one is set"
-                );
+                let next = if share.goes_on() { "the next hub here has them, and " } else { "" };
+                tracing::warn!(?linger, "nobody read the last metrics; {next}the ledger has them, if one is set");
             }
         }));
     }
@@ -257,7 +257,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             }));
         }
     }
-    last.extend(busy::tell_for_ever(config.busy(), handle.clone()));
+    last.extend(busy::tell_for_ever(config.busy(), handle.clone(), others));
     if !last.is_empty() {
         supervisor = supervisor.before_exit(Box::new(move |ending| last.into_iter().for_each(|last| last(ending))));
     }
@@ -294,9 +294,9 @@ impl Meet {
 }
 
 /// Whether others of this container are served together with us, and whether it is us who serves.
-fn turn(config: &Config) -> Meet {
-    let Some(meeting) = config.meeting() else { return Meet::Alone };
-    match Place::find(&meeting).and_then(|place| Turn::take(place, config.listen())) {
+fn turn(config: &Config, place: Option<std::io::Result<Place>>) -> Meet {
+    let Some(place) = place else { return Meet::Alone };
+    match place.and_then(|place| Turn::take(place, config.listen())) {
         Ok(turn) => Meet::At(turn),
         Err(error) => {
             tracing::warn!(%error, "this agent is not served together with others, and shared budgets do not hold; name another --hub-state-dir, or --hub off");
@@ -306,16 +306,22 @@ fn turn(config: &Config) -> Meet {
 }
 
 /// Waits until there is room for one more agent. Without a place where they meet, nobody can be counted, and nobody waits.
-fn seat(config: &Config, turn: &Meet) -> Result<Option<Seat>, Failure> {
-    let (Some((seats, patience, mode)), Meet::At(turn)) = (config.max_sessions(), turn) else { return Ok(None) };
+fn seat(config: &Config, place: Option<&std::io::Result<Place>>) -> Result<Option<Seat>, Failure> {
+    let (Some((seats, patience, mode)), Some(Ok(place))) = (config.max_sessions(), place) else { return Ok(None) };
     let shadow = mode == LimitMode::Shadow;
-    match Seat::take(turn.place(), seats, if shadow { Duration::ZERO } else { patience }) {
+    match Seat::take(place, seats, if shadow { Duration::ZERO } else { patience }) {
         Ok(Ok(seat)) => Ok(Some(seat)),
         Ok(Err(full)) if shadow => {
             tracing::warn!(%full, "this agent would have had to wait");
             Ok(None)
         }
-        Ok(Err(full)) => Err(Failure { exit_code: supervise::OWN_FAILURE, meant: true, source: Box::new(full) }),
+        Ok(Err(none)) => {
+            let exit_code = match none {
+                NoSeat::Told(signal) => u8::try_from(128 + signal).unwrap_or(supervise::OWN_FAILURE),
+                NoSeat::Full { .. } => supervise::OWN_FAILURE,
+            };
+            Err(Failure { exit_code, meant: true, source: Box::new(none) })
+        }
         Err(error) => {
             tracing::warn!(%error, "agents cannot be counted: this one is started");
             Ok(None)

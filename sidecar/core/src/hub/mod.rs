@@ -10,5 +10,5 @@
 mod registry;
 mod wire;
 
-pub use registry::{Health, Registry, Stored};
+pub use registry::{Health, Registry, STALE, Stored};
 pub use wire::{Hello, Line, Number, VERSION, changes};

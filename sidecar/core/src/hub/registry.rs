@@ -20,7 +20,7 @@ const MAX_LABEL: usize = 64;
 /// Series of one wrapper: more than its own bound ever lets through.
 const SERIES: usize = 4_096;
 /// A wrapper writes every five seconds if it can. One that has not for so long does not answer.
-const STALE: f64 = 20.0;
+pub const STALE: f64 = 20.0;
 /// What the catalogue calls the place of a CLI among the others.
 const SLOT: &str = "slot";
 

@@ -4,12 +4,13 @@
 //! place of the old one in one step. The same is done when a file has grown too long.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use agent_sidecar_core::hub::{Hello, Line};
 
+use super::Place;
 use super::place::try_lock;
 
 /// Journals end in this, and what becomes one in the other.
@@ -17,6 +18,9 @@ pub(super) const ENDING: &str = ".jsonl";
 pub(super) const UNFINISHED: &str = ".new";
 /// A file may grow to this, and to four times what it began with.
 const LONG: u64 = 256 * 1024;
+
+/// Of one journal in one reading. Twice what one may grow to by itself, many times over.
+pub(super) const READ: u64 = 16 * 1024 * 1024;
 
 /// See the module's head.
 pub(super) struct Journal {
@@ -99,4 +103,26 @@ impl Journal {
         self.file = Some(file);
         Ok(())
     }
+}
+
+/// What each wrapper that lives here has written last, without that of one.
+pub(super) fn living(place: &Place, but: &str) -> Vec<Line> {
+    let journals = fs::read_dir(&place.dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let named = |path: &PathBuf| path.file_name()?.to_str()?.strip_suffix(ENDING).map(|run| run != but);
+    journals.filter(|path| named(path) == Some(true)).filter_map(|path| last_line(place, &path).ok().flatten()).collect()
+}
+
+fn last_line(place: &Place, path: &Path) -> io::Result<Option<Line>> {
+    let file = OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed()).open(path)?;
+    if try_lock(&file)? {
+        return Ok(None);
+    }
+    let mut bytes = Vec::new();
+    file.take(READ).read_to_end(&mut bytes)?;
+    // What is not a whole line yet is said next time.
+    let whole = bytes.iter().rposition(|byte| *byte == b'\n').unwrap_or(0);
+    let mut lines = bytes[..whole].split(|byte| *byte == b'\n');
+    let hello = lines.next().and_then(|line| serde_json::from_slice::<Hello>(line).ok());
+    let ours = hello.is_some_and(|hello| hello.world == place.world);
+    Ok(lines.next_back().filter(|_| ours).and_then(|line| serde_json::from_slice(line).ok()))
 }

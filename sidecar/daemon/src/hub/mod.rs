@@ -21,7 +21,7 @@ mod till;
 
 pub(crate) use desk::{Desk, Options};
 pub(crate) use place::{Meeting, Place};
-pub(crate) use seat::Seat;
+pub(crate) use seat::{NoSeat, Seat};
 pub(crate) use serve::{Turn, alone};
 pub(crate) use share::{Share, Teller};
 pub(crate) use till::Payer;

@@ -123,6 +123,11 @@ impl Place {
         self.dir.join("kept")
     }
 
+    /// Whether counters go on when nobody runs.
+    pub(super) fn keeps(&self) -> bool {
+        self.keep || fs::read_to_string(self.kept()).is_ok_and(|world| world == self.world)
+    }
+
     /// There while this wrapper's agent waits for a shared budget.
     pub(crate) fn hold_file(&self, run: &str) -> PathBuf {
         self.dir.join(format!("{run}.hold"))
@@ -198,7 +203,7 @@ impl World {
 }
 
 /// The same in every version: FNV-1a.
-fn short(text: &str) -> String {
+pub(super) fn short(text: &str) -> String {
     let hash = text.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     format!("{hash:08x}")
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::Place;
 use super::place::try_lock;
+use crate::supervise::{HUP, INT, TERM};
 
 /// How often whoever waits looks again.
 const LOOK: Duration = Duration::from_millis(50);
@@ -17,12 +18,13 @@ pub(crate) struct Seat {
     _locked: File,
 }
 
-/// Nobody has left within this time.
+/// Why there is no seat.
 #[derive(Debug, thiserror::Error)]
-#[error("as many agents as may run at once ({seats}) run already, and none has ended within {waited:?}")]
-pub(crate) struct Full {
-    seats: u64,
-    waited: Duration,
+pub(crate) enum NoSeat {
+    #[error("as many agents as may run at once ({seats}) run already, and none has ended within {waited:?}")]
+    Full { seats: u64, waited: Duration },
+    #[error("signal {0} while this one waited for another agent's end")]
+    Told(i32),
 }
 
 impl Seat {
@@ -30,8 +32,10 @@ impl Seat {
     ///
     /// # Errors
     /// The outer one if the seats cannot be looked at, the inner one if all stay taken.
-    pub(crate) fn take(place: &Place, seats: u64, patience: Duration) -> io::Result<Result<Seat, Full>> {
+    pub(crate) fn take(place: &Place, seats: u64, patience: Duration) -> io::Result<Result<Seat, NoSeat>> {
         let start = Instant::now();
+        // PID 1 hears none that it does not ask for.
+        let mut told = if patience.is_zero() { None } else { Some(signal_hook::iterator::Signals::new([HUP, INT, TERM])?) };
         loop {
             for seat in 0..seats {
                 let path = place.dir.join(format!("seat{seat}"));
@@ -42,7 +46,10 @@ impl Seat {
             }
             let waited = start.elapsed();
             if waited >= patience {
-                return Ok(Err(Full { seats, waited: patience }));
+                return Ok(Err(NoSeat::Full { seats, waited: patience }));
+            }
+            if let Some(signal) = told.as_mut().and_then(|told| told.pending().next()) {
+                return Ok(Err(NoSeat::Told(signal)));
             }
             std::thread::sleep(LOOK.min(patience - waited));
         }

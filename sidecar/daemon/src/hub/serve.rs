@@ -34,7 +34,7 @@ impl Turn {
     /// Takes the lock if it is free, and then binds the address. What cannot be bound is said, and tried again later.
     pub(crate) fn take(place: Place, address: Option<SocketAddr>) -> std::io::Result<Turn> {
         let lock = place.lock()?;
-        if lock.is_some() && !place.keep {
+        if lock.is_some() {
             shelf::begin_anew(&place)?;
         }
         if lock.is_some() {
@@ -84,7 +84,7 @@ impl Turn {
             Some(now) => now,
             None => (place.wait()?, None),
         };
-        let desk = Arc::new(Desk::open(&place, options, own));
+        let desk = Arc::new(Desk::open(&place, options, own.clone()));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
         runtime.block_on(async {
             let (at, asked) = (place.clone(), Arc::clone(&desk));
@@ -104,6 +104,9 @@ impl Turn {
                         Some(bound) => bound,
                         None => bind_at_last(&place, address).await,
                     };
+                    if let Some(own) = own {
+                        own.degraded("http", false);
+                    }
                     if let Err(error) = http::serve_hub(bound, desk).await {
                         tracing::error!(%error, "metrics are no longer served; the agents go on");
                     }

@@ -1,19 +1,23 @@
 //! A wrapper's side: sees to it that what it has counted is in its journal, soon and without anybody waiting for it.
 
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use agent_sidecar_core::hub::{Hello, Line, VERSION};
+use agent_sidecar_core::hub::{Hello, Line, STALE, VERSION};
 use agent_sidecar_core::limit::{SHARED, Shared};
 use agent_sidecar_core::metric;
 use agent_sidecar_core::tokens::Usd;
+use agent_sidecar_core::update::Activity;
 use agent_sidecar_core::{Input, Monitor};
+use serde::Deserialize;
 
 use super::Place;
-use super::journal::Journal;
-use super::shelf;
+use super::journal::{self, Journal};
 use super::till::{Payer, Till};
+use super::{place, shelf};
 use crate::export::otlp;
 use crate::http::{relayed, visit_blocking};
 use crate::supervise::{Handle, NICE};
@@ -34,6 +38,7 @@ pub(crate) struct Share {
 }
 
 struct Inner {
+    run: String,
     poked: Mutex<bool>,
     bell: Condvar,
     written: Mutex<Written>,
@@ -95,6 +100,7 @@ impl Share {
                 Mutex::new(Held { till, last: None, held: false, failed: false, closed: false })
             }),
             hold_file: place.hold_file(&run),
+            run,
             handle,
             exports,
             place: place.clone(),
@@ -166,7 +172,7 @@ impl Share {
             Err(_) => {}
         }
         if failed != std::mem::replace(&mut purse.failed, failed) {
-            self.degraded(failed);
+            self.degraded("hub", failed);
         }
     }
 
@@ -181,9 +187,9 @@ impl Share {
         }
     }
 
-    fn degraded(&self, on: bool) {
+    pub(super) fn degraded(&self, what: &'static str, on: bool) {
         self.inner.handle.visit(move |monitor, _| {
-            monitor.meters_mut().set(&metric::DEGRADED, &["hub"], f64::from(u8::from(on)));
+            monitor.meters_mut().set(&metric::DEGRADED, &[what], f64::from(u8::from(on)));
         });
     }
 
@@ -201,6 +207,26 @@ impl Share {
             purse.closed = true;
         }
         lock(&self.inner.written).journal.end();
+    }
+
+    /// What the others that live here do.
+    pub(crate) fn others(&self) -> Vec<Activity> {
+        let others = journal::living(&self.inner.place, &self.inner.run);
+        let now = shelf::unix();
+        let heard = others.into_iter().filter(|line| line.blind || now - line.unix <= STALE);
+        heard.flat_map(|line| line.sessions).filter_map(|session| Activity::deserialize(&session["state"]).ok()).collect()
+    }
+
+    /// Whether what this wrapper has counted is counted on when it is gone.
+    pub(crate) fn goes_on(&self) -> bool {
+        self.inner.place.keeps() || !journal::living(&self.inner.place, &self.inner.run).is_empty()
+    }
+
+    /// For one of those that would say the same: a lock, if it is the one.
+    pub(crate) fn speaker(&self, what: &str) -> std::io::Result<Option<File>> {
+        let path = self.inner.place.dir.join(format!("busy-{}.lock", place::short(what)));
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        Ok(place::try_lock(&file)?.then_some(file))
     }
 
     /// Waits until some hub has shown to somebody what was written last, or for so long; says whether one did.
@@ -256,7 +282,7 @@ impl Share {
             if let Err(error) = done {
                 tracing::warn!(dir = %self.inner.place.dir.display(), %error, "the hub is not told what this agent counts");
             }
-            self.degraded(failed);
+            self.degraded("hub", failed);
         }
     }
 }

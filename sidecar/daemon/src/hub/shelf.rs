@@ -17,14 +17,12 @@ use agent_sidecar_core::hub::{Hello, Line, Registry, Stored};
 use agent_sidecar_core::metric::HUB_REFUSED;
 
 use super::Place;
-use super::journal::{ENDING, UNFINISHED};
+use super::journal::{ENDING, READ, UNFINISHED};
 use super::place::lock_of_dead;
 
 const TOTALS: &str = "totals.json";
 /// Wrappers at a time. A container that has more has other worries.
 const JOURNALS: usize = 2_048;
-/// Of one journal in one reading. Twice what one may grow to by itself, many times over.
-const READ: u64 = 16 * 1024 * 1024;
 /// What is unfinished for so long is nobody's.
 const ABANDONED: Duration = Duration::from_secs(60);
 
@@ -52,7 +50,7 @@ enum Who {
 
 /// Nobody runs, and nobody wants to keep what those counted who did: counters start again, as those of a wrapper alone do.
 pub(super) fn begin_anew(place: &Place) -> io::Result<()> {
-    if fs::read_to_string(place.kept()).is_ok_and(|world| world == place.world) {
+    if place.keeps() {
         return Ok(());
     }
     let mut dead: Vec<(PathBuf, File)> = Vec::new();
@@ -346,7 +344,7 @@ mod tests {
 
     #[test]
     fn counters_start_again_when_nobody_runs_unless_a_hub_keeps_them() {
-        let place = place("anew", "here");
+        let place = Place { keep: false, ..place("anew", "here") };
         let ended = |run: &str| {
             let (mut journal, mut meters) = (journal(&place, run), Meters::default());
             turns(&mut journal, &mut meters, 3);

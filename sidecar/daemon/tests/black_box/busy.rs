@@ -7,6 +7,7 @@ use std::sync::mpsc;
 
 use serde_json::{Value, json};
 
+use crate::http::try_ask;
 use crate::support::*;
 
 /// A webhook: each request's authorization, and what it said.
@@ -106,5 +107,44 @@ fn a_platform_that_does_not_listen_is_named_once_and_holds_nobody_up() {
     // The last word is said anew: by then somebody may listen.
     assert!((1..=2).contains(&said.matches("was not told").count()), "{said}");
     assert!(said.contains("the file cannot be written"), "{said}");
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn who_ends_says_nothing_while_another_works() {
+    let dir = scratch("busy-two");
+    let file = dir.join("busy.json");
+    let start = || {
+        let mut command = Command::new(SIDECAR);
+        command.args(["run", "--listen", "127.0.0.1:0", "--busy-lease", "1h", "--socket"]).arg(dir.join("hub.sock"));
+        command.arg("--busy-file").arg(&file).args(["--", "sh", "-c", "cat", "sh"]).args(STREAM_JSON);
+        let mut running = Running::start(command);
+        running.write(format!("{INIT}\n{PROMPT}\n").as_bytes()).unwrap();
+        running
+    };
+    let says = |busy: bool| {
+        let word = serde_json::from_slice::<Value>(&std::fs::read(&file).ok()?).unwrap();
+        (word["busy"] == busy).then_some(())
+    };
+    let work = |wanted: usize| {
+        let address = std::fs::read_to_string(dir.join("hub.state/address")).ok()?.parse().ok()?;
+        let status: Value = serde_json::from_str(&try_ask(address, "GET /status")?.1).ok()?;
+        let states = status["sessions"].as_array()?.iter().map(|session| session["state"].as_str().unwrap().to_owned());
+        (states.filter(|state| !matches!(state.as_str(), "idle" | "waiting_input")).count() == wanted).then_some(())
+    };
+    let mut first = start();
+    wait_for("the first to be told", || says(true));
+    let mut second = start();
+    wait_for("both to work", || work(2));
+    first.close_stdin();
+    assert_eq!(first.code(), Some(0));
+    assert!(says(true).is_some(), "the second works");
+    second.write(b"{\"type\":\"result\",\"subtype\":\"success\",\"session_id\":\"s\"}\n").unwrap();
+    wait_for("the second to speak", || says(false));
+    second.write(format!("{PROMPT}\n").as_bytes()).unwrap();
+    wait_for("the second to work again", || says(true));
+    second.close_stdin();
+    assert_eq!(second.code(), Some(0));
+    assert!(says(false).is_some(), "the last one out");
     std::fs::remove_dir_all(dir).unwrap();
 }

@@ -515,3 +515,48 @@ fn no_more_run_at_once_than_may_and_the_next_waits_its_time() {
     running[0].signal(Signal::KILL);
     assert!(third.line().contains("init"), "it has begun");
 }
+
+#[test]
+fn who_waits_for_a_seat_serves_nobody_and_ends_when_told() {
+    let yard = Yard::new("queued");
+    let flags = ["--max-sessions", "1", "--queue-timeout", "5m", "--platform-grace", "6m"];
+    let mut first = yard.start(0, 1, "0", &flags);
+    first.line();
+    let mut second = yard.start(1, 1, "0", &flags);
+    // From here on, it hears them.
+    let caught = format!("/proc/{}/status", second.pid());
+    wait_for("the second to wait", || {
+        let status = std::fs::read_to_string(&caught).ok()?;
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"))?;
+        (u64::from_str_radix(mask.trim(), 16).unwrap() & 1 << 14 != 0).then_some(())
+    });
+    second.signal(Signal::TERM);
+    assert_eq!(second.code(), Some(128 + 15));
+    first.close_stdin();
+    assert_eq!(first.code(), Some(1));
+}
+
+#[test]
+fn a_port_that_was_somebody_elses_and_is_free_again_is_no_longer_a_fault() {
+    let yard = Yard::new("deaf");
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = other.local_addr().unwrap();
+    let mut command = Command::new(SIDECAR);
+    command.args(["run", "--listen", &address.to_string(), "--socket"]).arg(yard.socket());
+    command.args(["--", "sh", "-c", CLI, "sh", "s", "1", "0"]).args(ONE_SHOT);
+    let mut running = Running::start(command);
+    running.line();
+    let asked = || {
+        let mut stream = UnixStream::connect(yard.socket()).ok()?;
+        write!(stream, "GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        Some(answer)
+    };
+    let says = |on: u8| asked()?.contains(&format!("agent_sidecar_degraded{{component=\"http\"}} {on}\n")).then_some(());
+    wait_for("the fault to be said", || says(1));
+    drop(other);
+    wait_for("its end", || says(0));
+    running.close_stdin();
+    running.code();
+}
