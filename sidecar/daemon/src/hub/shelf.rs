@@ -59,15 +59,14 @@ pub(super) fn begin_anew(place: &Place) -> io::Result<()> {
         if !path.to_str().is_some_and(|path| path.ends_with(ENDING)) {
             continue;
         }
-        match OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed()).open(&path) {
-            Ok(file) => match lock_of_dead(&path, &file) {
-                Ok(true) => dead.push((path, file)),
-                // Its wrapper lives: all goes on.
-                Ok(false) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
-            },
-            Err(_) => {}
+        let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+        let Ok(file) = OpenOptions::new().read(true).custom_flags(flags).open(&path) else { continue };
+        match lock_of_dead(&path, &file) {
+            Ok(true) => dead.push((path, file)),
+            // Its wrapper lives: all goes on.
+            Ok(false) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
         }
     }
     for (path, _locked) in dead {
