@@ -418,7 +418,9 @@ fn safe_way(path: &Path) -> Option<Metadata> {
             return Some(found);
         }
         let is_link = found.is_symlink();
-        if found.uid() != 0 || !is_link && found.mode() & 0o022 != 0 {
+        // In a sticky directory nobody else can change what is root's.
+        let others_write = found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0;
+        if found.uid() != 0 || !is_link && others_write {
             return None;
         }
         if is_link {

@@ -175,7 +175,7 @@ fn root_runs_nothing_that_others_could_have_put_there() {
     // The file is root's, the directory is not.
     std::os::unix::fs::chown(theirs.with_file_name("program"), Some(0), Some(0)).unwrap();
     std::os::unix::fs::chown(theirs.parent().unwrap(), Some(1234), Some(0)).unwrap();
-    std::fs::set_permissions(open.parent().unwrap(), std::os::unix::fs::PermissionsExt::from_mode(0o1777)).unwrap();
+    std::fs::set_permissions(open.parent().unwrap(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
     for (file, who) in [(&theirs, "1234"), (&open, "65534")] {
         let (code, said) = sidecar(&["install", "--print"], &[file]);
         assert!(code == 0 && said.contains(&format!("CLI 2.1.{who} becomes")), "{said}");
