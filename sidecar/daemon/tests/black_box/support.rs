@@ -16,7 +16,11 @@ pub(crate) const ONE_SHOT: [&str; 2] = ["--output-format", "stream-json"];
 /// Far more than anything here takes, on a machine that does other things besides.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-pub(crate) const SIDECAR: &str = env!("CARGO_BIN_EXE_agent-sidecar");
+/// What ships, where it is named at build time; else the one that was built for these tests.
+pub(crate) const SIDECAR: &str = match option_env!("AGENT_SIDECAR_BIN") {
+    Some(named) => named,
+    None => env!("CARGO_BIN_EXE_agent-sidecar"),
+};
 
 /// What only the real CLI says: whoever does not is never spoken to.
 pub(crate) const INIT: &str = r#"{"type":"system","subtype":"init","session_id":"s","model":"m"}"#;
