@@ -8,11 +8,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::WaitOptions;
+
 use super::desk::{Desk, Options};
 use super::share::Share;
 use super::{Place, shelf};
 use crate::http::{self, Bound};
-use crate::supervise::{HUP, INT, NICE, TERM};
+use crate::supervise::{CHLD, HUP, INT, NICE, TERM};
 
 /// How often the journals of those that ended are taken in when nobody asks for anything.
 const TIDY: Duration = Duration::from_secs(1);
@@ -127,10 +129,14 @@ impl Turn {
 /// `agent-sidecar hub`: serves without an agent of its own, until a signal ends it.
 pub(crate) fn alone(mut place: Place, address: Option<SocketAddr>, options: &Options) -> std::io::Result<()> {
     // All that has to be kept is kept: what is left is to go, also as PID 1, which nothing ends by default.
-    let mut signals = signal_hook::iterator::Signals::new([INT, TERM, HUP])?;
+    let mut signals = signal_hook::iterator::Signals::new([INT, TERM, HUP, CHLD])?;
     std::thread::Builder::new().name(String::from("signals")).stack_size(128 * 1024).spawn(move || {
-        if signals.forever().next().is_some() {
-            std::process::exit(0);
+        loop {
+            // As PID 1 it is given everybody's orphans.
+            while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
+            if signals.wait().any(|signal| signal != CHLD) {
+                std::process::exit(0);
+            }
         }
     })?;
     place.keep = true;

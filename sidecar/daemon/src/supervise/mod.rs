@@ -36,7 +36,7 @@ use agent_sidecar_core::monitor::{Monitor, Now, Stop};
 use rustix::event::{EventfdFlags, Timespec};
 
 pub(crate) use child::refused;
-pub(crate) use signals::{HUP, INT, TERM};
+pub(crate) use signals::{CHLD, HUP, INT, TERM};
 pub(crate) use tree::{below, state};
 pub(crate) use watch::{NICE, Sink, Watch};
 

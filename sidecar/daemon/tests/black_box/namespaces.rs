@@ -5,6 +5,12 @@ use std::process::Command;
 use crate::support::*;
 
 fn as_init(args: &[&str]) -> Option<Command> {
+    let mut command = alone()?;
+    command.args([SIDECAR, "run", "--listen", "off", "--"]).args(args);
+    Some(command)
+}
+
+fn alone() -> Option<Command> {
     let mut command = Command::new("unshare");
     if !root() {
         // Somebody who may make user namespaces may do the same.
@@ -16,7 +22,6 @@ fn as_init(args: &[&str]) -> Option<Command> {
         eprintln!("not tried: no namespaces here");
         return None;
     }
-    command.args([SIDECAR, "run", "--listen", "off", "--"]).args(args);
     Some(command)
 }
 
@@ -72,4 +77,22 @@ os._exit(signal.sigwait({1, 2, 3, 15}))
     let pid = rustix::process::Pid::from_raw(init).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     assert_eq!(running.code(), Some(15));
+}
+
+#[test]
+fn a_hub_without_an_agent_reaps_too() {
+    let Some(mut command) = alone() else { return };
+    let dir = scratch("hub-as-init");
+    // The orphan is there before the hub is.
+    command.args(["sh", "-c", "(sleep 1000 &); echo ready; exec \"$@\"", "sh", SIDECAR, "hub", "--listen", "off", "--socket"]);
+    command.arg(dir.join("hub.sock"));
+    let mut running = Running::start(command);
+    assert_eq!(running.line(), "ready");
+    let init = children(running.pid())[0].0;
+    wait_for("the hub", || dir.join("hub.sock").exists().then_some(()));
+    let orphan = rustix::process::Pid::from_raw(children(init)[0].0).unwrap();
+    rustix::process::kill_process(orphan, rustix::process::Signal::KILL).unwrap();
+    wait_for("the orphan reaped", || children(init).is_empty().then_some(()));
+    rustix::process::kill_process(rustix::process::Pid::from_raw(init).unwrap(), rustix::process::Signal::TERM).unwrap();
+    assert_eq!(running.code(), Some(0));
 }
