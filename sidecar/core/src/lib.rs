@@ -30,6 +30,7 @@ pub mod sample;
 pub mod session;
 pub mod span;
 pub mod telemetry;
+pub mod timeline;
 pub mod tokens;
 pub mod update;
 

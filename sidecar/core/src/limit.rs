@@ -265,6 +265,8 @@ pub struct Used {
     pub mode: Mode,
     pub used: f64,
     pub ceiling: f64,
+    /// What share of it is used up.
+    pub ratio: f64,
 }
 
 /// What a rule measures now, since when (on the clock), and of which instance of its scope.
@@ -398,12 +400,17 @@ impl Judge {
         let in_flight = session.ledger.in_flight(now.unix);
         self.rules
             .iter()
-            .map(|Tracked { rule, .. }| Used {
-                limit: rule.limit,
-                scope: rule.scope,
-                mode: rule.mode,
-                used: measure(rule, self.began, session, outside, in_flight, now).map_or(0.0, |measure| measure.observed),
-                ceiling: outside.ceiling(rule),
+            .map(|Tracked { rule, .. }| {
+                let measure = measure(rule, self.began, session, outside, in_flight, now);
+                let ceiling = outside.ceiling(rule);
+                Used {
+                    limit: rule.limit,
+                    scope: rule.scope,
+                    mode: rule.mode,
+                    used: measure.as_ref().map_or(0.0, |measure| measure.observed),
+                    ceiling,
+                    ratio: measure.map_or(0.0, |measure| measure.ratio(ceiling).min(1e9)),
+                }
             })
             .collect()
     }

@@ -28,6 +28,7 @@ use crate::sample::Sample;
 use crate::session::{Opening, Reconciliation, Session};
 use crate::span::{Spans, TraceSettings, put};
 use crate::telemetry::{self, Context, LogEvent, Span};
+use crate::timeline::Timeline;
 use crate::tokens::Usd;
 use crate::update::{Activity, Decision, ExitReason, Outcome, OwnRequest, Start, Step, Update};
 
@@ -149,6 +150,8 @@ const SIDECAR_LOST: &str = "sidecar_lost";
 const SUCCESSOR: &str = "successor";
 /// We are woken each five seconds: who hears nothing for so long was frozen, or suspended with the machine.
 const SLEPT: Duration = Duration::from_secs(60);
+/// The wall clock was set, if the clocks are so far apart from how they were: else one is read a moment after the other.
+const STEPPED: Duration = Duration::from_secs(1);
 /// A process that survives a kill for this long is beyond us.
 const UNKILLABLE: Duration = Duration::from_secs(5);
 
@@ -224,8 +227,51 @@ struct LiveSession<'a> {
     background_tasks: usize,
     permissions_pending: usize,
     cli_version: Option<&'a str>,
+    cli_pid: Option<u32>,
+    /// When the CLI was started. Times are seconds since the Unix epoch: whoever reads this later knows how long ago.
+    started: f64,
+    state_since: f64,
+    model: Option<&'a str>,
+    /// The turn that runs.
+    turn: Option<LiveTurn>,
+    /// Answers of the main loop, in all turns.
+    rounds: u64,
+    context: Option<ContextFill>,
+    /// The call in flight that began first.
+    tool: Option<LiveCall<'a>>,
+    last_event: Option<LastEvent>,
+    /// Of the last entry of its [`Timeline`].
+    timeline: u64,
     limits: Vec<Used>,
     slot: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct LiveTurn {
+    number: u64,
+    since: f64,
+    rounds: u64,
+    cost_usd: Usd,
+}
+
+/// Absent: the window is told with the first result.
+#[derive(Debug, Serialize)]
+struct ContextFill {
+    tokens: u64,
+    window: Option<u64>,
+    ratio: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct LiveCall<'a> {
+    name: &'a str,
+    since: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct LastEvent {
+    kind: &'static str,
+    at: f64,
 }
 
 /// The pure heart of a wrapper. See the module's head.
@@ -258,14 +304,18 @@ pub struct Monitor {
     answer_cost: Usd,
     exited: bool,
     pid: Option<u32>,
+    spawned_at: Duration,
     meters: Meters,
     report: Report,
+    timeline: Timeline,
     /// None of these where nobody wants them.
     spans: Option<Box<Spans>>,
     logs: Option<Box<Logs>>,
     recorder: Recorder,
     out: VecDeque<Output>,
     now: Now,
+    /// When the monotonic clock was at zero, by the other one; what is told of a moment is to stay as it was told.
+    epoch: Duration,
 }
 
 impl Monitor {
@@ -305,13 +355,16 @@ impl Monitor {
             answer_cost: Usd::ZERO,
             exited: false,
             pid: None,
+            spawned_at: now.mono,
             meters,
             report: Report::default(),
+            timeline: Timeline::default(),
             spans: settings.trace.on.then(|| Box::new(Spans::new(settings.trace.clone()))),
             logs: settings.events.then(Box::default),
             recorder: Recorder::new(&settings.nonce),
             out: VecDeque::new(),
             now,
+            epoch: now.unix.saturating_sub(now.mono),
             settings,
         }
     }
@@ -321,12 +374,17 @@ impl Monitor {
         // Neither clock may run backwards here, whatever the machine's do.
         let gap = now.mono.saturating_sub(self.now.mono);
         self.now = Now { mono: self.now.mono + gap, unix: now.unix };
+        let epoch = self.now.unix.saturating_sub(self.now.mono);
+        if epoch.abs_diff(self.epoch) >= STEPPED {
+            self.epoch = epoch;
+        }
         if gap >= SLEPT {
             self.slept(gap);
         }
         match input {
             Input::Spawned { pid } => {
                 self.pid = Some(pid);
+                self.spawned_at = self.now.mono;
                 self.spawned();
             }
             Input::Stdout(bytes) => self.stdout(Some(bytes)),
@@ -444,10 +502,40 @@ impl Monitor {
             background_tasks: self.session.background_tasks(),
             permissions_pending: self.session.permissions_pending(),
             cli_version: self.session.version(),
+            cli_pid: self.pid(),
+            started: self.unix_of(self.spawned_at),
+            state_since: self.unix_of(self.session.activity_since()),
+            model: self.session.model(),
+            turn: self.session.turn().map(|turn| LiveTurn {
+                number: turn.number,
+                since: self.unix_of(turn.started),
+                rounds: turn.rounds,
+                cost_usd: turn.cost,
+            }),
+            rounds: self.session.rounds(),
+            context: self.session.context().map(|(tokens, window)| ContextFill {
+                tokens,
+                window,
+                #[expect(clippy::cast_precision_loss, reason = "a ratio")]
+                ratio: window.map(|window| tokens as f64 / window as f64),
+            }),
+            tool: self.session.call_in_flight().map(|(name, since)| LiveCall { name, since: self.unix_of(since) }),
+            last_event: self.timeline.heard().map(|(kind, at)| LastEvent { kind, at: at.as_secs_f64() }),
+            timeline: self.timeline.last(),
             limits: self.limits(),
             slot: 0,
         });
         Status { sessions: live.into_iter().collect(), totals: self.report.totals() }
+    }
+
+    /// What happened lately.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
+    }
+
+    /// A moment of the monotonic clock by the other one, to the millisecond.
+    fn unix_of(&self, mono: Duration) -> f64 {
+        ((self.epoch + mono).as_secs_f64() * 1e3).round() / 1e3
     }
 
     /// What the agent is about, or held up by.
@@ -1070,6 +1158,7 @@ impl Monitor {
         }
         meter::on(&mut self.meters, &self.settings.prices, &update, self.now.unix);
         self.report.on(&update);
+        self.timeline.on(&update, &self.settings.prices, self.now.unix);
         if self.spans.is_some() || self.logs.is_some() {
             self.tell(&update);
         }

@@ -97,6 +97,7 @@ struct Permission {
 /// What a session is to the limits: asked, never told.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct TurnView {
+    pub number: u64,
     pub started: Duration,
     pub rounds: u64,
     pub cost: Usd,
@@ -156,6 +157,8 @@ pub struct Session {
     /// Calls of this turn that are over.
     answered: BTreeSet<String>,
     api_ms: u64,
+    /// What the main loop has sent to the model last, in tokens, and which model's window it has to fit into.
+    context: Option<(u64, String)>,
     window: Option<u64>,
     windows: BTreeMap<String, u64>,
     activity: Activity,
@@ -230,6 +233,7 @@ impl Session {
             last_retry: None,
             answered: BTreeSet::new(),
             api_ms: 0,
+            context: None,
             window: None,
             windows: BTreeMap::new(),
             activity: Activity::Starting,

@@ -169,11 +169,17 @@ impl Session {
     }
 
     pub(super) fn context_used(&mut self, model: &str, prompt: u64) {
-        let window = self.windows.get(&*crate::price::canonical(model)).copied().or(self.window);
-        if let Some(window) = window.filter(|window| *window > 0) {
+        let model = crate::price::canonical(model).into_owned();
+        if let Some(window) = self.window_of(&model) {
             #[expect(clippy::cast_precision_loss, reason = "a ratio")]
             self.out.push(Update::ContextUsed { ratio: prompt as f64 / window as f64 });
         }
+        self.context = Some((prompt, model));
+    }
+
+    /// Known when the first result has told it.
+    pub(super) fn window_of(&self, canonical: &str) -> Option<u64> {
+        self.windows.get(canonical).copied().or(self.window).filter(|window| *window > 0)
     }
 
     pub(super) fn complete_thread(&mut self, key: &str, now: Now) {

@@ -26,6 +26,7 @@ impl Session {
 
     pub fn turn(&self) -> Option<TurnView> {
         self.turn.as_ref().map(|turn| TurnView {
+            number: turn.number,
             started: turn.started,
             rounds: turn.rounds,
             cost: turn.cost,
@@ -86,6 +87,21 @@ impl Session {
             .filter(|(id, call)| !waiting.contains(id.as_str()) && !is_agent(&call.tool))
             .map(|(_, call)| (call.tool.as_str(), call.started))
             .min_by_key(|(_, started)| *started)
+    }
+
+    /// The tool call in flight that began first, whatever it waits for: its tool and when it started.
+    pub fn call_in_flight(&self) -> Option<(&str, Duration)> {
+        self.calls.values().map(|call| (call.tool.as_str(), call.started)).min_by_key(|(_, started)| *started)
+    }
+
+    /// The model that the main loop asks.
+    pub fn model(&self) -> Option<&str> {
+        self.model.as_deref()
+    }
+
+    /// How much of the model's window the conversation takes, and how large that is, as far as the CLI told.
+    pub fn context(&self) -> Option<(u64, Option<u64>)> {
+        self.context.as_ref().map(|(tokens, model)| (*tokens, self.window_of(model)))
     }
 
     /// When the longest-running subagent started.
