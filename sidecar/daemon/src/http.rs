@@ -1,15 +1,18 @@
-//! `/metrics`, `/livez`, `/readyz`, `/status`, `/busy`: on a thread and a runtime of their own, read-only, and in nobody's way.
+//! `/metrics`, `/livez`, `/readyz`, `/status`, `/busy`, `/events` and the page: on a thread and a runtime of their own, read-only, and in nobody's way.
 //!
 //! A wrapper alone makes an answer by a visit to the monitor on its own thread; a hub makes it of all wrappers' journals. A scraper
 //! that stalls holds a connection and nothing else. Nothing can be changed over TCP; at the hub's socket, budgets can be raised, where
 //! that was allowed.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
+use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_sidecar_core::hub::Health;
@@ -18,16 +21,20 @@ use agent_sidecar_core::metric::{self, Meters};
 use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::{Monitor, Now};
 use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
+use hyper::body::{Bytes, Frame, Incoming, SizeHint};
 use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Notify;
 
 use crate::busy::Word;
-use crate::config::{Kind, Value};
+use crate::config::{Kind, Value as Given};
 use crate::export::{otlp, prometheus};
+use crate::feed::Feed;
 use crate::hub::Desk;
+use crate::page;
 use crate::supervise::{Counts, Handle};
 
 /// A monitor that does not answer a visit for so long is not alive.
@@ -35,6 +42,8 @@ const ALIVE: Duration = Duration::from_secs(2);
 /// Connections at once: a few scrapers and probes. One more, and the oldest has to go: who came first has had its time, and a crowd
 /// of slow clients must not keep a probe out until the platform kills the agent.
 const CONNECTIONS: usize = 32;
+const JSON: &str = "application/json";
+const EVENTS: &str = "text/event-stream";
 /// A client has this long to say what it wants, and to take the answer.
 const CLIENT: Duration = Duration::from_secs(10);
 
@@ -93,9 +102,76 @@ impl Scrapes {
 #[derive(Clone, Copy)]
 struct Last(u128);
 
+/// What is sent: whole, or as it comes.
+pub(crate) enum Body {
+    Whole(Full<Bytes>),
+    Stream(tokio::sync::mpsc::Receiver<Bytes>),
+}
+
+pub(crate) type Answer = Response<Body>;
+
+impl hyper::body::Body for Body {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        match &mut *self {
+            Body::Whole(whole) => Pin::new(whole).poll_frame(cx),
+            Body::Stream(stream) => stream.poll_recv(cx).map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes)))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Body::Whole(whole) => whole.is_end_stream(),
+            Body::Stream(_) => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Body::Whole(whole) => whole.size_hint(),
+            Body::Stream(_) => SizeHint::default(),
+        }
+    }
+}
+
+/// A connection, to whoever answers on it: one that streams lasts, until it is cut.
+#[derive(Clone, Default)]
+pub(crate) struct Line {
+    streams: Arc<AtomicBool>,
+    cut: Arc<Notify>,
+}
+
+impl Line {
+    /// Its time is up.
+    async fn end(&self) {
+        if tokio::time::timeout(CLIENT * 6, self.cut.notified()).await.is_err() && self.streams.load(Relaxed) {
+            self.cut.notified().await;
+        }
+    }
+}
+
+/// `/events`, for as long as the client takes them.
+fn stream(feed: &Feed, request: &Request<Incoming>) -> Answer {
+    let Some(line) = request.extensions().get::<Line>().filter(|_| request.method() == Method::GET) else {
+        return reply(StatusCode::OK, EVENTS, Vec::new());
+    };
+    let last = request.headers().get("last-event-id").and_then(|id| id.to_str().ok());
+    let Some(events) = feed.join(last, Arc::clone(&line.cut)) else {
+        return text(StatusCode::SERVICE_UNAVAILABLE, "as many watch as may\n");
+    };
+    line.streams.store(true, Relaxed);
+    let mut answer = reply(StatusCode::OK, EVENTS, Vec::new());
+    *answer.body_mut() = Body::Stream(events);
+    // Of proxies that would wait for more to pass it on.
+    answer.headers_mut().insert("x-accel-buffering", hyper::header::HeaderValue::from_static("no"));
+    answer
+}
+
 /// Who answers.
 trait Pages: Send + Sync + 'static {
-    fn answer(&self, request: &Request<Incoming>) -> impl Future<Output = Response<Full<Bytes>>> + Send;
+    fn answer(&self, request: &Request<Incoming>) -> impl Future<Output = Answer> + Send;
     /// An answer has left, to its last byte.
     fn left(&self, last: Last);
 }
@@ -110,13 +186,21 @@ pub(crate) struct Site {
     pub(crate) exports: Arc<otlp::Counts>,
     /// For how long `/busy` may be believed.
     pub(crate) lease: Duration,
+    pub(crate) feed: Feed,
+    /// A name under which the page is asked for.
+    pub(crate) page_host: Option<String>,
 }
 
 /// Serves until the process ends.
 pub(crate) fn serve(bound: Bound, site: Site) -> std::io::Result<()> {
     std::thread::Builder::new().name(String::from("http")).stack_size(256 * 1024).spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let served = runtime.and_then(|runtime| runtime.block_on(accept(bound.listener, Arc::new(site))));
+        let site = Arc::new(site);
+        let served = runtime.and_then(|runtime| {
+            let told = Arc::clone(&site);
+            runtime.spawn(async move { told.feed.tell(|| told.status()).await });
+            runtime.block_on(accept(bound.listener, site))
+        });
         if let Err(error) = served {
             tracing::error!(%error, "metrics are no longer served; the agent goes on");
         }
@@ -174,11 +258,13 @@ impl Connections {
         }
         let pages = Arc::clone(pages);
         let connection = tokio::task::spawn(async move {
-            let last = Mutex::new(None);
-            let service = hyper::service::service_fn(|request: Request<Incoming>| {
+            let (last, line) = (Mutex::new(None), Line::default());
+            let service = hyper::service::service_fn(|mut request: Request<Incoming>| {
                 let (pages, last) = (&pages, &last);
+                request.extensions_mut().insert(line.clone());
                 async move {
-                    let response = pages.answer(&request).await;
+                    let mut response = pages.answer(&request).await;
+                    page::harden(&mut response);
                     *last.lock().unwrap_or_else(PoisonError::into_inner) = response.extensions().get::<Last>().copied();
                     Ok::<_, Infallible>(response)
                 }
@@ -189,9 +275,12 @@ impl Connections {
                 .max_buf_size(16 * 1024)
                 .serve_connection(TokioIo::new(stream), service);
             // Whoever is slower than that is cut off; whoever hangs up has hung up.
-            let served = tokio::time::timeout(CLIENT * 6, connection).await;
+            let served = tokio::select! {
+                served = connection => served.is_ok(),
+                () = line.end() => false,
+            };
             let last = last.into_inner().unwrap_or_else(PoisonError::into_inner);
-            if let (Some(last), Ok(Ok(()))) = (last, served) {
+            if let Some(last) = last.filter(|_| served) {
                 pages.left(last);
             }
         });
@@ -200,7 +289,7 @@ impl Connections {
 }
 
 /// What is no GET is answered with this.
-fn refused(request: &Request<Incoming>) -> Option<Response<Full<Bytes>>> {
+fn refused(request: &Request<Incoming>) -> Option<Answer> {
     if matches!(*request.method(), Method::GET | Method::HEAD) {
         return None;
     }
@@ -209,22 +298,15 @@ fn refused(request: &Request<Incoming>) -> Option<Response<Full<Bytes>>> {
     Some(refused)
 }
 
-fn mark_last(response: &mut Response<Full<Bytes>>, began: u128) {
+fn mark_last(response: &mut Answer, began: u128) {
     response.headers_mut().insert(CONNECTION, hyper::header::HeaderValue::from_static("close"));
     response.extensions_mut().insert(Last(began));
 }
 
-fn index(path: &str) -> Response<Full<Bytes>> {
-    match path {
-        "/" => text(StatusCode::OK, "agent-sidecar: /metrics /livez /readyz /status /busy\n"),
-        _ => text(StatusCode::NOT_FOUND, "not here; there are /metrics /livez /readyz /status /busy\n"),
-    }
-}
-
 impl Pages for Site {
-    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(&self, request: &Request<Incoming>) -> Answer {
         let site = self;
-        if let Some(refused) = refused(request) {
+        if let Some(refused) = refused(request).or_else(|| page::misdirected(request, site.page_host.as_deref())) {
             return refused;
         }
         let handle = &site.handle;
@@ -250,22 +332,39 @@ impl Pages for Site {
                 Visit::Answer(false) => text(StatusCode::SERVICE_UNAVAILABLE, "the agent is not up, or on its way out\n"),
                 Visit::Silent | Visit::Gone => text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n"),
             },
-            "/status" => match visit(handle, |monitor, _| serde_json::to_vec(&monitor.status())).await {
-                Visit::Answer(Ok(status)) => reply(StatusCode::OK, "application/json", status),
-                Visit::Answer(Err(_)) | Visit::Silent | Visit::Gone => {
-                    text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n")
-                }
+            "/status" | "/sessions" => match site.status().await {
+                Some(status) => json(&status),
+                None => text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n"),
             },
-            "/busy" => {
-                let lease = site.lease;
-                match visit(handle, move |monitor, now| Word::of(monitor, now, lease)).await {
-                    Visit::Answer(word) => reply(StatusCode::OK, "application/json", word.json()),
+            "/events" => stream(&site.feed, request),
+            path if timeline_of(path).is_some() => {
+                let key = timeline_of(path).unwrap_or_default().to_owned();
+                let after = after(request);
+                let told = visit(handle, move |monitor, _| {
+                    let named = monitor.report().sessions().iter().any(|session| session.session_id.as_deref() == Some(&key));
+                    let ours = named || key == std::process::id().to_string();
+                    let entries: Vec<Value> =
+                        monitor.timeline().after(after).filter_map(|e| serde_json::to_value(e).ok()).collect();
+                    ours.then_some(entries)
+                });
+                match told.await {
+                    Visit::Answer(Some(entries)) => json(&json!({"pid": std::process::id(), "entries": entries})),
+                    Visit::Answer(None) => text(StatusCode::NOT_FOUND, NO_SESSION),
                     Visit::Silent | Visit::Gone => {
                         text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n")
                     }
                 }
             }
-            path => index(path),
+            "/busy" => {
+                let lease = site.lease;
+                match visit(handle, move |monitor, now| Word::of(monitor, now, lease)).await {
+                    Visit::Answer(word) => reply(StatusCode::OK, JSON, word.json()),
+                    Visit::Silent | Visit::Gone => {
+                        text(StatusCode::SERVICE_UNAVAILABLE, "the sidecar's own loop does not answer\n")
+                    }
+                }
+            }
+            _ => page::answer(request),
         }
     }
 
@@ -275,8 +374,8 @@ impl Pages for Site {
 }
 
 impl Pages for Desk {
-    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        if let Some(refused) = refused(request) {
+    async fn answer(&self, request: &Request<Incoming>) -> Answer {
+        if let Some(refused) = refused(request).or_else(|| page::misdirected(request, self.page_host())) {
             return refused;
         }
         match request.uri().path() {
@@ -302,9 +401,14 @@ impl Pages for Desk {
                 }
                 _ => text(StatusCode::OK, "ok\n"),
             },
-            "/status" => reply(StatusCode::OK, "application/json", self.status()),
-            "/busy" => reply(StatusCode::OK, "application/json", self.busy().json()),
-            path => index(path),
+            "/status" | "/sessions" => json(&self.status()),
+            "/events" => stream(self.feed(), request),
+            path if timeline_of(path).is_some() => match self.timeline(timeline_of(path).unwrap_or_default(), after(request)) {
+                Some(timeline) => reply(StatusCode::OK, JSON, timeline),
+                None => text(StatusCode::NOT_FOUND, NO_SESSION),
+            },
+            "/busy" => reply(StatusCode::OK, JSON, self.busy().json()),
+            _ => page::answer(request),
         }
     }
 
@@ -313,7 +417,38 @@ impl Pages for Desk {
     }
 }
 
-async fn metrics(Site { handle, scrapes, labels, exports, .. }: &Site) -> Response<Full<Bytes>> {
+impl Site {
+    /// What a hub would say of this one.
+    async fn status(&self) -> Option<Value> {
+        let told = visit(&self.handle, |monitor, _| serde_json::to_value(monitor.status()).ok());
+        let Visit::Answer(Some(mut status)) = told.await else { return None };
+        for session in status["sessions"].as_array_mut().into_iter().flatten().filter_map(Value::as_object_mut) {
+            session.insert(String::from("pid"), json!(std::process::id()));
+            session.insert(String::from("stale"), json!(false));
+            session.extend(self.labels.iter().map(|(label, value)| ((*label).to_owned(), json!(value))));
+        }
+        Some(status)
+    }
+}
+
+const NO_SESSION: &str = "no session of this id or pid runs here\n";
+
+/// Of `/sessions/ID/timeline`.
+fn timeline_of(path: &str) -> Option<&str> {
+    path.strip_prefix("/sessions/")?.strip_suffix("/timeline").filter(|key| !key.is_empty())
+}
+
+/// Of `?after=17`.
+fn after(request: &Request<Incoming>) -> u64 {
+    let query = request.uri().query().unwrap_or_default();
+    query.split('&').find_map(|pair| pair.strip_prefix("after=")).and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+fn json(value: &Value) -> Answer {
+    reply(StatusCode::OK, JSON, value.to_string().into_bytes())
+}
+
+async fn metrics(Site { handle, scrapes, labels, exports, .. }: &Site) -> Answer {
     // The scrape itself counts, so that the last one says that it was.
     let last = scrapes.last_unix_ms.load(Relaxed);
     let (counts, exports) = (handle.clone(), Arc::clone(exports));
@@ -355,7 +490,7 @@ struct Socket {
 }
 
 impl Pages for Socket {
-    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(&self, request: &Request<Incoming>) -> Answer {
         match request.uri().path().strip_prefix("/v1/budgets/") {
             Some(scope) if request.method() == Method::POST && self.desk.control() => self.raise(scope, request.uri().query()),
             Some(_) if request.method() == Method::POST => {
@@ -372,7 +507,7 @@ impl Pages for Socket {
 
 impl Socket {
     /// `POST /v1/budgets/SCOPE?usd=7.50`, and `&tenant=NAME` for a tenant's.
-    fn raise(&self, scope: &str, query: Option<&str>) -> Response<Full<Bytes>> {
+    fn raise(&self, scope: &str, query: Option<&str>) -> Answer {
         let scope = Scope::ALL.iter().find(|known| known.as_str() == scope && known.shared().is_some());
         let Some(scope) = scope else {
             return text(StatusCode::NOT_FOUND, "no such budget: container, tenant, and each with _day or _month\n");
@@ -382,7 +517,7 @@ impl Socket {
             pairs.into_iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned())
         };
         let usd = value("usd").and_then(|usd| Kind::Money.parse(&usd).ok());
-        let Some(Value::Money(usd)) = usd else {
+        let Some(Given::Money(usd)) = usd else {
             return text(StatusCode::BAD_REQUEST, "say how much, in dollars: ?usd=7.50\n");
         };
         let tenant = value("tenant");
@@ -430,12 +565,12 @@ pub(crate) fn visit_blocking<T: Send + 'static>(
     if there { hear.recv_timeout(ALIVE).ok() } else { None }
 }
 
-fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
-    reply(status, "text/plain; charset=utf-8", body.as_bytes().to_vec())
+pub(crate) fn text(status: StatusCode, body: impl Into<Cow<'static, str>>) -> Answer {
+    reply(status, "text/plain; charset=utf-8", body.into().into_owned().into_bytes())
 }
 
-fn reply(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(body)));
+pub(crate) fn reply(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Answer {
+    let mut response = Response::new(Body::Whole(Full::new(Bytes::from(body))));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(content_type));
     response.headers_mut().insert(CACHE_CONTROL, hyper::header::HeaderValue::from_static("no-store"));

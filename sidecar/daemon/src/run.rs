@@ -19,6 +19,7 @@ use crate::busy;
 use crate::config::Config;
 use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
+use crate::feed::Feed;
 use crate::http::{self, Scrapes, Site};
 use crate::hub::{NoSeat, Payer, Place, Seat, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
@@ -243,6 +244,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
                 labels: config.labels(),
                 exports: counts,
                 lease: config.busy().length,
+                feed: Feed::default(),
+                page_host: config.page_host(),
             },
         ) {
             tracing::warn!(%error, "metrics are not served");

@@ -298,6 +298,14 @@ impl Registry {
         json!({ "sessions": sessions, "totals": totals })
     }
 
+    /// Who runs a session, by its id or the wrapper's pid: its run and its pid.
+    pub fn find(&self, key: &str) -> Option<(&str, u32)> {
+        let pid = key.parse::<u32>().ok();
+        let named = |live: &&Live| live.last.sessions.iter().any(|session| session["session_id"] == key);
+        let found = self.live.values().find(|live| Some(live.hello.pid) == pid).or_else(|| self.live.values().find(named))?;
+        Some((&found.hello.run, found.hello.pid))
+    }
+
     fn slot(&self, live: &Live) -> String {
         live.slot.map_or_else(|| OTHER.to_owned(), |slot| slot.to_string())
     }

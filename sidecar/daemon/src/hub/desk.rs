@@ -14,9 +14,11 @@ use serde_json::Value;
 use super::Place;
 use super::share::{Share, unix_nanos};
 use super::shelf::{Shelf, unix};
+use super::story;
 use super::till::{self, Payer};
 use crate::busy::Word;
 use crate::export::prometheus;
+use crate::feed::Feed;
 
 /// See the module's head.
 pub(crate) struct Desk {
@@ -27,6 +29,8 @@ pub(crate) struct Desk {
     lease: Duration,
     control: bool,
     offset: i64,
+    page_host: Option<String>,
+    feed: Feed,
 }
 
 /// What a hub is to know.
@@ -42,6 +46,8 @@ pub(crate) struct Options {
     pub(crate) control: bool,
     /// Where its days begin, in seconds east of Greenwich.
     pub(crate) offset: i64,
+    /// A name under which the page is asked for.
+    pub(crate) page_host: Option<String>,
 }
 
 impl Desk {
@@ -50,7 +56,16 @@ impl Desk {
             options.labels.iter().map(|(label, value)| ((*label).to_owned(), value.clone())).collect();
         let shelf = Shelf::open(place, options.slots, options.max_series, &labels);
         let Options { lease, control, offset, .. } = *options;
-        Desk { shelf: Mutex::new(shelf), own, place: place.clone(), lease, control, offset }
+        Desk {
+            shelf: Mutex::new(shelf),
+            own,
+            place: place.clone(),
+            lease,
+            control,
+            offset,
+            page_host: options.page_host.clone(),
+            feed: Feed::default(),
+        }
     }
 
     /// Takes in those that ended, so that their journals do not pile up.
@@ -87,19 +102,39 @@ impl Desk {
         shelf.registry.health(unix())
     }
 
-    pub(crate) fn status(&self) -> Vec<u8> {
-        self.sessions().to_string().into_bytes()
+    pub(crate) fn page_host(&self) -> Option<&str> {
+        self.page_host.as_deref()
+    }
+
+    pub(crate) fn feed(&self) -> &Feed {
+        &self.feed
+    }
+
+    /// What happened lately to a session that runs, by its id or its wrapper's pid.
+    pub(crate) fn timeline(&self, key: &str, after: u64) -> Option<Vec<u8>> {
+        if let Some(own) = &self.own {
+            own.flush();
+        }
+        let (run, pid) = {
+            let mut shelf = self.shelf();
+            shelf.scan();
+            let (run, pid) = shelf.registry.find(key)?;
+            (run.to_owned(), pid)
+        };
+        // Nothing has happened to it yet.
+        let entries = story::read(&self.place.dir, &run, after).unwrap_or_default();
+        Some(format!("{{\"pid\":{pid},\"entries\":[{entries}]}}").into_bytes())
     }
 
     pub(crate) fn busy(&self) -> Word {
-        let status = self.sessions();
+        let status = self.status();
         // Who is frozen or lost says nothing of now: a lease that it had runs out.
         let sessions = status["sessions"].as_array().into_iter().flatten().filter(|session| session["stale"] != true);
         let states = sessions.filter_map(|session| Activity::deserialize(&session["state"]).ok());
         Word::of_all(states, Duration::from_secs_f64(unix()), self.lease)
     }
 
-    fn sessions(&self) -> Value {
+    pub(crate) fn status(&self) -> Value {
         if let Some(own) = &self.own {
             own.flush();
         }
@@ -142,7 +177,8 @@ mod tests {
             Hello { hub: VERSION, run: String::from("a"), pid: 1, started: 0.0, world: String::new(), labels: Vec::new() };
         let mut journal = Journal::new(&place.dir, hello);
         let lease = Duration::from_secs(60);
-        let options = Options { slots: 8, max_series: 1_500, labels: Vec::new(), lease, control: false, offset: 0 };
+        let options =
+            Options { slots: 8, max_series: 1_500, labels: Vec::new(), lease, control: false, offset: 0, page_host: None };
         let desk = Desk::open(&place, &options, None);
         let mut busy = |at: f64| {
             let line = Line { unix: at, sessions: vec![serde_json::json!({"state": "tool"})], ..Line::default() };

@@ -17,6 +17,7 @@ mod seat;
 mod serve;
 mod share;
 mod shelf;
+mod story;
 mod till;
 
 pub(crate) use desk::{Desk, Options};

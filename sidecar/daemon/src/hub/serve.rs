@@ -89,6 +89,14 @@ impl Turn {
         let desk = Arc::new(Desk::open(&place, options, own.clone()));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
         runtime.block_on(async {
+            let told = Arc::clone(&desk);
+            tokio::spawn(async move {
+                let look = || {
+                    let desk = Arc::clone(&told);
+                    async move { tokio::task::spawn_blocking(move || desk.status()).await.ok() }
+                };
+                told.feed().tell(look).await;
+            });
             let (at, asked) = (place.clone(), Arc::clone(&desk));
             tokio::spawn(async move {
                 let served = match socket(&at).await {

@@ -16,6 +16,7 @@ use serde::Deserialize;
 
 use super::Place;
 use super::journal::{self, Journal};
+use super::story::{News, Story};
 use super::till::{Payer, Till};
 use super::{place, shelf};
 use crate::export::otlp;
@@ -42,6 +43,7 @@ struct Inner {
     poked: Mutex<bool>,
     bell: Condvar,
     written: Mutex<Written>,
+    story: Mutex<Story>,
     /// Where budgets are shared.
     purse: Option<Mutex<Held>>,
     handle: Handle,
@@ -95,6 +97,7 @@ impl Share {
             poked: Mutex::new(true),
             bell: Condvar::new(),
             written: Mutex::new(written),
+            story: Mutex::new(Story::new(&place.dir, &run)),
             purse: payer.map(|payer| {
                 let till = Till::new(&place.dir, &run, payer);
                 Mutex::new(Held { till, last: None, held: false, failed: false, closed: false })
@@ -122,15 +125,19 @@ impl Share {
     /// Writes what is not written yet. False when there is no monitor to ask.
     pub(crate) fn flush(&self) -> bool {
         let mut written = lock(&self.inner.written);
-        let since = written.journal.since();
+        let mut story = lock(&self.inner.story);
+        let (since, untold) = (written.journal.since(), story.since());
         let (handle, exports) = (self.inner.handle.clone(), Arc::clone(&self.inner.exports));
         let told = visit_blocking(&self.inner.handle, move |monitor, _| {
             relayed(monitor.meters_mut(), handle.counts());
             exports.fill(monitor.meters_mut());
-            (monitor.journal(since), monitor.claim())
+            (monitor.journal(since), monitor.claim(), News::of(monitor.timeline(), untold))
         });
-        let Some(((line, mark), claim)) = told else { return false };
-        let same = line.series.is_empty() && line.cleared.is_empty();
+        let Some(((line, mark), claim, news)) = told else { return false };
+        // Nobody's sums rest on it: what could not be written is written with what comes next.
+        story.tell(&news).ok();
+        drop(story);
+        let same = news.is_empty() && line.series.is_empty() && line.cleared.is_empty();
         let same = same && (line.live, line.ready) == (written.last.live, written.last.ready);
         if same && since > 0 && written.at.is_some_and(|at| at.elapsed() < HEARTBEAT) {
             drop(written);

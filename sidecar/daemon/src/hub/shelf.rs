@@ -19,6 +19,7 @@ use agent_sidecar_core::metric::HUB_REFUSED;
 use super::Place;
 use super::journal::{ENDING, READ, UNFINISHED};
 use super::place::lock_of_dead;
+use super::story;
 
 const TOTALS: &str = "totals.json";
 /// Wrappers at a time. A container that has more has other worries.
@@ -70,6 +71,7 @@ pub(super) fn begin_anew(place: &Place) -> io::Result<()> {
         }
     }
     for (path, _locked) in dead {
+        fs::remove_file(path.with_extension(&story::ENDING[1..])).ok();
         fs::remove_file(path)?;
     }
     match fs::remove_file(place.dir.join(TOTALS)) {
@@ -153,6 +155,7 @@ impl Shelf {
         for (run, _locked) in ended {
             // It was killed while it waited for a budget.
             fs::remove_file(self.dir.join(format!("{run}.hold"))).ok();
+            fs::remove_file(story::path(&self.dir, &run)).ok();
             if fs::remove_file(self.path(&run)).is_ok() {
                 self.registry.forget(&run);
                 self.tails.remove(&run);
@@ -171,11 +174,18 @@ impl Shelf {
             let Ok(name) = entry.file_name().into_string() else { continue };
             if let Some(run) = name.strip_suffix(ENDING).filter(|_| runs.len() < JOURNALS) {
                 runs.insert(run.to_owned());
-            } else if name.ends_with(UNFINISHED) && entry.metadata()?.modified()?.elapsed().is_ok_and(|age| age > ABANDONED) {
+            } else if (name.ends_with(UNFINISHED) || self.is_orphan(&name))
+                && entry.metadata()?.modified()?.elapsed().is_ok_and(|age| age > ABANDONED)
+            {
                 fs::remove_file(entry.path()).ok();
             }
         }
         Ok(runs)
+    }
+
+    /// A timeline whose journal is gone: somebody died between the two.
+    fn is_orphan(&self, name: &str) -> bool {
+        name.strip_suffix(story::ENDING).is_some_and(|run| !self.path(run).exists())
     }
 
     /// Reads what is new in a journal. The file, locked by us, if its wrapper is gone.

@@ -1,0 +1,161 @@
+//! What happened to a wrapper's agent lately, in a file beside its journal, for whoever serves it to those who ask.
+//!
+//! It counts nothing: a line that is torn or missing is one that nobody sees. Written like a journal (appended, and begun anew when it
+//! has grown), read only when somebody asks, removed with the journal: the hub keeps nothing of it in memory.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use agent_sidecar_core::timeline::Timeline;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+/// Of the files.
+pub(super) const ENDING: &str = ".timeline";
+/// A file may grow to this, and to twice what it began with: a whole timeline is half of it at most.
+const LONG: u64 = 128 * 1024;
+/// Of one file in one reading: more than one may grow to.
+const READ: u64 = 1024 * 1024;
+
+/// See the module's head.
+pub(super) struct Story {
+    path: PathBuf,
+    file: Option<File>,
+    size: u64,
+    first_size: u64,
+    told: u64,
+}
+
+/// Lines that are not told yet, and the number of the last.
+pub(super) struct News {
+    lines: Vec<u8>,
+    last: u64,
+}
+
+impl News {
+    pub(super) fn of(timeline: &Timeline, after: u64) -> News {
+        let mut lines = Vec::new();
+        for entry in timeline.after(after) {
+            let start = lines.len();
+            match serde_json::to_writer(&mut lines, entry) {
+                Ok(()) => lines.push(b'\n'),
+                Err(_) => lines.truncate(start),
+            }
+        }
+        News { lines, last: timeline.last() }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.lines.is_empty()
+    }
+}
+
+pub(super) fn path(dir: &Path, run: &str) -> PathBuf {
+    dir.join(format!("{run}{ENDING}"))
+}
+
+impl Story {
+    pub(super) fn new(dir: &Path, run: &str) -> Story {
+        Story { path: path(dir, run), file: None, size: 0, first_size: 0, told: 0 }
+    }
+
+    /// What is to be told next: what comes after this number.
+    pub(super) fn since(&self) -> u64 {
+        if self.file.is_none() || self.size > LONG.max(2 * self.first_size) { 0 } else { self.told }
+    }
+
+    pub(super) fn tell(&mut self, news: &News) -> io::Result<()> {
+        if news.is_empty() {
+            return Ok(());
+        }
+        let written = match self.file.as_mut().filter(|_| self.told > 0 && self.size <= LONG.max(2 * self.first_size)) {
+            Some(file) => file.write_all(&news.lines),
+            None => self.begin(&news.lines),
+        };
+        match &written {
+            Ok(()) => {
+                self.size += news.lines.len() as u64;
+                self.told = news.last;
+            }
+            // All of it again, when there is something new.
+            Err(_) => self.file = None,
+        }
+        written
+    }
+
+    fn begin(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let new = self.path.with_extension("timeline.tmp");
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        let written = file.write_all(bytes).and_then(|()| fs::rename(&new, &self.path));
+        if written.is_err() {
+            fs::remove_file(&new).ok();
+        }
+        written?;
+        self.file = Some(file);
+        self.size = 0;
+        self.first_size = bytes.len() as u64;
+        Ok(())
+    }
+}
+
+/// The entries after a number, as JSON, one after the other.
+pub(super) fn read(dir: &Path, run: &str, after: u64) -> io::Result<String> {
+    #[derive(Deserialize)]
+    struct Numbered {
+        n: u64,
+    }
+    let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path(dir, run))?;
+    let mut bytes = Vec::new();
+    file.take(READ).read_to_end(&mut bytes)?;
+    let mut entries = String::new();
+    for line in bytes.split(|byte| *byte == b'\n') {
+        // What is torn is no JSON.
+        let Ok(raw) = serde_json::from_slice::<&RawValue>(line) else { continue };
+        if serde_json::from_str::<Numbered>(raw.get()).is_ok_and(|entry| entry.n > after) {
+            if !entries.is_empty() {
+                entries.push(',');
+            }
+            entries.push_str(raw.get());
+        }
+    }
+    Ok(entries)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use agent_sidecar_core::price::PriceTable;
+    use agent_sidecar_core::update::Update;
+
+    use super::*;
+
+    #[test]
+    fn it_grows_is_begun_anew_and_a_torn_line_is_none() {
+        let dir = std::env::temp_dir().join(format!("agent-sidecar-story-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let (mut story, mut timeline, mut longest) = (Story::new(&dir, "a"), Timeline::default(), 0);
+        for turn in 1..=5_000 {
+            let started = Update::TurnStarted { session: String::from("s"), turn };
+            timeline.on(&started, &PriceTable::default(), Duration::from_secs(turn));
+            story.tell(&News::of(&timeline, story.since())).unwrap();
+            longest = longest.max(fs::metadata(path(&dir, "a")).unwrap().len());
+        }
+        assert!(longest < LONG + 1_024, "{longest}");
+        let read = |after| -> Vec<u64> {
+            let entries: serde_json::Value = serde_json::from_str(&format!("[{}]", read(&dir, "a", after).unwrap())).unwrap();
+            entries.as_array().unwrap().iter().map(|entry| entry["n"].as_u64().unwrap()).collect()
+        };
+        let all = read(0);
+        assert!(all.len() >= 500 && all.is_sorted() && all.last() == Some(&5_000), "{all:?}");
+        assert_eq!(read(4_998), [4_999, 5_000]);
+        let mut bytes = fs::read(path(&dir, "a")).unwrap();
+        bytes.truncate(bytes.len() - 3);
+        fs::write(path(&dir, "a"), bytes).unwrap();
+        assert_eq!(read(4_998), [4_999]);
+        fs::remove_dir_all(dir).unwrap();
+    }
+}
