@@ -184,7 +184,10 @@ impl Timeline {
 
     pub fn on(&mut self, update: &Update, prices: &PriceTable, unix: Duration) {
         if let Update::Heard { kind } = update {
-            self.heard = Some((kind, unix));
+            // Mostly an answer to us, who ask now and then.
+            if *kind != "control_response" {
+                self.heard = Some((kind, unix));
+            }
             return;
         }
         if let Some(what) = self.what(update, prices, unix) {

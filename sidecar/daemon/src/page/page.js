@@ -22,7 +22,7 @@ const view = {
 
 const STATES = {
   starting: ["starting", "work"], model: ["model", "work"], tool: ["tool", "work"], compacting: ["compacting", "work"],
-  permission: ["waits for permission", "wait"], retry_backoff: ["waits to retry", "wait"], waiting_input: ["waits for input", "quiet"],
+  permission: ["asks permission", "wait"], retry_backoff: ["waits to retry", "wait"], waiting_input: ["waits for input", "quiet"],
   idle: ["idle", "quiet"], draining: ["ending", "quiet"], stuck: ["stuck", "bad"],
 };
 const HELD = new Set(["frozen", "network_dead", "uninterruptible", "spinning", "no_result", "post_result"]);
@@ -76,8 +76,13 @@ function whyOf(session) {
   return session.why === session.state ? "" : words(session.why ?? "");
 }
 
+/** Circles that an agent may go round in: counted always, and worth a word when they are. */
+const CIRCLES = new Set(["identical_call", "alternating", "error_repeat", "compaction_thrash", "fan_out", "no_progress"]);
 /** The limit that is nearest to its end. */
-const tightest = (session) => [...(session.limits ?? [])].sort((a, b) => b.ratio - a.ratio)[0];
+const tightest = (session) => (session.limits ?? []).filter((l) => !CIRCLES.has(l.limit) || l.ratio >= 0.5).sort((a, b) => b.ratio - a.ratio)[0];
+const LIMITS = { usd: "cost" };
+const limitName = (limit) => LIMITS[limit] ?? words(limit);
+const brief = (model) => model.replace(/^claude-/, "");
 
 function amount(limit, value) {
   if (limit === "usd") return money(value);
@@ -150,14 +155,14 @@ const COLUMNS = [
       fill(cell, s.tool?.name ?? "–", more.join(" · "));
     },
   },
-  { id: "model", head: "Model", by: (s) => s.model ?? "", draw: (cell, s) => fill(cell, s.model ?? "–") },
+  { id: "model", head: "Model", by: (s) => s.model ?? "", draw: (cell, s) => fill(cell, s.model ? brief(s.model) : "–") },
   {
     id: "context", head: "Context", by: (s) => s.context?.ratio ?? 0,
     draw: (cell, s) => {
       const { tokens, window, ratio } = s.context ?? {};
       if (tokens === undefined) fill(cell, "–");
       else if (window) fill(cell, percent(ratio), `${count(tokens)} of ${count(window)}`, ratio);
-      else fill(cell, count(tokens), "window not told yet");
+      else fill(cell, count(tokens), "window unknown");
     },
   },
   {
@@ -173,8 +178,8 @@ const COLUMNS = [
     id: "budget", head: "Nearest limit", by: (s) => tightest(s)?.ratio ?? -1,
     draw: (cell, s) => {
       const l = tightest(s);
-      if (!l) return fill(cell, "none set");
-      fill(cell, percent(l.ratio), `${words(l.limit)} ${words(l.scope)} ${amount(l.limit, l.used)} of ${amount(l.limit, l.ceiling)}`, l.ratio);
+      if (!l) return fill(cell, "–");
+      fill(cell, percent(l.ratio), `${limitName(l.limit)}, ${words(l.scope)}: ${amount(l.limit, l.ceiling)}`, l.ratio);
     },
   },
   {
@@ -193,7 +198,7 @@ function drawName(cell, session) {
   put(button, short(session));
   button.setAttribute("aria-expanded", String(view.open === session.pid));
   const slot = session.slot === "other" ? "" : `slot ${session.slot}`;
-  put(cell.lastChild, [...labels(session), slot, session.session_id ? `pid ${session.pid}` : ""].filter(Boolean).join(" · "));
+  put(cell.lastChild, [...labels(session), slot].filter(Boolean).join(" · "));
 }
 
 function makeHeads() {
@@ -338,8 +343,11 @@ function drawDetail() {
   const list = $("facts");
   if (list.children.length !== facts.length) list.replaceChildren(...facts.map(() => make("div", {}, make("dt"), make("dd"))));
   facts.forEach(([name, value], at) => { put(list.children[at].firstChild, name); put(list.children[at].lastChild, value); });
-  const limits = session.limits ?? [];
-  $("limits").replaceChildren(...(limits.length ? limits.map(limitItem) : [make("li", {}, "none set")]));
+  const [set, resting] = [[], []];
+  for (const limit of session.limits ?? []) (CIRCLES.has(limit.limit) && !limit.ratio ? resting : set).push(limit);
+  const items = set.map(limitItem);
+  if (resting.length) items.push(make("li", { class: "note" }, `${resting.length} detectors see no circle`));
+  $("limits").replaceChildren(...(items.length ? items : [make("li", { class: "note" }, "none set")]));
   if (session.timeline > timeline.last && !timeline.asked && !ended) askTimeline(session.pid, timeline);
   drawChart(session, timeline.entries, ended);
 }
@@ -348,7 +356,7 @@ function limitItem(limit) {
   const text = `${amount(limit.limit, limit.used)} of ${amount(limit.limit, limit.ceiling)}`;
   const look = limit.ratio >= 1 ? "over" : limit.ratio >= 0.8 ? "near" : "";
   return make("li", {},
-    make("span", {}, `${words(limit.limit)}, ${words(limit.scope)}${limit.mode === "enforce" ? "" : ` (${limit.mode})`}`),
+    make("span", {}, `${limitName(limit.limit)}, ${words(limit.scope)}${limit.mode === "enforce" ? "" : ` (${limit.mode})`}`),
     make("span", { class: look }, `${text}, ${percent(limit.ratio)}`, gauge(limit.ratio)));
 }
 
@@ -381,7 +389,7 @@ function tell(e) {
     case "session": return ["session", `began: ${words(e.start)}`, "turn"];
     case "turn_started": return ["turn", `turn ${e.turn} began`, "turn"];
     case "turn_ended": return ["turn", `turn ${e.turn}: ${words(e.outcome)}${e.confirmed ? "" : ", cost not confirmed"}`, `turn ${e.outcome === "success" ? "good" : e.outcome === "interrupted" ? "wait" : "bad"}`, `${took} · ${money(e.cost_usd)}`];
-    case "request": return ["request", `${e.model}${by}: ${count(e.input)} in (${count(e.cached)} cached), ${e.output === undefined ? "?" : count(e.output)} out`, "", [took, e.cost_usd === undefined ? "" : "≈ " + money(e.cost_usd)].filter(Boolean).join(" · ")];
+    case "request": return ["request", `${e.model}${by}${e.input ? `: ${count(e.input)} in (${count(e.cached)} cached)` : ""}${e.output === undefined ? "" : `, ${count(e.output)} out`}`, "", [took, e.cost_usd === undefined ? "" : "≈ " + money(e.cost_usd)].filter(Boolean).join(" · ")];
     case "tool": return ["tool", `${e.tool}${by}: ${words(e.outcome)}`, e.outcome === "ok" ? "" : "bad", took];
     case "permission": return ["permission", `${e.tool}: ${words(e.decision)}`, "wait", took];
     case "subagent_started": return ["subagent", `${e.agent} began${e.background ? " in the background" : ""}`, ""];
@@ -389,7 +397,7 @@ function tell(e) {
     case "compacted": return ["compaction", `${words(e.trigger)}: ${count(e.pre_tokens)} to ${count(e.post_tokens)} tokens`, "wait", took];
     case "retried": return ["retry", `${words(e.error)}${e.status ? ` (${e.status})` : ""}`, "wait", e.delay_seconds === undefined ? "" : `after ${duration(e.delay_seconds)}`];
     case "request_failed": return ["failed", words(e.error), "bad"];
-    case "limit": return ["limit", `${words(e.limit)} ${words(e.scope)}: ${amount(e.limit, e.observed)} of ${amount(e.limit, e.ceiling)}${e.mode === "enforce" ? "" : ` (${e.mode})`}`, e.level >= 1 ? "bad" : "wait", words(e.action)];
+    case "limit": return ["limit", `${limitName(e.limit)}, ${words(e.scope)}: ${amount(e.limit, e.observed)} of ${amount(e.limit, e.ceiling)}${e.mode === "enforce" ? "" : ` (${e.mode})`}`, e.level >= 1 ? "bad" : "wait", words(e.action)];
     case "loop": return ["detector", `${words(e.detector)}, ${count(e.streak)} in a row`, "wait", words(e.action)];
     case "stalled": return ["stall", `${words(e.stall)}${e.why ? `: ${words(e.why)}` : ""}${e.on ? "" : " is over"}`, e.on ? "bad" : ""];
     case "stopping": return ["stop", words(e.action), "wait"];
@@ -442,6 +450,7 @@ function drawChart(session, entries, ended) {
     shape("text", { x: place, y: height - 4, "text-anchor": anchor }, tick === 4 ? (ended ? "end" : "now") : `− ${duration(Math.max(1, Math.round(end - at)))}`);
   }
   const sums = [];
+  let bad = 0;
   LANES.forEach(([name, look, belongs], at) => {
     const y = at * lane;
     shape("text", { x: 0, y: y + 12 }, name);
@@ -450,12 +459,13 @@ function drawChart(session, entries, ended) {
     if (!ended && name === "turns" && session.turn) bars.push([session.turn.since, end, look]);
     if (!ended && name === "tools" && session.tool) bars.push([session.tool.since, end, look]);
     for (const [from, to, colour] of bars) {
+      bad += colour === "bad";
       shape("rect", { x: x(from), y: y + 3, width: Math.max(1.5, x(to) - x(from)), height: lane - 7, rx: 1.5, class: `b-${colour}` });
     }
     if (mine.length) sums.push(`${name} ${mine.length} (${duration(mine.reduce((sum, e) => sum + (e.seconds ?? e.delay_seconds ?? 0), 0))})`);
   });
   box.replaceChildren(svg);
-  put($("chart-words"), `Last ${duration(Math.round(end - start))}: ${sums.length ? sums.join(", ") : "nothing ended yet"}.`);
+  put($("chart-words"), `Last ${duration(Math.round(end - start))}: ${sums.length ? sums.join(", ") : "nothing ended yet"}.${bad ? ` Red: ${bad} failed or cut short.` : ""}`);
 }
 
 // ---- what is said aloud, in moderation
