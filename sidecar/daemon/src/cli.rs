@@ -13,7 +13,7 @@ use crate::config::{Config, Kind, Mistakes, SETTINGS, Sources};
 use crate::run::{self, Agent};
 use crate::shim::install;
 use crate::supervise::OWN_FAILURE;
-use crate::{demo, doctor, explain, hub, messages_api, reference, replay};
+use crate::{demo, doctor, explain, hub, messages_api, reference, replay, top};
 
 /// A word on the command line that nobody understands.
 const USAGE: u8 = 2;
@@ -77,6 +77,16 @@ fn command() -> Command {
                 .about("Serve what all wrappers of this container have counted, without an agent of one's own")
                 .arg(config.clone())
                 .args(flags()),
+        )
+        .subcommand(
+            Command::new("top")
+                .about("Show the sessions that run, and what happened to each")
+                .after_help("Keys: q ends, arrows select, Enter shows what happened, s sorts by the next column, r the other way round.\n\
+                    Not at a terminal it prints one plain table, as with --once; the same as JSON is at /status.")
+                .arg(config.clone())
+                .arg(Arg::new("url").long("url").value_name("URL").help("ask this sidecar, http://HOST:9477; by default the one of this container"))
+                .arg(Arg::new("once").long("once").action(ArgAction::SetTrue).help("print one plain table"))
+                .args(flags().filter(|flag| ["listen", "socket", "hub"].contains(&flag.get_id().as_str()))),
         )
         .subcommand(
             Command::new("replay")
@@ -220,6 +230,19 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             crate::logging::start(&config);
             let meeting = config.meeting().ok_or(NoMeeting)?;
             hub::alone(hub::Place::find(&meeting)?, config.listen(), &config.hub_options())?;
+        }
+        Some(("top", matches)) => {
+            let source = match matches.get_one::<String>("url") {
+                Some(url) => top::Source::url(url)?,
+                None => {
+                    let config = config(matches)?;
+                    let sockets = config.meeting().map(|meeting| hub::Place::sockets(&meeting)).unwrap_or_default();
+                    top::Source::here(sockets, config.listen())?
+                }
+            };
+            // Whoever draws, and whoever gives the terminal back, takes it for themselves.
+            drop(out);
+            return Ok(top::run(source, matches.get_flag("once"), &mut io::stdout())?);
         }
         Some(("replay", matches)) => {
             let config = config(matches)?;

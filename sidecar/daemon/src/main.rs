@@ -22,6 +22,7 @@ mod sample;
 mod shim;
 mod supervise;
 mod telemetry;
+mod top;
 
 use std::error::Error;
 use std::process::ExitCode;

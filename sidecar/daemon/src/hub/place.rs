@@ -55,6 +55,15 @@ impl Place {
         Place::at(meeting, false).is_ok_and(ours)
     }
 
+    /// Where a hub may be asked. Changes nothing.
+    pub(crate) fn sockets(meeting: &Meeting) -> Vec<PathBuf> {
+        match Place::at(meeting, false) {
+            // Of two containers that see the same files, ours.
+            Ok(Place { socket, spare, .. }) => spare.into_iter().chain([socket]).collect(),
+            Err(_) => meeting.socket.clone().into_iter().collect(),
+        }
+    }
+
     fn at(meeting: &Meeting, make: bool) -> io::Result<Place> {
         let name = match meeting.port {
             None | Some(USUAL_PORT) => String::from("hub"),
