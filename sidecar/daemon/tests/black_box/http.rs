@@ -145,3 +145,110 @@ fn the_exposition_pleases_the_linter() {
     let out = lint.wait_with_output().unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
 }
+
+/// Asks with these headers, and reads until what was read is enough.
+fn read_until(address: SocketAddr, path: &str, headers: &str, enough: impl Fn(&str) -> bool) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\n{headers}\r\n").unwrap();
+    let (mut read, mut buffer) = (String::new(), [0; 16 * 1024]);
+    while !enough(&read) {
+        let n = stream.read(&mut buffer).unwrap();
+        assert!(n > 0, "it ended with: {read}");
+        read += std::str::from_utf8(&buffer[..n]).unwrap();
+    }
+    read
+}
+
+#[test]
+fn a_browser_gets_the_page_and_curl_a_word_and_other_names_neither() {
+    let served = serve(&["--page-host", "agents.example.com"], &["cat"]);
+    let get = |path: &str, headers: &str| {
+        read_until(served.address, path, &format!("{headers}Connection: close\r\n"), |read| {
+            read.split_once("\r\n\r\n").is_some_and(|(head, body)| {
+                let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap();
+                body.len() >= length.parse().unwrap()
+            })
+        })
+    };
+    let browser = "Host: localhost:9477\r\nAccept: text/html,application/xhtml+xml\r\n";
+    let page = get("/", browser);
+    assert!(page.contains("<!doctype html>") && page.contains("text/html"), "{page}");
+    for header in [
+        "script-src 'self'",
+        "frame-ancestors 'none'",
+        "x-content-type-options: nosniff",
+        "referrer-policy: no-referrer",
+        "cross-origin-resource-policy: same-origin",
+        "x-frame-options: DENY",
+    ] {
+        assert!(page.contains(header), "{header}: {page}");
+    }
+    assert!(!page.to_lowercase().contains("access-control"), "{page}");
+    assert!(get("/page.js", browser).contains("text/javascript") && get("/page.css", browser).contains("text/css"));
+    let word = get("/", "Host: here\r\nAccept: */*\r\n");
+    assert!(word.contains("text/plain") && word.contains("/metrics"), "{word}");
+    // A name that somebody else can have, and one that is ours.
+    for path in ["/", "/events", "/sessions/1/timeline", "/page.js"] {
+        assert!(get(path, "Host: rebound.example\r\nAccept: text/html\r\n").starts_with("HTTP/1.1 421"), "{path}");
+    }
+    assert!(get("/", "Host: agents.example.com\r\nAccept: text/html\r\n").starts_with("HTTP/1.1 200"));
+    for path in ["/metrics", "/status", "/livez"] {
+        assert!(get(path, "Host: whatever.example\r\n").starts_with("HTTP/1.1 200"), "scrapers use any name: {path}");
+    }
+}
+
+#[test]
+fn a_wrapper_alone_tells_what_changes_and_what_happened() {
+    let flags = ["--output-format", "stream-json"];
+    let cli = format!("echo '{INIT}'; read -r _; echo '{}'; read -r _", RESULT);
+    let mut served = serve(&["--tenant", "acme"], &[&["sh", "-c", &cli, "sh"][..], &flags].concat());
+    let host = "Host: localhost\r\n";
+    let first = read_until(served.address, "/events", host, |read| read.contains("\"session_id\":\"s\""));
+    assert!(
+        first.contains("text/event-stream") && first.contains("\"whole\":true") && first.contains("\"tenant\":\"acme\""),
+        "{first}"
+    );
+    let id = first.lines().rev().find_map(|line| line.strip_prefix("id: ")).unwrap().to_owned();
+    served.running.write(b"go\n").unwrap();
+    // Whoever comes back is told what it has missed, and not everything.
+    let rest = wait_for("the change", || {
+        let rest =
+            read_until(served.address, "/events", &format!("{host}Last-Event-ID: {id}\r\n"), |read| read.contains("data: "));
+        rest.contains("\"outcome\":\"success\"").then_some(rest)
+    });
+    assert!(!rest.contains("\"whole\":true"), "{rest}");
+    let (head, body) = ask(served.address, "GET /sessions/s/timeline");
+    assert!(head.contains("200") && body.contains("\"kind\":\"turn_ended\""), "{body}");
+    let told: serde_json::Value = serde_json::from_str(&body).unwrap();
+    let last = told["entries"].as_array().unwrap().last().unwrap()["n"].as_u64().unwrap();
+    let by_pid = ask(served.address, &format!("GET /sessions/{}/timeline?after={}", served.running.pid(), last - 1)).1;
+    assert_eq!(by_pid.matches("\"kind\"").count(), 1, "{by_pid}");
+    assert_eq!(status(served.address, "GET /sessions/nobody/timeline"), 404);
+}
+
+const RESULT: &str = r#"{"type":"result","subtype":"success","is_error":false,"session_id":"s","num_turns":1,"total_cost_usd":0.01,"modelUsage":{"m":{"inputTokens":10,"outputTokens":5,"costUSD":0.01}}}"#;
+
+#[test]
+fn those_who_watch_and_do_not_read_keep_nobody_out_and_there_is_an_end_to_them() {
+    let served = serve(&[], &["cat"]);
+    let watch = || {
+        let mut stream = TcpStream::connect(served.address).unwrap();
+        write!(stream, "GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+        stream
+    };
+    let mut watching: Vec<TcpStream> = (0..16).map(|_| watch()).collect();
+    for stream in &mut watching {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert!(stream.read(&mut [0; 64]).unwrap() > 0);
+    }
+    let refused = read_until(served.address, "/events", "Host: localhost\r\n", |read| read.contains("\r\n\r\n"));
+    assert!(refused.starts_with("HTTP/1.1 503"), "{refused}");
+    assert_eq!(status(served.address, "GET /livez"), 200);
+    drop(watching);
+    wait_for("room", || {
+        read_until(served.address, "/events", "Host: localhost\r\n", |read| read.contains("\r\n\r\n"))
+            .starts_with("HTTP/1.1 200")
+            .then_some(())
+    });
+}

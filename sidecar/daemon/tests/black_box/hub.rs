@@ -560,3 +560,28 @@ fn a_port_that_was_somebody_elses_and_is_free_again_is_no_longer_a_fault() {
     running.close_stdin();
     running.code();
 }
+
+#[test]
+fn a_timeline_outlives_who_serves_and_goes_with_its_agent() {
+    let yard = Yard::new("timeline");
+    let hub = yard.hub();
+    let mut one = yard.start(0, 3, "0", &[]);
+    (0..4).for_each(|_| drop(one.line()));
+    let ended = |key: &str| {
+        let (_, body) = try_ask(yard.address()?, &format!("GET /sessions/{key}/timeline"))?;
+        Some(body.matches("\"kind\":\"turn_ended\"").count())
+    };
+    wait_for("three turns", || (ended("s0") == Some(3)).then_some(()));
+    hub.signal(Signal::KILL);
+    wait_for("three turns at the next", || {
+        (yard.hub_pid()?.as_raw_nonzero().get() == one.pid() && ended("s0") == Some(3)).then_some(())
+    });
+    let stories = || {
+        std::fs::read_dir(yard.state()).unwrap().flatten().filter(|e| e.path().extension() == Some("timeline".as_ref())).count()
+    };
+    assert_eq!((ended(&one.pid().to_string()), stories()), (Some(3), 1));
+    one.signal(Signal::KILL);
+    let _hub = yard.hub();
+    wait_for("it to be cleared away", || yard.metrics().and_then(|_| (stories() == 0).then_some(())));
+    assert!(try_ask(yard.address().unwrap(), "GET /sessions/s0/timeline").unwrap().0.contains("404"));
+}
