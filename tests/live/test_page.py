@@ -1,6 +1,6 @@
 """The page at `/` in a real browser, which finds nothing but loopback: what is shown, what is said, and what is asked of whom.
 
-With `PAGE_SHOTS=DIR`, what it looks like is left there; `docs/page.png` is one of these.
+With `PAGE_SHOTS=DIR`, what it looks like is left there; `docs/page.png` is the one called `page`.
 """
 
 from __future__ import annotations
@@ -211,6 +211,7 @@ def test_sessions_come_change_and_go_without_a_reload(yard, page):
 
 
 def test_a_session_opens_with_its_timeline_which_goes_on(yard, page):
+    yard.hub()
     one = yard.puppet("33333333-cccc-4ccc-8ccc-333333333333", "--max-turns", "40")
     one.prompt()
     for name in ("Read", "Grep"):
@@ -228,6 +229,11 @@ def test_a_session_opens_with_its_timeline_which_goes_on(yard, page):
     assert "turn 1: success" in first, first
     assert page.js("return document.querySelectorAll('#chart rect').length") >= 4
     assert "tools 2" in page.text("#chart-words")
+    one.process.stdin.close()
+    one.process.wait(20)
+    # It stays open, with its last entry.
+    page.shows("#facts", "ended")
+    page.shows("#timeline", "clean, exit code 0")
     page.clean()
 
 
@@ -382,6 +388,8 @@ def test_five_real_agents_as_they_are(yard, page, api, tmp_path):
     page.shot("table-light")
     page.js("[...document.querySelectorAll('#rows tr')].find((row) => row.innerText.includes('3 done')).click()")
     page.shows("#timeline", "turn 3: success", "Bash: error", "retry", "overloaded", "limit")
+    page.look("light", 1360, 860)
+    page.shot("page")
     page.look("light", 1440, 1250)
     page.shot("detail-light")
     page.audit()

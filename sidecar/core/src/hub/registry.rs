@@ -51,6 +51,8 @@ struct Live {
     slot: Option<usize>,
     held: BTreeMap<(&'static str, Vec<String>), Held>,
     last: Line,
+    /// The last session that it told of: one that has ended is no longer among those of its last line.
+    session: Option<String>,
 }
 
 impl Live {
@@ -170,7 +172,7 @@ impl Registry {
             None => self.free_slot(),
         };
         let last = Line { unix: hello.started, live: true, ..Line::default() };
-        self.live.insert(hello.run.clone(), Live { hello, group, slot, held: BTreeMap::new(), last });
+        self.live.insert(hello.run.clone(), Live { hello, group, slot, held: BTreeMap::new(), last, session: None });
         true
     }
 
@@ -207,6 +209,9 @@ impl Registry {
             }
         }
         line.unix = line.unix.max(live.last.unix);
+        if let Some(id) = line.sessions.last().and_then(|session| session["session_id"].as_str()) {
+            live.session = Some(id.to_owned());
+        }
         live.last = line;
     }
 
@@ -301,9 +306,14 @@ impl Registry {
     /// Who runs a session, by its id or the wrapper's pid: its run and its pid.
     pub fn find(&self, key: &str) -> Option<(&str, u32)> {
         let pid = key.parse::<u32>().ok();
-        let named = |live: &&Live| live.last.sessions.iter().any(|session| session["session_id"] == key);
+        let named = |live: &&Live| live.session.as_deref() == Some(key);
         let found = self.live.values().find(|live| Some(live.hello.pid) == pid).or_else(|| self.live.values().find(named))?;
         Some((&found.hello.run, found.hello.pid))
+    }
+
+    /// Whose run it is: the pid and the session, while it is not retired.
+    pub fn who(&self, run: &str) -> Option<(u32, Option<&str>)> {
+        self.live.get(run).map(|live| (live.hello.pid, live.session.as_deref()))
     }
 
     fn slot(&self, live: &Live) -> String {

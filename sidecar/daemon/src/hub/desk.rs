@@ -14,7 +14,6 @@ use serde_json::Value;
 use super::Place;
 use super::share::{Share, unix_nanos};
 use super::shelf::{Shelf, unix};
-use super::story;
 use super::till::{self, Payer};
 use crate::busy::Word;
 use crate::export::prometheus;
@@ -110,19 +109,14 @@ impl Desk {
         &self.feed
     }
 
-    /// What happened lately to a session that runs, by its id or its wrapper's pid.
+    /// What happened lately to a session that runs, or has just ended, by its id or its wrapper's pid.
     pub(crate) fn timeline(&self, key: &str, after: u64) -> Option<Vec<u8>> {
         if let Some(own) = &self.own {
             own.flush();
         }
-        let (run, pid) = {
-            let mut shelf = self.shelf();
-            shelf.scan();
-            let (run, pid) = shelf.registry.find(key)?;
-            (run.to_owned(), pid)
-        };
-        // Nothing has happened to it yet.
-        let entries = story::read(&self.place.dir, &run, after).unwrap_or_default();
+        let mut shelf = self.shelf();
+        shelf.scan();
+        let (pid, entries) = shelf.timeline(key, after)?;
         Some(format!("{{\"pid\":{pid},\"entries\":[{entries}]}}").into_bytes())
     }
 

@@ -6,7 +6,7 @@
 //!
 //! Killed between any two of these, the next hub does the rest: the totals name the journals that are in them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -26,6 +26,17 @@ const TOTALS: &str = "totals.json";
 const JOURNALS: usize = 2_048;
 /// What is unfinished for so long is nobody's.
 const ABANDONED: Duration = Duration::from_secs(60);
+
+/// Those that ended last, whose timelines are still told: whoever looks for one looks soon. A megabyte at most.
+const ENDED: usize = 8;
+
+/// What happened to an agent that is gone.
+#[derive(Debug)]
+struct Ended {
+    pid: u32,
+    session: Option<String>,
+    entries: String,
+}
 
 /// How far a journal was read.
 #[derive(Debug, Default)]
@@ -86,6 +97,7 @@ pub(super) struct Shelf {
     world: String,
     pub(super) registry: Registry,
     tails: BTreeMap<String, Tail>,
+    ended: VecDeque<Ended>,
     /// Totals that are not on disk yet.
     unstored: bool,
     warned: bool,
@@ -111,6 +123,7 @@ impl Shelf {
             world: place.world.clone(),
             registry: Registry::new(slots, max_series, labels, &stored),
             tails: BTreeMap::new(),
+            ended: VecDeque::new(),
             unstored: false,
             warned: false,
         }
@@ -142,6 +155,7 @@ impl Shelf {
         }
         for (run, _) in &ended {
             if !self.registry.is_folded(run) {
+                self.remember(run);
                 self.registry.retire(run);
                 self.unstored = true;
             }
@@ -181,6 +195,26 @@ impl Shelf {
             }
         }
         Ok(runs)
+    }
+
+    fn remember(&mut self, run: &str) {
+        let Some((pid, session)) = self.registry.who(run) else { return };
+        let Ok(entries) = story::read(&self.dir, run, 0) else { return };
+        self.ended.push_back(Ended { pid, session: session.map(str::to_owned), entries });
+        if self.ended.len() > ENDED {
+            self.ended.pop_front();
+        }
+    }
+
+    /// What happened to an agent, by its session or its wrapper's pid: the pid, and the entries after a number.
+    pub(super) fn timeline(&self, key: &str, after: u64) -> Option<(u32, String)> {
+        if let Some((run, pid)) = self.registry.find(key) {
+            // Where nothing is written, nothing has happened yet.
+            return Some((pid, story::read(&self.dir, run, after).unwrap_or_default()));
+        }
+        let is = |ended: &&Ended| ended.session.as_deref() == Some(key) || ended.pid.to_string() == key;
+        let ended = self.ended.iter().rev().find(is)?;
+        Some((ended.pid, story::since(&format!("[{}]", ended.entries), after)))
     }
 
     /// A timeline whose journal is gone: somebody died between the two.

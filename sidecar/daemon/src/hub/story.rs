@@ -102,26 +102,28 @@ impl Story {
 
 /// The entries after a number, as JSON, one after the other.
 pub(super) fn read(dir: &Path, run: &str, after: u64) -> io::Result<String> {
-    #[derive(Deserialize)]
-    struct Numbered {
-        n: u64,
-    }
     let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path(dir, run))?;
     let mut bytes = Vec::new();
     file.take(READ).read_to_end(&mut bytes)?;
-    let mut entries = String::new();
-    for line in bytes.split(|byte| *byte == b'\n') {
-        // What is torn is no JSON.
-        let Ok(raw) = serde_json::from_slice::<&RawValue>(line) else { continue };
-        if serde_json::from_str::<Numbered>(raw.get()).is_ok_and(|entry| entry.n > after) {
-            if !entries.is_empty() {
-                entries.push(',');
-            }
-            entries.push_str(raw.get());
-        }
+    // What is torn is no JSON.
+    let lines = bytes.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<&RawValue>(line).ok());
+    Ok(join(lines, after))
+}
+
+/// The same of a list of them.
+pub(super) fn since(list: &str, after: u64) -> String {
+    let list: Vec<&RawValue> = serde_json::from_str(list).unwrap_or_default();
+    join(list.into_iter(), after)
+}
+
+fn join<'a>(entries: impl Iterator<Item = &'a RawValue>, after: u64) -> String {
+    #[derive(Deserialize)]
+    struct Numbered {
+        n: u64,
     }
-    Ok(entries)
+    let new = entries.filter(|raw| serde_json::from_str::<Numbered>(raw.get()).is_ok_and(|entry| entry.n > after));
+    new.map(RawValue::get).collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]

@@ -314,7 +314,7 @@ function drawDetail() {
   $("detail").hidden = !session;
   if (!session) return;
   const ended = !view.sessions.has(session.pid);
-  const timeline = view.timelines.get(session.pid) ?? { entries: [], last: 0 };
+  const timeline = view.timelines.get(session.pid) ?? { entries: [], last: 0, tries: 0 };
   timeline.session = session;
   view.timelines.set(session.pid, timeline);
   for (const pid of view.timelines.keys()) if (pid !== session.pid) view.timelines.delete(pid);
@@ -348,7 +348,12 @@ function drawDetail() {
   const items = set.map(limitItem);
   if (resting.length) items.push(make("li", { class: "note" }, `${resting.length} detectors see no circle`));
   $("limits").replaceChildren(...(items.length ? items : [make("li", { class: "note" }, "none set")]));
-  if (session.timeline > timeline.last && !timeline.asked && !ended) askTimeline(session.pid, timeline);
+  // The hub still knows how it ended.
+  const last = ended && !view.lost && timeline.tries < 3 && timeline.entries.at(-1)?.kind !== "exited";
+  if (!timeline.asked && (ended ? last : session.timeline > timeline.last)) {
+    if (ended) timeline.tries++;
+    askTimeline(session.pid, timeline);
+  }
   drawChart(session, timeline.entries, ended);
 }
 

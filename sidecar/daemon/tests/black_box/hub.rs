@@ -562,7 +562,7 @@ fn a_port_that_was_somebody_elses_and_is_free_again_is_no_longer_a_fault() {
 }
 
 #[test]
-fn a_timeline_outlives_who_serves_and_goes_with_its_agent() {
+fn a_timeline_outlives_who_serves_and_goes_soon_after_its_agent() {
     let yard = Yard::new("timeline");
     let hub = yard.hub();
     let mut one = yard.start(0, 3, "0", &[]);
@@ -583,5 +583,16 @@ fn a_timeline_outlives_who_serves_and_goes_with_its_agent() {
     one.signal(Signal::KILL);
     let _hub = yard.hub();
     wait_for("it to be cleared away", || yard.metrics().and_then(|_| (stories() == 0).then_some(())));
+    // Of the last few that ended, it is still told.
+    assert_eq!((ended("s0"), ended(&one.pid().to_string())), (Some(3), Some(3)));
+    for id in 1..10 {
+        let mut other = yard.start(id, 1, "0", &[]);
+        (0..2).for_each(|_| drop(other.line()));
+        other.close_stdin();
+        other.code();
+    }
+    wait_for("those to be taken in", || yard.metrics().filter(|body| body.contains("agent_sidecar_hub_retired_total 11\n")));
+    assert_eq!(ended("s9"), Some(1));
     assert!(try_ask(yard.address().unwrap(), "GET /sessions/s0/timeline").unwrap().0.contains("404"));
+    assert_eq!(stories(), 0);
 }
