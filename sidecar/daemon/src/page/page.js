@@ -62,7 +62,8 @@ const cost = (sums) => (sums.cost_estimated ? "≈ " : "") + money(sums.cost_usd
 const NONE = { input: 0, output: 0, cache_read: 0, cache_write_5m: 0, cache_write_1h: 0 };
 const tokensOf = (session) => session.tokens ?? NONE;
 const short = (session) => (session.session_id ? session.session_id.slice(0, 8) : `pid ${session.pid}`);
-const labels = (session) => ["tenant", "team", "cost_center", "user"].map((name) => session[name]).filter(Boolean);
+const LABELS = { tenant: "Tenant", team: "Team", cost_center: "Cost centre", user: "User" };
+const labels = (session) => Object.keys(LABELS).map((name) => session[name]).filter(Boolean);
 
 function stateOf(session) {
   if (session.stale) return ["silent", "bad"];
@@ -179,7 +180,8 @@ const COLUMNS = [
     draw: (cell, s) => {
       const l = tightest(s);
       if (!l) return fill(cell, "–");
-      fill(cell, percent(l.ratio), `${limitName(l.limit)}, ${words(l.scope)}: ${amount(l.limit, l.ceiling)}`, l.ratio);
+      const of = l.scope === "session" ? "" : `, ${words(l.scope)}`;
+      fill(cell, percent(l.ratio), `${limitName(l.limit)}${of}: ${amount(l.limit, l.ceiling)}`, l.ratio);
     },
   },
   {
@@ -338,7 +340,7 @@ function drawDetail() {
     ["Runs for", ended ? "–" : age(session.started)],
     ["CLI", `${session.cli_version ?? "version not told"}, pid ${session.cli_pid ?? "–"}`],
     ["Wrapper", `pid ${session.pid}, slot ${session.slot}`],
-    ...["tenant", "team", "cost_center", "user"].filter((name) => session[name]).map((name) => [words(name), session[name]]),
+    ...Object.entries(LABELS).filter(([name]) => session[name]).map(([name, word]) => [word, session[name]]),
   ];
   const list = $("facts");
   if (list.children.length !== facts.length) list.replaceChildren(...facts.map(() => make("div", {}, make("dt"), make("dd"))));

@@ -591,7 +591,7 @@ fn a_timeline_outlives_who_serves_and_goes_soon_after_its_agent() {
         other.close_stdin();
         other.code();
     }
-    wait_for("those to be taken in", || yard.metrics().filter(|body| body.contains("agent_sidecar_hub_retired_total 11\n")));
+    wait_for("those to be taken in", || yard.metrics().filter(|body| body.contains("agent_sidecar_hub_retired_total 10\n")));
     assert_eq!(ended("s9"), Some(1));
     assert!(try_ask(yard.address().unwrap(), "GET /sessions/s0/timeline").unwrap().0.contains("404"));
     assert_eq!(stories(), 0);
