@@ -519,7 +519,10 @@ function take({ now: at, whole, sessions, gone, totals }) {
 function heard(at) {
   view.heard = Date.now() / 1000;
   view.skew = at - view.heard;
-  if (view.lost) { view.lost = false; drawLink(); }
+  if (!view.lost) return;
+  view.lost = false;
+  if (view.totals !== null) say("Connected again.");
+  drawLink();
 }
 
 function drawLink() {
