@@ -32,5 +32,6 @@ pub mod span;
 pub mod telemetry;
 pub mod tokens;
 pub mod update;
+pub mod who;
 
 pub use monitor::{Action, Exit, Input, Monitor, Now, Output, Settings, Signal, Stop};

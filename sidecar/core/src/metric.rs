@@ -239,6 +239,11 @@ catalog! { after 0;
     CONTAINER_PRESSURE = merged(Max, counter("claude_agent_container_pressure_seconds_total", Seconds, &["resource", "kind"], "Time in which tasks of the container waited for a resource."));
     DISK_USED = gauge(Max, "claude_agent_disk_used_bytes", Bytes, &["mount"], "Space used on the file system.");
     DISK_FREE = gauge(Min, "claude_agent_disk_free_bytes", Bytes, &["mount"], "Space left on the file system.");
+    DISK_BYTES = gauge(Max, "claude_agent_disk_bytes", Bytes, &["slot", "dir"], "Space that the agent's working or config directory takes; at least so much where scans are cut.");
+    DISK_FILES = gauge(Max, "claude_agent_disk_files", Plain, &["slot", "dir"], "Files in it.");
+    DISK_SCANS_CUT = from_zero(counter("claude_agent_disk_scans_cut_total", Plain, &["dir"], "How often it was too large to be looked at in whole."), &[&["workspace"], &["config"]]);
+    TRANSCRIPT_BYTES = gauge(Max, "claude_agent_transcript_bytes", Bytes, &["slot"], "Size of the session's transcript.");
+    TENANT_CONFLICTS = from_zero(counter("claude_agent_tenant_conflicts_total", Plain, &["kind", "action"], "What agents of different tenants shared, or would have, and what was done about it."), &[&["config_dir", "flagged"], &["config_dir", "refused"], &["config_dir", "ended"], &["cwd", "flagged"], &["cwd", "refused"], &["cwd", "ended"], &["memory", "flagged"], &["memory", "refused"], &["memory", "ended"], &["session", "flagged"], &["session", "refused"], &["session", "ended"]]);
     RESUMES = from_zero(counter("claude_agent_resume_total", Plain, &["outcome"], "Resumed sessions by whether it worked."), &[&["ok"], &["not_found"], &["id_changed"]]);
     AGENT_INFO = info("claude_agent_info", &["cli_version", "permission_mode", "api_key_source", "provider"], "What runs.");
 

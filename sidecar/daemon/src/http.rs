@@ -104,8 +104,6 @@ trait Pages: Send + Sync + 'static {
 pub(crate) struct Site {
     pub(crate) handle: Handle,
     pub(crate) scrapes: Arc<Scrapes>,
-    /// Constant labels: see [`prometheus::text`].
-    pub(crate) labels: Vec<(&'static str, String)>,
     /// What became of what was to be exported.
     pub(crate) exports: Arc<otlp::Counts>,
     /// For how long `/busy` may be believed.
@@ -313,7 +311,7 @@ impl Pages for Desk {
     }
 }
 
-async fn metrics(Site { handle, scrapes, labels, exports, .. }: &Site) -> Response<Full<Bytes>> {
+async fn metrics(Site { handle, scrapes, exports, .. }: &Site) -> Response<Full<Bytes>> {
     // The scrape itself counts, so that the last one says that it was.
     let last = scrapes.last_unix_ms.load(Relaxed);
     let (counts, exports) = (handle.clone(), Arc::clone(exports));
@@ -324,11 +322,11 @@ async fn metrics(Site { handle, scrapes, labels, exports, .. }: &Site) -> Respon
             #[expect(clippy::cast_precision_loss, reason = "a timestamp")]
             monitor.meters_mut().set(&metric::LAST_SCRAPE, &[], last as f64 / 1e3);
         }
-        monitor.meters().clone()
+        (monitor.meters().clone(), monitor.who().labels())
     });
     match copy.await {
-        Visit::Answer(meters) => {
-            let body = prometheus::text(&meters, labels);
+        Visit::Answer((meters, labels)) => {
+            let body = prometheus::text(&meters, &labels);
             scrapes.asked();
             reply(StatusCode::OK, prometheus::CONTENT_TYPE, body.into_bytes())
         }

@@ -4,6 +4,7 @@ mod busy;
 mod cli;
 mod config;
 mod demo;
+mod disk;
 mod doctor;
 mod explain;
 mod export;
@@ -20,6 +21,7 @@ mod sample;
 mod shim;
 mod supervise;
 mod telemetry;
+mod tenants;
 
 use std::error::Error;
 use std::process::ExitCode;

@@ -167,7 +167,7 @@ pub(super) fn lock_of_dead(path: &Path, file: &File) -> io::Result<bool> {
 }
 
 /// Whether a lock was free, and is now ours.
-pub(super) fn try_lock(file: &File) -> io::Result<bool> {
+pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
     match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(true),
         Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => Ok(false),

@@ -18,4 +18,5 @@ mod otlp;
 mod shim;
 mod signals;
 mod support;
+mod tenants;
 mod terminal;
