@@ -122,6 +122,19 @@ pub(super) fn living(place: &Place, but: &str) -> Vec<Line> {
     journals.filter(|path| named(path) == Some(true)).filter_map(|path| last_line(place, &path).ok().flatten()).collect()
 }
 
+/// The wrappers that live here, by their pids.
+pub(crate) fn pids(place: &Place) -> Vec<u32> {
+    let journals = fs::read_dir(&place.dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let first = |path: PathBuf| -> Option<u32> {
+        let run = path.file_name()?.to_str()?.strip_suffix(ENDING)?;
+        let head = lives(place, run).then(|| File::open(&path).ok())??;
+        let mut line = String::new();
+        io::BufRead::read_line(&mut io::BufReader::new(head.take(READ)), &mut line).ok()?;
+        serde_json::from_str::<Hello>(&line).ok().filter(|hello| hello.world == place.world).map(|hello| hello.pid)
+    };
+    journals.filter_map(first).collect()
+}
+
 /// Whether a wrapper goes on: it holds its journal.
 pub(crate) fn lives(place: &Place, run: &str) -> bool {
     let path = place.dir.join(format!("{run}{ENDING}"));

@@ -20,7 +20,7 @@ mod shelf;
 mod till;
 
 pub(crate) use desk::{Desk, Options};
-pub(crate) use journal::lives;
+pub(crate) use journal::{lives, pids};
 pub(crate) use place::{Meeting, Place, try_lock};
 pub(crate) use seat::{NoSeat, Seat};
 pub(crate) use serve::{Turn, alone};

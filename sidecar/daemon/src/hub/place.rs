@@ -45,6 +45,11 @@ impl Place {
         Place::at(meeting, true)
     }
 
+    /// Where they meet, if they do already. Changes nothing.
+    pub(crate) fn look(meeting: &Meeting) -> io::Result<Place> {
+        Place::at(meeting, false)
+    }
+
     /// Whether a hub is there that serves this address. Changes nothing.
     pub(crate) fn serves(meeting: &Meeting, address: SocketAddr) -> bool {
         let served = |place: &Place| fs::read_to_string(place.address()).ok()?.trim().parse::<SocketAddr>().ok();
