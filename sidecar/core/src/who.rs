@@ -269,7 +269,7 @@ pub struct Surroundings<'a> {
     pub pod_annotations: &'a dyn Fn() -> Option<String>,
     pub resource: &'a dyn Fn(&str) -> Option<String>,
     pub args: &'a [&'a str],
-    pub cwd: &'a str,
+    pub cwd: &'a dyn Fn() -> String,
 }
 
 impl Source {
@@ -282,7 +282,7 @@ impl Source {
             Source::Arg(flag) => flag_value(at.args, flag).map(str::to_owned),
             Source::Resource(key) => (at.resource)(key),
             Source::Message(_) => None,
-            Source::Cwd(pattern) => pattern.find(at.cwd).map(str::to_owned),
+            Source::Cwd(pattern) => pattern.find(&(at.cwd)()).map(str::to_owned),
         };
         value(&text?)
     }

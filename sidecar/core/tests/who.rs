@@ -29,7 +29,7 @@ impl Bench {
             pod_annotations: &|| None,
             resource: &|_| None,
             args: &[],
-            cwd: "/",
+            cwd: &|| String::from("/"),
         };
         let fixed = Who { team: Some(String::from("red")), ..Who::default() };
         let (who, learn) = Learn::begin(&fixed, &sources, None, &at);

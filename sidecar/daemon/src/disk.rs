@@ -37,15 +37,15 @@ struct Watched {
     path: PathBuf,
     /// Whether it is the agent's own: then its size is of interest.
     interval: Option<Duration>,
-    /// Where the transcripts are.
-    project: Option<PathBuf>,
+    /// Where transcripts are looked for.
+    places: Option<Places>,
 }
 
 /// Measures for as long as there is a monitor.
 pub(crate) fn measure_for_ever(places: &Places, tmp: PathBuf, interval: Option<Duration>, handle: &Handle) {
-    let config = places.config.clone().map(|path| Watched { name: "config", path, interval, project: places.project() });
-    let workspace = Watched { name: "workspace", path: places.cwd.clone(), interval, project: None };
-    let tmp = Watched { name: "tmp", path: tmp, interval: None, project: None };
+    let config = places.config.clone().map(|path| Watched { name: "config", path, interval, places: Some(places.clone()) });
+    let workspace = Watched { name: "workspace", path: places.cwd.clone(), interval, places: None };
+    let tmp = Watched { name: "tmp", path: tmp, interval: None, places: None };
     for watched in [Some(workspace), config, Some(tmp)].into_iter().flatten() {
         let handle = handle.clone();
         let thread = std::thread::Builder::new().name(String::from("disk")).stack_size(256 * 1024);
@@ -102,7 +102,7 @@ fn set(meters: &mut Meters, metric: &'static agent_sidecar_core::metric::Metric,
 
 /// Of the session that goes on.
 fn transcript(watched: &Watched, handle: &Handle) -> Option<u64> {
-    let project = watched.project.as_ref()?;
+    let project = watched.places.as_ref()?.project()?;
     let session =
         visit_blocking(handle, |monitor, _| monitor.report().current().and_then(|session| session.session_id.clone()))??;
     // It comes from the CLI, and names a file.

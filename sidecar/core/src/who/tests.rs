@@ -22,7 +22,7 @@ impl World {
             pod_annotations: &|| Some(self.annotations.to_owned()),
             resource: &|name| self.resource.get(name).map(|text| (*text).to_owned()),
             args: &self.args,
-            cwd: self.cwd,
+            cwd: &|| self.cwd.to_owned(),
         };
         let fixed = Who { tenant: Some(String::from("fixed")), ..Who::default() };
         Learn::begin(&fixed, &[(Name::Tenant, sources.parse().unwrap())], None, &at)
@@ -94,7 +94,7 @@ fn a_user_is_masked_wherever_it_comes_from() {
         pod_annotations: &|| None,
         resource: &|_| None,
         args: &[],
-        cwd: "/",
+        cwd: &|| String::from("/"),
     };
     let begin = |sources: &str| Learn::begin(&Who::default(), &[(Name::User, sources.parse().unwrap())], mask(), &at);
     let (mut who, mut learn) = begin("message:user, env:U");

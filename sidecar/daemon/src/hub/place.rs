@@ -12,7 +12,8 @@ use rustix::fs::FlockOperation;
 
 /// Where `:9477` meets; other ports meet elsewhere.
 const USUAL_PORT: u16 = 9477;
-/// What a world leaves is kept for so long after it was last changed, and longer where it has spent from a month's budget.
+/// What a world leaves is kept for so long after it was last changed, and longer where it has spent from a month's budget, or
+/// knows what is whose.
 const LEFT: Duration = Duration::from_hours(24);
 const LEFT_SPENT: Duration = Duration::from_hours(24 * 32);
 
@@ -221,7 +222,7 @@ fn tag_of(name: &str) -> Option<&str> {
 
 /// Whether nobody has come back to it for long.
 fn is_left(dir: &Path) -> bool {
-    let kept_for = if dir.join("budgets.json").exists() { LEFT_SPENT } else { LEFT };
+    let kept_for = if ["budgets.json", "tenants.json"].iter().any(|book| dir.join(book).exists()) { LEFT_SPENT } else { LEFT };
     let changed = fs::symlink_metadata(dir).and_then(|found| found.modified());
     changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > kept_for))
 }

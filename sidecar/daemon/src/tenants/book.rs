@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 /// Of each kind; the one that was used longest ago makes room.
 const ENTRIES: usize = 1_024;
+/// Tenants that are told once of the same thing; more are told each time.
+const TOLD: usize = 64;
 /// What nobody has used for so long is nobody's, in seconds: sessions are resumed after weeks.
 const KEPT: f64 = 32.0 * 86_400.0;
 
@@ -44,6 +46,9 @@ struct Owned {
     used: f64,
     #[serde(default)]
     file: Option<(u64, u64)>,
+    /// Who was told that it is not his: once is enough for the log.
+    #[serde(default)]
+    told: Vec<String>,
 }
 
 /// A claim to what is another's.
@@ -52,6 +57,8 @@ pub(super) struct Conflict {
     pub(super) kind: Shared,
     pub(super) key: String,
     pub(super) owner: String,
+    /// The claimant has not been told before.
+    pub(super) fresh: bool,
 }
 
 /// See the module's head.
@@ -77,15 +84,27 @@ impl Book {
         for things in self.things.values_mut() {
             things.retain(|_, owned| by.now - owned.used < KEPT);
         }
-        let conflicts: Vec<Conflict> = claims.iter().filter_map(|claim| self.conflict(by, claim)).collect();
+        let mut conflicts: Vec<Conflict> = claims.iter().filter_map(|claim| self.conflict(by, claim)).collect();
         if all && !conflicts.is_empty() {
             return conflicts;
+        }
+        for conflict in &mut conflicts {
+            let owned = self.things.get_mut(&conflict.kind).and_then(|things| things.get_mut(&conflict.key));
+            if let Some(Owned { told, .. }) = owned {
+                conflict.fresh = !told.iter().any(|one| one == by.owner);
+                if conflict.fresh && told.len() < TOLD {
+                    told.push(by.owner.to_owned());
+                }
+            }
         }
         let free = claims.iter().filter(|claim| !conflicts.iter().any(|c| c.kind == claim.kind && c.key == claim.key));
         for claim in free {
             let things = self.things.entry(claim.kind).or_default();
             let file = claim.file.map(|file| (file.device, file.inode));
-            let owned = Owned { owner: by.owner.to_owned(), run: by.run.to_owned(), used: by.now, file };
+            // Who was told stays told while it is the same owner's.
+            let told = things.get(&claim.key).filter(|old| old.owner == by.owner).map(|old| old.told.clone());
+            let told = told.unwrap_or_default();
+            let owned = Owned { owner: by.owner.to_owned(), run: by.run.to_owned(), used: by.now, file, told };
             things.insert(claim.key.clone(), owned);
             while things.len() > ENTRIES
                 && let Some(oldest) = things.iter().min_by(|a, b| a.1.used.total_cmp(&b.1.used)).map(|(key, _)| key.clone())
@@ -115,7 +134,12 @@ impl Book {
         // Wiped and made again since its owner was last seen: only the name is the same. Layers of a container's root copy a
         // directory when it is first written to, and it looks new then; but that is while its owner is there.
         let anew = claim.file.and_then(|file| file.made).is_some_and(|made| made > owned.used) && !(by.lives)(&owned.run);
-        (owned.owner != by.owner && !anew).then(|| Conflict { kind: claim.kind, key: claim.key.clone(), owner: owned.owner })
+        (owned.owner != by.owner && !anew).then(|| Conflict {
+            kind: claim.kind,
+            key: claim.key.clone(),
+            owner: owned.owner,
+            fresh: true,
+        })
     }
 }
 
@@ -148,6 +172,17 @@ mod tests {
         assert_eq!(owners(&mut book, "globex", 12.0, &claims, false), ["/a acme", "s acme"]);
         assert_eq!(owners(&mut book, "globex", 13.0, &claims, false), ["/a acme", "s acme"], "asking makes nobody an owner");
         assert!(owners(&mut book, "globex", 11.0 + KEPT, &claims, false).is_empty(), "for ever is too long");
+    }
+
+    #[test]
+    fn the_log_is_told_once() {
+        let mut book = Book::default();
+        let mut fresh = |owner: &str| {
+            let by = Claimant { owner, run: owner, now: 1.0, lives: &|_| false, stands: &|_| None };
+            book.claim(&by, &[session("s")], false).iter().map(|conflict| conflict.fresh).collect::<Vec<_>>()
+        };
+        let said = ["acme", "globex", "globex", "acme", "globex", "initech"].map(&mut fresh);
+        assert_eq!(said, [vec![], vec![true], vec![false], vec![], vec![false], vec![true]]);
     }
 
     #[test]

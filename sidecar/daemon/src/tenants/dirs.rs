@@ -83,6 +83,10 @@ impl Home {
         };
         let parts = ["config", "tmp", "workspace"].map(|part| dir.join(part));
         for part in &parts {
+            // One that was killed could not clear up.
+            if dirs.remove && lock.is_some() && part.exists() {
+                discard(part, &tenant)?;
+            }
             private(part)?;
         }
         let [config, tmp, workspace] = parts;
@@ -108,9 +112,7 @@ impl Home {
         if !self.remove {
             return;
         }
-        // In one step for whoever comes next; a kill in the middle leaves what the next one clears away.
-        let gone = self.dir.with_file_name(format!("{GONE}{:016x}", crate::supervise::random()));
-        let removed = fs::rename(&self.dir, &gone).and_then(|()| fs::remove_dir_all(&gone));
+        let removed = self.dir.parent().map_or(Ok(()), |tenant| discard(&self.dir, tenant));
         if let Err(error) = removed {
             tracing::warn!(dir = %self.dir.display(), %error, "the agent's own directory is not wholly removed");
         }
@@ -199,6 +201,20 @@ fn private(dir: &Path) -> io::Result<()> {
     // A volume's group, or a umask that was wider.
     if found.mode() & 0o077 != 0 {
         fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
+    }
+    Ok(())
+}
+
+/// Removes it, in one step for whoever comes next; a kill in the middle leaves what the next one clears away.
+fn discard(dir: &Path, tenant: &Path) -> io::Result<()> {
+    let gone = tenant.join(format!("{GONE}{:016x}", crate::supervise::random()));
+    fs::rename(dir, &gone)?;
+    match fs::remove_dir_all(&gone) {
+        // Another agent tidies up at the same time.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(dir = %gone.display(), %error, "what an agent has left is not wholly removed");
+        }
+        _ => {}
     }
     Ok(())
 }
@@ -310,6 +326,14 @@ mod tests {
         fs::create_dir(root.join(format!("acme/{GONE}1"))).unwrap();
         home.close();
         assert!(!dir.exists() && outside.exists());
+        let killed = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None).unwrap();
+        fs::write(dir.join("workspace/secret"), "").unwrap();
+        drop(killed);
+        drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None).unwrap());
+        assert!(
+            dir.join("workspace").exists() && !dir.join("workspace/secret").exists(),
+            "whoever comes next finds nothing of it"
+        );
         drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None).unwrap());
         assert!(!root.join(format!("acme/{GONE}1")).exists(), "what a kill has left is cleared away");
         fs::remove_dir_all(root).unwrap();

@@ -83,7 +83,7 @@ fn tenant(name: &str) -> String {
     if name.is_empty() { String::from("no known tenant") } else { format!("tenant `{name}`") }
 }
 
-fn what(Conflict { kind, key, owner }: &Conflict) -> String {
+fn what(Conflict { kind, key, owner, .. }: &Conflict) -> String {
     let what = match kind {
         Shared::ConfigDir => "its config directory",
         Shared::Cwd => "its working directory",
@@ -157,7 +157,7 @@ impl Guard {
             let first = conflicts.remove(0);
             return Err(TenantsShare { owner, first, more: conflicts });
         }
-        for conflict in &conflicts {
+        for conflict in conflicts.iter().filter(|conflict| conflict.fresh) {
             tracing::warn!("{}; agents of different tenants can read what is there", what(conflict));
         }
         let told = conflicts.into_iter().map(|conflict| (conflict.kind, conflict.owner)).collect();
@@ -218,7 +218,9 @@ impl Guard {
         let enforced = self.inner.mode == Mode::Enforce;
         for conflict in &conflicts {
             let end = if enforced { "; it is ended" } else { "" };
-            tracing::warn!("{}{end}", what(conflict));
+            if conflict.fresh || enforced {
+                tracing::warn!("{}{end}", what(conflict));
+            }
             let (kind, owner) = (conflict.kind, conflict.owner.clone());
             let action = if enforced { Guarded::Ended } else { Guarded::Flagged };
             handle.visit(move |monitor, now| monitor.handle(now, Input::Conflict { kind, owner: &owner, action }));

@@ -44,7 +44,7 @@ fn asked<T>(config: &Config, argv: &[OsString], ask: impl FnOnce(&Surroundings<'
         pod_annotations: &|| text(&annotations),
         resource: &|name| resource::declared(name, &std::env::var("OTEL_RESOURCE_ATTRIBUTES").unwrap_or_default()),
         args: &args,
-        cwd: &cwd(),
+        cwd: &cwd,
     })
 }
 
