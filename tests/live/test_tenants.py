@@ -140,3 +140,26 @@ def test_a_session_is_resumed_in_its_own_directory_and_by_its_own_tenant(version
     assert f"the session that it would go on with, {ids[1]}, is that of tenant `acme`" in thief.tail()
     asked = len(served.requests())
     assert asked == 3, "the thief has asked nobody"
+
+
+def test_a_cli_that_was_replaced_by_the_shim_has_a_place_of_its_own(version, api, tmp_path):
+    served = api(shim.script("plain"))
+    (tmp_path / "claude").symlink_to(harness.binary())
+    ledger, agents = tmp_path / "ledger.jsonl", tmp_path / "agents"
+    settings = {
+        "SHIM_CLI": harness.cli(version), "LEDGER": ledger, "LISTEN": f"127.0.0.1:{harness.free_port()}", "SOCKET": tmp_path / "hub.sock",
+        "TENANT_FROM": "env:CUSTOMER_ID", "TENANT_GUARD": "enforce", "AGENT_DIRS": agents, "AGENT_FROM": "env:AGENT",
+    }
+    env = {f"AGENT_SIDECAR_{name}": str(value) for name, value in settings.items()}
+    argv = [tmp_path / "claude", *harness.STREAM_JSON]
+    cli = harness.Session(argv, served, tmp_path / "home", **env, CUSTOMER_ID="acme", AGENT="mailer")
+    id = cli.ask("hello")["session_id"]
+    assert cli.close() == 0
+    wait_for("the transcript", lambda: list(agents.glob(f"acme/mailer/config/projects/*/{id}.jsonl")))
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert lines and all(line["tenant"] == "acme" for line in lines)
+    # The same app's next customer, in the same working directory.
+    refused = harness.Session(argv, served, tmp_path / "home", **env, CUSTOMER_ID="globex", AGENT="mailer")
+    refused.process.stdin.close()
+    assert refused.process.wait(20) == 125
+    assert "its working directory" in refused.tail() and len(served.requests()) == 1

@@ -75,7 +75,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let place = config.meeting().map(|meeting| Place::find(&meeting));
     // Who only asks for a version takes nobody's place.
     let seat = if launch.asks_model { seat(config, place.as_ref())? } else { None };
-    let home = home(config, &who, &launch, &argv)?;
+    let (home, homeless) = home(config, &who, &launch, &argv)?;
     let (own_env, cwd) = home.as_ref().map(|home| (home.env.clone(), home.cwd.clone())).unwrap_or_default();
     let places = Places::of(&own_env, cwd.as_deref());
     let tmp = own_env.iter().find(|(name, _)| name == "TMPDIR").map_or_else(std::env::temp_dir, |(_, path)| path.into());
@@ -110,6 +110,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     meters.set(&metric::CONFIG_INFO, &[&config.fingerprint()], 1.0);
     meters.set(&metric::IDLE_TIMEOUT, &[], config.idle_timeout().unwrap_or_default().as_secs_f64());
 
+    meters.set(&metric::DEGRADED, &["tenants"], f64::from(u8::from(homeless)));
     meters.set(&metric::DEGRADED, &["hub"], f64::from(u8::from(matches!(turn, Meet::Nowhere))));
     let alone = !matches!(turn, Meet::At(_));
     let bound = config.listen().filter(|_| alone).and_then(|address| match http::bind(address) {
@@ -323,11 +324,11 @@ fn who(config: &Config, argv: &[OsString], launch: &Launch) -> (Who, Learn) {
     (who, learn)
 }
 
-/// The agent's own directory, if each is to have one.
-fn home(config: &Config, who: &Who, launch: &Launch, argv: &[OsString]) -> Result<Option<Home>, Failure> {
+/// The agent's own directory, if each is to have one; and whether there should be one, and is none.
+fn home(config: &Config, who: &Who, launch: &Launch, argv: &[OsString]) -> Result<(Option<Home>, bool), Failure> {
     match Some(launch).filter(|launch| launch.asks_model).and_then(|launch| Home::open(config, who, launch, argv)) {
-        None => Ok(None),
-        Some(Ok(home)) => Ok(Some(home)),
+        None => Ok((None, false)),
+        Some(Ok(home)) => Ok((Some(home), false)),
         // Who insists on tenants being apart does not want it to share with others.
         Some(Err(error)) if config.guard() == LimitMode::Enforce => {
             let source = std::io::Error::new(error.kind(), format!("there is no directory for it below --agent-dirs: {error}"));
@@ -335,7 +336,7 @@ fn home(config: &Config, who: &Who, launch: &Launch, argv: &[OsString]) -> Resul
         }
         Some(Err(error)) => {
             tracing::error!(%error, "the agent gets no directory of its own, and shares with others what it keeps");
-            Ok(None)
+            Ok((None, true))
         }
     }
 }

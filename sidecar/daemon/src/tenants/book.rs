@@ -145,6 +145,10 @@ impl Book {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     fn dir(key: &str, inode: u64, made: f64) -> Claim {
@@ -207,6 +211,26 @@ mod tests {
         assert_eq!(book.claim(&by, &[session("b"), session("a")], true).len(), 1);
         assert_eq!(book, before);
         assert!(owners(&mut book, "initech", 3.0, &[session("b")], false).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_ever_two_tenants_where_that_is_enforced(
+            starts in proptest::collection::vec((0..4_usize, proptest::collection::btree_set(0..5_u64, 1..4)), 1..60)
+        ) {
+            let (mut book, mut whose) = (Book::default(), BTreeMap::new());
+            for (n, (tenant, things)) in (0_u32..).zip(starts) {
+                let claims: Vec<Claim> = things.iter().map(|thing| dir(&format!("/{thing}"), *thing, 0.0)).collect();
+                let owner = ["a", "b", "c", "d"][tenant];
+                let by = Claimant { owner, run: owner, now: f64::from(n), lives: &|_| false, stands: &|_| None };
+                let free = things.iter().all(|thing| whose.get(thing).is_none_or(|known| *known == owner));
+                prop_assert_eq!(book.claim(&by, &claims, true).is_empty(), free);
+                if free {
+                    whose.extend(things.iter().map(|thing| (*thing, owner)));
+                }
+                book = serde_json::from_slice(&serde_json::to_vec(&book).unwrap()).unwrap();
+            }
+        }
     }
 
     #[test]

@@ -57,9 +57,12 @@ pub(crate) struct Home {
 }
 
 impl Home {
-    /// Finds or makes the one for this agent, within a bounded time.
+    /// Finds or makes the one for this agent, within a bounded time. Who is started by an agent that has one is at home there.
     pub(crate) fn open(config: &Config, who: &Who, launch: &Launch, argv: &[OsString]) -> Option<io::Result<Home>> {
         let dirs = config.agent_dirs()?;
+        if is_within(&dirs.root) {
+            return None;
+        }
         let name = dirs.name.as_ref().and_then(|sources| super::known::first(config, argv, sources));
         let (tenant, start, resume) = (who.tenant.clone(), launch.start, launch.resume.clone());
         let made = within(ANSWER, move || Home::make(&dirs, tenant.as_deref(), name.as_deref(), start, resume.as_deref()));
@@ -226,6 +229,14 @@ fn tidy(tenant: &Path) {
             fs::remove_dir_all(entry.path()).ok();
         }
     }
+}
+
+/// Whether we were started by an agent with a directory of its own, which a tool of it finds in its environment.
+fn is_within(root: &Path) -> bool {
+    let Ok(root) = std::path::absolute(root) else { return false };
+    ["CLAUDE_CONFIG_DIR", "TMPDIR"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some_and(|dir| Path::new(&dir).starts_with(&root)))
 }
 
 /// Whether the app has left the working directory as its own is. Of PID 1 nobody knows: `/` is what nobody chose.

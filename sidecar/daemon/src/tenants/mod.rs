@@ -36,3 +36,21 @@ fn digest(text: &[u8]) -> String {
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn what_hangs_is_left_behind() {
+        let (done, wait) = std::sync::mpsc::channel::<()>();
+        let began = Instant::now();
+        // It ends when the test does, and not before.
+        assert_eq!(within(Duration::from_millis(20), move || wait.recv().is_ok()), None);
+        assert_eq!(within(ANSWER, || 7), Some(7));
+        assert!(began.elapsed() < ANSWER);
+        drop(done);
+    }
+}

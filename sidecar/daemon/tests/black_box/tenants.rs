@@ -228,6 +228,21 @@ fn what_two_tenants_share_is_flagged_or_refused() {
 }
 
 #[test]
+fn of_many_that_start_at_once_one_tenant_gets_the_directory() {
+    let yard = Yard::new("at-once");
+    let start = |tenant: usize| {
+        let name = format!("t{tenant}");
+        let mut command = yard.command(&["--tenant", &name, "--tenant-guard", "enforce"], &[]);
+        command.env("SESSION", &name).stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
+        command.stderr(std::process::Stdio::null());
+        Running::start_as_is(command)
+    };
+    let codes: Vec<Option<i32>> = (0..6).map(start).collect::<Vec<_>>().iter_mut().map(Running::code).collect();
+    assert_eq!(codes.iter().filter(|code| **code == Some(0)).count(), 1, "{codes:?}");
+    assert_eq!(codes.iter().filter(|code| **code == Some(125)).count(), 5, "{codes:?}");
+}
+
+#[test]
 fn a_directory_that_was_wiped_is_another_one() {
     let yard = Yard::new("wiped");
     let flags = |tenant: &'static str| ["--tenant", tenant, "--tenant-guard", "enforce"];
@@ -314,6 +329,14 @@ fn each_agent_finds_a_directory_of_its_own() {
         one.close_stdin();
         assert_eq!(one.code(), Some(0));
     }
+    // Started by an agent that has one.
+    let within = tenant.path().join("_1/config");
+    let mut nested = yard.command(&[&flags[..], &["--agent-workspace", "always"]].concat(), &[]);
+    nested.env("CLAUDE_CONFIG_DIR", &within).stdin(std::process::Stdio::null());
+    let said = String::from_utf8(nested.output().unwrap().stdout).unwrap();
+    let here: Value = serde_json::from_str(said.lines().nth(1).unwrap()).unwrap();
+    assert_eq!((&here["config"], &here["tmp"]), (&Value::from(within.to_str().unwrap()), &Value::from("")));
+    assert_eq!(here["cwd"], seen[0]["cwd"], "it stays where its tool has started it");
     // By a name, in the workspace, where nobody chose another; what the app has set stays.
     let mut named = Command::new("sh");
     named.args(["-c", "\"$@\"; exit $?", "sh"]).arg(SIDECAR);
@@ -336,8 +359,12 @@ fn without_room_for_directories_the_agent_runs_unless_tenants_must_be_apart() {
     let file = yard.at("file");
     std::fs::write(&file, "").unwrap();
     let flags = ["--tenant", "acme", "--agent-dirs", file.to_str().unwrap()];
-    let here = yard.run(&flags, &[]);
+    let mut running = yard.start(&flags, &[]);
+    let here: Value = serde_json::from_str(&running.line()).unwrap();
     assert_eq!(here["config"], "");
+    yard.series("agent_sidecar_degraded{component=\"tenants\"} 1");
+    running.close_stdin();
+    assert_eq!(running.code(), Some(0));
     let (code, said) = yard.refused(&[&flags[..], &["--tenant-guard", "enforce"]].concat(), &[]);
     assert_eq!(code, Some(125));
     assert!(said.contains("there is no directory for it below --agent-dirs"), "{said}");
