@@ -24,6 +24,8 @@ pub struct Launch {
     pub start: Start,
     /// The session id to resume, where it is named.
     pub resume: Option<String>,
+    /// The session id that the app has chosen.
+    pub session: Option<String>,
     /// The app's own `--max-turns`, the last one, as the CLI takes it.
     pub max_turns: Option<u64>,
     /// It is the CLI, on its way to ask a model: limits can be handed to it.
@@ -144,7 +146,7 @@ impl Launch {
         let words: Vec<&str> =
             argv.iter().skip(at.map_or(1, |at| at + 1)).map(|word| word.to_str().unwrap_or_default()).collect();
         let (mut output, mut input, mut first, mut elsewhere) = (None, None, None, false);
-        let (mut start, mut resume, mut max_turns) = (Start::Fresh, None, None);
+        let (mut start, mut resume, mut session, mut max_turns) = (Start::Fresh, None, None, None);
         let mut rest = words.iter().copied().peekable();
         while let Some(word) = rest.next() {
             if word == "--" {
@@ -180,6 +182,7 @@ impl Launch {
                     resume = value.map(|id| crate::metric::bounded(id, 96).to_owned());
                     start = if start == Start::Fork { Start::Fork } else { Start::Resume };
                 }
+                "--session-id" => session = value.map(|id| crate::metric::bounded(id, 96).to_owned()),
                 "--from-pr" if start != Start::Fork => start = Start::Resume,
                 "--continue" | "-c" if start != Start::Fork => start = Start::Continue,
                 "--fork-session" => start = Start::Fork,
@@ -197,9 +200,9 @@ impl Launch {
         let asks_model = readable || at.is_some() && !command && !elsewhere;
         if !asks_model {
             // `sh -c` continues nothing.
-            (start, resume, max_turns) = (Start::Fresh, None, None);
+            (start, resume, session, max_turns) = (Start::Fresh, None, None, None);
         }
-        Launch { mode, start, resume, max_turns, asks_model }
+        Launch { mode, start, resume, session, max_turns, asks_model }
     }
 
     /// The command line with our ceiling on model round trips: the smaller of the app's and ours, as the last one, which wins.

@@ -33,5 +33,6 @@ pub mod telemetry;
 pub mod timeline;
 pub mod tokens;
 pub mod update;
+pub mod who;
 
 pub use monitor::{Action, Exit, Input, Monitor, Now, Output, Settings, Signal, Stop};

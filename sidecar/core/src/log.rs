@@ -11,6 +11,7 @@ use crate::monitor::Exit;
 use crate::span::put;
 use crate::telemetry::{Attributes, Context, LogEvent, Severity, Value};
 use crate::update::{Answered, Decision, ExitReason, MissingCause, Outcome, Step, ToolOutcome, Update};
+use crate::who::Who;
 
 /// Every event, and what the ledger calls it, where it tells it, too.
 pub const LEDGER: &[(&str, &[&str])] = &[
@@ -25,6 +26,7 @@ pub const LEDGER: &[(&str, &[&str])] = &[
     ("limit.enforced", &["limit_decided", "limit_enforced"]),
     ("loop.detected", &[]),
     ("stall.detected", &[]),
+    ("tenant.conflict", &["tenant_conflict"]),
     ("oom.killed", &["oom_killed"]),
     ("result.missing", &["result_missing"]),
     ("process.exited", &["process_exited"]),
@@ -44,6 +46,8 @@ const NAMES: usize = 64;
 /// See the module's head.
 #[derive(Clone, Debug, Default)]
 pub struct Logs {
+    /// What each event says, too.
+    pub who: Who,
     session: String,
     sequence: u64,
     servers: BTreeMap<String, bool>,
@@ -54,8 +58,8 @@ pub struct Logs {
 }
 
 impl Logs {
-    pub fn new() -> Logs {
-        Logs::default()
+    pub fn of(who: Who) -> Logs {
+        Logs { who, ..Logs::default() }
     }
 
     /// Takes a fact, and the span that it is about.
@@ -67,6 +71,7 @@ impl Logs {
         if !self.session.is_empty() {
             attributes.insert(0, ("gen_ai.conversation.id", self.session.as_str().into()));
         }
+        self.who.describe(&mut attributes);
         let sequence = self.sequence;
         self.sequence += 1;
         Some(LogEvent { time: now.unix, name, severity, sequence, context, attributes })
@@ -190,6 +195,12 @@ impl Logs {
                     say("claude_agent.why", why.as_str().into());
                 }
                 ("stall.detected", Warn)
+            }
+            Update::TenantConflict { kind, owner, action } => {
+                say("claude_agent.kind", kind.as_str().into());
+                say("claude_agent.owner", owner.as_str().into());
+                say("claude_agent.action", action.as_str().into());
+                ("tenant.conflict", Warn)
             }
             Update::OomKilled { role, memory_bytes } => {
                 say("claude_agent.role", (*role).into());

@@ -31,6 +31,7 @@ use crate::telemetry::{self, Context, LogEvent, Span};
 use crate::timeline::Timeline;
 use crate::tokens::Usd;
 use crate::update::{Activity, Decision, ExitReason, Outcome, OwnRequest, Start, Step, Update};
+use crate::who::{self, Guarded, Learn, Who};
 
 /// The time of an input: both clocks, read together by the caller.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -64,6 +65,8 @@ pub enum Input<'a> {
     Sample(&'a Sample),
     /// What is left of the budgets that others spend from, too.
     Shared(&'a [Option<Shared>; SHARED]),
+    /// The agent shares something with that of another tenant: what, whose it is, and what was done about it.
+    Conflict { kind: who::Shared, owner: &'a str, action: Guarded },
     /// Somebody wants the agent gone.
     Stop(Stop),
     /// The CLI was reaped; everything that it wrote has been handed in before.
@@ -125,6 +128,8 @@ pub enum Output {
     /// It has ended.
     Span(Span),
     Log(LogEvent),
+    /// What the app was to say about whom the agent works for, it has said, or it will not: see [`Monitor::who`].
+    Known,
 }
 
 /// What the supervisor is to do.
@@ -178,6 +183,9 @@ pub struct Settings {
     pub events: bool,
     /// A file that is there while [`Monitor::held`]; whoever looks after shared budgets sees to it.
     pub hold_file: String,
+    /// For whom it works, as far as that is known; and what the app is still to say about it.
+    pub who: Who,
+    pub learn: Learn,
 }
 
 impl Default for Settings {
@@ -197,6 +205,8 @@ impl Default for Settings {
             trace: TraceSettings::default(),
             events: false,
             hold_file: String::new(),
+            who: Who::default(),
+            learn: Learn::default(),
         }
     }
 }
@@ -244,6 +254,11 @@ struct LiveSession<'a> {
     timeline: u64,
     limits: Vec<Used>,
     slot: u32,
+    #[serde(flatten)]
+    who: &'a Who,
+    /// What it shares with another tenant's agent.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    tenant_conflicts: &'a [who::Shared],
 }
 
 #[derive(Debug, Serialize)]
@@ -305,6 +320,7 @@ pub struct Monitor {
     exited: bool,
     pid: Option<u32>,
     spawned_at: Duration,
+    conflicts: Vec<who::Shared>,
     meters: Meters,
     report: Report,
     timeline: Timeline,
@@ -334,6 +350,9 @@ impl Monitor {
         };
         let mut meters = Meters::new(settings.max_series);
         meter::at_start(&mut meters);
+        let mut recorder = Recorder::new(&settings.nonce);
+        recorder.who = settings.who.clone();
+        let logs = settings.events.then(|| Box::new(Logs::of(settings.who.clone())));
         Monitor {
             session: Session::new(opening, settings.prices.clone(), now),
             judge: Judge::new(&settings.rules, now.mono),
@@ -356,12 +375,13 @@ impl Monitor {
             exited: false,
             pid: None,
             spawned_at: now.mono,
+            conflicts: Vec::new(),
             meters,
             report: Report::default(),
             timeline: Timeline::default(),
-            spans: settings.trace.on.then(|| Box::new(Spans::new(settings.trace.clone()))),
-            logs: settings.events.then(Box::default),
-            recorder: Recorder::new(&settings.nonce),
+            spans: settings.trace.on.then(|| Box::new(Spans::new(settings.trace.clone(), settings.who.clone()))),
+            logs,
+            recorder,
             out: VecDeque::new(),
             now,
             epoch: now.unix.saturating_sub(now.mono),
@@ -396,6 +416,7 @@ impl Monitor {
             Input::Native(report) => self.native(report),
             Input::Sample(sample) => self.sampled(sample),
             Input::Shared(shared) => self.outside.shared = *shared,
+            Input::Conflict { kind, owner, action } => self.conflict(kind, owner, action),
             Input::Stop(stop) => self.stop(stop),
             Input::Exited(exit) => self.exit(exit),
             Input::Timeout => self.session.tick(self.now),
@@ -482,6 +503,11 @@ impl Monitor {
         self.spans.as_ref().map_or(0, |spans| spans.dropped())
     }
 
+    /// For whom the agent works, as far as that is known by now.
+    pub fn who(&self) -> &Who {
+        &self.settings.who
+    }
+
     pub fn activity(&self) -> Activity {
         self.session.activity()
     }
@@ -524,6 +550,8 @@ impl Monitor {
             timeline: self.timeline.last(),
             limits: self.limits(),
             slot: 0,
+            who: &self.settings.who,
+            tenant_conflicts: &self.conflicts,
         });
         Status { sessions: live.into_iter().collect(), totals: self.report.totals() }
     }
@@ -775,7 +803,10 @@ impl Monitor {
                 // Totals before the first answer tell where a resumed session began.
                 self.asker.first_line();
             }
-            if let Ok(message) = claude_code::parse_stdin(bytes) {
+            let message = claude_code::parse_stdin(bytes);
+            // Before anything is spent on it.
+            self.learn(bytes, message.as_ref().is_ok_and(|message| matches!(message.event, Event::User(_))));
+            if let Ok(message) = message {
                 if self.outside.fed_at.is_none() && matches!(message.event, Event::User(_)) {
                     self.outside.fed_at = Some(self.now.mono);
                 }
@@ -791,7 +822,40 @@ impl Monitor {
         self.stdin = splitter;
     }
 
+    fn learn(&mut self, line: &[u8], is_message: bool) {
+        if self.settings.learn.is_over() {
+            return;
+        }
+        let over = self.settings.learn.read(line, is_message, &mut self.settings.who);
+        self.learnt(over);
+    }
+
+    fn learnt(&mut self, over: bool) {
+        let who = &self.settings.who;
+        if *who != self.recorder.who {
+            self.recorder.who.clone_from(who);
+            if let Some(logs) = &mut self.logs {
+                logs.who.clone_from(who);
+            }
+            if let Some(spans) = &mut self.spans {
+                spans.who.clone_from(who);
+            }
+        }
+        if over {
+            self.out.push_back(Output::Known);
+        }
+    }
+
+    fn conflict(&mut self, kind: who::Shared, owner: &str, action: Guarded) {
+        if !self.conflicts.contains(&kind) {
+            self.conflicts.push(kind);
+            self.fold(Update::TenantConflict { kind, owner: owner.to_owned(), action });
+        }
+    }
+
     fn stdin_ended(&mut self) {
+        let over = self.settings.learn.end();
+        self.learnt(over);
         self.outside.input_over = Some(self.now.mono);
         // One more question while it can be asked; a stop under way keeps the line open for itself.
         if self.can_ask()

@@ -11,6 +11,7 @@ use crate::tokens::{Tokens, Usd};
 use crate::update::{
     Activity, Answered, Basis, Decision, Direction, ExitReason, MissingCause, Outcome, Source, Start, ToolOutcome, Update,
 };
+use crate::who::{Guarded, Shared, Who};
 
 /// A line of the ledger.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -21,6 +22,9 @@ pub struct Record {
     pub run: String,
     /// Numbers the lines of a run without a gap.
     pub seq: u64,
+    /// For whom the agent works, as far as that was known.
+    #[serde(flatten)]
+    pub who: Who,
     #[serde(flatten)]
     pub fact: Fact,
 }
@@ -150,6 +154,13 @@ pub enum Fact {
         latency_seconds: f64,
         overshoot_usd: Option<Usd>,
     },
+    /// The agent shares something with that of another tenant.
+    TenantConflict {
+        session_id: String,
+        kind: Shared,
+        owner: String,
+        action: Guarded,
+    },
     /// The kernel killed a process for memory.
     OomKilled {
         session_id: String,
@@ -184,8 +195,8 @@ fn is_false(b: &bool) -> bool {
 }
 
 impl Record {
-    pub fn new(run: &str, seq: u64, unix: Duration, fact: Fact) -> Record {
-        Record { time: unix.as_secs_f64(), run: run.to_owned(), seq, fact }
+    pub fn new(run: &str, seq: u64, unix: Duration, who: &Who, fact: Fact) -> Record {
+        Record { time: unix.as_secs_f64(), run: run.to_owned(), seq, who: who.clone(), fact }
     }
 }
 
@@ -195,6 +206,8 @@ const CALLS: usize = 1_024;
 /// Writes the lines of one run.
 #[derive(Debug)]
 pub struct Recorder {
+    /// What each line says, too.
+    pub who: Who,
     run: String,
     seq: u64,
     session: String,
@@ -206,7 +219,14 @@ pub struct Recorder {
 
 impl Recorder {
     pub fn new(run: &str) -> Recorder {
-        Recorder { run: run.to_owned(), seq: 0, session: String::new(), times: BTreeMap::new(), parents: BTreeMap::new() }
+        Recorder {
+            who: Who::default(),
+            run: run.to_owned(),
+            seq: 0,
+            session: String::new(),
+            times: BTreeMap::new(),
+            parents: BTreeMap::new(),
+        }
     }
 
     /// The lines that a fact deserves: mostly one or none.
@@ -243,7 +263,7 @@ impl Recorder {
     }
 
     fn line(&mut self, fact: Fact, unix: Duration, write: &mut impl FnMut(Record)) {
-        write(Record::new(&self.run, self.seq, unix, fact));
+        write(Record::new(&self.run, self.seq, unix, &self.who, fact));
         self.seq += 1;
     }
 
@@ -328,6 +348,9 @@ impl Recorder {
                 latency_seconds: latency.as_secs_f64(),
                 overshoot_usd: overshoot,
             },
+            Update::TenantConflict { kind, owner, action } => {
+                Fact::TenantConflict { session_id: self.session.clone(), kind, owner, action }
+            }
             Update::OomKilled { role, memory_bytes } => {
                 Fact::OomKilled { session_id: self.session.clone(), role: role.to_owned(), memory_bytes }
             }
@@ -362,6 +385,7 @@ impl Fact {
             | Fact::TimeSpent { session_id, .. }
             | Fact::TurnEnded { session_id, .. }
             | Fact::LimitDecided { session_id, .. }
+            | Fact::TenantConflict { session_id, .. }
             | Fact::OomKilled { session_id, .. }
             | Fact::ResultMissing { session_id, .. }
             | Fact::SessionEnded { session_id, .. }
@@ -432,6 +456,7 @@ impl Fact {
             | Fact::Compacted { .. }
             | Fact::TimeSpent { .. }
             | Fact::OomKilled { .. }
+            | Fact::TenantConflict { .. }
             | Fact::LimitDecided { .. }
             | Fact::LimitEnforced { .. } => return None,
         })

@@ -199,6 +199,7 @@ impl Report {
             | Update::Was { .. }
             | Update::Stalled { .. }
             | Update::OomKilled { .. }
+            | Update::TenantConflict { .. }
             | Update::Resumed { .. }
             | Update::Active { .. }
             | Update::Repeating { .. }

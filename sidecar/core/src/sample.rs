@@ -16,8 +16,6 @@ pub struct Sample {
     /// How many more were, and nobody knows who.
     pub oom_unknown: u64,
     pub container: ContainerSample,
-    /// File systems by what they are for: `workspace`, `config`, `tmp`.
-    pub disks: Vec<DiskSample>,
     pub sidecar_cpu: Option<Duration>,
     pub sidecar_memory_bytes: Option<u64>,
 }
@@ -87,13 +85,6 @@ pub struct ContainerSample {
     pub pressure: Vec<(&'static str, &'static str, Duration)>,
 }
 
-#[derive(Clone, Debug, PartialEq)]
-pub struct DiskSample {
-    pub mount: &'static str,
-    pub used_bytes: u64,
-    pub free_bytes: u64,
-}
-
 impl Sample {
     /// CPU time of all processes of a role.
     pub fn cpu(&self, role: &str) -> Duration {
@@ -140,10 +131,6 @@ impl Sample {
         }
         for (resource, kind, time) in &container.pressure {
             meters.raise(&CONTAINER_PRESSURE, &[resource, kind], time.as_secs_f64());
-        }
-        for disk in &self.disks {
-            meters.set(&DISK_USED, &[disk.mount], disk.used_bytes as f64);
-            meters.set(&DISK_FREE, &[disk.mount], disk.free_bytes as f64);
         }
     }
 }

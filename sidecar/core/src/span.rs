@@ -43,6 +43,7 @@ use crate::meter::tool_class;
 use crate::telemetry::{Attributes, Context, Link, Span, SpanEvent, SpanKind, Status, TraceId, Value};
 use crate::tokens::Tokens;
 use crate::update::{Answered, ExitReason, MissingCause, Outcome, ResetCause, Start, Step, ToolClass, ToolOutcome, Update};
+use crate::who::Who;
 
 /// Anthropic's name in the conventions.
 const ANTHROPIC: &str = "anthropic";
@@ -157,6 +158,8 @@ struct Turn {
 /// See the module's head.
 #[derive(Clone, Debug)]
 pub struct Spans {
+    /// For whom the agent works: said by each turn.
+    pub(crate) who: Who,
     settings: TraceSettings,
     tree: Tree,
     ids: Ids,
@@ -180,7 +183,7 @@ pub struct Spans {
 }
 
 impl Spans {
-    pub fn new(mut settings: TraceSettings) -> Spans {
+    pub fn new(mut settings: TraceSettings, who: Who) -> Spans {
         if let Some(parent) = settings.parent.as_mut().filter(|_| !settings.sampler.follow) {
             parent.sampled = settings.sampler.keeps(parent.trace);
         }
@@ -192,6 +195,7 @@ impl Spans {
             ids.span();
         }
         Spans {
+            who,
             settings,
             tree: Tree::default(),
             ids,
@@ -425,6 +429,14 @@ impl Spans {
                     ("claude_agent.action", action.as_str().into()),
                 ];
                 self.event(&Key::Turn, at, "loop", circle)
+            }
+            Update::TenantConflict { kind, owner, action } => {
+                let shared = vec![
+                    ("claude_agent.kind", kind.as_str().into()),
+                    ("claude_agent.owner", owner.as_str().into()),
+                    ("claude_agent.action", action.as_str().into()),
+                ];
+                self.event(&Key::Turn, at, "tenant_conflict", shared)
             }
             Update::OomKilled { role, memory_bytes } => {
                 let killed = vec![("claude_agent.role", (*role).into()), ("claude_agent.memory_bytes", (*memory_bytes).into())];

@@ -11,6 +11,7 @@ use crate::metric::bounded;
 use crate::price::PriceTable;
 use crate::tokens::{Tokens, Usd};
 use crate::update::{Answered, Decision, ExitReason, MissingCause, Outcome, Source, Stall, Start, Step, ToolOutcome, Update};
+use crate::who::{Guarded, Shared};
 
 /// A working day of a quiet agent, and the last minutes of a busy one.
 pub const ENTRIES: usize = 500;
@@ -130,6 +131,11 @@ pub enum What {
         seconds: f64,
         #[serde(skip_serializing_if = "Option::is_none")]
         overshoot_usd: Option<Usd>,
+    },
+    TenantConflict {
+        shared: Shared,
+        owner: String,
+        action: Guarded,
     },
     OomKilled {
         role: &'static str,
@@ -283,6 +289,9 @@ impl Timeline {
             Update::Stopping { step } => What::Stopping { action: *step },
             Update::Enforced { step, latency, overshoot, .. } => {
                 What::Stopped { action: *step, seconds: seconds(*latency), overshoot_usd: *overshoot }
+            }
+            Update::TenantConflict { kind, owner, action } => {
+                What::TenantConflict { shared: *kind, owner: name(owner), action: *action }
             }
             Update::OomKilled { role, memory_bytes } => What::OomKilled { role, memory_bytes: *memory_bytes },
             Update::ResultMissing { cause, .. } => What::ResultMissing { cause: *cause },

@@ -11,6 +11,7 @@ use crate::detect::why::Why;
 use crate::limit::{Limit, Mode, Scope};
 use crate::monitor::Exit;
 use crate::tokens::{Tokens, Usd};
+use crate::who::{Guarded, Shared};
 
 /// Declares an enum whose variants are label values, with `as_str` and serde in step.
 macro_rules! labels {
@@ -425,6 +426,12 @@ pub enum Update {
         kind: Stall,
         on: bool,
         why: Option<Why>,
+    },
+    /// The agent shares something with that of another tenant.
+    TenantConflict {
+        kind: Shared,
+        owner: String,
+        action: Guarded,
     },
     /// The kernel killed a process below us for memory.
     OomKilled {

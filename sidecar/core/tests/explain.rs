@@ -127,7 +127,7 @@ fn a_subagent_has_its_own_calls() {
 }
 
 fn line(time: f64, fact: Fact) -> Record {
-    Record { time, run: "r".into(), seq: 0, fact }
+    Record { time, run: "r".into(), seq: 0, who: agent_sidecar_core::who::Who::default(), fact }
 }
 
 fn request(tokens: Tokens, model: &str) -> Fact {

@@ -382,3 +382,41 @@ fn the_rules_are_stated_for_every_gauge_with_a_place() {
         assert_eq!(metric.kind, Kind::Gauge, "{}: a counter of a slot would fall when the slot is reused", metric.name);
     }
 }
+
+#[test]
+fn who_learns_late_for_whom_it_works_is_counted_there_alone() {
+    let mut registry = Registry::new(SLOTS, metric::MAX_SERIES, &[], &Stored::default());
+    let hello = |labels: &[(&str, &str)]| Hello {
+        hub: VERSION,
+        run: String::from("a"),
+        pid: 1,
+        started: 0.0,
+        world: String::new(),
+        labels: labels.iter().map(|(label, value)| ((*label).to_owned(), (*value).to_owned())).collect(),
+    };
+    let mut meters = Meters::default();
+    let mut tell = |registry: &mut Registry, hello: Hello, turns: u64| {
+        meters.add(&TURNS, &["success"], turns);
+        let mut line = Line::default();
+        changes(&mut meters, 0, &mut line);
+        assert!(registry.join(hello));
+        registry.update("a", line);
+    };
+    let turns = |registry: &Registry| -> Vec<(String, u64)> {
+        let (groups, _) = registry.expose(1.0);
+        let count = |meters: &Meters| match meters.get(&TURNS, &["success"]) {
+            Some(Cell::Count(n)) => *n,
+            _ => 0,
+        };
+        let name = |labels: &[(String, String)]| labels.first().map_or(String::new(), |(_, value)| value.clone());
+        groups.iter().map(|(labels, meters)| (name(labels), count(meters))).collect()
+    };
+    tell(&mut registry, hello(&[]), 1);
+    assert_eq!(turns(&registry), [(String::new(), 1)]);
+    tell(&mut registry, hello(&[("tenant", "acme")]), 1);
+    assert_eq!(turns(&registry), [(String::from("acme"), 2)], "and nowhere else any more");
+    registry.retire("a");
+    assert_eq!(turns(&registry), [(String::from("acme"), 2)]);
+    let again = Registry::new(SLOTS, metric::MAX_SERIES, &[], &registry.stored());
+    assert_eq!(turns(&again), [(String::from("acme"), 2)]);
+}

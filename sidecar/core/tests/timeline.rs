@@ -76,7 +76,7 @@ impl Bench {
                     d.ceiling
                 )
                 .unwrap(),
-                Output::Record(_) | Output::Span(_) | Output::Log(_) => {}
+                Output::Record(_) | Output::Span(_) | Output::Log(_) | Output::Known => {}
             }
         }
         if !self.deaf {

@@ -3,12 +3,15 @@
 //!
 //! A new finding is a function in [`CHECKS`] and a test that produces it.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_sidecar_core::limit::Mode;
+use agent_sidecar_core::who::{Name, Source, Sources};
 use rustix::fs::Access;
 use serde::Serialize;
 
@@ -17,6 +20,7 @@ use crate::export::otlp::environment;
 use crate::hub::Place;
 use crate::receive::{self, Decision, Surroundings};
 use crate::shim::install::{self, Standing};
+use crate::supervise;
 
 /// Less than this is gone in a day of busy agents.
 const ROOM: u64 = 64 * 1024 * 1024;
@@ -65,6 +69,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("limits", limits),
     ("cli", clis),
     ("files", files),
+    ("tenants", tenants),
     ("queue", queue),
     ("spill", spill),
     ("listen", listen),
@@ -219,6 +224,83 @@ fn files(patient: &Patient<'_>, report: &mut Report) {
     }
 }
 
+fn tenants(patient: &Patient<'_>, report: &mut Report) {
+    let config = &patient.config;
+    let [labels, annotations] = config.pod_files();
+    let (who, learn) = crate::tenants::find(config, &[], true);
+    let silent = crate::tenants::silent(config, &who);
+    for name in Name::ALL {
+        let Some(Sources(sources)) = config.sources_of(*name) else { continue };
+        let setting = format!("labels.{}_from", name.as_str());
+        let mut told = false;
+        for (file, field) in [(&labels, "metadata.labels"), (&annotations, "metadata.annotations")] {
+            let of_file = |source: &Source| match source {
+                Source::Pod(_) => field == "metadata.labels",
+                Source::Annotation(_) => field == "metadata.annotations",
+                Source::Env(_) | Source::Arg(_) | Source::Resource(_) | Source::Message(_) | Source::Cwd(_) => false,
+            };
+            if sources.iter().any(of_file) && std::fs::File::open(file).is_err() {
+                told = true;
+                let remedy = format!("mount a downwardAPI volume with {field} there");
+                report.warning(file.display(), format!("`{setting}` reads it, and it is not there"), remedy);
+            }
+        }
+        let late = sources.iter().any(|source| matches!(source, Source::Message(_)));
+        if silent.contains(name) && !told && !late {
+            let what = format!("finds nothing: an agent that is started as this was has no {}", name.as_str());
+            let remedy = "see to it that the app sets what is read there for each agent; other agents may have it";
+            report.warning(setting, what, remedy);
+        } else if let Some(value) = who.get(*name) {
+            let yet = if learn.is_over() { "" } else { ", unless the app says otherwise" };
+            report.fine(setting, format!("`{value}`{yet}"));
+        }
+    }
+    if config.has_tenants() && config.guard() != Mode::Off && config.meeting().is_none() {
+        report.warning(
+            "tenants.guard",
+            "agents do not meet: what those of different tenants share is not known",
+            "set `listen` to an address with a port, or name `hub.socket`",
+        );
+    }
+    if let Some(dirs) = config.agent_dirs() {
+        writable(&dirs.root.join("tenant"), "tenants.agent_dirs", report);
+    }
+    let place = config.meeting().and_then(|meeting| Place::look(&meeting).ok());
+    for (dir, agents) in place.iter().flat_map(shared_configs) {
+        report.warning(
+            dir.display(),
+            format!("{agents} agents that run keep their sessions and settings there"),
+            "give each its own: CLAUDE_CONFIG_DIR, or --agent-dirs for all",
+        );
+    }
+}
+
+/// The config directories that several agents have which run here, and how many.
+fn shared_configs(place: &Place) -> Vec<(PathBuf, usize)> {
+    let mut agents: BTreeMap<PathBuf, usize> = BTreeMap::new();
+    for wrapper in crate::hub::pids(place) {
+        // The CLI is the first below it; what is below that is its own.
+        let cli = supervise::below(wrapper.cast_signed()).into_iter().find_map(|pid| config_of(pid.as_raw_nonzero().get()));
+        if let Some(dir) = cli {
+            *agents.entry(dir).or_default() += 1;
+        }
+    }
+    agents.retain(|_, n| *n > 1);
+    agents.into_iter().collect()
+}
+
+/// Where a process keeps what a CLI keeps, by its environment.
+fn config_of(pid: i32) -> Option<PathBuf> {
+    let environ = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let variable = |name: &str| {
+        let value = environ.split(|byte| *byte == 0).find_map(|line| line.strip_prefix(name.as_bytes())?.strip_prefix(b"="))?;
+        (!value.is_empty()).then(|| PathBuf::from(std::ffi::OsStr::from_bytes(value)))
+    };
+    let dir = variable("CLAUDE_CONFIG_DIR").or_else(|| Some(variable("HOME")?.join(".claude")))?;
+    let cwd = std::fs::read_link(format!("/proc/{pid}/cwd")).ok()?;
+    Some(std::fs::canonicalize(cwd.join(&dir)).unwrap_or(dir))
+}
+
 fn queue(patient: &Patient<'_>, report: &mut Report) {
     let (config, mistakes) = environment::read(&patient.config.otlp(), |name| std::env::var(name).ok());
     for mistake in mistakes {
@@ -259,7 +341,7 @@ fn writable(path: &Path, setting: &'static str, report: &mut Report) {
     // The part of the way that is there.
     let there = path.ancestors().find(|part| part.exists()).unwrap_or(Path::new("/"));
     // These directories are made when they are needed; that of a file that somebody named is not.
-    let made_by_us = matches!(setting, "otlp.queue_dir" | "hub.state_dir");
+    let made_by_us = matches!(setting, "otlp.queue_dir" | "hub.state_dir" | "tenants.agent_dirs");
     let replaced = setting == "busy.file";
     let allowed = if there == path {
         match path.parent() {

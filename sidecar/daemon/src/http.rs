@@ -180,8 +180,6 @@ trait Pages: Send + Sync + 'static {
 pub(crate) struct Site {
     pub(crate) handle: Handle,
     pub(crate) scrapes: Arc<Scrapes>,
-    /// Constant labels: see [`prometheus::text`].
-    pub(crate) labels: Vec<(&'static str, String)>,
     /// What became of what was to be exported.
     pub(crate) exports: Arc<otlp::Counts>,
     /// For how long `/busy` may be believed.
@@ -425,7 +423,6 @@ impl Site {
         for session in status["sessions"].as_array_mut().into_iter().flatten().filter_map(Value::as_object_mut) {
             session.insert(String::from("pid"), json!(std::process::id()));
             session.insert(String::from("stale"), json!(false));
-            session.extend(self.labels.iter().map(|(label, value)| ((*label).to_owned(), json!(value))));
         }
         Some(status)
     }
@@ -448,7 +445,7 @@ fn json(value: &Value) -> Answer {
     reply(StatusCode::OK, JSON, value.to_string().into_bytes())
 }
 
-async fn metrics(Site { handle, scrapes, labels, exports, .. }: &Site) -> Answer {
+async fn metrics(Site { handle, scrapes, exports, .. }: &Site) -> Answer {
     // The scrape itself counts, so that the last one says that it was.
     let last = scrapes.last_unix_ms.load(Relaxed);
     let (counts, exports) = (handle.clone(), Arc::clone(exports));
@@ -459,11 +456,11 @@ async fn metrics(Site { handle, scrapes, labels, exports, .. }: &Site) -> Answer
             #[expect(clippy::cast_precision_loss, reason = "a timestamp")]
             monitor.meters_mut().set(&metric::LAST_SCRAPE, &[], last as f64 / 1e3);
         }
-        monitor.meters().clone()
+        (monitor.meters().clone(), monitor.who().labels())
     });
     match copy.await {
-        Visit::Answer(meters) => {
-            let body = prometheus::text(&meters, labels);
+        Visit::Answer((meters, labels)) => {
+            let body = prometheus::text(&meters, &labels);
             scrapes.asked();
             reply(StatusCode::OK, prometheus::CONTENT_TYPE, body.into_bytes())
         }

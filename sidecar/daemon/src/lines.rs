@@ -54,6 +54,13 @@ impl LineFile {
         lines
     }
 
+    /// Appends a line where no agent runs that could count what cannot be written.
+    pub(crate) fn write_alone(&mut self, line: &impl Serialize) {
+        if let Err(error) = self.append(line) {
+            self.warn(&error);
+        }
+    }
+
     /// Appends a line; what cannot be written is counted and said once.
     pub(crate) fn write(&mut self, line: &impl Serialize, handle: &Handle) {
         let written = self.append(line);

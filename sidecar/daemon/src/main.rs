@@ -4,6 +4,7 @@ mod busy;
 mod cli;
 mod config;
 mod demo;
+mod disk;
 mod doctor;
 mod explain;
 mod export;
@@ -22,6 +23,7 @@ mod sample;
 mod shim;
 mod supervise;
 mod telemetry;
+mod tenants;
 mod top;
 
 use std::error::Error;

@@ -10,23 +10,27 @@ use agent_sidecar_core::ask::ID_PREFIX;
 use agent_sidecar_core::detect::why::Why;
 use agent_sidecar_core::launch::{Launch, Mode};
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode as LimitMode, Rule, Scope};
+use agent_sidecar_core::log::Logs;
 use agent_sidecar_core::metric;
-use agent_sidecar_core::record::Fact;
-use agent_sidecar_core::update::ExitReason;
+use agent_sidecar_core::record::{Fact, Record};
+use agent_sidecar_core::update::{ExitReason, Update};
+use agent_sidecar_core::who::{Guarded, Learn, Shared, Who};
 use agent_sidecar_core::{Input, Monitor, Output, Settings};
 
 use crate::busy;
 use crate::config::Config;
+use crate::disk;
 use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
 use crate::feed::Feed;
 use crate::http::{self, Scrapes, Site};
-use crate::hub::{NoSeat, Payer, Place, Seat, Share, Teller, Turn};
+use crate::hub::{self, NoSeat, Payer, Place, Seat, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
 use crate::supervise::{self, BeforeExit, Clock, Ending, Failure, Handle, Job, LastWords, Supervisor};
 use crate::telemetry::{self, Telemetry};
+use crate::tenants::{self, Guard, Home, Places, TenantsShare};
 
 /// What the CLI itself exits with after an error.
 const CUT_SHORT: u8 = 1;
@@ -66,10 +70,17 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         None => argv,
     };
     let nonce = format!("{:016x}", supervise::random());
-    let telemetry = Telemetry::plan(config, launch.asks_model, &nonce);
+    let stdin_json = launch.mode == Mode::Parse { stdin_json: true };
+    let (who, learn) = who(config, &argv, &launch);
+    let telemetry = Telemetry::plan(config, launch.asks_model, &nonce, who.clone());
     let place = config.meeting().map(|meeting| Place::find(&meeting));
     // Who only asks for a version takes nobody's place.
     let seat = if launch.asks_model { seat(config, place.as_ref())? } else { None };
+    let (home, homeless) = home(config, &who, &launch, &argv)?;
+    let (own_env, cwd) = home.as_ref().map(|home| (home.env.clone(), home.cwd.clone())).unwrap_or_default();
+    let places = Places::of(&own_env, cwd.as_deref());
+    let tmp = own_env.iter().find(|(name, _)| name == "TMPDIR").map_or_else(std::env::temp_dir, |(_, path)| path.into());
+    let guard = guard(config, place.as_ref(), &nonce, &who, learn.is_over(), &launch, &places)?;
     // Only now: who waits for a seat serves nobody.
     let turn = turn(config, place);
     let settings = Settings {
@@ -77,7 +88,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         start: launch.start,
         resume: launch.resume.clone(),
         parse: matches!(launch.mode, Mode::Parse { .. }),
-        stdin_json: launch.mode == Mode::Parse { stdin_json: true },
+        stdin_json,
         poll: config.poll(),
         prices: config.prices.clone(),
         rules,
@@ -86,6 +97,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         trace: telemetry.trace_settings(),
         events: telemetry.wants_events() || config.events().is_some(),
         hold_file: turn.hold_file(&nonce),
+        who: who.clone(),
+        learn,
     };
     let clock = Clock::start();
     let mut monitor = Monitor::new(settings, false, clock.now());
@@ -98,6 +111,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     meters.set(&metric::CONFIG_INFO, &[&config.fingerprint()], 1.0);
     meters.set(&metric::IDLE_TIMEOUT, &[], config.idle_timeout().unwrap_or_default().as_secs_f64());
 
+    meters.set(&metric::DEGRADED, &["tenants"], f64::from(u8::from(homeless)));
     meters.set(&metric::DEGRADED, &["hub"], f64::from(u8::from(matches!(turn, Meet::Nowhere))));
     let alone = !matches!(turn, Meet::At(_));
     let bound = config.listen().filter(|_| alone).and_then(|address| match http::bind(address) {
@@ -126,7 +140,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         }
     });
     let env = receiver.iter().flat_map(|(receiver, plan)| plan.variables(&receiver.base()));
-    let env = env.map(|(name, value)| (name.into(), value.into())).chain(telemetry.variables()).chain(agent.env).collect();
+    let env = env.map(|(name, value)| (name.into(), value.into()));
+    let env = env.chain(telemetry.variables()).chain(own_env).chain(agent.env).collect();
     let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, meters));
     let mut events = config.events().map(|path| LineFile::open(Use::Events, path, meters));
 
@@ -134,6 +149,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         program: agent.program,
         arg0: agent.arg0,
         args: argv.into_iter().skip(1).collect(),
+        cwd,
         env,
         mode: launch.mode,
         request_prefix: format!("{ID_PREFIX}{nonce}"),
@@ -148,9 +164,18 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let counts = Arc::clone(&telemetry.counts);
     let pipeline = telemetry.start(&handle);
     let inlet = pipeline.as_ref().map(Pipeline::inlet);
-    let share = if let Meet::At(turn) = turn { join(config, turn, &nonce, &handle, &counts) } else { None };
+    let share = if let Meet::At(turn) = turn { join(config, turn, &nonce, who, &handle, &counts) } else { None };
     let (teller, others) = (share.clone(), share.clone());
     let failures = handle.clone();
+    let watcher = guard.as_ref().map(|(guard, conflicts)| {
+        for (kind, owner) in conflicts.clone() {
+            handle.visit(move |monitor, now| {
+                monitor.handle(now, Input::Conflict { kind, owner: &owner, action: Guarded::Flagged });
+            });
+        }
+        guard.watch(handle.clone());
+        guard.clone()
+    });
     let mut supervisor = supervisor.sink(Box::new(move |_, output| match output {
         Output::Record(record) => {
             if let Fact::ProcessExited { reason, .. } = &record.fact {
@@ -158,6 +183,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             }
             if matches!(record.fact, Fact::ResultMissing { .. }) {
                 missing.store(true, Relaxed);
+            }
+            if let (Some(guard), Fact::SessionStarted { session_id, .. }) = (&watcher, &record.fact) {
+                guard.session(session_id);
             }
             if let Some(ledger) = &mut ledger {
                 ledger.write(&record, &failures);
@@ -190,6 +218,11 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
                 inlet.event(event);
             }
         }
+        Output::Known => {
+            if let Some(guard) = &watcher {
+                guard.known();
+            }
+        }
         Output::Action(_) => {}
     }));
 
@@ -199,6 +232,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     if let Some(sampler) = sampler.clone() {
         let handle = handle.clone();
         words.push(Box::new(move || last_reading(&sampler, &handle)));
+    }
+    if let Some((guard, _)) = guard {
+        last.push(Box::new(move |_| guard.end()));
     }
     if let Some(seat) = seat {
         last.push(Box::new(move |_| drop(seat)));
@@ -241,7 +277,6 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             Site {
                 handle: handle.clone(),
                 scrapes: Arc::clone(&scrapes),
-                labels: config.labels(),
                 exports: counts,
                 lease: config.busy().length,
                 feed: Feed::default(),
@@ -261,12 +296,19 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         }
     }
     last.extend(busy::tell_for_ever(config.busy(), handle.clone(), others));
+    if let Some(home) = home {
+        // When everything is told: it may take its time.
+        last.push(Box::new(move |_| home.close()));
+    }
     if !last.is_empty() {
         supervisor = supervisor.before_exit(Box::new(move |ending| last.into_iter().for_each(|last| last(ending))));
     }
     supervisor = supervisor.last_words(Box::new(move || words.into_iter().for_each(|say| say())));
     if let Some(sampler) = sampler {
-        sample_for_ever(sampler, handle);
+        sample_for_ever(sampler, handle.clone());
+    }
+    if launch.asks_model {
+        disk::measure_for_ever(&places, tmp, config.disk_interval(), &handle);
     }
     let code = supervisor.run()?;
     Ok(match config.limit_exit_code() {
@@ -276,6 +318,87 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         None if code == 0 && without_result.load(Relaxed) => CUT_SHORT,
         None => code,
     })
+}
+
+/// For whom the agent works, and what the app is still to say about it.
+fn who(config: &Config, argv: &[OsString], launch: &Launch) -> (Who, Learn) {
+    let (who, learn) = tenants::find(config, argv, launch.mode == Mode::Parse { stdin_json: true });
+    if launch.asks_model && learn.is_over() {
+        for name in tenants::silent(config, &who) {
+            let name = name.as_str();
+            tracing::warn!("`labels.{name}_from` finds nothing: this agent has no {name}");
+        }
+    }
+    (who, learn)
+}
+
+/// The agent's own directory, if each is to have one; and whether there should be one, and is none.
+fn home(config: &Config, who: &Who, launch: &Launch, argv: &[OsString]) -> Result<(Option<Home>, bool), Failure> {
+    match Some(launch).filter(|launch| launch.asks_model).and_then(|launch| Home::open(config, who, launch, argv)) {
+        None => Ok((None, false)),
+        Some(Ok(home)) => Ok((Some(home), false)),
+        // Who insists on tenants being apart does not want it to share with others.
+        Some(Err(error)) if config.guard() == LimitMode::Enforce => {
+            let source = std::io::Error::new(error.kind(), format!("there is no directory for it below --agent-dirs: {error}"));
+            Err(Failure { exit_code: supervise::OWN_FAILURE, meant: true, source: source.into() })
+        }
+        Some(Err(error)) => {
+            tracing::error!(%error, "the agent gets no directory of its own, and shares with others what it keeps");
+            Ok((None, true))
+        }
+    }
+}
+
+/// What the guard knows, and what it has found.
+type Guarding = Option<(Guard, Vec<(Shared, String)>)>;
+
+/// Looks whether the agent would share anything with another tenant's.
+fn guard(
+    config: &Config,
+    place: Option<&std::io::Result<Place>>,
+    nonce: &str,
+    who: &Who,
+    known: bool,
+    launch: &Launch,
+    places: &Places,
+) -> Result<Guarding, Failure> {
+    let (mode, Some(Ok(place))) = (config.guard(), place) else { return Ok(None) };
+    if mode == LimitMode::Off || !launch.asks_model || !config.has_tenants() {
+        return Ok(None);
+    }
+    let owner = known.then(|| who.tenant.clone().unwrap_or_default());
+    match Guard::begin(place, nonce, mode, owner, launch, places) {
+        Ok(guard) => Ok(Some(guard)),
+        Err(refused) => {
+            say_refused(config, place, nonce, who, &refused);
+            Err(Failure { exit_code: supervise::OWN_FAILURE, meant: true, source: Box::new(refused) })
+        }
+    }
+}
+
+/// An agent that never runs has no numbers of its own to be read.
+fn say_refused(config: &Config, place: &Place, nonce: &str, who: &Who, refused: &TenantsShare) {
+    let mut meters = metric::Meters::new(config.max_series());
+    let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, &mut meters));
+    let mut events = config.events().map(|path| LineFile::open(Use::Events, path, &mut meters));
+    let (action, now) = (Guarded::Refused, Clock::start().now());
+    let mut logs = Logs::of(who.clone());
+    for (seq, (kind, owner)) in (0..).zip(refused.kinds()) {
+        meters.add(&metric::TENANT_CONFLICTS, &[kind.as_str(), action.as_str()], 1);
+        let owner = owner.to_owned();
+        if let (Some(events), Some(event)) =
+            (&mut events, logs.on(&Update::TenantConflict { kind, owner: owner.clone(), action }, now, None))
+        {
+            events.write_alone(&event);
+        }
+        if let Some(ledger) = &mut ledger {
+            let fact = Fact::TenantConflict { session_id: String::new(), kind, owner, action };
+            ledger.write_alone(&Record::new(nonce, seq, now.unix, who, fact));
+        }
+    }
+    if let Err(error) = hub::testify(place, nonce, who, meters) {
+        tracing::warn!(%error, "that this agent was refused is not counted");
+    }
 }
 
 /// Where a wrapper's numbers go.
@@ -333,20 +456,21 @@ fn seat(config: &Config, place: Option<&std::io::Result<Place>>) -> Result<Optio
 }
 
 /// Has our numbers served by the hub, and the hub by us when it is our turn.
-fn join(config: &Config, turn: Turn, nonce: &str, handle: &Handle, counts: &Arc<otlp::Counts>) -> Option<Share> {
+fn join(config: &Config, turn: Turn, nonce: &str, who: Who, handle: &Handle, counts: &Arc<otlp::Counts>) -> Option<Share> {
     if turn.is_deaf() {
         handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["http"], 1.0));
     }
     let shares = config.rules().iter().any(|rule| rule.is_shared() && rule.mode != LimitMode::Off);
+    let options = hub::Options { labels: who.labels(), ..config.hub_options() };
     let teller = Teller {
         run: nonce.to_owned(),
-        labels: config.labels(),
-        payer: shares.then(|| Payer { tenant: config.tenant(), offset: config.utc_offset() }),
+        payer: shares.then(|| Payer { tenant: who.tenant.clone(), offset: config.utc_offset() }),
+        who,
         handle: handle.clone(),
         exports: Arc::clone(counts),
     };
     let share = Share::start(turn.place(), teller);
-    let attended = share.and_then(|share| turn.attend(config.hub_options(), share.clone()).map(|()| share));
+    let attended = share.and_then(|share| turn.attend(options, share.clone()).map(|()| share));
     match attended {
         Ok(share) => Some(share),
         Err(error) => {

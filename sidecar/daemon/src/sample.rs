@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::supervise;
-use agent_sidecar_core::sample::{CliSample, ContainerSample, DiskSample, OomVictim, RoleSample, Sample};
+use agent_sidecar_core::sample::{CliSample, ContainerSample, OomVictim, RoleSample, Sample};
 use sysinfo::{Pid, Process, ProcessRefreshKind, ProcessesToUpdate, System};
 
 mod sockets;
@@ -112,7 +112,6 @@ impl Sampler {
             oom_unknown: killed.saturating_sub(vanished.len() as u64),
             oom_victims: vanished.iter().map(|seen| OomVictim { role: seen.role, memory_bytes: seen.memory_bytes }).collect(),
             container,
-            disks: disks(),
             sidecar_cpu: own.map(|process| Duration::from_millis(process.accumulated_cpu_time())),
             sidecar_memory_bytes: own.map(Process::memory),
         }
@@ -216,21 +215,6 @@ fn pressure(resource: &'static str, path: &Path) -> Vec<(&'static str, &'static 
             let line = text.lines().find(|line| line.starts_with(kind))?;
             let total = line.split("total=").nth(1)?.trim().parse().ok()?;
             Some((resource, kind, Duration::from_micros(total)))
-        })
-        .collect()
-}
-
-fn disks() -> Vec<DiskSample> {
-    let config = std::env::var_os("CLAUDE_CONFIG_DIR").or_else(|| std::env::var_os("HOME"));
-    [("workspace", Some(PathBuf::from("."))), ("config", config.map(PathBuf::from)), ("tmp", Some(std::env::temp_dir()))]
-        .into_iter()
-        .filter_map(|(mount, path)| {
-            let stat = rustix::fs::statvfs(path?).ok()?;
-            Some(DiskSample {
-                mount,
-                used_bytes: stat.f_blocks.saturating_sub(stat.f_bfree).saturating_mul(stat.f_frsize),
-                free_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
-            })
         })
         .collect()
 }

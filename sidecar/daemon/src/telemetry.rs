@@ -8,6 +8,7 @@ use agent_sidecar_core::content::Gates;
 use agent_sidecar_core::metric::{self, Meters};
 use agent_sidecar_core::span::{Semconv, TraceSettings};
 use agent_sidecar_core::telemetry::{Context, Value};
+use agent_sidecar_core::who::Who;
 
 use crate::config::Config;
 use crate::export::otlp::encode::Origin;
@@ -34,7 +35,7 @@ pub(crate) struct Telemetry {
     parent: Option<Context>,
     seed: u64,
     native_traces: bool,
-    labels: Vec<(&'static str, String)>,
+    who: Who,
     instance: String,
     pub(crate) counts: Arc<Counts>,
 }
@@ -42,7 +43,7 @@ pub(crate) struct Telemetry {
 impl Telemetry {
     /// Reads the configuration and the environment. What is wrong with the variables is said, and left out. Who asks no model
     /// spends nothing, and does not wait for a collector to tell its version.
-    pub(crate) fn plan(config: &Config, asks_model: bool, instance: &str) -> Telemetry {
+    pub(crate) fn plan(config: &Config, asks_model: bool, instance: &str, who: Who) -> Telemetry {
         let own = if asks_model { config.otlp() } else { Own { off: true, ..Own::default() } };
         let (otlp, mistakes) = environment::read(&own, variable);
         for mistake in mistakes {
@@ -68,7 +69,7 @@ impl Telemetry {
             parent,
             seed: random(),
             native_traces: native_traces(),
-            labels: config.labels(),
+            who,
             instance: instance.to_owned(),
             counts: Arc::default(),
         }
@@ -131,10 +132,11 @@ impl Telemetry {
         });
         let mut attributes: Vec<(String, Value)> =
             found.into_iter().map(|(key, value)| (key.clone(), resource::value(&key, value))).collect();
-        attributes.extend(self.labels.iter().map(|(key, value)| (format!("claude_agent.{key}"), Value::Str(value.clone()))));
+        let labels = self.who.labels();
+        attributes.extend(labels.iter().map(|(key, value)| (format!("claude_agent.{key}"), Value::Str(value.clone()))));
         let origin = Origin::new(attributes.iter().map(|(key, value)| (key.as_str(), value)));
         let trace_state = self.parent.and_then(|_| variable(TRACESTATE)).unwrap_or_default();
-        let identity = Identity { origin: origin.within(&trace_state), options: self.options(), labels: self.labels };
+        let identity = Identity { origin: origin.within(&trace_state), options: self.options(), labels };
         match Pipeline::start(self.config, self.counts, identity, handle.clone()) {
             Ok(pipeline) => pipeline,
             Err(error) => {

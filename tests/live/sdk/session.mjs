@@ -112,6 +112,11 @@ const scenarios = {
     working().then(() => messages.close());
     await all(messages);
   },
+  // One app, two customers: the environment that it gives each agent says whose it is.
+  async tenants() {
+    const of = (customer) => all(query({ prompt: "go", options: options({ env: { ...process.env, CUSTOMER_ID: customer } }) }));
+    await Promise.all(["acme", "globex"].map(of));
+  },
   // For somebody who kills this process.
   async stay() {
     const talk = conversation();

@@ -34,6 +34,8 @@ struct Group {
     retired: Meters,
     /// Somebody has worked for them. The one that is there from the start may be nobody's.
     used: bool,
+    /// Of those that are gone there is something.
+    kept: bool,
 }
 
 #[derive(Debug)]
@@ -122,7 +124,7 @@ impl Registry {
             for group in &stored.groups {
                 let at = registry.group(&group.labels);
                 restore(&mut registry.groups[at].retired, &group.series);
-                registry.groups[at].used = true;
+                (registry.groups[at].used, registry.groups[at].kept) = (true, true);
             }
         }
         registry.group(labels);
@@ -167,10 +169,15 @@ impl Registry {
         }
         let group = self.group(&hello.labels);
         self.groups[group].used = true;
-        let slot = match self.live.get(&hello.run) {
-            Some(known) => known.slot,
-            None => self.free_slot(),
+        let (slot, before) = match self.live.get(&hello.run) {
+            Some(known) => (known.slot, Some(known.group)),
+            None => (self.free_slot(), None),
         };
+        if let Some(before) = before.filter(|before| *before != group) {
+            // It has learnt for whom it works. Where it was the only one, nobody was.
+            let others = self.live.iter().any(|(run, live)| *run != hello.run && live.group == before);
+            self.groups[before].used = self.groups[before].kept || others;
+        }
         let last = Line { unix: hello.started, live: true, ..Line::default() };
         self.live.insert(hello.run.clone(), Live { hello, group, slot, held: BTreeMap::new(), last, session: None });
         true
@@ -218,6 +225,7 @@ impl Registry {
     /// The wrapper is gone, and its journal was read to the end: what it has counted stays.
     pub fn retire(&mut self, run: &str) {
         let Some(live) = self.live.remove(run) else { return };
+        self.groups[live.group].kept = true;
         let group = &mut self.groups[live.group].retired;
         for Held { metric, values, cell } in live.held.into_values() {
             if matches!(metric.kind, Kind::Counter | Kind::Histogram) {
@@ -341,7 +349,7 @@ impl Registry {
                 return at;
             }
         }
-        self.groups.push(Group { labels, retired: Meters::new(self.max_series), used: false });
+        self.groups.push(Group { labels, retired: Meters::new(self.max_series), used: false, kept: false });
         self.groups.len() - 1
     }
 }

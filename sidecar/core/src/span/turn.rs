@@ -29,6 +29,7 @@ impl Spans {
         let open = self.tree.get(&Key::Turn)?;
         let context = open.span.context;
         let attributes = &mut open.span.attributes;
+        self.who.describe(attributes);
         if !session.is_empty() {
             put(attributes, "gen_ai.conversation.id", session.as_str());
         }

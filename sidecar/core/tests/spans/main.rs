@@ -61,7 +61,7 @@ impl Run {
                 Output::Log(event) => self.logs.push(event),
                 Output::Record(record) => self.records.push(serde_json::to_value(record).unwrap()),
                 Output::Action(Action::Inject { line, .. }) => self.asked.push(line),
-                Output::Action(_) | Output::Decided(_) => {}
+                Output::Action(_) | Output::Decided(_) | Output::Known => {}
             }
         }
         self

@@ -23,6 +23,8 @@ const TABLES: &[(&str, &str)] = &[
     ("usage", "write [usage] above its keys"),
     ("metrics", "write [metrics] above its keys"),
     ("labels", "write [labels] above its keys"),
+    ("tenants", "write [tenants] above its keys"),
+    ("disk", "write [disk] above its keys"),
     ("prices", "write [prices] above its keys, and [[prices.model]] above each price"),
     ("prices.model", "write [[prices.model]] above each price"),
     ("prices.fallback", "write it like { input = 5, output = 25 }"),

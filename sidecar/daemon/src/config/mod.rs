@@ -17,10 +17,12 @@ use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, Scope};
 use agent_sidecar_core::price::PriceTable;
 use agent_sidecar_core::span::Semconv;
 use agent_sidecar_core::tokens::Usd;
+use agent_sidecar_core::who::{self, Name, Who};
 
 use crate::busy::{self, Lease};
 use crate::export::otlp::environment::{Headers, Own};
 use crate::hub::Meeting;
+use crate::tenants::{AgentDirs, Workspace};
 
 pub(crate) use value::{Kind, Value};
 
@@ -136,6 +138,21 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("labels.tenant", "tenant", Kind::Label, "", "who this container works for: the label `tenant` of each claude_agent_* series"),
     setting("labels.team", "team", Kind::Label, "", "the label `team` of each of them"),
     setting("labels.cost_center", "cost-center", Kind::Label, "", "the label `cost_center` of each of them"),
+    setting("labels.user", "user", Kind::Label, "", "for which person it works: in spans, events, the ledger and /status; no label of a series"),
+    setting("labels.tenant_from", "tenant-from", Kind::Sources, "", "where the tenant is read from, the first that says something: env:VARIABLE, pod:LABEL, annotation:NAME, arg:--FLAG, resource:ATTRIBUTE, message:FIELD.FIELD, cwd:/PATH/{}/ (docs/tenants.md); before `labels.tenant`"),
+    setting("labels.team_from", "team-from", Kind::Sources, "", "the same of the team"),
+    setting("labels.cost_center_from", "cost-center-from", Kind::Sources, "", "the same of the cost centre"),
+    setting("labels.user_from", "user-from", Kind::Sources, "", "the same of the user"),
+    setting("labels.pod_labels", "pod-labels", Kind::Path, "/etc/podinfo/labels", "the file of the pod's labels, as the downward API makes it"),
+    setting("labels.pod_annotations", "pod-annotations", Kind::Path, "/etc/podinfo/annotations", "the same of its annotations"),
+    setting("labels.user_hash", "user-hash", Kind::Switch, "false", "tell a hash of the user (HMAC-SHA-256, 16 bytes) instead of the user"),
+    setting("labels.user_hash_key", "user-hash-key", Kind::Secret, "", "its key: without one, whoever guesses a user can prove it; never shown"),
+    setting("tenants.guard", "tenant-guard", Kind::Mode, "shadow", "what is done when agents of different tenants would share a config directory, a working directory, a memory file or a session: off, shadow (tells) or enforce (is not started: exit code 125)"),
+    setting("tenants.agent_dirs", "agent-dirs", Kind::Path, "", "give each agent a directory of its own below this one: config (CLAUDE_CONFIG_DIR), tmp (TMPDIR), workspace (working directory); what the app has set stays"),
+    setting("tenants.agent_from", "agent-from", Kind::Sources, "", "where the name of that directory is read from, as `labels.tenant_from`; unset, the lowest number that is free"),
+    setting("tenants.agent_workspace", "agent-workspace", Kind::Choice(&["auto", "always", "never"]), "auto", "whether the agent works in it: auto where the app gave it no working directory but its own"),
+    setting("tenants.agent_dirs_at_end", "agent-dirs-at-end", Kind::Choice(&["keep", "remove"]), "keep", "what becomes of the directory when the agent has ended"),
+    setting("disk.interval", "disk-interval", Kind::Pause, "60s", "how often the sizes of the working and the config directory are measured; 0 for never"),
     setting("prices.discount", "price-discount", Kind::Factor, "", "what is paid of the list price: 0.8 for twenty percent off"),
 ];
 
@@ -334,7 +351,7 @@ impl Config {
             }
         };
         // Keys are kept as values alone, which do not print: not in `check --print`, and not in the fingerprint.
-        let text = if matches!(value, Some(Value::Headers(_))) { "(hidden)" } else { text };
+        let text = if matches!(value, Some(Value::Headers(_) | Value::Secret(_))) { "(hidden)" } else { text };
         self.values.insert(setting.key, Effective { text: text.to_owned(), value, origin });
     }
 
@@ -391,13 +408,34 @@ impl Config {
             let of_tenant = matches!(scope, Scope::Tenant | Scope::TenantDay | Scope::TenantMonth);
             let (what, remedy) = if self.meeting().is_none() {
                 ("and agents that do not meet share nothing", "set `listen` to an address with a port, or name `hub.socket`")
-            } else if of_tenant && self.tenant().is_none() {
-                ("and there is no tenant", "set `labels.tenant`")
+            } else if of_tenant && self.fixed_who().tenant.is_none() && self.sources_of(Name::Tenant).is_none() {
+                ("and there is no tenant", "set `labels.tenant` or `labels.tenant_from`")
             } else {
                 continue;
             };
             let what = format!("`{key}` is a budget that agents share, {what}");
             mistakes.push(Mistake { origin: effective.origin.clone(), what, remedy: remedy.to_owned() });
+        }
+        if self.guard() == Mode::Enforce && self.meeting().is_none() {
+            mistakes.push(Mistake {
+                origin: self.values["tenants.guard"].origin.clone(),
+                what: String::from("`tenants.guard` knows what agents share that meet, and these do not"),
+                remedy: String::from("set `listen` to an address with a port, or name `hub.socket`"),
+            });
+        }
+        if self.sources("tenants.agent_from").is_some_and(who::Sources::is_late) {
+            mistakes.push(Mistake {
+                origin: self.values["tenants.agent_from"].origin.clone(),
+                what: String::from("`tenants.agent_from` names a directory that has to be there before the app says anything"),
+                remedy: String::from("leave message: out, and use env: or arg:"),
+            });
+        }
+        if self.value("labels.user_hash_key").is_some() && !self.switch("labels.user_hash") {
+            mistakes.push(Mistake {
+                origin: self.values["labels.user_hash_key"].origin.clone(),
+                what: String::from("`labels.user_hash_key` is of no use without `labels.user_hash`"),
+                remedy: String::from("set `labels.user_hash`, or leave the key out"),
+            });
         }
         if self.max_sessions().is_some() && self.meeting().is_none() {
             mistakes.push(Mistake {
@@ -479,6 +517,8 @@ impl Config {
                     | Value::Factor(_)
                     | Value::Text
                     | Value::Headers(_)
+                    | Value::Sources(_)
+                    | Value::Secret(_)
                     | Value::Offset(_)
                     | Value::Address(_) => return None,
                 };
@@ -526,7 +566,7 @@ impl Config {
         crate::hub::Options {
             slots,
             max_series: self.max_series(),
-            labels: self.labels(),
+            labels: self.fixed_who().labels(),
             control,
             offset,
             lease: self.busy().length,
@@ -654,13 +694,69 @@ impl Config {
         }
     }
 
-    /// What every series of this container says about whom it works for.
-    pub(crate) fn labels(&self) -> Vec<(&'static str, String)> {
-        [("tenant", "labels.tenant"), ("team", "labels.team"), ("cost_center", "labels.cost_center")]
-            .into_iter()
-            .filter(|(_, key)| self.value(key).is_some())
-            .map(|(label, key)| (label, self.text(key).to_owned()))
-            .collect()
+    /// For whom everything here works that nothing else is known of.
+    pub(crate) fn fixed_who(&self) -> Who {
+        let mut who = Who::default();
+        for name in Name::ALL {
+            let key = format!("labels.{}", name.as_str());
+            if self.value(&key).is_some() {
+                who.set(*name, self.text(&key).to_owned());
+            }
+        }
+        who
+    }
+
+    /// Where else that is asked for, if anywhere.
+    pub(crate) fn sources_of(&self, name: Name) -> Option<&who::Sources> {
+        self.sources(&format!("labels.{}_from", name.as_str()))
+    }
+
+    fn sources(&self, key: &str) -> Option<&who::Sources> {
+        match self.value(key) {
+            Some(Value::Sources(sources)) => Some(sources),
+            _ => None,
+        }
+    }
+
+    /// The files of the downward API: labels and annotations.
+    pub(crate) fn pod_files(&self) -> [PathBuf; 2] {
+        ["labels.pod_labels", "labels.pod_annotations"].map(|key| self.path(key).unwrap_or_default())
+    }
+
+    /// The key that users are hashed with, if they are.
+    pub(crate) fn user_hash(&self) -> Option<Vec<u8>> {
+        let key = match self.value("labels.user_hash_key") {
+            Some(Value::Secret(key)) => key.0.clone().into_bytes(),
+            _ => Vec::new(),
+        };
+        self.switch("labels.user_hash").then_some(key)
+    }
+
+    pub(crate) fn guard(&self) -> Mode {
+        self.mode("tenants.guard")
+    }
+
+    /// Whether anything tells tenants apart here.
+    pub(crate) fn has_tenants(&self) -> bool {
+        self.value("labels.tenant").is_some() || self.sources_of(Name::Tenant).is_some()
+    }
+
+    pub(crate) fn agent_dirs(&self) -> Option<AgentDirs> {
+        Some(AgentDirs {
+            root: self.path("tenants.agent_dirs")?,
+            name: self.sources("tenants.agent_from").cloned(),
+            workspace: match self.text("tenants.agent_workspace") {
+                "always" => Workspace::Always,
+                "never" => Workspace::Never,
+                _ => Workspace::Auto,
+            },
+            remove: self.text("tenants.agent_dirs_at_end") == "remove",
+        })
+    }
+
+    /// How often directories are measured, if they are.
+    pub(crate) fn disk_interval(&self) -> Option<Duration> {
+        self.time("disk.interval").filter(|interval| !interval.is_zero())
     }
 
     /// How many agents may run at once, how long one more waits, and what becomes of it.
@@ -668,10 +764,6 @@ impl Config {
         let mode = self.mode("limits.mode");
         let seats = self.count("limits.max_sessions").filter(|_| mode != Mode::Off)?;
         Some((seats, self.time("limits.queue_timeout").unwrap_or_default(), mode))
-    }
-
-    pub(crate) fn tenant(&self) -> Option<String> {
-        self.value("labels.tenant").map(|_| self.text("labels.tenant").to_owned())
     }
 
     /// Where days begin, in seconds east of Greenwich.

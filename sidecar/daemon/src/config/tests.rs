@@ -201,7 +201,7 @@ fn no_linger_is_said_as_zero_or_off() {
         let config = load("", &[("AGENT_SIDECAR_LINGER", text)], &[("listen", "off")]).unwrap();
         assert_eq!(config.linger(), Duration::ZERO, "{text}");
     }
-    let labels = load("[labels]\ntenant = \"a\"\n", &[("AGENT_SIDECAR_COST_CENTER", "42")], &[]).unwrap().labels();
+    let labels = load("[labels]\ntenant = \"a\"\n", &[("AGENT_SIDECAR_COST_CENTER", "42")], &[]).unwrap().fixed_who().labels();
     assert_eq!(labels, [("tenant", String::from("a")), ("cost_center", String::from("42"))]);
 }
 
@@ -230,4 +230,39 @@ fn where_telemetry_goes_is_ours_to_say_and_its_keys_are_nobodys_to_see() {
     {
         assert!(mistakes.contains(part), "{part}: {mistakes}");
     }
+}
+
+#[test]
+fn whom_an_agent_works_for_is_read_from_several_places_and_keys_do_not_print() {
+    let file = "[labels]\ntenant = \"acme\"\ntenant_from = \"message:metadata.tenant, env:CUSTOMER\"\nuser_hash = true\nuser_hash_key = \"geheim\"\n[tenants]\nguard = \"enforce\"\nagent_dirs = \"/data\"\n[disk]\ninterval = \"0\"\n";
+    let config = load(file, &[("AGENT_SIDECAR_USER_FROM", "env:USER_ID")], &[("agent-from", "arg:--name")]).unwrap();
+    assert_eq!(config.fixed_who().tenant.as_deref(), Some("acme"));
+    assert_eq!(config.sources_of(Name::Tenant).map(|sources| sources.0.len()), Some(2));
+    assert_eq!((config.sources_of(Name::User).is_some(), config.sources_of(Name::Team)), (true, None));
+    assert_eq!((config.user_hash(), config.guard()), (Some(b"geheim".to_vec()), Mode::Enforce));
+    assert!(config.agent_dirs().is_some_and(|dirs| dirs.name.is_some() && !dirs.remove));
+    assert_eq!(config.disk_interval(), None);
+    let mut printed = Vec::new();
+    crate::reference::effective(&config, &mut printed).unwrap();
+    let shown = format!("{}{config:?}", String::from_utf8(printed).unwrap());
+    assert!(!shown.contains("geheim") && shown.contains("(hidden)"), "{shown}");
+}
+
+#[test]
+fn what_is_wrong_with_tenants_is_said() {
+    let file = "listen = \"off\"\n[labels]\ntenant_from = \"header:x\"\nuser_hash_key = \"geheim\"\n[tenants]\nguard = \"enforce\"\nagent_from = \"message:name\"\n[limits]\ntenant_max_cost_usd = 1\n";
+    let text = load(file, &[], &[]).unwrap_err().to_string();
+    for part in [
+        "c.toml:3:15: `labels.tenant_from` is wrong: there is no source `header`: there are env:, pod:",
+        "write sources in the order in which they are asked, like env:CUSTOMER_ID, pod:tenant",
+        "`labels.user_hash_key` is of no use without",
+        "`tenants.guard` knows what agents share that meet",
+        "has to be there before the app says anything",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(!text.contains("geheim"), "{text}");
+    let budget = "[limits]\ntenant_max_cost_usd = 1\n";
+    assert!(load(budget, &[], &[]).unwrap_err().to_string().contains("set `labels.tenant` or `labels.tenant_from`"));
+    assert!(load(budget, &[], &[("tenant-from", "env:T")]).is_ok());
 }

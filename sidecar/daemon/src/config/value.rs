@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use agent_sidecar_core::limit::Mode;
 
+use agent_sidecar_core::who::Sources;
+
 use crate::export::otlp::environment::{self, Headers};
 
 /// What a setting takes.
@@ -32,6 +34,10 @@ pub(crate) enum Kind {
     Url,
     /// Of its requests: secret.
     Headers,
+    /// Where a label is read from.
+    Sources,
+    /// A key.
+    Secret,
 }
 
 /// What a setting was given.
@@ -52,6 +58,18 @@ pub(crate) enum Value {
     /// The text itself is the value.
     Text,
     Headers(Headers),
+    Sources(Sources),
+    Secret(Secret),
+}
+
+/// A text that does not print.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Secret(pub(crate) String);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(hidden)")
+    }
 }
 
 impl Value {
@@ -68,7 +86,9 @@ impl Value {
             | Value::Offset(_)
             | Value::Address(_)
             | Value::Text
-            | Value::Headers(_) => 0.0,
+            | Value::Headers(_)
+            | Value::Sources(_)
+            | Value::Secret(_) => 0.0,
         }
     }
 }
@@ -128,6 +148,9 @@ impl Kind {
             Kind::Choice(_) => Err(not(())),
             // Neither says the text: it may hold a key.
             Kind::Url => environment::check_endpoint(text).map(|()| Value::Text).map_err(|what| format!("is wrong: {what}")),
+            Kind::Sources => text.parse().map(Value::Sources).map_err(|wrong| format!("is wrong: {wrong}")),
+            Kind::Secret if text.is_empty() => Err(String::from("is empty")),
+            Kind::Secret => Ok(Value::Secret(Secret(text.to_owned()))),
             Kind::Headers => environment::headers(text).map(Value::Headers).map_err(|what| format!("is wrong: {what}")),
         }
     }
@@ -150,6 +173,8 @@ impl Kind {
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
             Kind::Url => String::from("a URL"),
             Kind::Headers => String::from("a list of headers"),
+            Kind::Sources => String::from("a list of sources"),
+            Kind::Secret => String::from("a text"),
         }
     }
 
@@ -173,6 +198,8 @@ impl Kind {
             Kind::Choice(words) => format!("write {}", words.join(" or ")),
             Kind::Url => String::from("write it like http://collector:4318"),
             Kind::Headers => String::from(environment::HEADERS_REMEDY),
+            Kind::Sources => String::from("write sources in the order in which they are asked, like env:CUSTOMER_ID, pod:tenant"),
+            Kind::Secret => String::from("write a text that nobody guesses"),
         }
     }
 
@@ -195,6 +222,8 @@ impl Kind {
             Kind::Choice(words) => words.join(" or "),
             Kind::Url => String::from("URL or off"),
             Kind::Headers => String::from("name=value,…"),
+            Kind::Sources => String::from("source:key,…"),
+            Kind::Secret => String::from("text"),
         }
     }
 }

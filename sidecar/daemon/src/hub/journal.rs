@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use agent_sidecar_core::hub::{Hello, Line};
 
 use super::Place;
-use super::place::try_lock;
+use super::place::{lock_of_dead, try_lock};
 
 /// Journals end in this, and what becomes one in the other.
 pub(super) const ENDING: &str = ".jsonl";
@@ -68,6 +68,16 @@ impl Journal {
         Ok(())
     }
 
+    /// Says that it works for somebody else than it said. The next line begins the journal anew.
+    pub(super) fn works_for(&mut self, labels: Vec<(String, String)>) -> bool {
+        let news = self.hello.labels != labels;
+        if news {
+            self.hello.labels = labels;
+            self.size = u64::MAX;
+        }
+        news
+    }
+
     /// No line follows. The journal is for the hub to take.
     pub(super) fn end(&mut self) {
         self.ended = true;
@@ -110,6 +120,26 @@ pub(super) fn living(place: &Place, but: &str) -> Vec<Line> {
     let journals = fs::read_dir(&place.dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let named = |path: &PathBuf| path.file_name()?.to_str()?.strip_suffix(ENDING).map(|run| run != but);
     journals.filter(|path| named(path) == Some(true)).filter_map(|path| last_line(place, &path).ok().flatten()).collect()
+}
+
+/// The wrappers that live here, by their pids.
+pub(crate) fn pids(place: &Place) -> Vec<u32> {
+    let journals = fs::read_dir(&place.dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let first = |path: PathBuf| -> Option<u32> {
+        let run = path.file_name()?.to_str()?.strip_suffix(ENDING)?;
+        let head = lives(place, run).then(|| File::open(&path).ok())??;
+        let mut line = String::new();
+        io::BufRead::read_line(&mut io::BufReader::new(head.take(READ)), &mut line).ok()?;
+        serde_json::from_str::<Hello>(&line).ok().filter(|hello| hello.world == place.world).map(|hello| hello.pid)
+    };
+    journals.filter_map(first).collect()
+}
+
+/// Whether a wrapper goes on: it holds its journal.
+pub(crate) fn lives(place: &Place, run: &str) -> bool {
+    let path = place.dir.join(format!("{run}{ENDING}"));
+    let file = OpenOptions::new().write(true).open(&path);
+    file.and_then(|file| lock_of_dead(&path, &file)).is_ok_and(|dead| !dead)
 }
 
 fn last_line(place: &Place, path: &Path) -> io::Result<Option<Line>> {

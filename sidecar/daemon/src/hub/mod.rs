@@ -21,8 +21,9 @@ mod story;
 mod till;
 
 pub(crate) use desk::{Desk, Options};
-pub(crate) use place::{Meeting, Place};
+pub(crate) use journal::{lives, pids};
+pub(crate) use place::{Meeting, Place, try_lock};
 pub(crate) use seat::{NoSeat, Seat};
 pub(crate) use serve::{Turn, alone};
-pub(crate) use share::{Share, Teller};
+pub(crate) use share::{Share, Teller, testify};
 pub(crate) use till::Payer;

@@ -12,7 +12,8 @@ use rustix::fs::FlockOperation;
 
 /// Where `:9477` meets; other ports meet elsewhere.
 const USUAL_PORT: u16 = 9477;
-/// What a world leaves is kept for so long after it was last changed, and longer where it has spent from a month's budget.
+/// What a world leaves is kept for so long after it was last changed, and longer where it has spent from a month's budget, or
+/// knows what is whose.
 const LEFT: Duration = Duration::from_hours(24);
 const LEFT_SPENT: Duration = Duration::from_hours(24 * 32);
 
@@ -43,6 +44,11 @@ impl Place {
     /// There is no directory that would do.
     pub(crate) fn find(meeting: &Meeting) -> io::Result<Place> {
         Place::at(meeting, true)
+    }
+
+    /// Where they meet, if they do already. Changes nothing.
+    pub(crate) fn look(meeting: &Meeting) -> io::Result<Place> {
+        Place::at(meeting, false)
     }
 
     /// Whether a hub is there that serves this address. Changes nothing.
@@ -176,7 +182,7 @@ pub(super) fn lock_of_dead(path: &Path, file: &File) -> io::Result<bool> {
 }
 
 /// Whether a lock was free, and is now ours.
-pub(super) fn try_lock(file: &File) -> io::Result<bool> {
+pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
     match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(true),
         Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => Ok(false),
@@ -225,7 +231,7 @@ fn tag_of(name: &str) -> Option<&str> {
 
 /// Whether nobody has come back to it for long.
 fn is_left(dir: &Path) -> bool {
-    let kept_for = if dir.join("budgets.json").exists() { LEFT_SPENT } else { LEFT };
+    let kept_for = if ["budgets.json", "tenants.json"].iter().any(|book| dir.join(book).exists()) { LEFT_SPENT } else { LEFT };
     let changed = fs::symlink_metadata(dir).and_then(|found| found.modified());
     changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > kept_for))
 }

@@ -11,6 +11,7 @@ use agent_sidecar_core::limit::{SHARED, Shared};
 use agent_sidecar_core::metric;
 use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::update::Activity;
+use agent_sidecar_core::who::Who;
 use agent_sidecar_core::{Input, Monitor};
 use serde::Deserialize;
 
@@ -71,8 +72,8 @@ struct Held {
 /// Who tells, and what.
 pub(crate) struct Teller {
     pub(crate) run: String,
-    /// For whom it works.
-    pub(crate) labels: Vec<(&'static str, String)>,
+    /// For whom it works, as far as that is known.
+    pub(crate) who: Who,
     /// If it spends from shared budgets.
     pub(crate) payer: Option<Payer>,
     pub(crate) handle: Handle,
@@ -82,14 +83,14 @@ pub(crate) struct Teller {
 impl Share {
     /// Starts telling.
     pub(crate) fn start(place: &Place, teller: Teller) -> std::io::Result<Share> {
-        let Teller { run, labels, payer, handle, exports } = teller;
+        let Teller { run, who, payer, handle, exports } = teller;
         let hello = Hello {
             hub: VERSION,
             run: run.clone(),
             pid: std::process::id(),
             started: shelf::unix(),
             world: place.world.clone(),
-            labels: labels.into_iter().map(|(label, value)| (label.to_owned(), value)).collect(),
+            labels: labels(&who),
         };
         let written = Written { journal: Journal::new(&place.dir, hello), last: Line::default(), at: None, failed: false };
         let inner = Inner {
@@ -131,12 +132,18 @@ impl Share {
         let told = visit_blocking(&self.inner.handle, move |monitor, _| {
             relayed(monitor.meters_mut(), handle.counts());
             exports.fill(monitor.meters_mut());
-            (monitor.journal(since), monitor.claim(), News::of(monitor.timeline(), untold))
+            (monitor.journal(since), monitor.claim(), News::of(monitor.timeline(), untold), monitor.who().clone())
         });
-        let Some(((line, mark), claim, news)) = told else { return false };
+        let Some(((line, mark), claim, news, who)) = told else { return false };
         // Nobody's sums rest on it: what could not be written is written with what comes next.
         story.tell(&news).ok();
         drop(story);
+        if written.journal.works_for(labels(&who)) && since > 0 {
+            // Said anew, and then all of it.
+            drop(written);
+            self.payer(&who);
+            return self.flush();
+        }
         let same = news.is_empty() && line.series.is_empty() && line.cleared.is_empty();
         let same = same && (line.live, line.ready) == (written.last.live, written.last.ready);
         if same && since > 0 && written.at.is_some_and(|at| at.elapsed() < HEARTBEAT) {
@@ -152,6 +159,13 @@ impl Share {
             self.pay(claim);
         }
         true
+    }
+
+    /// Whose budgets it spends from, now that this is known.
+    fn payer(&self, who: &Who) {
+        if let Some(purse) = &self.inner.purse {
+            lock(purse).till.works_for(who.tenant.clone());
+        }
     }
 
     /// Says what was spent and is asked for, and has the agent held to what is left.
@@ -292,6 +306,28 @@ impl Share {
             self.degraded("hub", failed);
         }
     }
+}
+
+fn labels(who: &Who) -> Vec<(String, String)> {
+    who.labels().into_iter().map(|(label, value)| (label.to_owned(), value)).collect()
+}
+
+/// Leaves with the hub what was counted by one that never ran.
+pub(crate) fn testify(place: &Place, run: &str, who: &Who, mut meters: metric::Meters) -> std::io::Result<()> {
+    let hello = Hello {
+        hub: VERSION,
+        run: run.to_owned(),
+        pid: std::process::id(),
+        started: shelf::unix(),
+        world: place.world.clone(),
+        labels: labels(who),
+    };
+    let mut line = Line { unix: shelf::unix(), ..Line::default() };
+    let mark = agent_sidecar_core::hub::changes(&mut meters, 0, &mut line);
+    let mut journal = Journal::new(&place.dir, hello);
+    journal.write(&line, mark)?;
+    journal.end();
+    Ok(())
 }
 
 /// When a hub began to collect what somebody has then read to the end: nanoseconds since the Unix epoch.

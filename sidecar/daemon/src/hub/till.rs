@@ -46,6 +46,11 @@ impl Till {
         Till { dir: dir.to_owned(), run: run.to_owned(), payer, purse: Purse::default(), looked: None, known: false }
     }
 
+    /// What is spent is paid by this one.
+    pub(super) fn works_for(&mut self, tenant: Option<String>) {
+        self.payer.tenant = tenant;
+    }
+
     /// Writes what was spent and what is asked for; what is spoken for by then.
     pub(super) fn settle(&mut self, unix: Duration, spent: Usd, asks: Option<Usd>) -> io::Result<[Option<Shared>; SHARED]> {
         let periods = Periods::at(unix, self.payer.offset);

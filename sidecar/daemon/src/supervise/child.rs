@@ -6,6 +6,7 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal};
@@ -49,19 +50,29 @@ pub(crate) struct Stdio2 {
     pub(crate) stdout: Option<OwnedFd>,
 }
 
+#[expect(clippy::too_many_arguments, reason = "each is one thing that a process is started with")]
 /// Starts the CLI, from the thread that outlives it: the kernel kills it when *that thread* ends.
 pub(crate) fn spawn(
     program: &OsString,
     arg0: Option<&OsString>,
     args: &[OsString],
     env: &[(OsString, OsString)],
+    cwd: Option<&Path>,
     stdio: Stdio2,
     own_group: bool,
     ignored: Ignored,
 ) -> Result<Pid, Failure> {
     let us = rustix::process::getpid();
-    let mut command = Command::new(program);
+    // Found from where we are, not from where it starts.
+    let found = cwd.filter(|_| program.as_encoded_bytes().contains(&b'/')).and_then(|_| std::path::absolute(program).ok());
+    let mut command = Command::new(found.as_ref().map_or(program.as_os_str(), |found| found.as_os_str()));
+    if found.is_some() {
+        command.arg0(program);
+    }
     command.args(args).envs(env.iter().map(|(name, value)| (name, value)));
+    if let Some(cwd) = cwd {
+        command.current_dir(cwd);
+    }
     if let Some(arg0) = arg0 {
         command.arg0(arg0);
     }

@@ -66,6 +66,8 @@ pub(crate) struct Job {
     /// What the program finds as its own name, if not `program`.
     pub(crate) arg0: Option<OsString>,
     pub(crate) args: Vec<OsString>,
+    /// Where the CLI starts, if not where we are.
+    pub(crate) cwd: Option<PathBuf>,
     /// What the CLI finds in its environment instead of what we have there.
     pub(crate) env: Vec<(OsString, OsString)>,
     pub(crate) mode: Mode,
@@ -246,8 +248,7 @@ impl Clock {
     }
 
     pub(crate) fn now(&self) -> Now {
-        let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        Now { mono: self.mono(), unix }
+        Now { mono: self.mono(), unix: unix() }
     }
 
     fn mono(&self) -> Duration {
@@ -303,6 +304,11 @@ fn timespec(d: Duration) -> Timespec {
     // Rounded up: waking early would mean to spin until it is time.
     let d = d + Duration::from_nanos(999);
     Timespec { tv_sec: i64::try_from(d.as_secs()).unwrap_or(i64::MAX), tv_nsec: d.subsec_nanos().into() }
+}
+
+/// Time since the Unix epoch.
+pub(crate) fn unix() -> Duration {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 /// A number that nobody can guess: the standard library seeds its hash tables from the kernel.

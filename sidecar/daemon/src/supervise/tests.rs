@@ -80,6 +80,7 @@ fn as_wrapper() {
     let Ok(case) = std::env::var(CASE) else { return };
     let program = std::env::var_os(PROGRAM).unwrap();
     let job = Job {
+        cwd: None,
         program: "python3".into(),
         arg0: None,
         args: vec!["-u".into(), "-c".into(), program],

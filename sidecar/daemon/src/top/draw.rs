@@ -475,6 +475,9 @@ fn tell(e: &Value) -> (&'static str, String, String, Look) {
         }
         "stopping" => ("stop", t("action"), String::new(), Look::Wait),
         "stopped" => ("stop", format!("{} worked", t("action")), took, Look::Plain),
+        "tenant_conflict" => {
+            ("tenants", format!("shares its {} with {}: {}", t("shared"), t("owner"), t("action")), String::new(), Look::Bad)
+        }
         "oom_killed" => ("memory", format!("the kernel killed {}", t("role")), String::new(), Look::Bad),
         "result_missing" => ("no result", t("cause"), String::new(), Look::Bad),
         "exited" => ("end", t("reason"), String::new(), Look::Plain),

@@ -214,3 +214,50 @@ fn a_disk_without_room() {
         eprintln!("not tried: no namespaces here");
     }
 }
+
+#[test]
+fn tenants_that_nobody_names_and_agents_that_share() {
+    let (dir, mut command) = place("tenants");
+    let labels = dir.join("labels");
+    command.env("AGENT_SIDECAR_SOCKET", dir.join("hub.sock"));
+    let from = |command: &mut Command, sources: &str| {
+        command.env("AGENT_SIDECAR_TENANT_FROM", sources).env("AGENT_SIDECAR_POD_LABELS", &labels);
+    };
+    from(&mut command, "env:CUSTOMER");
+    one(
+        &mut command,
+        "warning",
+        "tenants",
+        "labels.tenant_from",
+        "finds nothing: an agent that is started as this was has no tenant",
+    );
+    from(&mut command, "pod:tenant");
+    one(&mut command, "warning", "tenants", "labels", "`labels.tenant_from` reads it, and it is not there");
+    std::fs::write(&labels, "tenant=\"acme\"\n").unwrap();
+    assert_eq!(findings(&mut command), (0, Vec::new()));
+    from(&mut command, "message:metadata.tenant");
+    assert_eq!(findings(&mut command), (0, Vec::new()), "the app will say it");
+    command.env("AGENT_SIDECAR_AGENT_DIRS", dir.join("labels/agents"));
+    one(&mut command, "broken", "tenants", "labels/agents", "`tenants.agent_dirs` cannot be written");
+    command.env("AGENT_SIDECAR_AGENT_DIRS", dir.join("agents/of/all"));
+    assert_eq!(findings(&mut command), (0, Vec::new()), "it is made when it is needed");
+
+    let agent = |config: &str| {
+        let mut agent = Command::new(SIDECAR);
+        agent.args(["run", "--listen", "127.0.0.1:0", "--socket"]).arg(dir.join("hub.sock"));
+        agent.args(["--", "sh", "-c", "echo up; read -r _"]).args(ONE_SHOT);
+        let mut agent = Running::start({
+            agent.env("HOME", &*dir).env("CLAUDE_CONFIG_DIR", dir.join(config));
+            agent
+        });
+        assert_eq!(agent.line(), "up");
+        agent
+    };
+    let _agents = [agent("one"), agent("other")];
+    assert_eq!(findings(&mut command), (0, Vec::new()));
+    let _third = agent("one");
+    wait_for("the third one's journal", || {
+        let (_, all) = findings(&mut command);
+        all.first().map(|finding| assert!(finding[3].contains("2 agents that run keep their sessions"), "{all:?}"))
+    });
+}

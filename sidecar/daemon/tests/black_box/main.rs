@@ -18,5 +18,6 @@ mod otlp;
 mod shim;
 mod signals;
 mod support;
+mod tenants;
 mod terminal;
 mod top;

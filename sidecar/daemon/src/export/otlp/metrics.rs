@@ -112,6 +112,11 @@ impl Metrics {
         Metrics { options, constant, start, last: start, said: BTreeMap::new() }
     }
 
+    /// For whom it is counted is known better than before.
+    pub(crate) fn works_for(&mut self, labels: &[(&'static str, String)]) {
+        self.constant = labels.iter().map(|(key, value)| text(key, value)).collect();
+    }
+
     /// What the meters say now. A delta is said once: a message has to be kept until somebody took it.
     pub(crate) fn request(&mut self, meters: &Meters, origin: &Origin, now: Duration) -> ExportMetricsServiceRequest {
         let now = now.max(self.last);

@@ -388,6 +388,7 @@ impl Worker {
         visit_blocking(&self.handle, move |monitor, now| {
             counts.fill(monitor.meters_mut());
             let mut metrics = metrics.lock().unwrap_or_else(PoisonError::into_inner);
+            metrics.works_for(&monitor.who().labels());
             if only_look {
                 metrics.clone().request(monitor.meters(), &origin, now.unix)
             } else {

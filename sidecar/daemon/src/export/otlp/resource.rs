@@ -178,6 +178,11 @@ pub(crate) fn value(name: &str, text: String) -> Value {
     }
 }
 
+/// One of the attributes that `OTEL_RESOURCE_ATTRIBUTES` declares.
+pub(crate) fn declared(name: &str, text: &str) -> Option<String> {
+    attributes(text).into_iter().find(|(known, _)| known == name).map(|(_, value)| value)
+}
+
 /// `name=value,name=value`, both percent-encoded. By the specification one that is wrong spoils all.
 fn attributes(text: &str) -> Vec<(String, String)> {
     let pairs = text.split(',').map(str::trim).filter(|pair| !pair.is_empty());

@@ -1,6 +1,6 @@
 //! What the message says is what `/metrics` says, after the rules by which Prometheus and the Collector translate it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use agent_sidecar_core::metric::{self, CATALOG};
 use agent_sidecar_core::telemetry::{Context, SpanId, TraceId};
@@ -627,4 +627,19 @@ fn a_full_container_is_said_in_a_moment() {
         // Without optimisation, beside others, it takes ten times as long.
         assert!(best < Duration::from_millis(if cfg!(debug_assertions) { 250 } else { 10 }), "{best:?}");
     }
+}
+
+#[test]
+fn whom_it_is_counted_for_may_be_learnt_late() {
+    let mut meters = Meters::default();
+    meters.add(&metric::TURNS, &["success"], 1);
+    let mut metrics = Metrics::new(MetricsOptions::default(), &[], START);
+    let whose = |request: &ExportMetricsServiceRequest| -> BTreeSet<Option<String>> {
+        let Data::Sum(sum) = find(request, "claude_agent_turns_total") else { panic!("a counter") };
+        sum.data_points.iter().map(|point| said(&point.attributes).remove("tenant")).collect()
+    };
+    assert_eq!(whose(&sent(&mut metrics, &meters, START + Duration::from_secs(60))), BTreeSet::from([None]));
+    metrics.works_for(&[("tenant", String::from("acme"))]);
+    let known = sent(&mut metrics, &meters, START + Duration::from_secs(120));
+    assert_eq!(whose(&known), BTreeSet::from([Some(String::from("acme"))]));
 }

@@ -1,0 +1,378 @@
+//! A directory for each agent: `ROOT/TENANT/NAME/{config,tmp,workspace}`, locked while its agent runs.
+//!
+//! An agent whose name is taken gets the next one, `NAME~2`; without a name, `_1`, `_2` and so on. Who resumes a session gets the
+//! directory that has it.
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use agent_sidecar_core::launch::Launch;
+use agent_sidecar_core::update::Start;
+use agent_sidecar_core::who::{Sources, Who};
+
+use super::{ANSWER, digest, within};
+use crate::config::Config;
+use crate::hub::try_lock;
+
+/// Agents of one name, or of none, at once; and directories that are looked at for a session.
+const MANY: usize = 1_024;
+/// What a name may be made of as it is, and how long it may be.
+const NAME: usize = 48;
+/// Whose agents nobody knows. Like the numbers of those without a name, no name begins with it.
+const NOBODY: &str = "_";
+/// What is being removed.
+const GONE: &str = ".gone~";
+
+/// What the configuration says of them.
+#[derive(Clone, Debug)]
+pub(crate) struct AgentDirs {
+    pub(crate) root: PathBuf,
+    pub(crate) name: Option<Sources>,
+    pub(crate) workspace: Workspace,
+    pub(crate) remove: bool,
+}
+
+/// Whether an agent works in its own directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Workspace {
+    /// Where the app gave it no other.
+    Auto,
+    Always,
+    Never,
+}
+
+/// An agent's own directory.
+#[derive(Debug)]
+pub(crate) struct Home {
+    dir: PathBuf,
+    /// None where another agent has it, too: both resume the same session.
+    lock: Option<File>,
+    remove: bool,
+    pub(crate) env: Vec<(OsString, OsString)>,
+    pub(crate) cwd: Option<PathBuf>,
+}
+
+impl Home {
+    /// Finds or makes the one for this agent, within a bounded time. Who is started by an agent that has one is at home there.
+    pub(crate) fn open(config: &Config, who: &Who, launch: &Launch, argv: &[OsString]) -> Option<io::Result<Home>> {
+        let dirs = config.agent_dirs()?;
+        if is_within(&dirs.root) {
+            return None;
+        }
+        let name = dirs.name.as_ref().and_then(|sources| super::known::first(config, argv, sources));
+        let (tenant, start, resume) = (who.tenant.clone(), launch.start, launch.resume.clone());
+        let made = within(ANSWER, move || Home::make(&dirs, tenant.as_deref(), name.as_deref(), start, resume.as_deref()));
+        Some(made.unwrap_or_else(|| Err(io::Error::new(io::ErrorKind::TimedOut, "the file system does not answer"))))
+    }
+
+    fn make(dirs: &AgentDirs, tenant: Option<&str>, name: Option<&str>, start: Start, resume: Option<&str>) -> io::Result<Home> {
+        // A link below the root is somebody's idea; the root's own place is the operator's.
+        let root = std::path::absolute(&dirs.root)?;
+        fs::create_dir_all(&root)?;
+        let tenant = root.join(tenant.map_or_else(|| NOBODY.to_owned(), safe));
+        private(&tenant)?;
+        tidy(&tenant);
+        let (dir, lock) = match resume.and_then(|id| with_session(&tenant, id)) {
+            // Where its session is, there it has to be.
+            Some(dir) => {
+                let lock = take(&dir)?;
+                (dir, lock)
+            }
+            None => free(&tenant, name, start)?,
+        };
+        let parts = ["config", "tmp", "workspace"].map(|part| dir.join(part));
+        for part in &parts {
+            // One that was killed could not clear up.
+            if dirs.remove && lock.is_some() && part.exists() {
+                discard(part, &tenant)?;
+            }
+            private(part)?;
+        }
+        let [config, tmp, workspace] = parts;
+        let unset = |name: &str| std::env::var_os(name).is_none_or(|value| value.is_empty());
+        let mut env: Vec<(OsString, OsString)> = [("CLAUDE_CONFIG_DIR", config), ("TMPDIR", tmp)]
+            .into_iter()
+            .filter(|(name, _)| unset(name))
+            .map(|(name, path)| (name.into(), path.into()))
+            .collect();
+        let moves = match dirs.workspace {
+            Workspace::Auto => inherited(),
+            Workspace::Always => true,
+            Workspace::Never => false,
+        };
+        if moves {
+            env.push(("PWD".into(), workspace.clone().into()));
+        }
+        Ok(Home { dir, remove: dirs.remove && lock.is_some(), lock, env, cwd: moves.then_some(workspace) })
+    }
+
+    /// Whether it goes with the agent; if so, it has to be called when nothing of the agent is left.
+    pub(crate) fn close(self) {
+        if !self.remove {
+            return;
+        }
+        let removed = self.dir.parent().map_or(Ok(()), |tenant| discard(&self.dir, tenant));
+        if let Err(error) = removed {
+            tracing::warn!(dir = %self.dir.display(), %error, "the agent's own directory is not wholly removed");
+        }
+        drop(self.lock);
+    }
+}
+
+/// The first of a name that nobody has. Who goes on without saying with what, goes on where an agent last was.
+fn free(tenant: &Path, name: Option<&str>, start: Start) -> io::Result<(PathBuf, Option<File>)> {
+    if name.is_none() && matches!(start, Start::Continue | Start::Fork) {
+        let mut known = known(tenant);
+        known.sort_by_key(|dir| std::cmp::Reverse(fs::metadata(dir.join(LOCK)).and_then(|found| found.modified()).ok()));
+        for dir in known {
+            if let Some(lock) = take(&dir)? {
+                return Ok((dir, Some(lock)));
+            }
+        }
+    }
+    let name = name.map(safe);
+    for n in 1..=MANY {
+        let dir = tenant.join(match &name {
+            Some(name) if n == 1 => name.clone(),
+            Some(name) => format!("{name}~{n}"),
+            None => format!("{NOBODY}{n}"),
+        });
+        private(&dir)?;
+        if let Some(lock) = take(&dir)? {
+            return Ok((dir, Some(lock)));
+        }
+    }
+    Err(io::Error::other(format!("{MANY} agents have directories of this name already")))
+}
+
+const LOCK: &str = ".lock";
+
+/// The lock of a directory, unless another agent has it.
+fn take(dir: &Path) -> io::Result<Option<File>> {
+    let path = dir.join(LOCK);
+    let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(true).truncate(false).mode(0o600).custom_flags(flags).open(&path);
+    let file = match file {
+        // Removed since it was found.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file?,
+    };
+    let ours =
+        try_lock(&file)? && fs::symlink_metadata(&path).is_ok_and(|found| found.ino() == file.metadata().map_or(0, |f| f.ino()));
+    if ours {
+        file.set_modified(SystemTime::now())?;
+    }
+    Ok(ours.then_some(file))
+}
+
+/// The directories of a tenant's agents.
+fn known(tenant: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(tenant).into_iter().flatten().flatten().take(MANY);
+    let named = entries.filter(|entry| !entry.file_name().as_encoded_bytes().starts_with(b"."));
+    named.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()).collect()
+}
+
+/// The one where this session was.
+fn with_session(tenant: &Path, id: &str) -> Option<PathBuf> {
+    // What is a path, or no id at all, is nowhere here.
+    if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
+        return None;
+    }
+    let file = format!("{id}.jsonl");
+    known(tenant).into_iter().find(|dir| {
+        let projects = fs::read_dir(dir.join("config/projects")).into_iter().flatten().flatten().take(MANY);
+        projects.into_iter().any(|project| fs::symlink_metadata(project.path().join(&file)).is_ok_and(|found| found.is_file()))
+    })
+}
+
+/// Makes it for this user alone, or finds it so.
+fn private(dir: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let found = fs::symlink_metadata(dir)?;
+    if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() {
+        let what = format!("{} is not a directory of this user", dir.display());
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
+    }
+    // A volume's group, or a umask that was wider.
+    if found.mode() & 0o077 != 0 {
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
+    }
+    Ok(())
+}
+
+/// Removes it, in one step for whoever comes next; a kill in the middle leaves what the next one clears away.
+fn discard(dir: &Path, tenant: &Path) -> io::Result<()> {
+    let gone = tenant.join(format!("{GONE}{:016x}", crate::supervise::random()));
+    fs::rename(dir, &gone)?;
+    match fs::remove_dir_all(&gone) {
+        // Another agent tidies up at the same time.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(dir = %gone.display(), %error, "what an agent has left is not wholly removed");
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// Clears away what somebody was killed over.
+fn tidy(tenant: &Path) {
+    for entry in fs::read_dir(tenant).into_iter().flatten().flatten().take(MANY) {
+        if entry.file_name().as_encoded_bytes().starts_with(GONE.as_bytes()) {
+            fs::remove_dir_all(entry.path()).ok();
+        }
+    }
+}
+
+/// Whether we were started by an agent with a directory of its own, which a tool of it finds in its environment.
+fn is_within(root: &Path) -> bool {
+    let Ok(root) = std::path::absolute(root) else { return false };
+    ["CLAUDE_CONFIG_DIR", "TMPDIR"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some_and(|dir| Path::new(&dir).starts_with(&root)))
+}
+
+/// Whether the app has left the working directory as its own is. Of PID 1 nobody knows: `/` is what nobody chose.
+fn inherited() -> bool {
+    let Ok(here) = std::env::current_dir() else { return false };
+    let parent = rustix::process::getppid().and_then(|pid| fs::read_link(format!("/proc/{}/cwd", pid.as_raw_nonzero())).ok());
+    here == Path::new("/") || parent.is_some_and(|parent| parent == here)
+}
+
+/// A name as the name of a file: itself where it is plain and small, else what is plain of it and a hash behind a mark that no plain name
+/// has. Letters are small ones, for file systems that take them for the same.
+fn safe(name: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-._".contains(&byte);
+    let begins = name.bytes().next().is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    if begins && name.len() <= NAME && name.bytes().all(plain) {
+        return name.to_owned();
+    }
+    let kept = name.chars().take(NAME / 2).map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' });
+    format!("{}~{}", kept.collect::<String>(), digest(name.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn scratch(name: &str) -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("agent-sidecar-dirs-{name}-{}", std::process::id()));
+        fs::remove_dir_all(&dir).ok();
+        dir
+    }
+
+    fn dirs(root: &Path, remove: bool) -> AgentDirs {
+        AgentDirs { root: root.to_owned(), name: None, workspace: Workspace::Always, remove }
+    }
+
+    fn name(home: &Home) -> String {
+        let parts: Vec<_> = home.dir.components().rev().take(2).map(|part| part.as_os_str().to_string_lossy()).collect();
+        format!("{}/{}", parts[1], parts[0])
+    }
+
+    #[test]
+    fn each_agent_that_runs_has_one_of_its_own() {
+        let root = scratch("own");
+        let open =
+            |tenant: Option<&str>, name: Option<&str>| Home::make(&dirs(&root, false), tenant, name, Start::Fresh, None).unwrap();
+        let homes = [
+            open(Some("acme"), Some("mailer")),
+            open(Some("acme"), Some("mailer")),
+            open(Some("globex"), Some("mailer")),
+            open(Some("acme"), None),
+            open(Some("acme"), None),
+            open(None, None),
+        ];
+        let names: Vec<String> = homes.iter().map(name).collect();
+        assert_eq!(names, ["acme/mailer", "acme/mailer~2", "globex/mailer", "acme/_1", "acme/_2", "_/_1"]);
+        for part in ["", "config", "tmp", "workspace"] {
+            assert_eq!(fs::metadata(homes[1].dir.join(part)).unwrap().mode() & 0o7777, 0o700);
+        }
+        assert_eq!(homes[0].cwd, Some(homes[0].dir.join("workspace")));
+        drop(homes);
+        assert_eq!(name(&open(Some("acme"), Some("mailer"))), "acme/mailer", "it is free again");
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn a_session_is_resumed_where_it_was() {
+        let root = scratch("resume");
+        let open = |start, resume| Home::make(&dirs(&root, false), Some("acme"), None, start, resume).unwrap();
+        let (_first, second) = (open(Start::Fresh, None), open(Start::Fresh, None));
+        let project = second.dir.join("config/projects/-work");
+        fs::create_dir_all(&project).unwrap();
+        fs::write(project.join("0b-1.jsonl"), "").unwrap();
+        let shared = open(Start::Resume, Some("0b-1"));
+        assert_eq!((&shared.dir, shared.lock.is_none()), (&second.dir, true), "also while the first still runs");
+        drop((shared, second));
+        assert_eq!(name(&open(Start::Fork, Some("0b-1"))), "acme/_2");
+        for id in ["0b-2", "../0b-1", "/0b-1", ""] {
+            assert_eq!(name(&open(Start::Resume, Some(id))), "acme/_2", "{id}: the lowest that is free");
+        }
+        let third = (open(Start::Fresh, None), open(Start::Fresh, None)).1;
+        assert_eq!(name(&third), "acme/_3");
+        let lock = File::options().write(true).open(third.dir.join(LOCK)).unwrap();
+        lock.set_modified(SystemTime::now() + std::time::Duration::from_secs(60)).unwrap();
+        drop(third);
+        assert_eq!(name(&open(Start::Continue, None)), "acme/_3", "where somebody last was");
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn it_goes_with_the_agent_if_it_is_to() {
+        let root = scratch("remove");
+        let home = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None).unwrap();
+        let (dir, outside) = (home.dir.clone(), root.join("outside"));
+        fs::write(&outside, "stays").unwrap();
+        std::os::unix::fs::symlink(&root, dir.join("workspace/up")).unwrap();
+        fs::create_dir(root.join(format!("acme/{GONE}1"))).unwrap();
+        home.close();
+        assert!(!dir.exists() && outside.exists());
+        let killed = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None).unwrap();
+        fs::write(dir.join("workspace/secret"), "").unwrap();
+        drop(killed);
+        drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None).unwrap());
+        assert!(
+            dir.join("workspace").exists() && !dir.join("workspace/secret").exists(),
+            "whoever comes next finds nothing of it"
+        );
+        drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None).unwrap());
+        assert!(!root.join(format!("acme/{GONE}1")).exists(), "what a kill has left is cleared away");
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_a_directory_is_refused() {
+        let root = scratch("link");
+        let elsewhere = root.join("elsewhere");
+        fs::create_dir_all(&elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, root.join("acme")).unwrap();
+        let refused = Home::make(&dirs(&root, false), Some("acme"), None, Start::Fresh, None);
+        assert!(refused.unwrap_err().to_string().contains("is not a directory of this user"));
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn names_are_plain_and_two_of_them_stay_two(a in any::<String>(), b in "[a-zA-Z0-9._~/-]{0,60}") {
+            for name in [&a, &b] {
+                let safe = safe(name);
+                prop_assert!(!safe.is_empty() && safe.len() <= 64 && !safe.starts_with(['.', '_']), "{safe}");
+                prop_assert!(safe.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-._~".contains(&b)), "{safe}");
+                let slot = safe.rsplit_once('~').is_some_and(|(_, tail)| tail.len() < 32);
+                prop_assert!(!slot, "{safe} would be one more of another name");
+            }
+            prop_assert_eq!(safe(&a) == safe(&b), a == b);
+            prop_assert_eq!(safe(&b) == safe(&b.to_ascii_lowercase()), b == b.to_ascii_lowercase());
+        }
+    }
+}
