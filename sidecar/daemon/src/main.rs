@@ -7,6 +7,7 @@ mod demo;
 mod doctor;
 mod explain;
 mod export;
+mod fence;
 mod http;
 mod hub;
 mod lines;

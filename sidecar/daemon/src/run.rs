@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -19,12 +20,13 @@ use crate::busy;
 use crate::config::Config;
 use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
+use crate::fence::{self, HoldDir};
 use crate::http::{self, Scrapes, Site};
 use crate::hub::{NoSeat, Payer, Place, Seat, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
-use crate::supervise::{self, BeforeExit, Clock, Ending, Failure, Handle, Job, LastWords, Supervisor};
+use crate::supervise::{self, BeforeExit, Clock, Ending, Failure, Handle, Job, LastWords, Supervisor, User};
 use crate::telemetry::{self, Telemetry};
 
 /// What the CLI itself exits with after an error.
@@ -57,6 +59,10 @@ impl Agent {
 
 /// Runs a command to its end, and says what to exit with.
 pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
+    supervise::hide();
+    let user = user(config)?;
+    let agent_user = user.clone().unwrap_or_else(User::ours);
+    let open = fence::config_is_open(config, &agent_user);
     let argv = agent.argv;
     let launch = Launch::of(&argv, std::io::stdin().is_terminal(), std::io::stdout().is_terminal());
     let rules = judged(config.rules(), &launch);
@@ -71,6 +77,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let seat = if launch.asks_model { seat(config, place.as_ref())? } else { None };
     // Only now: who waits for a seat serves nobody.
     let turn = turn(config, place);
+    let hold_dir = hold_dir(&rules, user.as_ref(), &nonce);
+    let hold_file = hold_dir.as_ref().map(HoldDir::file).or_else(|| turn.hold_file(&nonce));
     let settings = Settings {
         nonce: nonce.clone(),
         start: launch.start,
@@ -84,14 +92,20 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         max_series: config.max_series(),
         trace: telemetry.trace_settings(),
         events: telemetry.wants_events() || config.events().is_some(),
-        hold_file: turn.hold_file(&nonce),
+        hold_file: hold_file.as_ref().map_or(String::new(), |file| file.display().to_string()),
     };
     let clock = Clock::start();
     let mut monitor = Monitor::new(settings, false, clock.now());
     let meters = monitor.meters_mut();
     telemetry.prepare(meters);
     meters.set(&metric::BUILD_INFO, &[env!("CARGO_PKG_VERSION")], 1.0);
-    if agent.mistaken {
+    if open {
+        tracing::warn!(file = ?config.file(), "the agent may change the file that its limits come from; give it and its directories to root, and take the write permission from others");
+    }
+    if let Some(user) = user.as_ref().filter(|user| !user.is_us()) {
+        fence::check(config, user);
+    }
+    if agent.mistaken || open {
         meters.set(&metric::DEGRADED, &["config"], 1.0);
     }
     meters.set(&metric::CONFIG_INFO, &[&config.fingerprint()], 1.0);
@@ -125,7 +139,10 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         }
     });
     let env = receiver.iter().flat_map(|(receiver, plan)| plan.variables(&receiver.base()));
-    let env = env.map(|(name, value)| (name.into(), value.into())).chain(telemetry.variables()).chain(agent.env).collect();
+    let more = env.map(|(name, value)| (name.into(), value.into())).chain(telemetry.variables()).chain(agent.env);
+    let without = Config::secrets().map(|name| (name.into(), None));
+    let whose = user.iter().flat_map(User::variables);
+    let env = whose.chain(more.map(|(name, value)| (name, Some(value)))).chain(without).collect();
     let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, meters));
     let mut events = config.events().map(|path| LineFile::open(Use::Events, path, meters));
 
@@ -134,6 +151,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         arg0: agent.arg0,
         args: argv.into_iter().skip(1).collect(),
         env,
+        user,
         mode: launch.mode,
         request_prefix: format!("{ID_PREFIX}{nonce}"),
         spill_dir: config.spill_dir(),
@@ -147,7 +165,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let counts = Arc::clone(&telemetry.counts);
     let pipeline = telemetry.start(&handle);
     let inlet = pipeline.as_ref().map(Pipeline::inlet);
-    let share = if let Meet::At(turn) = turn { join(config, turn, &nonce, &handle, &counts) } else { None };
+    let share = if let Meet::At(turn) = turn { join(config, turn, &nonce, hold_file, &handle, &counts) } else { None };
     let (teller, others) = (share.clone(), share.clone());
     let failures = handle.clone();
     let mut supervisor = supervisor.sink(Box::new(move |_, output| match output {
@@ -233,6 +251,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             }
         }));
     }
+    last.push(Box::new(move |_| drop(hold_dir)));
     if let Some(bound) = bound {
         let scrapes = Arc::new(Scrapes::default());
         if let Err(error) = http::serve(
@@ -275,6 +294,20 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     })
 }
 
+/// As whom the CLI is to run. A fence that cannot be put up is not left out: then it is not started.
+fn user(config: &Config) -> Result<Option<User>, Failure> {
+    let refused = |source| Failure { exit_code: supervise::OWN_FAILURE, meant: true, source: Box::new(source) };
+    config.user().map_err(refused)
+}
+
+/// Where the CLI is told of shared budgets, if it cannot look where we meet.
+fn hold_dir(rules: &[Rule], user: Option<&User>, nonce: &str) -> Option<HoldDir> {
+    user.filter(|user| !user.is_us() && rules.iter().any(Rule::is_shared))?;
+    HoldDir::make(nonce)
+        .inspect_err(|error| tracing::warn!(%error, "the CLI is not told of shared budgets; turns are interrupted instead"))
+        .ok()
+}
+
 /// Where a wrapper's numbers go.
 enum Meet {
     /// They are served by itself, if at all.
@@ -285,10 +318,10 @@ enum Meet {
 }
 
 impl Meet {
-    fn hold_file(&self, run: &str) -> String {
+    fn hold_file(&self, run: &str) -> Option<PathBuf> {
         match self {
-            Meet::At(turn) => turn.place().hold_file(run).display().to_string(),
-            Meet::Alone | Meet::Nowhere => String::new(),
+            Meet::At(turn) => Some(turn.place().hold_file(run)),
+            Meet::Alone | Meet::Nowhere => None,
         }
     }
 }
@@ -330,13 +363,21 @@ fn seat(config: &Config, place: Option<&std::io::Result<Place>>) -> Result<Optio
 }
 
 /// Has our numbers served by the hub, and the hub by us when it is our turn.
-fn join(config: &Config, turn: Turn, nonce: &str, handle: &Handle, counts: &Arc<otlp::Counts>) -> Option<Share> {
+fn join(
+    config: &Config,
+    turn: Turn,
+    nonce: &str,
+    hold_file: Option<PathBuf>,
+    handle: &Handle,
+    counts: &Arc<otlp::Counts>,
+) -> Option<Share> {
     if turn.is_deaf() {
         handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["http"], 1.0));
     }
     let shares = config.rules().iter().any(|rule| rule.is_shared() && rule.mode != LimitMode::Off);
     let teller = Teller {
         run: nonce.to_owned(),
+        hold_file: hold_file.unwrap_or_else(|| turn.place().hold_file(nonce)),
         labels: config.labels(),
         payer: shares.then(|| Payer { tenant: config.tenant(), offset: config.utc_offset() }),
         handle: handle.clone(),

@@ -20,6 +20,7 @@ const TABLES: &[(&str, &str)] = &[
     ("otlp", "write [otlp] above its keys"),
     ("log", "write [log] above its keys"),
     ("relay", "write [relay] above its keys"),
+    ("run", "write [run] above its keys"),
     ("usage", "write [usage] above its keys"),
     ("metrics", "write [metrics] above its keys"),
     ("labels", "write [labels] above its keys"),

@@ -21,6 +21,7 @@ use agent_sidecar_core::tokens::Usd;
 use crate::busy::{self, Lease};
 use crate::export::otlp::environment::{Headers, Own};
 use crate::hub::Meeting;
+use crate::supervise::{NoUser, User};
 
 pub(crate) use value::{Kind, Value};
 
@@ -127,6 +128,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("log.quiet", "quiet", Kind::Switch, "false", "log errors only"),
     setting("relay.spill_dir", "spill-dir", Kind::Path, "", "where output waits that the app does not read; before $TMPDIR, /tmp and /dev/shm"),
     setting("relay.spill_max", "spill-max", Kind::Size, "1GiB", "how much may wait there"),
+    setting("run.user", "user", Kind::User, "", "start the CLI as this user, NAME or UID and `:GROUP` if it is to be that group alone; the sidecar stays who it is: then the agent can neither end nor change it (docs/security.md)"),
     setting("shim.cli", "shim-cli", Kind::Path, "", "the real CLI, for the binary under the name `claude`: unset, what `install` put beside it, or else the next `claude` on PATH"),
     setting("shim.strict", "shim-strict", Kind::Switch, "false", "whether a mistake in the configuration keeps `claude` from starting; if not, the agent runs without the settings that cannot be read"),
     setting("usage.poll", "usage-poll", Kind::Switch, "true", "ask the CLI for its running totals between its results"),
@@ -278,6 +280,8 @@ pub(crate) struct Config {
     values: BTreeMap<&'static str, Effective>,
     modes: BTreeMap<&'static str, (Mode, Origin)>,
     pub(crate) prices: PriceTable,
+    /// The file that was read.
+    file: Option<PathBuf>,
 }
 
 impl Config {
@@ -297,8 +301,9 @@ impl Config {
                 .then(|| setting.kind.parse(setting.default).expect("defaults are right: a test reads them all"));
             values.insert(setting.key, Effective { text: setting.default.to_owned(), value, origin: Origin::Default });
         }
-        let mut config = Config { values, modes: BTreeMap::new(), prices: PriceTable::default() };
+        let mut config = Config { values, modes: BTreeMap::new(), prices: PriceTable::default(), file: None };
         if let Some((path, text)) = &sources.file {
+            config.file = Some(path.clone());
             file::read(&mut config, path, text, &mut mistakes);
         }
         for (name, text) in &sources.environment {
@@ -328,7 +333,15 @@ impl Config {
             _ if unset => None,
             Ok(value) => Some(value),
             Err(wrong) => {
-                mistakes.push(Mistake { origin, what: format!("`{}` {wrong}", setting.key), remedy: setting.kind.remedy() });
+                mistakes.push(Mistake {
+                    origin: origin.clone(),
+                    what: format!("`{}` {wrong}", setting.key),
+                    remedy: setting.kind.remedy(),
+                });
+                // A fence that is not understood is not left out: nobody is called so, and nothing is started.
+                if setting.kind == Kind::User {
+                    self.values.insert(setting.key, Effective { text: text.to_owned(), value: Some(Value::Text), origin });
+                }
                 return;
             }
         };
@@ -615,6 +628,29 @@ impl Config {
 
     pub(crate) fn spill_bytes(&self) -> u64 {
         self.count("relay.spill_max").unwrap_or(crate::supervise::SPILL_BYTES)
+    }
+
+    /// As whom the CLI is to run; as we do, if nobody says.
+    ///
+    /// # Errors
+    /// There is no such user, or we may not start anything as somebody else.
+    pub(crate) fn user(&self) -> Result<Option<User>, NoUser> {
+        self.value("run.user").map(|_| User::find(self.text("run.user"))).transpose()
+    }
+
+    pub(crate) fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
+    }
+
+    /// What is named to be written to, by the settings that name it.
+    pub(crate) fn own_paths(&self) -> Vec<(&'static str, PathBuf)> {
+        let keys = ["ledger.path", "events.path", "busy.file", "otlp.queue_dir", "hub.state_dir", "hub.socket"];
+        keys.into_iter().filter_map(|key| Some((key, self.path(key)?))).collect()
+    }
+
+    /// The variables of ours that hold keys: nobody below us needs them.
+    pub(crate) fn secrets() -> impl Iterator<Item = String> {
+        SETTINGS.iter().filter(|setting| setting.kind == Kind::Headers).map(variable)
     }
 
     pub(crate) fn shim_cli(&self) -> Option<PathBuf> {

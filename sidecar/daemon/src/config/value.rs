@@ -32,6 +32,8 @@ pub(crate) enum Kind {
     Url,
     /// Of its requests: secret.
     Headers,
+    /// As whom a process runs.
+    User,
 }
 
 /// What a setting was given.
@@ -129,6 +131,8 @@ impl Kind {
             // Neither says the text: it may hold a key.
             Kind::Url => environment::check_endpoint(text).map(|()| Value::Text).map_err(|what| format!("is wrong: {what}")),
             Kind::Headers => environment::headers(text).map(Value::Headers).map_err(|what| format!("is wrong: {what}")),
+            Kind::User if is_user(text) => Ok(Value::Text),
+            Kind::User => Err(not(())),
         }
     }
 
@@ -150,6 +154,7 @@ impl Kind {
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
             Kind::Url => String::from("a URL"),
             Kind::Headers => String::from("a list of headers"),
+            Kind::User => String::from("a user"),
         }
     }
 
@@ -173,6 +178,7 @@ impl Kind {
             Kind::Choice(words) => format!("write {}", words.join(" or ")),
             Kind::Url => String::from("write it like http://collector:4318"),
             Kind::Headers => String::from(environment::HEADERS_REMEDY),
+            Kind::User => String::from("write a name or a number, like agent, 1000 or 1000:1000; in a file in quotes"),
         }
     }
 
@@ -195,6 +201,7 @@ impl Kind {
             Kind::Choice(words) => words.join(" or "),
             Kind::Url => String::from("URL or off"),
             Kind::Headers => String::from("name=value,…"),
+            Kind::User => String::from("name or uid, and `:group`"),
         }
     }
 }
@@ -252,6 +259,12 @@ fn size(text: &str) -> Option<u64> {
     let bytes = number * unit;
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be in range")]
     (bytes < 1e18).then_some(bytes as u64)
+}
+
+/// `agent`, `1000`, `agent:staff`, `1000:1000`.
+fn is_user(text: &str) -> bool {
+    let name = |text: &str| !text.is_empty() && !text.contains(|c: char| c.is_whitespace() || c.is_control() || c == ':');
+    text.split_once(':').map_or_else(|| name(text), |(who, of)| name(who) && name(of))
 }
 
 /// A label is repeated on every series.

@@ -128,6 +128,7 @@ impl Turn {
 
 /// `agent-sidecar hub`: serves without an agent of its own, until a signal ends it.
 pub(crate) fn alone(mut place: Place, address: Option<SocketAddr>, options: &Options) -> std::io::Result<()> {
+    crate::supervise::hide();
     // All that has to be kept is kept: what is left is to go, also as PID 1, which nothing ends by default.
     let mut signals = signal_hook::iterator::Signals::new([INT, TERM, HUP, CHLD])?;
     std::thread::Builder::new().name(String::from("signals")).stack_size(128 * 1024).spawn(move || {

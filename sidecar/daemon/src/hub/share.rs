@@ -69,6 +69,8 @@ struct Held {
 /// Who tells, and what.
 pub(crate) struct Teller {
     pub(crate) run: String,
+    /// Where the CLI is told of shared budgets.
+    pub(crate) hold_file: PathBuf,
     /// For whom it works.
     pub(crate) labels: Vec<(&'static str, String)>,
     /// If it spends from shared budgets.
@@ -80,7 +82,7 @@ pub(crate) struct Teller {
 impl Share {
     /// Starts telling.
     pub(crate) fn start(place: &Place, teller: Teller) -> std::io::Result<Share> {
-        let Teller { run, labels, payer, handle, exports } = teller;
+        let Teller { run, hold_file, labels, payer, handle, exports } = teller;
         let hello = Hello {
             hub: VERSION,
             run: run.clone(),
@@ -99,7 +101,7 @@ impl Share {
                 let till = Till::new(&place.dir, &run, payer);
                 Mutex::new(Held { till, last: None, held: false, failed: false, closed: false })
             }),
-            hold_file: place.hold_file(&run),
+            hold_file,
             run,
             handle,
             exports,

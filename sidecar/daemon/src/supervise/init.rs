@@ -98,7 +98,8 @@ pub(super) fn run<M: Watch>(supervisor: Supervisor<M>) -> Result<u8, Failure> {
     };
 
     let stdio = Stdio2 { stdin: cli_reads, stdout: cli_writes };
-    let pid = child::spawn(&job.program, job.arg0.as_ref(), &job.args, &job.env, stdio, !shared_group, ignored)?;
+    let user = job.user.as_ref();
+    let pid = child::spawn(&job.program, job.arg0.as_ref(), &job.args, &job.env, user, stdio, !shared_group, ignored)?;
     if parse && !stdin_json {
         // Only the CLI has the app's stdin now: when it closes it, the app sees that.
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, rustix::fs::Mode::empty());

@@ -20,6 +20,7 @@ mod signals;
 mod stdio;
 mod tap;
 mod tree;
+mod user;
 mod watch;
 
 use std::collections::VecDeque;
@@ -38,6 +39,7 @@ use rustix::event::{EventfdFlags, Timespec};
 pub(crate) use child::refused;
 pub(crate) use signals::{CHLD, HUP, INT, TERM};
 pub(crate) use tree::{below, state};
+pub(crate) use user::{NoUser, User};
 pub(crate) use watch::{NICE, Sink, Watch};
 
 use backlog::Bounds;
@@ -66,8 +68,10 @@ pub(crate) struct Job {
     /// What the program finds as its own name, if not `program`.
     pub(crate) arg0: Option<OsString>,
     pub(crate) args: Vec<OsString>,
-    /// What the CLI finds in its environment instead of what we have there.
-    pub(crate) env: Vec<(OsString, OsString)>,
+    /// What the CLI finds in its environment instead of what we have there; `None` is not there.
+    pub(crate) env: Vec<(OsString, Option<OsString>)>,
+    /// As whom it runs, if not as we do.
+    pub(crate) user: Option<User>,
     pub(crate) mode: Mode,
     /// What the ids of the monitor's requests begin with; unguessable.
     pub(crate) request_prefix: String,
@@ -303,6 +307,12 @@ fn timespec(d: Duration) -> Timespec {
     // Rounded up: waking early would mean to spin until it is time.
     let d = d + Duration::from_nanos(999);
     Timespec { tv_sec: i64::try_from(d.as_secs()).unwrap_or(i64::MAX), tv_nsec: d.subsec_nanos().into() }
+}
+
+/// Keeps our memory, environment and descriptors from other processes of this user, who is most likely the agent's, too. Root sees them.
+pub(crate) fn hide() {
+    // Refused nowhere, and without it all else is as right.
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable).ok();
 }
 
 /// A number that nobody can guess: the standard library seeds its hash tables from the kernel.

@@ -19,3 +19,4 @@ mod shim;
 mod signals;
 mod support;
 mod terminal;
+mod user;
