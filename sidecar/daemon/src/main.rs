@@ -13,6 +13,7 @@ mod hub;
 mod lines;
 mod logging;
 mod messages_api;
+mod patrol;
 mod receive;
 mod reference;
 mod replay;

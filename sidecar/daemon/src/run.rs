@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_sidecar_core::ask::ID_PREFIX;
 use agent_sidecar_core::detect::why::Why;
@@ -24,6 +24,7 @@ use crate::fence::{self, HoldDir};
 use crate::http::{self, Scrapes, Site};
 use crate::hub::{NoSeat, Payer, Place, Seat, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
+use crate::patrol::{self, Patrol, Seal};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
 use crate::supervise::{self, BeforeExit, Clock, Ending, Failure, Handle, Job, LastWords, Supervisor, User};
@@ -47,13 +48,15 @@ pub(crate) struct Agent {
     pub(crate) env: Vec<(OsString, OsString)>,
     /// The configuration had mistakes, and holds what could be read.
     pub(crate) mistaken: bool,
+    /// The file that was started under the CLI's name.
+    pub(crate) shim: Option<PathBuf>,
 }
 
 impl Agent {
     /// A command, as it was typed.
     pub(crate) fn command(argv: Vec<OsString>) -> Agent {
         let program = argv.first().cloned().unwrap_or_default();
-        Agent { program, arg0: None, argv, env: Vec::new(), mistaken: false }
+        Agent { program, arg0: None, argv, env: Vec::new(), mistaken: false, shim: None }
     }
 }
 
@@ -282,7 +285,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     }
     supervisor = supervisor.last_words(Box::new(move || words.into_iter().for_each(|say| say())));
     if let Some(sampler) = sampler {
-        sample_for_ever(sampler, handle);
+        let watch = Watch { patrol: alone.then(Patrol::new), shim: agent.shim.as_deref().map(Seal::of), looked: None };
+        sample_for_ever(sampler, handle, watch);
     }
     let code = supervisor.run()?;
     Ok(match config.limit_exit_code() {
@@ -470,7 +474,7 @@ fn sampler() -> Option<Readings> {
 }
 
 /// Readings for as long as there is a monitor. The first one soon, so that a short run has one.
-fn sample_for_ever(sampler: Readings, handle: Handle) {
+fn sample_for_ever(sampler: Readings, handle: Handle, mut watch: Watch) {
     let started = std::thread::Builder::new().name(String::from("sample")).stack_size(512 * 1024).spawn(move || {
         // A command that ends at once is not kept waiting for the machine to be looked at.
         std::thread::sleep(sample::EVERY / 10);
@@ -484,11 +488,37 @@ fn sample_for_ever(sampler: Readings, handle: Handle) {
                     return;
                 }
             }
+            watch.look(&handle);
             std::thread::sleep(sample::EVERY);
         }
     });
     if let Err(error) = started {
         tracing::warn!(%error, "memory and CPU are not measured");
+    }
+}
+
+/// What is looked at beside.
+struct Watch {
+    /// If nobody does it for all.
+    patrol: Option<Patrol>,
+    shim: Option<Seal>,
+    looked: Option<Instant>,
+}
+
+impl Watch {
+    fn look(&mut self, handle: &Handle) {
+        if let Some(seal) = self.shim.take_if(|seal| seal.is_broken()) {
+            tracing::warn!(shim = %seal.path().display(), "the shim was replaced or removed: the next agent may run without the sidecar; run `agent-sidecar install` again");
+            handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["shim"], 1.0));
+        }
+        if let Some(patrol) = &mut self.patrol
+            && self.looked.is_none_or(|at| at.elapsed() >= patrol::EVERY)
+        {
+            self.looked = Some(Instant::now());
+            let n = patrol.look();
+            #[expect(clippy::cast_precision_loss, reason = "a gauge speaks in floats")]
+            handle.visit(move |monitor, _| monitor.meters_mut().set(&metric::UNWRAPPED, &[], n as f64));
+        }
     }
 }
 

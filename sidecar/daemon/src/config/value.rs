@@ -6,6 +6,7 @@ use std::time::Duration;
 use agent_sidecar_core::limit::Mode;
 
 use crate::export::otlp::environment::{self, Headers};
+use crate::hub::gate::Token;
 
 /// What a setting takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +35,8 @@ pub(crate) enum Kind {
     Headers,
     /// As whom a process runs.
     User,
+    /// A word that lets in: secret.
+    Token,
 }
 
 /// What a setting was given.
@@ -54,6 +57,7 @@ pub(crate) enum Value {
     /// The text itself is the value.
     Text,
     Headers(Headers),
+    Token(Token),
 }
 
 impl Value {
@@ -70,7 +74,8 @@ impl Value {
             | Value::Offset(_)
             | Value::Address(_)
             | Value::Text
-            | Value::Headers(_) => 0.0,
+            | Value::Headers(_)
+            | Value::Token(_) => 0.0,
         }
     }
 }
@@ -133,6 +138,8 @@ impl Kind {
             Kind::Headers => environment::headers(text).map(Value::Headers).map_err(|what| format!("is wrong: {what}")),
             Kind::User if is_user(text) => Ok(Value::Text),
             Kind::User => Err(not(())),
+            // Not what it is, either.
+            Kind::Token => Token::of(text).map(Value::Token).map_err(|what| format!("is wrong: {what}")),
         }
     }
 
@@ -155,6 +162,7 @@ impl Kind {
             Kind::Url => String::from("a URL"),
             Kind::Headers => String::from("a list of headers"),
             Kind::User => String::from("a user"),
+            Kind::Token => String::from("a token"),
         }
     }
 
@@ -178,6 +186,7 @@ impl Kind {
             Kind::Choice(words) => format!("write {}", words.join(" or ")),
             Kind::Url => String::from("write it like http://collector:4318"),
             Kind::Headers => String::from(environment::HEADERS_REMEDY),
+            Kind::Token => String::from("make one with `openssl rand -hex 32`"),
             Kind::User => String::from("write a name or a number, like agent, 1000 or 1000:1000; in a file in quotes"),
         }
     }
@@ -201,6 +210,7 @@ impl Kind {
             Kind::Choice(words) => words.join(" or "),
             Kind::Url => String::from("URL or off"),
             Kind::Headers => String::from("name=value,…"),
+            Kind::Token => String::from("token"),
             Kind::User => String::from("name or uid, and `:group`"),
         }
     }

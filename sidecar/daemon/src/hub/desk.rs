@@ -1,22 +1,25 @@
 //! What the hub answers, to whoever asks.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_sidecar_core::hub::Health;
 use agent_sidecar_core::limit::Scope;
 use agent_sidecar_core::metric;
 use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::update::Activity;
+use hyper::header::HeaderMap;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::Place;
+use super::gate::{Gate, Judged, Keys, Peer};
 use super::share::{Share, unix_nanos};
 use super::shelf::{Shelf, unix};
 use super::till::{self, Payer};
 use crate::busy::Word;
 use crate::export::prometheus;
+use crate::patrol::Patrol;
 
 /// See the module's head.
 pub(crate) struct Desk {
@@ -25,7 +28,8 @@ pub(crate) struct Desk {
     own: Option<Share>,
     place: Place,
     lease: Duration,
-    control: bool,
+    gate: Gate,
+    patrol: Mutex<Patrol>,
     offset: i64,
 }
 
@@ -38,8 +42,8 @@ pub(crate) struct Options {
     pub(crate) labels: Vec<(&'static str, String)>,
     /// For how long `/busy` may be believed.
     pub(crate) lease: Duration,
-    /// Whether shared budgets can be raised, at the socket.
-    pub(crate) control: bool,
+    /// Who may change something.
+    pub(crate) keys: Keys,
     /// Where its days begin, in seconds east of Greenwich.
     pub(crate) offset: i64,
 }
@@ -49,8 +53,10 @@ impl Desk {
         let labels: Vec<(String, String)> =
             options.labels.iter().map(|(label, value)| ((*label).to_owned(), value.clone())).collect();
         let shelf = Shelf::open(place, options.slots, options.max_series, &labels);
-        let Options { lease, control, offset, .. } = *options;
-        Desk { shelf: Mutex::new(shelf), own, place: place.clone(), lease, control, offset }
+        let Options { lease, offset, .. } = *options;
+        let gate = Gate::new(options.keys.clone());
+        let patrol = Mutex::new(Patrol::new());
+        Desk { shelf: Mutex::new(shelf), own, place: place.clone(), lease, gate, patrol, offset }
     }
 
     /// Takes in those that ended, so that their journals do not pile up.
@@ -108,9 +114,18 @@ impl Desk {
         shelf.registry.status(unix())
     }
 
-    /// Whether anything may be changed here.
-    pub(crate) fn control(&self) -> bool {
-        self.control
+    /// Whether who asks may change something here. It is counted.
+    pub(crate) fn judge(&self, peer: Peer, headers: &HeaderMap) -> Judged {
+        let judged = self.gate.judge(peer, headers, Instant::now());
+        self.shelf().registry.house_mut().add(&metric::CONTROL_REQUESTS, &[judged.as_str()], 1);
+        judged
+    }
+
+    /// Counts the CLIs that run without a wrapper.
+    pub(super) fn patrol(&self) {
+        let n = self.patrol.lock().unwrap_or_else(PoisonError::into_inner).look();
+        #[expect(clippy::cast_precision_loss, reason = "a gauge speaks in floats")]
+        self.shelf().registry.house_mut().set(&metric::UNWRAPPED, &[], n as f64);
     }
 
     /// Makes a shared budget larger; the agents hear of it within a second.
@@ -142,7 +157,7 @@ mod tests {
             Hello { hub: VERSION, run: String::from("a"), pid: 1, started: 0.0, world: String::new(), labels: Vec::new() };
         let mut journal = Journal::new(&place.dir, hello);
         let lease = Duration::from_secs(60);
-        let options = Options { slots: 8, max_series: 1_500, labels: Vec::new(), lease, control: false, offset: 0 };
+        let options = Options { slots: 8, max_series: 1_500, labels: Vec::new(), lease, keys: Keys::default(), offset: 0 };
         let desk = Desk::open(&place, &options, None);
         let mut busy = |at: f64| {
             let line = Line { unix: at, sessions: vec![serde_json::json!({"state": "tool"})], ..Line::default() };

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use agent_sidecar_core::hub::{Hello, Line};
@@ -76,6 +76,9 @@ impl Journal {
 
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         let Some(file) = &mut self.file else { return Err(io::Error::other("no file")) };
+        if file.metadata()?.nlink() == 0 {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "somebody has removed our journal"));
+        }
         let n = file.write(bytes)?;
         if n < bytes.len() {
             return Err(io::Error::new(io::ErrorKind::StorageFull, "the line was written in part"));

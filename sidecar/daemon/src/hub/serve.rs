@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::WaitOptions;
 
@@ -14,6 +14,7 @@ use super::desk::{Desk, Options};
 use super::share::Share;
 use super::{Place, shelf};
 use crate::http::{self, Bound};
+use crate::patrol;
 use crate::supervise::{CHLD, HUP, INT, NICE, TERM};
 
 /// How often the journals of those that ended are taken in when nobody asks for anything.
@@ -116,11 +117,23 @@ impl Turn {
             }
             let mut tick = tokio::time::interval(TIDY);
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            let mut looked: Option<Instant> = None;
             loop {
                 tick.tick().await;
+                let look = looked.is_none_or(|at| at.elapsed() >= patrol::EVERY);
+                if look {
+                    looked = Some(Instant::now());
+                }
                 let desk = Arc::clone(&desk);
                 // One that panics is not the end of the others.
-                tokio::task::spawn_blocking(move || desk.tidy()).await.ok();
+                tokio::task::spawn_blocking(move || {
+                    desk.tidy();
+                    if look {
+                        desk.patrol();
+                    }
+                })
+                .await
+                .ok();
             }
         })
     }

@@ -11,6 +11,8 @@
 mod find;
 pub(crate) mod install;
 
+pub(crate) use find::is_sidecar;
+
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -95,6 +97,7 @@ impl Shim {
             argv: words,
             env: env.clone(),
             mistaken: !mistakes.is_empty(),
+            shim: Some(self.called.clone()),
         };
         match run::run(&config, agent) {
             Ok(code) => Ok(code.into()),
@@ -118,6 +121,12 @@ impl Shim {
         let refused = supervise::refused(real.as_os_str(), command.exec());
         Failure { code: refused.exit_code.into(), error: Box::new(refused) }
     }
+}
+
+/// A file of this name is a CLI, or the shim before it.
+pub(crate) fn is_cli_name(name: &str) -> bool {
+    let name = name.strip_suffix(find::REAL).unwrap_or(name);
+    NAMES.contains(&name)
 }
 
 fn is_name(path: &Path) -> bool {
