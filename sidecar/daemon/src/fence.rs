@@ -1,9 +1,11 @@
 //! What stands between the agent and us where the CLI runs as another user, and what it leaves open.
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
 
 use crate::config::Config;
 use crate::supervise::User;
@@ -27,34 +29,89 @@ pub(crate) fn check(config: &Config, agent: &User) {
 }
 
 /// Where the CLI of another user looks whether it is to turn messages away. It may look, and nothing else.
-pub(crate) struct HoldDir(PathBuf);
+pub(crate) struct HoldDir {
+    path: PathBuf,
+    /// Held while we live: who finds it free finds what somebody who was killed has left.
+    _lock: File,
+}
+
+const HOLD: &str = "agent-sidecar-hold-";
 
 impl HoldDir {
     /// `/run` first: in the others anybody may be in the way, though nobody can take away what is ours.
     pub(crate) fn make(run: &str) -> io::Result<HoldDir> {
         let mut last = io::Error::from(io::ErrorKind::NotFound);
         for place in ["/run", "/tmp", "/dev/shm"] {
-            let dir = Path::new(place).join(format!("agent-sidecar-hold-{run}"));
-            // Made by nobody else, and no link: it must not have been there.
-            match DirBuilder::new()
-                .mode(0o700)
-                .create(&dir)
-                .and_then(|()| fs::set_permissions(&dir, Permissions::from_mode(0o755)))
-            {
-                Ok(()) => return Ok(HoldDir(dir)),
+            match HoldDir::at(Path::new(place), run) {
+                Ok(dir) => return Ok(dir),
                 Err(error) => last = error,
             }
         }
         Err(last)
     }
 
+    fn at(place: &Path, run: &str) -> io::Result<HoldDir> {
+        tidy(place);
+        let path = place.join(format!("{HOLD}{run}"));
+        // Made by nobody else, and no link: it must not have been there.
+        DirBuilder::new().mode(0o700).create(&path)?;
+        let lock = File::open(&path)?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+        // Others may look only now, when nobody who tidies can take it for left.
+        fs::set_permissions(&path, Permissions::from_mode(0o755))?;
+        Ok(HoldDir { path, _lock: lock })
+    }
+
     pub(crate) fn file(&self) -> PathBuf {
-        self.0.join("hold")
+        self.path.join("hold")
+    }
+}
+
+/// Removes what others of this user have left here who were killed.
+fn tidy(place: &Path) {
+    let us = rustix::process::geteuid().as_raw();
+    for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+        if !entry.file_name().to_str().is_some_and(|name| name.starts_with(HOLD)) {
+            continue;
+        }
+        // One that is not open to others yet is being made.
+        let left = entry.metadata().is_ok_and(|dir| dir.is_dir() && dir.uid() == us && dir.mode() & 0o777 == 0o755);
+        let lock = File::open(entry.path()).ok().filter(|_| left);
+        if lock.is_some_and(|lock| rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()) {
+            fs::remove_dir_all(entry.path()).ok();
+        }
     }
 }
 
 impl Drop for HoldDir {
     fn drop(&mut self) {
-        fs::remove_dir_all(&self.0).ok();
+        fs::remove_dir_all(&self.path).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_somebody_who_was_killed_has_left_is_removed_and_nothing_else() {
+        let root = std::env::temp_dir().join(format!("agent-sidecar-fence-{}", std::process::id()));
+        fs::create_dir_all(&root).unwrap();
+        let lives = HoldDir::at(&root, "a").unwrap();
+        let left = root.join(format!("{HOLD}b"));
+        let fresh = root.join(format!("{HOLD}c"));
+        for (dir, mode) in [(&left, 0o755), (&fresh, 0o700)] {
+            fs::create_dir(dir).unwrap();
+            fs::set_permissions(dir, Permissions::from_mode(mode)).unwrap();
+        }
+        fs::write(left.join("hold"), "").unwrap();
+        tidy(&root);
+        assert!(lives.path.exists() && fresh.exists() && !left.exists());
+        assert!(HoldDir::at(&root, "a").is_err(), "it must not have been there");
+        let file = lives.file();
+        fs::write(&file, "").unwrap();
+        drop(lives);
+        assert!(!file.exists());
+        fs::remove_dir_all(root).unwrap();
     }
 }
