@@ -8,6 +8,7 @@ mod doctor;
 mod explain;
 mod export;
 mod fence;
+mod files;
 mod http;
 mod hub;
 mod lines;

@@ -23,13 +23,14 @@ use std::time::Duration;
 use agent_sidecar_core::launch::Launch;
 
 use crate::shim;
+use crate::supervise::NICE;
 
 /// How often.
-pub(crate) const EVERY: Duration = Duration::from_secs(10);
+const EVERY: Duration = Duration::from_secs(10);
 /// Who has just been forked still looks like its parent.
 const SETTLES: Duration = Duration::from_millis(100);
-/// More are not looked at: a container that has so many has other worries.
-const PROCESSES: usize = 4_096;
+/// More are not looked at. As many as there are pids by default: nobody hides behind the crowd.
+const PROCESSES: usize = 32_768;
 /// Of a command line; what is longer is cut.
 const WORDS: u64 = 4 * 1024;
 /// As deep as processes are nested by anybody who wants them to be found.
@@ -73,12 +74,12 @@ pub(crate) struct Patrol {
 }
 
 impl Patrol {
-    pub(crate) fn new() -> Patrol {
+    fn new() -> Patrol {
         Patrol { proc: PathBuf::from("/proc"), known: Vec::new(), files: HashMap::new(), told: BTreeSet::new() }
     }
 
     /// How many there are. Each is told once.
-    pub(crate) fn look(&mut self) -> u64 {
+    fn look(&mut self) -> u64 {
         let mut found = self.unwrapped();
         if !found.is_empty() {
             std::thread::sleep(SETTLES);
@@ -90,6 +91,21 @@ impl Patrol {
         }
         self.told = found;
         self.told.len() as u64
+    }
+
+    /// Looks for ever, on a thread of its own: what a process says of itself may be made to come late. `tell` says whether to go on.
+    pub(crate) fn walk(mut tell: impl FnMut(f64) -> bool + Send + 'static) {
+        let walks = std::thread::Builder::new().name(String::from("patrol")).stack_size(256 * 1024).spawn(move || {
+            rustix::process::nice(NICE).ok();
+            let mut patrol = Patrol::new();
+            #[expect(clippy::cast_precision_loss, reason = "a gauge speaks in floats")]
+            while tell(patrol.look() as f64) {
+                std::thread::sleep(EVERY);
+            }
+        });
+        if let Err(error) = walks {
+            tracing::warn!(%error, "nobody looks for agents without the sidecar");
+        }
     }
 
     fn unwrapped(&mut self) -> BTreeSet<(i32, u64)> {

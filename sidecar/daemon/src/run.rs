@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use agent_sidecar_core::ask::ID_PREFIX;
 use agent_sidecar_core::detect::why::Why;
@@ -24,7 +24,7 @@ use crate::fence::{self, HoldDir};
 use crate::http::{self, Scrapes, Site};
 use crate::hub::{NoSeat, Payer, Place, Seat, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
-use crate::patrol::{self, Patrol, Seal};
+use crate::patrol::{Patrol, Seal};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
 use crate::supervise::{self, BeforeExit, Clock, Ending, Failure, Handle, Job, LastWords, Supervisor, User};
@@ -285,8 +285,11 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     }
     supervisor = supervisor.last_words(Box::new(move || words.into_iter().for_each(|say| say())));
     if let Some(sampler) = sampler {
-        let watch = Watch { patrol: alone.then(Patrol::new), shim: agent.shim.as_deref().map(Seal::of), looked: None };
-        sample_for_ever(sampler, handle, watch);
+        sample_for_ever(sampler, handle.clone(), agent.shim.as_deref().map(Seal::of));
+    }
+    // Otherwise who serves for all looks for all.
+    if alone {
+        Patrol::walk(move |n| handle.visit(move |monitor, _| monitor.meters_mut().set(&metric::UNWRAPPED, &[], n)));
     }
     let code = supervisor.run()?;
     Ok(match config.limit_exit_code() {
@@ -474,7 +477,7 @@ fn sampler() -> Option<Readings> {
 }
 
 /// Readings for as long as there is a monitor. The first one soon, so that a short run has one.
-fn sample_for_ever(sampler: Readings, handle: Handle, mut watch: Watch) {
+fn sample_for_ever(sampler: Readings, handle: Handle, mut shim: Option<Seal>) {
     let started = std::thread::Builder::new().name(String::from("sample")).stack_size(512 * 1024).spawn(move || {
         // A command that ends at once is not kept waiting for the machine to be looked at.
         std::thread::sleep(sample::EVERY / 10);
@@ -488,7 +491,7 @@ fn sample_for_ever(sampler: Readings, handle: Handle, mut watch: Watch) {
                     return;
                 }
             }
-            watch.look(&handle);
+            check(&mut shim, &handle);
             std::thread::sleep(sample::EVERY);
         }
     });
@@ -497,28 +500,14 @@ fn sample_for_ever(sampler: Readings, handle: Handle, mut watch: Watch) {
     }
 }
 
-/// What is looked at beside.
-struct Watch {
-    /// If nobody does it for all.
-    patrol: Option<Patrol>,
-    shim: Option<Seal>,
-    looked: Option<Instant>,
-}
-
-impl Watch {
-    fn look(&mut self, handle: &Handle) {
-        if let Some(seal) = self.shim.take_if(|seal| seal.is_broken()) {
-            tracing::warn!(shim = %seal.path().display(), "the shim was replaced or removed: the next agent may run without the sidecar; run `agent-sidecar install` again");
-            handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["shim"], 1.0));
-        }
-        if let Some(patrol) = &mut self.patrol
-            && self.looked.is_none_or(|at| at.elapsed() >= patrol::EVERY)
-        {
-            self.looked = Some(Instant::now());
-            let n = patrol.look();
-            #[expect(clippy::cast_precision_loss, reason = "a gauge speaks in floats")]
-            handle.visit(move |monitor, _| monitor.meters_mut().set(&metric::UNWRAPPED, &[], n as f64));
-        }
+/// Says once when the file that was started under the CLI's name is another, or gone.
+fn check(shim: &mut Option<Seal>, handle: &Handle) {
+    if let Some(seal) = shim.take_if(|seal| seal.is_broken()) {
+        tracing::warn!(
+            shim = %seal.path().display(),
+            "the shim was replaced or removed: the next agent may run without the sidecar; run `agent-sidecar install` again"
+        );
+        handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["shim"], 1.0));
     }
 }
 

@@ -20,6 +20,7 @@ use agent_sidecar_core::tokens::Usd;
 
 use crate::busy::{self, Lease};
 use crate::export::otlp::environment::{Headers, Own};
+use crate::files;
 use crate::hub::Meeting;
 use crate::hub::gate::{Keys, Token};
 use crate::supervise::{NoUser, User};
@@ -280,7 +281,9 @@ impl Sources {
             }
         }
         let path = config.unwrap_or(usual);
-        match std::fs::read_to_string(path) {
+        // One that somebody named may be a pipe; the usual one is a file, or somebody's trap.
+        let read = config.map_or_else(|| files::read_linked(usual), std::fs::read_to_string);
+        match read {
             Ok(text) => (Some((path.to_owned(), text)), None),
             Err(error) if config.is_none() && error.kind() == std::io::ErrorKind::NotFound => (None, None),
             Err(error) => {

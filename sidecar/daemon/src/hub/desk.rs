@@ -19,7 +19,6 @@ use super::shelf::{Shelf, unix};
 use super::till::{self, Payer};
 use crate::busy::Word;
 use crate::export::prometheus;
-use crate::patrol::Patrol;
 
 /// See the module's head.
 pub(crate) struct Desk {
@@ -29,7 +28,6 @@ pub(crate) struct Desk {
     place: Place,
     lease: Duration,
     gate: Gate,
-    patrol: Mutex<Patrol>,
     offset: i64,
 }
 
@@ -55,8 +53,7 @@ impl Desk {
         let shelf = Shelf::open(place, options.slots, options.max_series, &labels);
         let Options { lease, offset, .. } = *options;
         let gate = Gate::new(options.keys.clone());
-        let patrol = Mutex::new(Patrol::new());
-        Desk { shelf: Mutex::new(shelf), own, place: place.clone(), lease, gate, patrol, offset }
+        Desk { shelf: Mutex::new(shelf), own, place: place.clone(), lease, gate, offset }
     }
 
     /// Takes in those that ended, so that their journals do not pile up.
@@ -121,11 +118,9 @@ impl Desk {
         judged
     }
 
-    /// Counts the CLIs that run without a wrapper.
-    pub(super) fn patrol(&self) {
-        let n = self.patrol.lock().unwrap_or_else(PoisonError::into_inner).look();
-        #[expect(clippy::cast_precision_loss, reason = "a gauge speaks in floats")]
-        self.shelf().registry.house_mut().set(&metric::UNWRAPPED, &[], n as f64);
+    /// So many CLIs run without a wrapper.
+    pub(super) fn unwrapped(&self, n: f64) {
+        self.shelf().registry.house_mut().set(&metric::UNWRAPPED, &[], n);
     }
 
     /// Makes a shared budget larger; the agents hear of it within a second.

@@ -12,6 +12,7 @@ use agent_sidecar_core::hub::{Hello, Line};
 
 use super::Place;
 use super::place::try_lock;
+use crate::files;
 
 /// Journals end in this, and what becomes one in the other.
 pub(super) const ENDING: &str = ".jsonl";
@@ -89,7 +90,7 @@ impl Journal {
 
     fn begin(&mut self, bytes: &[u8]) -> io::Result<()> {
         let new = self.path.with_extension(&UNFINISHED[1..]);
-        let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(&new)?;
+        let mut file = files::open(&new, OpenOptions::new().append(true).create(true).mode(0o600))?;
         // Locked before it has its name: a journal without a lock is that of a dead wrapper.
         let ready = try_lock(&file)
             .and_then(|ours| if ours { Ok(()) } else { Err(io::Error::other("somebody has locked our journal")) })
@@ -116,7 +117,7 @@ pub(super) fn living(place: &Place, but: &str) -> Vec<Line> {
 }
 
 fn last_line(place: &Place, path: &Path) -> io::Result<Option<Line>> {
-    let file = OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed()).open(path)?;
+    let file = files::open(path, OpenOptions::new().read(true))?;
     if try_lock(&file)? {
         return Ok(None);
     }

@@ -6,15 +6,16 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::WaitOptions;
 
 use super::desk::{Desk, Options};
 use super::share::Share;
 use super::{Place, shelf};
+use crate::files;
 use crate::http::{self, Bound};
-use crate::patrol;
+use crate::patrol::Patrol;
 use crate::supervise::{CHLD, HUP, INT, NICE, TERM};
 
 /// How often the journals of those that ended are taken in when nobody asks for anything.
@@ -88,6 +89,11 @@ impl Turn {
             None => (place.wait()?, None),
         };
         let desk = Arc::new(Desk::open(&place, options, own.clone()));
+        let told = Arc::clone(&desk);
+        Patrol::walk(move |n| {
+            told.unwrapped(n);
+            true
+        });
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
         runtime.block_on(async {
             let (at, asked) = (place.clone(), Arc::clone(&desk));
@@ -117,23 +123,11 @@ impl Turn {
             }
             let mut tick = tokio::time::interval(TIDY);
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-            let mut looked: Option<Instant> = None;
             loop {
                 tick.tick().await;
-                let look = looked.is_none_or(|at| at.elapsed() >= patrol::EVERY);
-                if look {
-                    looked = Some(Instant::now());
-                }
                 let desk = Arc::clone(&desk);
                 // One that panics is not the end of the others.
-                tokio::task::spawn_blocking(move || {
-                    desk.tidy();
-                    if look {
-                        desk.patrol();
-                    }
-                })
-                .await
-                .ok();
+                tokio::task::spawn_blocking(move || desk.tidy()).await.ok();
             }
         })
     }
@@ -160,7 +154,7 @@ pub(crate) fn alone(mut place: Place, address: Option<SocketAddr>, options: &Opt
 
 /// A port that is to be picked is the one that was picked before, if it is free: whoever scrapes knows that one.
 fn bind(place: &Place, address: SocketAddr) -> std::io::Result<Bound> {
-    let before = fs::read_to_string(place.address()).ok().and_then(|text| text.trim().parse::<SocketAddr>().ok());
+    let before = files::read_to_string(&place.address()).ok().and_then(|text| text.trim().parse::<SocketAddr>().ok());
     let before = before.filter(|before| address.port() == 0 && before.ip() == address.ip());
     let bound = match before.and_then(|before| http::bind(before).ok()) {
         Some(bound) => bound,

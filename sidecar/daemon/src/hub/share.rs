@@ -19,6 +19,7 @@ use super::journal::{self, Journal};
 use super::till::{Payer, Till};
 use super::{place, shelf};
 use crate::export::otlp;
+use crate::files;
 use crate::http::{relayed, visit_blocking};
 use crate::supervise::{Handle, NICE};
 
@@ -227,7 +228,7 @@ impl Share {
     /// For one of those that would say the same: a lock, if it is the one.
     pub(crate) fn speaker(&self, what: &str) -> std::io::Result<Option<File>> {
         let path = self.inner.place.dir.join(format!("busy-{}.lock", place::short(what)));
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let file = files::open(&path, OpenOptions::new().write(true).create(true).truncate(false).mode(0o600))?;
         Ok(place::try_lock(&file)?.then_some(file))
     }
 
@@ -291,7 +292,7 @@ impl Share {
 
 /// When a hub began to collect what somebody has then read to the end: nanoseconds since the Unix epoch.
 fn scraped(place: &Place) -> Option<u128> {
-    std::fs::read_to_string(place.scraped()).ok()?.trim().parse().ok()
+    files::read_to_string(&place.scraped()).ok()?.trim().parse().ok()
 }
 
 pub(super) fn unix_nanos() -> u128 {

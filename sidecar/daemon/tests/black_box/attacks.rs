@@ -433,6 +433,39 @@ fn filling_the_disk_of_the_ledger() {
 }
 
 #[test]
+fn leaving_pipes_where_files_are() {
+    each("pipes", |cell| {
+        let (ledger, home) = (cell.at("ledger"), cell.lair());
+        let flags =
+            ["--ledger", &ledger, "--container-max-cost-usd", "5", "--max-sessions", "3", "--busy-file", &cell.at("busy")];
+        let agent = |script: &str| {
+            let mut command = cell.agent(&flags, script);
+            command.env("HOME", &home);
+            Running::start(command)
+        };
+        let script = r#"mkdir -p "$HOME/.claude"; mkfifo "$HOME/.claude/settings.json"; cd "$DIR"/hub.state 2>/dev/null && echo done || echo denied; read -r _"#;
+        let mut first = agent(script);
+        cell.expect(&mut first);
+        first.close_stdin();
+        first.code();
+        // When nobody is there who would put things right: somebody of that user has waited for it.
+        let files = "totals.json budgets.json budgets.lock budgets.tmp address kept scraped lock seat0 0.jsonl ../ledger";
+        let plant = format!("cd hub.state && for file in {files}; do rm -f $file; mkfifo $file || exit 9; done");
+        let planted = Command::new("sh")
+            .args(["-c", &plant])
+            .current_dir(&*cell.dir)
+            .uid(NOBODY)
+            .gid(NOBODY)
+            .stderr(Stdio::null())
+            .status();
+        assert_eq!(planted.unwrap().success(), cell.same);
+        let mut next = agent("echo up; exit 3");
+        assert_eq!(next.line(), "up");
+        assert_eq!(next.code(), Some(3));
+    });
+}
+
+#[test]
 fn holding_the_lock_of_the_budgets() {
     each("lock", |cell| {
         let program = r#"
