@@ -233,6 +233,18 @@ fn where_telemetry_goes_is_ours_to_say_and_its_keys_are_nobodys_to_see() {
 }
 
 #[test]
+fn a_token_is_nobodys_to_see() {
+    let word = "geheim-geheim-geheim";
+    let config = load("", &[("AGENT_SIDECAR_CONTROL_TOKEN", word)], &[]).unwrap();
+    let mut printed = Vec::new();
+    crate::reference::effective(&config, &mut printed).unwrap();
+    assert!(!String::from_utf8(printed).unwrap().contains("geheim") && !format!("{config:?}").contains("geheim"));
+    let mistakes = load("[hub]\ncontrol_token = \"geheim\"\n", &[], &[]).unwrap_err().to_string();
+    assert!(mistakes.contains("at least 16") && !mistakes.contains("geheim"), "{mistakes}");
+    assert!(Config::secrets().any(|name| name == "AGENT_SIDECAR_CONTROL_TOKEN"));
+}
+
+#[test]
 fn what_is_final_can_be_tightened_and_nothing_else() {
     let text = "[policy]\nfinal = [\"limits.*\", \"hub.control\", \"run.user\", \"labels.tenant\"]\n[limits]\nmax_cost_usd = 5\nmode = \"shadow\"\n[run]\nuser = \"agent\"\n";
     let read = |name: &str, value: &str| {

@@ -8,6 +8,7 @@ mod descriptors;
 mod doctor;
 mod exit_codes;
 mod explain;
+mod gate;
 mod http;
 mod hub;
 mod inherited;
