@@ -160,10 +160,12 @@ fn wrapped() -> bool {
 /// which takes the promise away. A tool of an agent is in a session of its own.
 fn changed_user(parent: Pid) -> bool {
     let owner = std::fs::metadata(Path::new("/proc").join(parent.as_raw_nonzero().to_string())).map(|parent| parent.uid());
-    let group = rustix::process::getpgrp();
+    let us = rustix::process::getpid().as_raw_nonzero().get();
+    let standing = |pid| supervise::group_and_session(pid);
+    let (Some(ours), Some(theirs)) = (standing(us), standing(parent.as_raw_nonzero().get())) else { return false };
     owner.is_ok_and(|owner| owner != rustix::process::getuid().as_raw())
-        && rustix::process::getsid(None).ok() == rustix::process::getsid(Some(parent)).ok()
-        && (group == rustix::process::getpid() || rustix::process::getpgid(Some(parent)) == Ok(group))
+        && ours.1 == theirs.1
+        && (ours.0 == us || ours.0 == theirs.0)
 }
 
 /// Why there is no CLI to start.

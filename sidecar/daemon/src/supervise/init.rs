@@ -666,7 +666,8 @@ impl<M: Watch> Init<M> {
 }
 
 fn leads_session() -> bool {
-    rustix::process::getsid(None).is_ok_and(|leader| leader == rustix::process::getpid())
+    let us = rustix::process::getpid().as_raw_nonzero().get();
+    tree::group_and_session(us).is_some_and(|(_, session)| session == us)
 }
 
 /// Whether poll(2) can tell that the other end is gone.
