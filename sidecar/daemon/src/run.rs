@@ -143,7 +143,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     });
     let env = receiver.iter().flat_map(|(receiver, plan)| plan.variables(&receiver.base()));
     let more = env.map(|(name, value)| (name.into(), value.into())).chain(telemetry.variables()).chain(agent.env);
-    let without = Config::secrets().map(|name| (name.into(), None));
+    // What is not there need not be taken out: an environment that nobody changes keeps its order.
+    let without = Config::secrets().filter(|name| std::env::var_os(name).is_some()).map(|name| (name.into(), None));
     let whose = user.iter().flat_map(User::variables);
     let env = whose.chain(more.map(|(name, value)| (name, Some(value)))).chain(without).collect();
     let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, meters));
