@@ -17,10 +17,11 @@ use serde::Serialize;
 
 use crate::config::{Config, DEFAULT_FILE, Mistake};
 use crate::export::otlp::environment;
+use crate::fence;
 use crate::hub::Place;
 use crate::receive::{self, Decision, Surroundings};
 use crate::shim::install::{self, Standing};
-use crate::supervise;
+use crate::supervise::{self, User};
 
 /// Less than this is gone in a day of busy agents.
 const ROOM: u64 = 64 * 1024 * 1024;
@@ -138,13 +139,20 @@ fn configuration(patient: &Patient<'_>, report: &mut Report) {
         report.broken(origin, what.as_str(), remedy.as_str());
     }
     let file = Path::new(DEFAULT_FILE);
-    // Root can change everything.
-    if !rustix::process::geteuid().is_root() && rustix::fs::access(file, Access::WRITE_OK).is_ok() {
+    let agent = patient.config.user().unwrap_or_else(|error| {
+        report.broken("run.user", error.to_string(), "until then no agent is started");
+        None
+    });
+    let agent = agent.unwrap_or_else(User::ours);
+    if fence::config_is_open(&patient.config, &agent) {
         report.warning(
-            DEFAULT_FILE,
-            "this user may change it, and so may an agent that runs as this user",
-            "give it to root, and take the write permission from others",
+            patient.config.file().unwrap_or(file).display(),
+            "an agent may change it, or put another in its place",
+            "give it and its directories to root, and take the write permission from others",
         );
+    }
+    if let Err(error) = patient.config.token() {
+        report.broken("hub.control_token_file", error, "until then nothing can be changed at the hub");
     }
     if patient.mistakes.is_empty() {
         let set = patient.config.effective().filter(|(_, effective)| effective.origin != crate::config::Origin::Default).count();

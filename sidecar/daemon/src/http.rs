@@ -1,8 +1,7 @@
 //! `/metrics`, `/livez`, `/readyz`, `/status`, `/busy`, `/events` and the page: on a thread and a runtime of their own, read-only, and in nobody's way.
 //!
 //! A wrapper alone makes an answer by a visit to the monitor on its own thread; a hub makes it of all wrappers' journals. A scraper
-//! that stalls holds a connection and nothing else. Nothing can be changed over TCP; at the hub's socket, budgets can be raised, where
-//! that was allowed.
+//! that stalls holds a connection and nothing else. Who may change something, [`crate::hub::gate`] says.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -34,6 +33,7 @@ use crate::config::{Kind, Value as Given};
 use crate::export::{otlp, prometheus};
 use crate::feed::Feed;
 use crate::hub::Desk;
+use crate::hub::gate::{Judged, Peer};
 use crate::page;
 use crate::supervise::{Counts, Handle};
 
@@ -211,7 +211,7 @@ async fn accept<P: Pages>(listener: TcpListener, pages: Arc<P>) -> std::io::Resu
     let mut open = Connections::default();
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => open.serve(stream, &pages),
+            Ok((stream, from)) => open.serve(stream, &pages, Peer::Tcp(from.ip())),
             // Out of descriptors, most likely the agent's doing: others need them more.
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
@@ -220,21 +220,21 @@ async fn accept<P: Pages>(listener: TcpListener, pages: Arc<P>) -> std::io::Resu
 
 /// Serves what all wrappers of the container have counted.
 pub(crate) async fn serve_hub(bound: Bound, desk: Arc<Desk>) -> std::io::Result<()> {
-    accept(bound.listener, desk).await
+    accept(bound.listener, Arc::new(Hub { desk })).await
 }
 
 /// The same at the hub's socket, for this user's processes and root's.
 pub(crate) async fn serve_socket(listener: UnixListener, desk: Arc<Desk>) -> std::io::Result<()> {
     let listener = tokio::net::UnixListener::from_std(listener)?;
     let us = rustix::process::geteuid();
-    let pages = Arc::new(Socket { desk });
+    let pages = Arc::new(Hub { desk });
     let mut open = Connections::default();
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
                 let peer = rustix::net::sockopt::socket_peercred(&stream);
                 if peer.is_ok_and(|peer| peer.uid == us || peer.uid.is_root()) {
-                    open.serve(stream, &pages);
+                    open.serve(stream, &pages, Peer::Socket);
                 }
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
@@ -249,7 +249,7 @@ struct Connections {
 }
 
 impl Connections {
-    fn serve<P: Pages>(&mut self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, pages: &Arc<P>) {
+    fn serve<P: Pages>(&mut self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, pages: &Arc<P>, peer: Peer) {
         self.open.retain(|connection| !connection.is_finished());
         if self.open.len() >= CONNECTIONS {
             self.open.pop_front().inspect(tokio::task::AbortHandle::abort);
@@ -260,6 +260,7 @@ impl Connections {
             let service = hyper::service::service_fn(|mut request: Request<Incoming>| {
                 let (pages, last) = (&pages, &last);
                 request.extensions_mut().insert(line.clone());
+                request.extensions_mut().insert(peer);
                 async move {
                     let mut response = pages.answer(&request).await;
                     page::harden(&mut response);
@@ -481,19 +482,23 @@ pub(crate) fn relayed(meters: &mut Meters, counts: &Counts) {
     meters.set(&metric::BACKLOG_BYTES, &[], n(&counts.waiting_bytes));
 }
 
-/// The hub's pages, and what can be changed there: at the socket alone, and only if that was wanted.
-struct Socket {
+/// The hub's pages, and what can be changed there, for whom the gate lets in.
+struct Hub {
     desk: Arc<Desk>,
 }
 
-impl Pages for Socket {
+impl Pages for Hub {
     async fn answer(&self, request: &Request<Incoming>) -> Answer {
-        match request.uri().path().strip_prefix("/v1/budgets/") {
-            Some(scope) if request.method() == Method::POST && self.desk.control() => self.raise(scope, request.uri().query()),
-            Some(_) if request.method() == Method::POST => {
-                text(StatusCode::FORBIDDEN, "nothing can be changed here without --hub-control\n")
-            }
-            _ => self.desk.answer(request).await,
+        let control = request.uri().path().strip_prefix("/v1/").filter(|_| request.method() == Method::POST);
+        let Some(verb) = control else { return self.desk.answer(request).await };
+        let peer = request.extensions().get::<Peer>().copied().unwrap_or(Peer::Tcp(Ipv4Addr::UNSPECIFIED.into()));
+        match self.desk.judge(peer, request.headers()) {
+            // As everything else there.
+            Judged::Closed if peer != Peer::Socket => self.desk.answer(request).await,
+            judged => match judged.refusal() {
+                Some((status, why)) => text(status, why),
+                None => self.control(verb, request.uri().query()),
+            },
         }
     }
 
@@ -502,7 +507,14 @@ impl Pages for Socket {
     }
 }
 
-impl Socket {
+impl Hub {
+    fn control(&self, verb: &str, query: Option<&str>) -> Answer {
+        match verb.strip_prefix("budgets/") {
+            Some(scope) => self.raise(scope, query),
+            None => text(StatusCode::NOT_FOUND, "nothing here can be changed; there is /v1/budgets/SCOPE\n"),
+        }
+    }
+
     /// `POST /v1/budgets/SCOPE?usd=7.50`, and `&tenant=NAME` for a tenant's.
     fn raise(&self, scope: &str, query: Option<&str>) -> Answer {
         let scope = Scope::ALL.iter().find(|known| known.as_str() == scope && known.shared().is_some());

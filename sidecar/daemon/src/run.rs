@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -23,12 +24,14 @@ use crate::disk;
 use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
 use crate::feed::Feed;
+use crate::fence::{self, HoldDir};
 use crate::http::{self, Scrapes, Site};
 use crate::hub::{self, NoSeat, Payer, Place, Seat, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
+use crate::patrol::{Patrol, Seal};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
-use crate::supervise::{self, BeforeExit, Clock, Ending, Failure, Handle, Job, LastWords, Supervisor};
+use crate::supervise::{self, BeforeExit, Clock, Ending, Failure, Handle, Job, LastWords, Supervisor, User};
 use crate::telemetry::{self, Telemetry};
 use crate::tenants::{self, Guard, Home, Places, TenantsShare};
 
@@ -50,18 +53,24 @@ pub(crate) struct Agent {
     pub(crate) env: Vec<(OsString, OsString)>,
     /// The configuration had mistakes, and holds what could be read.
     pub(crate) mistaken: bool,
+    /// The file that was started under the CLI's name.
+    pub(crate) shim: Option<PathBuf>,
 }
 
 impl Agent {
     /// A command, as it was typed.
     pub(crate) fn command(argv: Vec<OsString>) -> Agent {
         let program = argv.first().cloned().unwrap_or_default();
-        Agent { program, arg0: None, argv, env: Vec::new(), mistaken: false }
+        Agent { program, arg0: None, argv, env: Vec::new(), mistaken: false, shim: None }
     }
 }
 
 /// Runs a command to its end, and says what to exit with.
 pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
+    supervise::hide();
+    let user = user(config)?;
+    let agent_user = user.clone().unwrap_or_else(User::ours);
+    let open = fence::config_is_open(config, &agent_user);
     let argv = agent.argv;
     let launch = Launch::of(&argv, std::io::stdin().is_terminal(), std::io::stdout().is_terminal());
     let rules = judged(config.rules(), &launch);
@@ -83,6 +92,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let guard = guard(config, place.as_ref(), &nonce, &who, learn.is_over(), &launch, &places)?;
     // Only now: who waits for a seat serves nobody.
     let turn = turn(config, place);
+    let hold_dir = hold_dir(&rules, user.as_ref(), &nonce);
+    let hold_file = hold_dir.as_ref().map(HoldDir::file).or_else(|| turn.hold_file(&nonce));
     let settings = Settings {
         nonce: nonce.clone(),
         start: launch.start,
@@ -96,7 +107,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         max_series: config.max_series(),
         trace: telemetry.trace_settings(),
         events: telemetry.wants_events() || config.events().is_some(),
-        hold_file: turn.hold_file(&nonce),
+        hold_file: hold_file.as_ref().map_or(String::new(), |file| file.display().to_string()),
         who: who.clone(),
         learn,
     };
@@ -105,7 +116,13 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let meters = monitor.meters_mut();
     telemetry.prepare(meters);
     meters.set(&metric::BUILD_INFO, &[env!("CARGO_PKG_VERSION")], 1.0);
-    if agent.mistaken {
+    if open {
+        tracing::warn!(file = ?config.file(), "the agent may change the file that its limits come from; give it and its directories to root, and take the write permission from others");
+    }
+    if let Some(user) = user.as_ref().filter(|user| !user.is_us()) {
+        fence::check(config, user);
+    }
+    if agent.mistaken || open {
         meters.set(&metric::DEGRADED, &["config"], 1.0);
     }
     meters.set(&metric::CONFIG_INFO, &[&config.fingerprint()], 1.0);
@@ -141,7 +158,11 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     });
     let env = receiver.iter().flat_map(|(receiver, plan)| plan.variables(&receiver.base()));
     let env = env.map(|(name, value)| (name.into(), value.into()));
-    let env = env.chain(telemetry.variables()).chain(own_env).chain(agent.env).collect();
+    let more = env.chain(telemetry.variables()).chain(own_env).chain(agent.env);
+    // What is not there need not be taken out: an environment that nobody changes keeps its order.
+    let without = Config::secrets().filter(|name| std::env::var_os(name).is_some()).map(|name| (name.into(), None));
+    let whose = user.iter().flat_map(User::variables);
+    let env = whose.chain(more.map(|(name, value)| (name, Some(value)))).chain(without).collect();
     let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, meters));
     let mut events = config.events().map(|path| LineFile::open(Use::Events, path, meters));
 
@@ -151,6 +172,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         args: argv.into_iter().skip(1).collect(),
         cwd,
         env,
+        user,
         mode: launch.mode,
         request_prefix: format!("{ID_PREFIX}{nonce}"),
         spill_dir: config.spill_dir(),
@@ -164,7 +186,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let counts = Arc::clone(&telemetry.counts);
     let pipeline = telemetry.start(&handle);
     let inlet = pipeline.as_ref().map(Pipeline::inlet);
-    let share = if let Meet::At(turn) = turn { join(config, turn, &nonce, who, &handle, &counts) } else { None };
+    let share = if let Meet::At(turn) = turn { join(config, turn, &nonce, who, hold_file, &handle, &counts) } else { None };
     let (teller, others) = (share.clone(), share.clone());
     let failures = handle.clone();
     let watcher = guard.as_ref().map(|(guard, conflicts)| {
@@ -270,6 +292,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             }
         }));
     }
+    last.push(Box::new(move |_| drop(hold_dir)));
     if let Some(bound) = bound {
         let scrapes = Arc::new(Scrapes::default());
         if let Err(error) = http::serve(
@@ -305,10 +328,14 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     }
     supervisor = supervisor.last_words(Box::new(move || words.into_iter().for_each(|say| say())));
     if let Some(sampler) = sampler {
-        sample_for_ever(sampler, handle.clone());
+        sample_for_ever(sampler, handle.clone(), agent.shim.as_deref().map(Seal::of));
     }
     if launch.asks_model {
         disk::measure_for_ever(&places, tmp, config.disk_interval(), &handle);
+    }
+    // Otherwise who serves for all looks for all.
+    if alone {
+        Patrol::walk(move |n| handle.visit(move |monitor, _| monitor.meters_mut().set(&metric::UNWRAPPED, &[], n)));
     }
     let code = supervisor.run()?;
     Ok(match config.limit_exit_code() {
@@ -401,6 +428,20 @@ fn say_refused(config: &Config, place: &Place, nonce: &str, who: &Who, refused: 
     }
 }
 
+/// As whom the CLI is to run. A fence that cannot be put up is not left out: then it is not started.
+fn user(config: &Config) -> Result<Option<User>, Failure> {
+    let refused = |source| Failure { exit_code: supervise::OWN_FAILURE, meant: true, source: Box::new(source) };
+    config.user().map_err(refused)
+}
+
+/// Where the CLI is told of shared budgets, if it cannot look where we meet.
+fn hold_dir(rules: &[Rule], user: Option<&User>, nonce: &str) -> Option<HoldDir> {
+    user.filter(|user| !user.is_us() && rules.iter().any(Rule::is_shared))?;
+    HoldDir::make(nonce)
+        .inspect_err(|error| tracing::warn!(%error, "the CLI is not told of shared budgets; turns are interrupted instead"))
+        .ok()
+}
+
 /// Where a wrapper's numbers go.
 enum Meet {
     /// They are served by itself, if at all.
@@ -411,10 +452,10 @@ enum Meet {
 }
 
 impl Meet {
-    fn hold_file(&self, run: &str) -> String {
+    fn hold_file(&self, run: &str) -> Option<PathBuf> {
         match self {
-            Meet::At(turn) => turn.place().hold_file(run).display().to_string(),
-            Meet::Alone | Meet::Nowhere => String::new(),
+            Meet::At(turn) => Some(turn.place().hold_file(run)),
+            Meet::Alone | Meet::Nowhere => None,
         }
     }
 }
@@ -456,7 +497,15 @@ fn seat(config: &Config, place: Option<&std::io::Result<Place>>) -> Result<Optio
 }
 
 /// Has our numbers served by the hub, and the hub by us when it is our turn.
-fn join(config: &Config, turn: Turn, nonce: &str, who: Who, handle: &Handle, counts: &Arc<otlp::Counts>) -> Option<Share> {
+fn join(
+    config: &Config,
+    turn: Turn,
+    nonce: &str,
+    who: Who,
+    hold_file: Option<PathBuf>,
+    handle: &Handle,
+    counts: &Arc<otlp::Counts>,
+) -> Option<Share> {
     if turn.is_deaf() {
         handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["http"], 1.0));
     }
@@ -464,6 +513,7 @@ fn join(config: &Config, turn: Turn, nonce: &str, who: Who, handle: &Handle, cou
     let options = hub::Options { labels: who.labels(), ..config.hub_options() };
     let teller = Teller {
         run: nonce.to_owned(),
+        hold_file: hold_file.unwrap_or_else(|| turn.place().hold_file(nonce)),
         payer: shares.then(|| Payer { tenant: who.tenant.clone(), offset: config.utc_offset() }),
         who,
         handle: handle.clone(),
@@ -556,7 +606,7 @@ fn sampler() -> Option<Readings> {
 }
 
 /// Readings for as long as there is a monitor. The first one soon, so that a short run has one.
-fn sample_for_ever(sampler: Readings, handle: Handle) {
+fn sample_for_ever(sampler: Readings, handle: Handle, mut shim: Option<Seal>) {
     let started = std::thread::Builder::new().name(String::from("sample")).stack_size(512 * 1024).spawn(move || {
         // A command that ends at once is not kept waiting for the machine to be looked at.
         std::thread::sleep(sample::EVERY / 10);
@@ -570,11 +620,23 @@ fn sample_for_ever(sampler: Readings, handle: Handle) {
                     return;
                 }
             }
+            check(&mut shim, &handle);
             std::thread::sleep(sample::EVERY);
         }
     });
     if let Err(error) = started {
         tracing::warn!(%error, "memory and CPU are not measured");
+    }
+}
+
+/// Says once when the file that was started under the CLI's name is another, or gone.
+fn check(shim: &mut Option<Seal>, handle: &Handle) {
+    if let Some(seal) = shim.take_if(|seal| seal.is_broken()) {
+        tracing::warn!(
+            shim = %seal.path().display(),
+            "the shim was replaced or removed: the next agent may run without the sidecar; run `agent-sidecar install` again"
+        );
+        handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["shim"], 1.0));
     }
 }
 

@@ -20,6 +20,9 @@ const TABLES: &[(&str, &str)] = &[
     ("otlp", "write [otlp] above its keys"),
     ("log", "write [log] above its keys"),
     ("relay", "write [relay] above its keys"),
+    ("run", "write [run] above its keys"),
+    ("policy", "write [policy] above final = [\"limits.*\"]"),
+    ("policy.final", "write a list, like [\"limits.*\", \"hub.control\"]"),
     ("usage", "write [usage] above its keys"),
     ("metrics", "write [metrics] above its keys"),
     ("labels", "write [labels] above its keys"),
@@ -67,6 +70,8 @@ impl Reader<'_> {
             match value.get_ref() {
                 DeValue::Table(modes) if name == "limits.modes" => self.modes(config, modes),
                 DeValue::Array(rows) if name == "prices.model" => self.prices(config, rows),
+                DeValue::Table(policy) if name == "policy" => self.table(config, policy, "policy."),
+                DeValue::Array(keys) if name == "policy.final" => self.finals(config, keys),
                 DeValue::Table(rates) if name == "prices.fallback" => {
                     if let Some(rates) = self.rates(rates, at, "prices.fallback") {
                         config.prices = config.prices.clone().with_fallback(rates);
@@ -119,6 +124,28 @@ impl Reader<'_> {
                     let what = format!("`limits.modes.{name}` is a mode, not {}", form(value.get_ref()));
                     self.wrong(value.span(), what, Kind::Mode.remedy());
                 }
+            }
+        }
+    }
+
+    /// What nobody may loosen who comes after this file.
+    fn finals(&mut self, config: &mut Config, keys: &DeArray<'_>) {
+        for key in keys {
+            let Some(name) = key.get_ref().as_str() else {
+                let what = format!("`policy.final` is a list of settings, not of {}", form(key.get_ref()));
+                self.wrong(key.span(), what, "write them in quotes, like \"limits.*\"");
+                continue;
+            };
+            let table = name.strip_suffix('*').filter(|table| table.is_empty() || table.ends_with('.'));
+            let known = match table {
+                Some(table) => SETTINGS.iter().any(|setting| setting.key.starts_with(table)),
+                None => SETTINGS.iter().any(|setting| setting.key == name),
+            };
+            if known {
+                config.finals.push((name.to_owned(), self.origin(&key.span())));
+            } else {
+                let remedy = nearest(name, SETTINGS.iter().map(|setting| setting.key));
+                self.wrong(key.span(), format!("there is no setting `{name}`"), remedy);
             }
         }
     }

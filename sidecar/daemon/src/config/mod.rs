@@ -21,7 +21,10 @@ use agent_sidecar_core::who::{self, Name, Who};
 
 use crate::busy::{self, Lease};
 use crate::export::otlp::environment::{Headers, Own};
+use crate::files;
 use crate::hub::Meeting;
+use crate::hub::gate::{Keys, Token};
+use crate::supervise::{NoUser, User};
 use crate::tenants::{AgentDirs, Workspace};
 
 pub(crate) use value::{Kind, Value};
@@ -98,6 +101,9 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("hub.socket", "socket", Kind::Path, "", "where that one is asked; who names the same socket belongs together, whatever its `listen`; unset, hub.sock (hub-PORT.sock for another port) in /run/agent-sidecar, or in agent-sidecar below $XDG_RUNTIME_DIR, or in /tmp/agent-sidecar-UID"),
     setting("hub.state_dir", "hub-state-dir", Kind::Path, "", "where the totals of those that ended are kept, and the journals of those that run; unset, beside the socket; name a volume to have counters outlive the container"),
     setting("hub.control", "hub-control", Kind::Switch, "false", "whether shared budgets can be raised at the socket, by this user and root: an agent that runs under the same user can, too"),
+    setting("hub.control_token_file", "control-token-file", Kind::Path, "", "a file with a token (16 letters or more) that whoever changes something has to say, as `Authorization: Bearer …`; of this user or root, and readable by nobody else"),
+    setting("hub.control_token", "control-token", Kind::Token, "", "the token itself; never shown; others can read a flag, so better in a file or the environment"),
+    setting("hub.control_tcp", "control-tcp", Kind::Switch, "false", "whether who knows the token may change something over TCP, too"),
     setting("hub.slots", "hub-slots", Kind::Count, "8", "agents at once that have a `slot` of their own in the metrics; the others share `other`"),
     setting("ledger.path", "ledger", Kind::Path, "", "append one JSON line for each accounting fact to this file"),
     setting("events.path", "events", Kind::Path, "", "append one JSON line for each event (turns, requests, tools, limits, ends) to this file"),
@@ -130,6 +136,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("log.quiet", "quiet", Kind::Switch, "false", "log errors only"),
     setting("relay.spill_dir", "spill-dir", Kind::Path, "", "where output waits that the app does not read; before $TMPDIR, /tmp and /dev/shm"),
     setting("relay.spill_max", "spill-max", Kind::Size, "1GiB", "how much may wait there"),
+    setting("run.user", "user", Kind::User, "", "start the CLI as this user, NAME or UID and `:GROUP` if it is to be that group alone; the sidecar stays who it is: then the agent can neither end nor change it (docs/security.md)"),
     setting("shim.cli", "shim-cli", Kind::Path, "", "the real CLI, for the binary under the name `claude`: unset, what `install` put beside it, or else the next `claude` on PATH"),
     setting("shim.strict", "shim-strict", Kind::Switch, "false", "whether a mistake in the configuration keeps `claude` from starting; if not, the agent runs without the settings that cannot be read"),
     setting("usage.poll", "usage-poll", Kind::Switch, "true", "ask the CLI for its running totals between its results"),
@@ -270,8 +277,31 @@ pub(crate) struct Sources {
 impl Sources {
     /// The named file, or the default one if it is there, and this process's environment.
     pub(crate) fn system(config: Option<&Path>, flags: Vec<(&'static str, String)>) -> Sources {
-        let path = config.unwrap_or(Path::new(DEFAULT_FILE));
-        let (file, unreadable) = match std::fs::read_to_string(path) {
+        let (file, unreadable) = Sources::file(config, Path::new(DEFAULT_FILE));
+        let environment = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.to_string_lossy().into_owned())))
+            .filter(|(name, _)| name.starts_with(PREFIX))
+            .collect();
+        Sources { file, unreadable, environment, flags }
+    }
+
+    /// The file to read, or what is wrong with it. Where the usual one has settings that are final, no other is read instead.
+    fn file(config: Option<&Path>, usual: &Path) -> (Option<(PathBuf, String)>, Option<Mistake>) {
+        if let Some(other) = config.filter(|other| *other != usual)
+            && let Ok(text) = std::fs::read_to_string(usual)
+        {
+            let known = Sources { file: Some((usual.to_owned(), text)), ..Sources::default() };
+            if let Some((_, by)) = Config::read(&known).0.finals.first() {
+                let origin = Origin::File { path: other.to_owned(), line: 1, column: 1 };
+                let remedy = String::from("leave --config out, or have the settings changed in that file");
+                let what = format!("this file is not read: another has settings that are final ({by})");
+                return (known.file, Some(Mistake { origin, what, remedy }));
+            }
+        }
+        let path = config.unwrap_or(usual);
+        // One that somebody named may be a pipe; the usual one is a file, or somebody's trap.
+        let read = config.map_or_else(|| files::read_linked(usual), std::fs::read_to_string);
+        match read {
             Ok(text) => (Some((path.to_owned(), text)), None),
             Err(error) if config.is_none() && error.kind() == std::io::ErrorKind::NotFound => (None, None),
             Err(error) => {
@@ -279,12 +309,7 @@ impl Sources {
                 let remedy = String::from("name a readable file with --config, or leave it out");
                 (None, Some(Mistake { origin, what: format!("the file cannot be read: {error}"), remedy }))
             }
-        };
-        let environment = std::env::vars_os()
-            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.to_string_lossy().into_owned())))
-            .filter(|(name, _)| name.starts_with(PREFIX))
-            .collect();
-        Sources { file, unreadable, environment, flags }
+        }
     }
 }
 
@@ -296,6 +321,10 @@ pub(crate) struct Config {
     values: BTreeMap<&'static str, Effective>,
     modes: BTreeMap<&'static str, (Mode, Origin)>,
     pub(crate) prices: PriceTable,
+    /// The file that was read.
+    file: Option<PathBuf>,
+    /// Settings, or tables of them (`limits.*`), that environment and flags cannot loosen, and where that is said.
+    finals: Vec<(String, Origin)>,
 }
 
 impl Config {
@@ -315,8 +344,9 @@ impl Config {
                 .then(|| setting.kind.parse(setting.default).expect("defaults are right: a test reads them all"));
             values.insert(setting.key, Effective { text: setting.default.to_owned(), value, origin: Origin::Default });
         }
-        let mut config = Config { values, modes: BTreeMap::new(), prices: PriceTable::default() };
+        let mut config = Config { values, modes: BTreeMap::new(), prices: PriceTable::default(), file: None, finals: Vec::new() };
         if let Some((path, text)) = &sources.file {
+            config.file = Some(path.clone());
             file::read(&mut config, path, text, &mut mistakes);
         }
         for (name, text) in &sources.environment {
@@ -346,13 +376,54 @@ impl Config {
             _ if unset => None,
             Ok(value) => Some(value),
             Err(wrong) => {
-                mistakes.push(Mistake { origin, what: format!("`{}` {wrong}", setting.key), remedy: setting.kind.remedy() });
+                mistakes.push(Mistake {
+                    origin: origin.clone(),
+                    what: format!("`{}` {wrong}", setting.key),
+                    remedy: setting.kind.remedy(),
+                });
+                // A fence that is not understood is not left out: nobody is called so, and nothing is started.
+                if setting.kind == Kind::User {
+                    self.values.insert(setting.key, Effective { text: text.to_owned(), value: Some(Value::Text), origin });
+                }
                 return;
             }
         };
+        if let Some(refused) = self.loosens(setting, value.as_ref(), text, &origin) {
+            mistakes.push(refused);
+            return;
+        }
         // Keys are kept as values alone, which do not print: not in `check --print`, and not in the fingerprint.
-        let text = if matches!(value, Some(Value::Headers(_) | Value::Secret(_))) { "(hidden)" } else { text };
+        let hidden = matches!(value, Some(Value::Headers(_) | Value::Secret(_) | Value::Token(_)));
+        let text = if hidden { "(hidden)" } else { text };
         self.values.insert(setting.key, Effective { text: text.to_owned(), value, origin });
+    }
+
+    /// What is wrong with a value that comes after the file, where the file is to have the last word: a ceiling may be lowered, a mode
+    /// made stricter, and nothing else be changed.
+    fn loosens(&self, setting: &Setting, value: Option<&Value>, text: &str, origin: &Origin) -> Option<Mistake> {
+        if !matches!(origin, Origin::Environment(_) | Origin::Flag(_)) {
+            return None;
+        }
+        let of = |name: &str| match name.strip_suffix('*') {
+            Some(table) => setting.key.starts_with(table),
+            None => setting.key == name,
+        };
+        let (_, by) = self.finals.iter().find(|(name, _)| of(name))?;
+        let before = &self.values[setting.key];
+        let lowers = (is_limit(setting.key) || setting.key == "limits.max_sessions") && setting.key != "limits.memory_horizon";
+        let well = match (value, &before.value) {
+            (Some(Value::Mode(new)), Some(Value::Mode(old))) => new >= old,
+            (Some(new), Some(old)) if lowers => new.number() <= old.number(),
+            (Some(_), None) if lowers => true,
+            (new, old) => new == old.as_ref() && (text == before.text || !matches!(new, None | Some(Value::Text))),
+        };
+        let may = if lowers { "only be lowered" } else { "not be changed" };
+        let is = if before.text.is_empty() { "unset" } else { &before.text };
+        (!well).then(|| Mistake {
+            origin: origin.clone(),
+            what: format!("`{}` is {is}, and may {may} here: it is final ({by})", setting.key),
+            remedy: String::from("leave it out, or have it changed in that file"),
+        })
     }
 
     /// Settings that are each right and cannot all be meant.
@@ -519,6 +590,7 @@ impl Config {
                     | Value::Headers(_)
                     | Value::Sources(_)
                     | Value::Secret(_)
+                    | Value::Token(_)
                     | Value::Offset(_)
                     | Value::Address(_) => return None,
                 };
@@ -562,12 +634,12 @@ impl Config {
 
     pub(crate) fn hub_options(&self) -> crate::hub::Options {
         let slots = self.count("hub.slots").and_then(|n| usize::try_from(n).ok()).unwrap_or(8);
-        let (control, offset) = (self.switch("hub.control"), self.utc_offset());
+        let offset = self.utc_offset();
         crate::hub::Options {
             slots,
             max_series: self.max_series(),
             labels: self.fixed_who().labels(),
-            control,
+            keys: self.keys(),
             offset,
             lease: self.busy().length,
             page_host: self.page_host(),
@@ -576,6 +648,27 @@ impl Config {
 
     pub(crate) fn page_host(&self) -> Option<String> {
         Some(self.text("page_host")).filter(|name| !name.is_empty()).map(str::to_owned)
+    }
+
+    /// Who may change something at the hub. A token that cannot be read opens to nobody.
+    fn keys(&self) -> Keys {
+        let control = self.switch("hub.control");
+        let token = if control { self.token() } else { Ok(Token::None) };
+        let token = token.unwrap_or_else(|error| {
+            tracing::error!(%error, "the control token cannot be read: nothing can be changed at the hub");
+            Token::Lost
+        });
+        Keys { control, tcp: self.switch("hub.control_tcp"), token }
+    }
+
+    /// # Errors
+    /// There should be one, and it cannot be read.
+    pub(crate) fn token(&self) -> Result<Token, String> {
+        match (self.value("hub.control_token"), self.path("hub.control_token_file")) {
+            (Some(Value::Token(token)), _) => Ok(token.clone()),
+            (_, Some(path)) => Token::read(&path).map_err(|error| format!("{}: {error}", path.display())),
+            _ => Ok(Token::None),
+        }
     }
 
     pub(crate) fn ledger(&self) -> Option<PathBuf> {
@@ -661,6 +754,29 @@ impl Config {
 
     pub(crate) fn spill_bytes(&self) -> u64 {
         self.count("relay.spill_max").unwrap_or(crate::supervise::SPILL_BYTES)
+    }
+
+    /// As whom the CLI is to run; as we do, if nobody says.
+    ///
+    /// # Errors
+    /// There is no such user, or we may not start anything as somebody else.
+    pub(crate) fn user(&self) -> Result<Option<User>, NoUser> {
+        self.value("run.user").map(|_| User::find(self.text("run.user"))).transpose()
+    }
+
+    pub(crate) fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
+    }
+
+    /// What is named to be written to, by the settings that name it.
+    pub(crate) fn own_paths(&self) -> Vec<(&'static str, PathBuf)> {
+        let keys = ["ledger.path", "events.path", "busy.file", "otlp.queue_dir", "hub.state_dir", "hub.socket"];
+        keys.into_iter().filter_map(|key| Some((key, self.path(key)?))).collect()
+    }
+
+    /// The variables of ours that hold keys: nobody below us needs them.
+    pub(crate) fn secrets() -> impl Iterator<Item = String> {
+        SETTINGS.iter().filter(|setting| matches!(setting.kind, Kind::Headers | Kind::Token)).map(variable)
     }
 
     pub(crate) fn shim_cli(&self) -> Option<PathBuf> {

@@ -266,3 +266,85 @@ fn what_is_wrong_with_tenants_is_said() {
     assert!(load(budget, &[], &[]).unwrap_err().to_string().contains("set `labels.tenant` or `labels.tenant_from`"));
     assert!(load(budget, &[], &[("tenant-from", "env:T")]).is_ok());
 }
+
+#[test]
+fn a_token_is_nobodys_to_see() {
+    let word = "geheim-geheim-geheim";
+    let config = load("", &[("AGENT_SIDECAR_CONTROL_TOKEN", word)], &[]).unwrap();
+    let mut printed = Vec::new();
+    crate::reference::effective(&config, &mut printed).unwrap();
+    assert!(!String::from_utf8(printed).unwrap().contains("geheim") && !format!("{config:?}").contains("geheim"));
+    let mistakes = load("[hub]\ncontrol_token = \"geheim\"\n", &[], &[]).unwrap_err().to_string();
+    assert!(mistakes.contains("at least 16") && !mistakes.contains("geheim"), "{mistakes}");
+    assert!(Config::secrets().any(|name| name == "AGENT_SIDECAR_CONTROL_TOKEN"));
+}
+
+#[test]
+fn what_is_final_can_be_tightened_and_nothing_else() {
+    let text = "[policy]\nfinal = [\"limits.*\", \"hub.control\", \"run.user\", \"labels.tenant\"]\n[limits]\nmax_cost_usd = 5\nmode = \"shadow\"\n[run]\nuser = \"agent\"\n";
+    let read = |name: &str, value: &str| {
+        let sources = Sources {
+            file: Some((PathBuf::from("config.toml"), text.to_owned())),
+            environment: vec![(name.to_owned(), value.to_owned())],
+            ..Sources::default()
+        };
+        let (config, mistakes) = Config::read(&sources);
+        let setting = SETTINGS.iter().find(|setting| variable(setting) == name).unwrap();
+        (config.text(setting.key).to_owned(), mistakes.iter().map(Mistake::to_string).collect::<Vec<_>>())
+    };
+    for (name, value) in [
+        ("AGENT_SIDECAR_MAX_COST_USD", "4.99"),
+        ("AGENT_SIDECAR_MAX_COST_USD", "5.0"),
+        ("AGENT_SIDECAR_MAX_TURNS", "1000"),
+        ("AGENT_SIDECAR_MODE", "enforce"),
+        ("AGENT_SIDECAR_HUB_CONTROL", "false"),
+        ("AGENT_SIDECAR_USER", "agent"),
+        ("AGENT_SIDECAR_TEAM", "other"),
+    ] {
+        assert_eq!(read(name, value), (value.to_owned(), vec![]), "{name}={value}");
+    }
+    for (name, value, stays) in [
+        ("AGENT_SIDECAR_MAX_COST_USD", "5.01", "5"),
+        ("AGENT_SIDECAR_MAX_COST_USD", "off", "5"),
+        ("AGENT_SIDECAR_MODE", "off", "shadow"),
+        ("AGENT_SIDECAR_LOOP_MODE", "off", "shadow"),
+        ("AGENT_SIDECAR_MAX_SAME_ERRORS", "9", "8"),
+        ("AGENT_SIDECAR_UTC_OFFSET", "+05:00", "+00:00"),
+        ("AGENT_SIDECAR_MEMORY_HORIZON", "1s", ""),
+        ("AGENT_SIDECAR_HUB_CONTROL", "true", "false"),
+        ("AGENT_SIDECAR_USER", "root", "agent"),
+        ("AGENT_SIDECAR_USER", "off", "agent"),
+        ("AGENT_SIDECAR_TENANT", "acme", ""),
+    ] {
+        let (text, mistakes) = read(name, value);
+        assert_eq!(text, stays, "{name}={value}");
+        assert!(mistakes.len() == 1 && mistakes[0].contains("it is final (config.toml:2:"), "{mistakes:?}");
+    }
+    assert!(read("AGENT_SIDECAR_MAX_COST_USD", "off").1[0].contains("is 5, and may only be lowered here"));
+}
+
+#[test]
+fn a_list_of_what_is_final_names_settings() {
+    let text = "[policy]\nfinal = [\"limit.*\", \"hub.contrl\", 3]\n";
+    let sources = Sources { file: Some((PathBuf::from("config.toml"), text.to_owned())), ..Sources::default() };
+    let mistakes: Vec<String> = Config::read(&sources).1.iter().map(Mistake::to_string).collect();
+    assert_eq!(mistakes.len(), 3, "{mistakes:?}");
+    assert!(mistakes[1].contains("did you mean `hub.control`?"), "{mistakes:?}");
+}
+
+#[test]
+fn where_something_is_final_no_other_file_is_read() {
+    let dir = std::env::temp_dir().join(format!("agent-sidecar-final-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let (usual, other) = (dir.join("usual.toml"), dir.join("other.toml"));
+    std::fs::write(&other, "[limits]\nmax_cost_usd = 100\n").unwrap();
+    std::fs::write(&usual, "[limits]\nmax_cost_usd = 5\n").unwrap();
+    let (file, mistake) = Sources::file(Some(&other), &usual);
+    assert!(mistake.is_none() && file.unwrap().0 == other);
+    std::fs::write(&usual, "[policy]\nfinal = [\"*\"]\n[limits]\nmax_cost_usd = 5\n").unwrap();
+    let (file, mistake) = Sources::file(Some(&other), &usual);
+    assert!(mistake.is_some() && file.unwrap().0 == usual);
+    let (file, mistake) = Sources::file(None, &usual);
+    assert!(mistake.is_none() && file.unwrap().0 == usual);
+    std::fs::remove_dir_all(dir).unwrap();
+}

@@ -8,6 +8,7 @@ use agent_sidecar_core::limit::Mode;
 use agent_sidecar_core::who::Sources;
 
 use crate::export::otlp::environment::{self, Headers};
+use crate::hub::gate::Token;
 
 /// What a setting takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +39,10 @@ pub(crate) enum Kind {
     Sources,
     /// A key.
     Secret,
+    /// As whom a process runs.
+    User,
+    /// A word that lets in: secret.
+    Token,
 }
 
 /// What a setting was given.
@@ -60,6 +65,7 @@ pub(crate) enum Value {
     Headers(Headers),
     Sources(Sources),
     Secret(Secret),
+    Token(Token),
 }
 
 /// A text that does not print.
@@ -88,7 +94,8 @@ impl Value {
             | Value::Text
             | Value::Headers(_)
             | Value::Sources(_)
-            | Value::Secret(_) => 0.0,
+            | Value::Secret(_)
+            | Value::Token(_) => 0.0,
         }
     }
 }
@@ -152,6 +159,10 @@ impl Kind {
             Kind::Secret if text.is_empty() => Err(String::from("is empty")),
             Kind::Secret => Ok(Value::Secret(Secret(text.to_owned()))),
             Kind::Headers => environment::headers(text).map(Value::Headers).map_err(|what| format!("is wrong: {what}")),
+            Kind::User if is_user(text) => Ok(Value::Text),
+            Kind::User => Err(not(())),
+            // Not what it is, either.
+            Kind::Token => Token::of(text).map(Value::Token).map_err(|what| format!("is wrong: {what}")),
         }
     }
 
@@ -175,6 +186,8 @@ impl Kind {
             Kind::Headers => String::from("a list of headers"),
             Kind::Sources => String::from("a list of sources"),
             Kind::Secret => String::from("a text"),
+            Kind::User => String::from("a user"),
+            Kind::Token => String::from("a token"),
         }
     }
 
@@ -200,6 +213,8 @@ impl Kind {
             Kind::Headers => String::from(environment::HEADERS_REMEDY),
             Kind::Sources => String::from("write sources in the order in which they are asked, like env:CUSTOMER_ID, pod:tenant"),
             Kind::Secret => String::from("write a text that nobody guesses"),
+            Kind::Token => String::from("make one with `openssl rand -hex 32`"),
+            Kind::User => String::from("write a name or a number, like agent, 1000 or 1000:1000; in a file in quotes"),
         }
     }
 
@@ -224,6 +239,8 @@ impl Kind {
             Kind::Headers => String::from("name=value,…"),
             Kind::Sources => String::from("source:key,…"),
             Kind::Secret => String::from("text"),
+            Kind::Token => String::from("token"),
+            Kind::User => String::from("name or uid, and `:group`"),
         }
     }
 }
@@ -281,6 +298,12 @@ fn size(text: &str) -> Option<u64> {
     let bytes = number * unit;
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be in range")]
     (bytes < 1e18).then_some(bytes as u64)
+}
+
+/// `agent`, `1000`, `agent:staff`, `1000:1000`.
+fn is_user(text: &str) -> bool {
+    let name = |text: &str| !text.is_empty() && !text.contains(|c: char| c.is_whitespace() || c.is_control() || c == ':');
+    text.split_once(':').map_or_else(|| name(text), |(who, of)| name(who) && name(of))
 }
 
 /// A label is repeated on every series.

@@ -1,17 +1,19 @@
 //! What the hub answers, to whoever asks.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_sidecar_core::hub::Health;
 use agent_sidecar_core::limit::Scope;
 use agent_sidecar_core::metric;
 use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::update::Activity;
+use hyper::header::HeaderMap;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::Place;
+use super::gate::{Gate, Judged, Keys, Peer};
 use super::share::{Share, unix_nanos};
 use super::shelf::{Shelf, unix};
 use super::till::{self, Payer};
@@ -26,7 +28,7 @@ pub(crate) struct Desk {
     own: Option<Share>,
     place: Place,
     lease: Duration,
-    control: bool,
+    gate: Gate,
     offset: i64,
     page_host: Option<String>,
     feed: Feed,
@@ -41,8 +43,8 @@ pub(crate) struct Options {
     pub(crate) labels: Vec<(&'static str, String)>,
     /// For how long `/busy` may be believed.
     pub(crate) lease: Duration,
-    /// Whether shared budgets can be raised, at the socket.
-    pub(crate) control: bool,
+    /// Who may change something.
+    pub(crate) keys: Keys,
     /// Where its days begin, in seconds east of Greenwich.
     pub(crate) offset: i64,
     /// A name under which the page is asked for.
@@ -54,13 +56,13 @@ impl Desk {
         let labels: Vec<(String, String)> =
             options.labels.iter().map(|(label, value)| ((*label).to_owned(), value.clone())).collect();
         let shelf = Shelf::open(place, options.slots, options.max_series, &labels);
-        let Options { lease, control, offset, .. } = *options;
+        let Options { lease, offset, .. } = *options;
         Desk {
             shelf: Mutex::new(shelf),
             own,
             place: place.clone(),
             lease,
-            control,
+            gate: Gate::new(options.keys.clone()),
             offset,
             page_host: options.page_host.clone(),
             feed: Feed::default(),
@@ -137,9 +139,16 @@ impl Desk {
         shelf.registry.status(unix())
     }
 
-    /// Whether anything may be changed here.
-    pub(crate) fn control(&self) -> bool {
-        self.control
+    /// Whether who asks may change something here. It is counted.
+    pub(crate) fn judge(&self, peer: Peer, headers: &HeaderMap) -> Judged {
+        let judged = self.gate.judge(peer, headers, Instant::now());
+        self.shelf().registry.house_mut().add(&metric::CONTROL_REQUESTS, &[judged.as_str()], 1);
+        judged
+    }
+
+    /// So many CLIs run without a wrapper.
+    pub(super) fn unwrapped(&self, n: f64) {
+        self.shelf().registry.house_mut().set(&metric::UNWRAPPED, &[], n);
     }
 
     /// Makes a shared budget larger; the agents hear of it within a second.
@@ -172,7 +181,7 @@ mod tests {
         let mut journal = Journal::new(&place.dir, hello);
         let lease = Duration::from_secs(60);
         let options =
-            Options { slots: 8, max_series: 1_500, labels: Vec::new(), lease, control: false, offset: 0, page_host: None };
+            Options { slots: 8, max_series: 1_500, labels: Vec::new(), lease, keys: Keys::default(), offset: 0, page_host: None };
         let desk = Desk::open(&place, &options, None);
         let mut busy = |at: f64| {
             let line = Line { unix: at, sessions: vec![serde_json::json!({"state": "tool"})], ..Line::default() };

@@ -5,13 +5,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use agent_sidecar_core::hub::{Hello, Line};
 
 use super::Place;
 use super::place::{lock_of_dead, try_lock};
+use crate::files;
 
 /// Journals end in this, and what becomes one in the other.
 pub(super) const ENDING: &str = ".jsonl";
@@ -86,6 +87,9 @@ impl Journal {
 
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         let Some(file) = &mut self.file else { return Err(io::Error::other("no file")) };
+        if file.metadata()?.nlink() == 0 {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "somebody has removed our journal"));
+        }
         let n = file.write(bytes)?;
         if n < bytes.len() {
             return Err(io::Error::new(io::ErrorKind::StorageFull, "the line was written in part"));
@@ -96,7 +100,7 @@ impl Journal {
 
     fn begin(&mut self, bytes: &[u8]) -> io::Result<()> {
         let new = self.path.with_extension(&UNFINISHED[1..]);
-        let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(&new)?;
+        let mut file = files::open(&new, OpenOptions::new().append(true).create(true).mode(0o600))?;
         // Locked before it has its name: a journal without a lock is that of a dead wrapper.
         let ready = try_lock(&file)
             .and_then(|ours| if ours { Ok(()) } else { Err(io::Error::other("somebody has locked our journal")) })
@@ -143,7 +147,7 @@ pub(crate) fn lives(place: &Place, run: &str) -> bool {
 }
 
 fn last_line(place: &Place, path: &Path) -> io::Result<Option<Line>> {
-    let file = OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed()).open(path)?;
+    let file = files::open(path, OpenOptions::new().read(true))?;
     if try_lock(&file)? {
         return Ok(None);
     }

@@ -11,6 +11,7 @@
 //! answered, so nobody waits for a hub that hangs, and nothing is lost with a process: what was written is there for whoever reads.
 
 mod desk;
+pub(crate) mod gate;
 mod journal;
 mod place;
 mod seat;

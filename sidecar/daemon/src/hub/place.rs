@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use rustix::fs::FlockOperation;
 
+use crate::files;
+
 /// Where `:9477` meets; other ports meet elsewhere.
 const USUAL_PORT: u16 = 9477;
 /// What a world leaves is kept for so long after it was last changed, and longer where it has spent from a month's budget, or
@@ -53,7 +55,7 @@ impl Place {
 
     /// Whether a hub is there that serves this address. Changes nothing.
     pub(crate) fn serves(meeting: &Meeting, address: SocketAddr) -> bool {
-        let served = |place: &Place| fs::read_to_string(place.address()).ok()?.trim().parse::<SocketAddr>().ok();
+        let served = |place: &Place| files::read_to_string(&place.address()).ok()?.trim().parse::<SocketAddr>().ok();
         let asked = |place: &Place| {
             [Some(&place.socket), place.spare.as_ref()].into_iter().flatten().any(|socket| UnixStream::connect(socket).is_ok())
         };
@@ -119,7 +121,7 @@ impl Place {
             if dir == self.dir || tag.starts_with(&boot) && !is_left(&dir) {
                 continue;
             }
-            let lock = OpenOptions::new().write(true).open(dir.join("lock"));
+            let lock = files::open(&dir.join("lock"), OpenOptions::new().write(true));
             // Nobody serves there, and so nobody runs.
             if lock.and_then(|file| Ok(try_lock(&file)?.then_some(file))).is_ok_and(|locked| locked.is_some()) {
                 fs::remove_file(dir.with_extension("sock")).ok();
@@ -140,7 +142,7 @@ impl Place {
 
     /// Whether counters go on when nobody runs.
     pub(super) fn keeps(&self) -> bool {
-        self.keep || fs::read_to_string(self.kept()).is_ok_and(|world| world == self.world)
+        self.keep || files::read_to_string(&self.kept()).is_ok_and(|world| world == self.world)
     }
 
     /// There while this wrapper's agent waits for a shared budget.
@@ -171,7 +173,7 @@ impl Place {
     }
 
     fn open_lock(&self) -> io::Result<File> {
-        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(self.dir.join("lock"))
+        files::open(&self.dir.join("lock"), OpenOptions::new().write(true).create(true).truncate(false).mode(0o600))
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::Place;
 use super::place::try_lock;
+use crate::files;
 use crate::supervise::{HUP, INT, TERM};
 
 /// How often whoever waits looks again.
@@ -39,7 +40,7 @@ impl Seat {
         loop {
             for seat in 0..seats {
                 let path = place.dir.join(format!("seat{seat}"));
-                let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+                let file = files::open(&path, OpenOptions::new().write(true).create(true).truncate(false).mode(0o600))?;
                 if try_lock(&file)? {
                     return Ok(Ok(Seat { _locked: file }));
                 }

@@ -13,7 +13,9 @@ use rustix::process::WaitOptions;
 use super::desk::{Desk, Options};
 use super::share::Share;
 use super::{Place, shelf};
+use crate::files;
 use crate::http::{self, Bound};
+use crate::patrol::Patrol;
 use crate::supervise::{CHLD, HUP, INT, NICE, TERM};
 
 /// How often the journals of those that ended are taken in when nobody asks for anything.
@@ -87,6 +89,11 @@ impl Turn {
             None => (place.wait()?, None),
         };
         let desk = Arc::new(Desk::open(&place, options, own.clone()));
+        let told = Arc::clone(&desk);
+        Patrol::walk(move |n| {
+            told.unwrapped(n);
+            true
+        });
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
         runtime.block_on(async {
             let told = Arc::clone(&desk);
@@ -136,6 +143,7 @@ impl Turn {
 
 /// `agent-sidecar hub`: serves without an agent of its own, until a signal ends it.
 pub(crate) fn alone(mut place: Place, address: Option<SocketAddr>, options: &Options) -> std::io::Result<()> {
+    crate::supervise::hide();
     // All that has to be kept is kept: what is left is to go, also as PID 1, which nothing ends by default.
     let mut signals = signal_hook::iterator::Signals::new([INT, TERM, HUP, CHLD])?;
     std::thread::Builder::new().name(String::from("signals")).stack_size(128 * 1024).spawn(move || {
@@ -154,7 +162,7 @@ pub(crate) fn alone(mut place: Place, address: Option<SocketAddr>, options: &Opt
 
 /// A port that is to be picked is the one that was picked before, if it is free: whoever scrapes knows that one.
 fn bind(place: &Place, address: SocketAddr) -> std::io::Result<Bound> {
-    let before = fs::read_to_string(place.address()).ok().and_then(|text| text.trim().parse::<SocketAddr>().ok());
+    let before = files::read_to_string(&place.address()).ok().and_then(|text| text.trim().parse::<SocketAddr>().ok());
     let before = before.filter(|before| address.port() == 0 && before.ip() == address.ip());
     let bound = match before.and_then(|before| http::bind(before).ok()) {
         Some(bound) => bound,

@@ -21,6 +21,7 @@ use super::story::{News, Story};
 use super::till::{Payer, Till};
 use super::{place, shelf};
 use crate::export::otlp;
+use crate::files;
 use crate::http::{relayed, visit_blocking};
 use crate::supervise::{Handle, NICE};
 
@@ -72,6 +73,8 @@ struct Held {
 /// Who tells, and what.
 pub(crate) struct Teller {
     pub(crate) run: String,
+    /// Where the CLI is told of shared budgets.
+    pub(crate) hold_file: PathBuf,
     /// For whom it works, as far as that is known.
     pub(crate) who: Who,
     /// If it spends from shared budgets.
@@ -83,7 +86,7 @@ pub(crate) struct Teller {
 impl Share {
     /// Starts telling.
     pub(crate) fn start(place: &Place, teller: Teller) -> std::io::Result<Share> {
-        let Teller { run, who, payer, handle, exports } = teller;
+        let Teller { run, hold_file, who, payer, handle, exports } = teller;
         let hello = Hello {
             hub: VERSION,
             run: run.clone(),
@@ -103,7 +106,7 @@ impl Share {
                 let till = Till::new(&place.dir, &run, payer);
                 Mutex::new(Held { till, last: None, held: false, failed: false, closed: false })
             }),
-            hold_file: place.hold_file(&run),
+            hold_file,
             run,
             handle,
             exports,
@@ -246,7 +249,7 @@ impl Share {
     /// For one of those that would say the same: a lock, if it is the one.
     pub(crate) fn speaker(&self, what: &str) -> std::io::Result<Option<File>> {
         let path = self.inner.place.dir.join(format!("busy-{}.lock", place::short(what)));
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let file = files::open(&path, OpenOptions::new().write(true).create(true).truncate(false).mode(0o600))?;
         Ok(place::try_lock(&file)?.then_some(file))
     }
 
@@ -332,7 +335,7 @@ pub(crate) fn testify(place: &Place, run: &str, who: &Who, mut meters: metric::M
 
 /// When a hub began to collect what somebody has then read to the end: nanoseconds since the Unix epoch.
 fn scraped(place: &Place) -> Option<u128> {
-    std::fs::read_to_string(place.scraped()).ok()?.trim().parse().ok()
+    files::read_to_string(&place.scraped()).ok()?.trim().parse().ok()
 }
 
 pub(super) fn unix_nanos() -> u128 {

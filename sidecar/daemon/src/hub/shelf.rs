@@ -20,6 +20,7 @@ use super::Place;
 use super::journal::{ENDING, READ, UNFINISHED};
 use super::place::lock_of_dead;
 use super::story;
+use crate::files;
 
 const TOTALS: &str = "totals.json";
 /// Wrappers at a time. A container that has more has other worries.
@@ -71,8 +72,7 @@ pub(super) fn begin_anew(place: &Place) -> io::Result<()> {
         if !path.to_str().is_some_and(|path| path.ends_with(ENDING)) {
             continue;
         }
-        let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
-        let Ok(file) = OpenOptions::new().read(true).custom_flags(flags).open(&path) else { continue };
+        let Ok(file) = files::open(&path, OpenOptions::new().read(true)) else { continue };
         match lock_of_dead(&path, &file) {
             Ok(true) => dead.push((path, file)),
             // Its wrapper lives: all goes on.
@@ -107,7 +107,7 @@ impl Shelf {
     /// With what earlier hubs have kept.
     pub(super) fn open(place: &Place, slots: usize, max_series: usize, labels: &[(String, String)]) -> Shelf {
         let path = place.dir.join(TOTALS);
-        let stored = match fs::read(&path) {
+        let stored = match files::read(&path) {
             Ok(bytes) => serde_json::from_slice::<Stored>(&bytes).unwrap_or_else(|error| {
                 tracing::error!(path = %path.display(), %error, "the totals of ended agents cannot be read: counters start again");
                 // For people to look at.
@@ -225,8 +225,7 @@ impl Shelf {
     /// Reads what is new in a journal. The file, locked by us, if its wrapper is gone.
     fn read(&mut self, run: &str) -> io::Result<Option<File>> {
         let path = self.path(run);
-        let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
-        let mut file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&path)?;
+        let mut file = files::open(&path, OpenOptions::new().read(true).write(true))?;
         let gone = lock_of_dead(&path, &file)?;
         let found = file.metadata()?;
         // Replaced since it was opened: the new one says all of it.
@@ -259,7 +258,7 @@ impl Shelf {
     fn store(&self) -> io::Result<()> {
         let path = self.dir.join(TOTALS);
         let new = path.with_extension("json.tmp");
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        let mut file = files::open(&new, OpenOptions::new().write(true).create(true).truncate(true).mode(0o600))?;
         let mut stored = self.registry.stored();
         stored.world.clone_from(&self.world);
         file.write_all(&serde_json::to_vec(&stored)?)?;

@@ -15,6 +15,7 @@ use agent_sidecar_core::tokens::Usd;
 
 use super::journal::ENDING;
 use super::place::{lock_of_dead, try_lock};
+use crate::files;
 
 /// How often others are looked at that may have died with something reserved.
 const LOOK: Duration = Duration::from_secs(1);
@@ -87,7 +88,7 @@ impl Till {
     /// Whether a wrapper is no more: its journal is taken in, or nobody holds it.
     fn gone(&self, run: &str) -> bool {
         let path = self.dir.join(format!("{run}{ENDING}"));
-        let file = OpenOptions::new().write(true).open(&path);
+        let file = files::open(&path, OpenOptions::new().write(true));
         file.and_then(|file| lock_of_dead(&path, &file)).unwrap_or_else(|error| error.kind() == io::ErrorKind::NotFound)
     }
 }
@@ -106,7 +107,7 @@ fn path(dir: &Path) -> PathBuf {
 
 fn lock(dir: &Path) -> io::Result<File> {
     let path = dir.join("budgets.lock");
-    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    let file = files::open(&path, OpenOptions::new().write(true).create(true).truncate(false).mode(0o600))?;
     for _ in 0..TRIES {
         if try_lock(&file)? {
             return Ok(file);
@@ -118,7 +119,7 @@ fn lock(dir: &Path) -> io::Result<File> {
 
 fn read(dir: &Path) -> Book {
     let path = path(dir);
-    let Ok(bytes) = fs::read(&path) else { return Book::default().checked() };
+    let Ok(bytes) = files::read(&path) else { return Book::default().checked() };
     match serde_json::from_slice::<Book>(&bytes) {
         Ok(book) => book.checked(),
         Err(error) => {
@@ -132,7 +133,7 @@ fn read(dir: &Path) -> Book {
 
 fn store(dir: &Path, book: &Book) -> io::Result<()> {
     let new = path(dir).with_extension("tmp");
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    let mut file = files::open(&new, OpenOptions::new().write(true).create(true).truncate(true).mode(0o600))?;
     file.write_all(&serde_json::to_vec(book)?)?;
     fs::rename(&new, path(dir))
 }

@@ -83,7 +83,7 @@ impl Surroundings {
             Some(PathBuf::from("/etc/claude-code/managed-settings.json")),
         ];
         let mut settings = BTreeMap::new();
-        for text in files.into_iter().flatten().filter_map(|file| std::fs::read_to_string(file).ok()) {
+        for text in files.into_iter().flatten().filter_map(|file| crate::files::read_linked(&file).ok()) {
             settings.extend(env_of(&text));
         }
         Surroundings { environment, settings }

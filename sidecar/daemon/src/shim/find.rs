@@ -47,7 +47,7 @@ pub(super) fn runs(path: &Path) -> bool {
 }
 
 /// Whether it is this program, of whatever version.
-pub(super) fn is_sidecar(path: &Path) -> bool {
+pub(crate) fn is_sidecar(path: &Path) -> bool {
     if is_self(path) {
         return true;
     }

@@ -11,6 +11,8 @@
 mod find;
 pub(crate) mod install;
 
+pub(crate) use find::is_sidecar;
+
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -95,6 +97,7 @@ impl Shim {
             argv: words,
             env: env.clone(),
             mistaken: !mistakes.is_empty(),
+            shim: Some(self.called.clone()),
         };
         match run::run(&config, agent) {
             Ok(code) => Ok(code.into()),
@@ -118,6 +121,12 @@ impl Shim {
         let refused = supervise::refused(real.as_os_str(), command.exec());
         Failure { code: refused.exit_code.into(), error: Box::new(refused) }
     }
+}
+
+/// A file of this name is a CLI, or the shim before it.
+pub(crate) fn is_cli_name(name: &str) -> bool {
+    let name = name.strip_suffix(find::REAL).unwrap_or(name);
+    NAMES.contains(&name)
 }
 
 fn is_name(path: &Path) -> bool {
@@ -151,10 +160,12 @@ fn wrapped() -> bool {
 /// which takes the promise away. A tool of an agent is in a session of its own.
 fn changed_user(parent: Pid) -> bool {
     let owner = std::fs::metadata(Path::new("/proc").join(parent.as_raw_nonzero().to_string())).map(|parent| parent.uid());
-    let group = rustix::process::getpgrp();
+    let us = rustix::process::getpid().as_raw_nonzero().get();
+    let standing = |pid| supervise::group_and_session(pid);
+    let (Some(ours), Some(theirs)) = (standing(us), standing(parent.as_raw_nonzero().get())) else { return false };
     owner.is_ok_and(|owner| owner != rustix::process::getuid().as_raw())
-        && rustix::process::getsid(None).ok() == rustix::process::getsid(Some(parent)).ok()
-        && (group == rustix::process::getpid() || rustix::process::getpgid(Some(parent)) == Ok(group))
+        && ours.1 == theirs.1
+        && (ours.0 == us || ours.0 == theirs.0)
 }
 
 /// Why there is no CLI to start.

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal};
 
-use super::{CANNOT_RUN, Failure, NOT_FOUND, OWN_FAILURE};
+use super::{CANNOT_RUN, Failure, NOT_FOUND, OWN_FAILURE, User};
 
 /// The signals that whoever started us wants to be ignored (`nohup`, a shell's background).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,14 +50,15 @@ pub(crate) struct Stdio2 {
     pub(crate) stdout: Option<OwnedFd>,
 }
 
-#[expect(clippy::too_many_arguments, reason = "each is one thing that a process is started with")]
+#[expect(clippy::too_many_arguments, reason = "called once, with all of it")]
 /// Starts the CLI, from the thread that outlives it: the kernel kills it when *that thread* ends.
 pub(crate) fn spawn(
     program: &OsString,
     arg0: Option<&OsString>,
     args: &[OsString],
-    env: &[(OsString, OsString)],
+    env: &[(OsString, Option<OsString>)],
     cwd: Option<&Path>,
+    user: Option<&User>,
     stdio: Stdio2,
     own_group: bool,
     ignored: Ignored,
@@ -69,7 +70,13 @@ pub(crate) fn spawn(
     if found.is_some() {
         command.arg0(program);
     }
-    command.args(args).envs(env.iter().map(|(name, value)| (name, value)));
+    command.args(args);
+    for (name, value) in env {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
     if let Some(cwd) = cwd {
         command.current_dir(cwd);
     }
@@ -85,8 +92,13 @@ pub(crate) fn spawn(
     if own_group {
         command.process_group(0);
     }
+    let user = user.cloned();
     let between = move || {
         ignored.restore()?;
+        // Before the promise below: whoever changes users loses it.
+        if let Some(user) = &user {
+            user.assume()?;
+        }
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
         // Died before the line above: then nobody will ever tell us.
         if rustix::process::getppid() != Some(us) {

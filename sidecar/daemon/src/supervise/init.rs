@@ -98,8 +98,8 @@ pub(super) fn run<M: Watch>(supervisor: Supervisor<M>) -> Result<u8, Failure> {
     };
 
     let stdio = Stdio2 { stdin: cli_reads, stdout: cli_writes };
-    let pid =
-        child::spawn(&job.program, job.arg0.as_ref(), &job.args, &job.env, job.cwd.as_deref(), stdio, !shared_group, ignored)?;
+    let (cwd, user) = (job.cwd.as_deref(), job.user.as_ref());
+    let pid = child::spawn(&job.program, job.arg0.as_ref(), &job.args, &job.env, cwd, user, stdio, !shared_group, ignored)?;
     if parse && !stdin_json {
         // Only the CLI has the app's stdin now: when it closes it, the app sees that.
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, rustix::fs::Mode::empty());
@@ -666,7 +666,8 @@ impl<M: Watch> Init<M> {
 }
 
 fn leads_session() -> bool {
-    rustix::process::getsid(None).is_ok_and(|leader| leader == rustix::process::getpid())
+    let us = rustix::process::getpid().as_raw_nonzero().get();
+    tree::group_and_session(us).is_some_and(|(_, session)| session == us)
 }
 
 /// Whether poll(2) can tell that the other end is gone.

@@ -20,6 +20,7 @@ mod signals;
 mod stdio;
 mod tap;
 mod tree;
+mod user;
 mod watch;
 
 use std::collections::VecDeque;
@@ -37,7 +38,8 @@ use rustix::event::{EventfdFlags, Timespec};
 
 pub(crate) use child::refused;
 pub(crate) use signals::{CHLD, HUP, INT, TERM};
-pub(crate) use tree::{below, state};
+pub(crate) use tree::{below, group_and_session, state};
+pub(crate) use user::{NoUser, User};
 pub(crate) use watch::{NICE, Sink, Watch};
 
 use backlog::Bounds;
@@ -68,8 +70,10 @@ pub(crate) struct Job {
     pub(crate) args: Vec<OsString>,
     /// Where the CLI starts, if not where we are.
     pub(crate) cwd: Option<PathBuf>,
-    /// What the CLI finds in its environment instead of what we have there.
-    pub(crate) env: Vec<(OsString, OsString)>,
+    /// What the CLI finds in its environment instead of what we have there; `None` is not there.
+    pub(crate) env: Vec<(OsString, Option<OsString>)>,
+    /// As whom it runs, if not as we do.
+    pub(crate) user: Option<User>,
     pub(crate) mode: Mode,
     /// What the ids of the monitor's requests begin with; unguessable.
     pub(crate) request_prefix: String,
@@ -309,6 +313,12 @@ fn timespec(d: Duration) -> Timespec {
 /// Time since the Unix epoch.
 pub(crate) fn unix() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+}
+
+/// Keeps our memory, environment and descriptors from other processes of this user, who is most likely the agent's, too. Root sees them.
+pub(crate) fn hide() {
+    // Refused nowhere, and without it all else is as right.
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable).ok();
 }
 
 /// A number that nobody can guess: the standard library seeds its hash tables from the kernel.

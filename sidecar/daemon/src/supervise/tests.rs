@@ -84,6 +84,7 @@ fn as_wrapper() {
         program: "python3".into(),
         arg0: None,
         args: vec!["-u".into(), "-c".into(), program],
+        user: None,
         env: vec![],
         mode: Mode::Parse { stdin_json: true },
         request_prefix: String::from("agent-sidecar:test:"),

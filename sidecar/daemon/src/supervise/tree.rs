@@ -28,6 +28,15 @@ pub(crate) fn state(pid: i32) -> Option<char> {
     Some(parse(&stat)?.state)
 }
 
+/// The group and the session of a process. The system's own calls answer zero for what is led from outside of our namespace, as after
+/// `nsenter`, which is no pid.
+pub(crate) fn group_and_session(pid: i32) -> Option<(i32, i32)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = stat.rsplit_once(')')?;
+    let mut fields = fields.split_ascii_whitespace().skip(2);
+    Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Process {
     pid: i32,

@@ -96,3 +96,20 @@ fn a_hub_without_an_agent_reaps_too() {
     rustix::process::kill_process(rustix::process::Pid::from_raw(init).unwrap(), rustix::process::Signal::TERM).unwrap();
     assert_eq!(running.code(), Some(0));
 }
+
+#[test]
+fn a_shim_whose_session_is_led_from_outside_starts_its_cli() {
+    let dir = Scratch::new("namespaces", "outside");
+    copy(std::path::Path::new(SIDECAR), &dir.join("claude"));
+    script(&dir.join("claude.sidecar-real"), "echo up");
+    let Some(mut command) = as_init(&["true"]) else { return };
+    let words: Vec<_> = command.get_args().take_while(|word| *word != SIDECAR).map(std::ffi::OsStr::to_owned).collect();
+    command = Command::new("unshare");
+    // Neither PID 1 nor the leader of anything.
+    command.args(words).args(["sh", "-c", "\"$0\" -p hi; echo $?"]).arg(dir.join("claude")).env("AGENT_SIDECAR_LISTEN", "off");
+    let mut running = Running::start(command);
+    running.close_stdin();
+    assert_eq!(running.line(), "up");
+    assert_eq!(running.line(), "0");
+    assert_eq!(running.code(), Some(0));
+}

@@ -25,6 +25,7 @@ use hyper::body::Bytes;
 
 use super::Signal;
 use super::count::{Cause, Counts};
+use crate::files;
 
 /// Batches in memory where the disk does not take them, and such as come while it is waited for.
 pub(super) const MEMORY_BYTES: u64 = 8 << 20;
@@ -412,7 +413,7 @@ impl Queue {
         let (nonce, n) = (self.nonce, self.n);
         let found = || {
             let mut header = [0; HEADER];
-            File::open(path)?.read_exact(&mut header)?;
+            files::open(path, OpenOptions::new().read(true))?.read_exact(&mut header)?;
             let created = u64::from_le_bytes(std::array::from_fn(|i| header[8 + i]));
             let items = u32::from_le_bytes(std::array::from_fn(|i| header[16 + i]));
             let id = Id { created, nonce, n };
@@ -477,7 +478,7 @@ pub(super) fn is_our_own(dir: &Path) -> bool {
 /// The lock of a directory, unless somebody holds it or has cleared the directory away meanwhile.
 fn lock(dir: &Path) -> io::Result<Option<File>> {
     let path = dir.join("lock");
-    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path)?;
+    let file = files::open(&path, OpenOptions::new().create(true).append(true).mode(0o600))?;
     if file.try_lock().is_err() {
         return Ok(None);
     }

@@ -1,0 +1,117 @@
+//! What stands between the agent and us where the CLI runs as another user, and what it leaves open.
+
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+
+use crate::config::Config;
+use crate::supervise::User;
+
+/// Whether whoever must not can change the file that our settings come from: the agent, or everybody. An agent that runs as root can
+/// change everything, and then it is no news.
+pub(crate) fn config_is_open(config: &Config, agent: &User) -> bool {
+    let stranger = User::stranger();
+    let reader = if agent.is_root() { &stranger } else { agent };
+    config.file().is_some_and(|file| reader.may_change(file))
+}
+
+/// Says what of ours an agent of another user could change all the same.
+pub(crate) fn check(config: &Config, agent: &User) {
+    for (key, path) in config.own_paths().into_iter().filter(|(_, path)| agent.may_change(path)) {
+        tracing::warn!(
+            path = %path.display(),
+            "the agent's user may change or replace what `{key}` names; choose a place where only the sidecar's user may write"
+        );
+    }
+}
+
+/// Where the CLI of another user looks whether it is to turn messages away. It may look, and nothing else.
+pub(crate) struct HoldDir {
+    path: PathBuf,
+    /// Held while we live: who finds it free finds what somebody who was killed has left.
+    _lock: File,
+}
+
+const HOLD: &str = "agent-sidecar-hold-";
+
+impl HoldDir {
+    /// `/run` first: in the others anybody may be in the way, though nobody can take away what is ours.
+    pub(crate) fn make(run: &str) -> io::Result<HoldDir> {
+        let mut last = io::Error::from(io::ErrorKind::NotFound);
+        for place in ["/run", "/tmp", "/dev/shm"] {
+            match HoldDir::at(Path::new(place), run) {
+                Ok(dir) => return Ok(dir),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    fn at(place: &Path, run: &str) -> io::Result<HoldDir> {
+        tidy(place);
+        let path = place.join(format!("{HOLD}{run}"));
+        // Made by nobody else, and no link: it must not have been there.
+        DirBuilder::new().mode(0o700).create(&path)?;
+        let lock = File::open(&path)?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+        // Others may look only now, when nobody who tidies can take it for left.
+        fs::set_permissions(&path, Permissions::from_mode(0o755))?;
+        Ok(HoldDir { path, _lock: lock })
+    }
+
+    pub(crate) fn file(&self) -> PathBuf {
+        self.path.join("hold")
+    }
+}
+
+/// Removes what others of this user have left here who were killed.
+fn tidy(place: &Path) {
+    let us = rustix::process::geteuid().as_raw();
+    for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+        if !entry.file_name().to_str().is_some_and(|name| name.starts_with(HOLD)) {
+            continue;
+        }
+        // One that is not open to others yet is being made.
+        let left = entry.metadata().is_ok_and(|dir| dir.is_dir() && dir.uid() == us && dir.mode() & 0o777 == 0o755);
+        let lock = File::open(entry.path()).ok().filter(|_| left);
+        if lock.is_some_and(|lock| rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()) {
+            fs::remove_dir_all(entry.path()).ok();
+        }
+    }
+}
+
+impl Drop for HoldDir {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.path).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_somebody_who_was_killed_has_left_is_removed_and_nothing_else() {
+        let root = std::env::temp_dir().join(format!("agent-sidecar-fence-{}", std::process::id()));
+        fs::create_dir_all(&root).unwrap();
+        let lives = HoldDir::at(&root, "a").unwrap();
+        let left = root.join(format!("{HOLD}b"));
+        let fresh = root.join(format!("{HOLD}c"));
+        for (dir, mode) in [(&left, 0o755), (&fresh, 0o700)] {
+            fs::create_dir(dir).unwrap();
+            fs::set_permissions(dir, Permissions::from_mode(mode)).unwrap();
+        }
+        fs::write(left.join("hold"), "").unwrap();
+        tidy(&root);
+        assert!(lives.path.exists() && fresh.exists() && !left.exists());
+        assert!(HoldDir::at(&root, "a").is_err(), "it must not have been there");
+        let file = lives.file();
+        fs::write(&file, "").unwrap();
+        drop(lives);
+        assert!(!file.exists());
+        fs::remove_dir_all(root).unwrap();
+    }
+}

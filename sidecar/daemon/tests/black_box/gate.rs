@@ -1,0 +1,91 @@
+//! Who may change something at the hub, over TCP and at its socket.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::*;
+
+const WORD: &str = "0123456789abcdef0123456789abcdef";
+const RAISE: &str = "POST /v1/budgets/container?usd=9";
+
+/// The code that a request with these headers is answered with.
+fn code(mut stream: impl Read + Write, request: &str, headers: &str) -> String {
+    write!(stream, "{request} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n{headers}\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer.split(' ').nth(1).unwrap().to_owned()
+}
+
+struct Hub {
+    dir: Scratch,
+    _running: Running,
+}
+
+fn hub(name: &str, flags: impl Fn(&Path) -> Vec<String>) -> Hub {
+    let dir = Scratch::new("gate", name);
+    let mut command = Command::new(SIDECAR);
+    command.args(["hub", "--listen", "127.0.0.1:0", "--hub-control", "--socket"]).arg(dir.join("hub.sock")).args(flags(&dir));
+    let hub = Hub { _running: Running::start(command), dir };
+    wait_for("the hub", || UnixStream::connect(hub.dir.join("hub.sock")).ok());
+    wait_for("its address", || hub.tcp());
+    hub
+}
+
+impl Hub {
+    fn tcp(&self) -> Option<TcpStream> {
+        let address = std::fs::read_to_string(self.dir.join("hub.state/address")).ok()?;
+        TcpStream::connect(address.trim()).ok()
+    }
+
+    fn both(&self, headers: &str) -> [String; 2] {
+        let socket = UnixStream::connect(self.dir.join("hub.sock")).unwrap();
+        [code(socket, RAISE, headers), code(self.tcp().unwrap(), RAISE, headers)]
+    }
+}
+
+fn token(dir: &Path, mode: u32) -> String {
+    let path = dir.join("token");
+    std::fs::write(&path, format!("{WORD}\n")).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn without_a_token_nothing_can_be_changed_over_tcp_whatever_is_asked_for() {
+    let hub = hub("none", |_| vec![String::from("--control-tcp")]);
+    assert_eq!(hub.both(""), ["200", "405"]);
+    assert_eq!(hub.both(&format!("Authorization: Bearer {WORD}\r\n")), ["200", "405"]);
+}
+
+#[test]
+fn a_token_is_asked_for_at_the_socket_and_opens_tcp_only_where_that_was_wanted() {
+    let right = format!("Authorization: Bearer {WORD}\r\n");
+    let closed = hub("closed", |dir| vec![String::from("--control-token-file"), token(dir, 0o600)]);
+    assert_eq!(closed.both(""), ["401", "405"]);
+    assert_eq!(closed.both(&right), ["200", "405"]);
+    let open = hub("open", |dir| vec![String::from("--control-tcp"), String::from("--control-token-file"), token(dir, 0o600)]);
+    assert_eq!(open.both("Authorization: Bearer nearly-the-right-one-but-not\r\n"), ["401", "401"]);
+    assert_eq!(open.both(&right), ["200", "200"]);
+    assert_eq!(open.both(&format!("{right}Origin: http://localhost\r\n")), ["403", "403"]);
+    let mut metrics = open.tcp().unwrap();
+    write!(metrics, "GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
+    let mut said = String::new();
+    metrics.read_to_string(&mut said).unwrap();
+    for (outcome, n) in [("allowed", 2), ("unauthorized", 2), ("cross_site", 2), ("closed", 0)] {
+        assert!(
+            said.contains(&format!("agent_sidecar_control_requests_total{{outcome=\"{outcome}\"}} {n}\n")),
+            "{outcome}: {said}"
+        );
+    }
+    assert!(!said.contains(WORD));
+}
+
+#[test]
+fn a_token_that_others_can_read_opens_to_nobody() {
+    let hub = hub("readable", |dir| vec![String::from("--control-token-file"), token(dir, 0o644)]);
+    assert_eq!(hub.both(&format!("Authorization: Bearer {WORD}\r\n")), ["401", "405"]);
+}

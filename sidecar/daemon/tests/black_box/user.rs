@@ -1,0 +1,204 @@
+//! The CLI as another user than the sidecar. These really change users, so only root can run them.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use rustix::process::Signal;
+
+use crate::support::*;
+
+/// Owns nothing here.
+pub(crate) const NOBODY: u32 = 65534;
+
+/// False, and says so, where nobody can become somebody else.
+pub(crate) fn may_change_users() -> bool {
+    if !root() {
+        eprintln!("not tried: only root can start something as another user");
+    }
+    root()
+}
+
+/// A wrapper, as we are, around a CLI of another user.
+fn as_nobody(flags: &[&str], cli: &[&str]) -> Command {
+    let mut command = Command::new(SIDECAR);
+    command.args(["run", "--listen", "off", "--user", "65534"]).args(flags).arg("--").args(cli);
+    command.current_dir("/");
+    command
+}
+
+fn sh_as_nobody(flags: &[&str], program: &str, args: &[&str]) -> Command {
+    as_nobody(flags, &[&["sh", "-c", program, "sh"], args].concat())
+}
+
+#[test]
+fn the_cli_is_that_user_and_can_become_no_other() {
+    if !may_change_users() {
+        return;
+    }
+    let program = "echo $(id -u) $(id -g) $(id -G); grep -E '^(NoNewPrivs|CapPrm|CapAmb)' /proc/self/status; echo $HOME,$USER,$LOGNAME; read -r line; echo heard $line; pwd";
+    for args in [&STREAM_JSON[..], &ONE_SHOT[..], &[]] {
+        let mut command = sh_as_nobody(&[], program, args);
+        command.env("HOME", "/root").env("USER", "root").env_remove("LOGNAME");
+        let mut running = Running::start(command);
+        assert_eq!(running.line(), "65534 65534 65534");
+        let rest: Vec<String> = (0..3).map(|_| running.line().replace('\t', " ")).collect();
+        assert_eq!(rest, ["CapPrm: 0000000000000000", "CapAmb: 0000000000000000", "NoNewPrivs: 1"]);
+        assert_eq!(running.line(), "/nonexistent,nobody,");
+        running.write(b"hello\n").unwrap();
+        assert_eq!(running.line(), "heard hello");
+        assert_eq!(running.line(), "/");
+        assert_eq!(running.code(), Some(0), "{args:?}");
+    }
+}
+
+#[test]
+fn a_user_that_is_not_there_or_cannot_be_had_is_an_error_and_not_left_out() {
+    let refused = |mut command: Command, why: &str| {
+        let out = command.stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(125), "{said}");
+        assert!(said.contains(why) && out.stdout.is_empty(), "{said}");
+    };
+    let run = |user: &str| {
+        let mut command = Command::new(SIDECAR);
+        command.args(["run", "--listen", "off", "--user", user, "--", "echo", "started"]);
+        command
+    };
+    refused(run("no-such-user"), "there is no user `no-such-user`");
+    refused(run("0:no-such-group"), "there is no group `no-such-group`");
+    refused(run("a user"), "`run.user` is a user, not `a user`");
+    if may_change_users() {
+        let mut command = run("0");
+        command.uid(NOBODY).gid(NOBODY);
+        refused(command, "without CAP_SETUID, CAP_SETGID, CAP_KILL");
+        // Who cannot kill what it starts does not start it.
+        let mut command = Command::new("setpriv");
+        command.args(["--bounding-set", "-kill", "--inh-caps", "-kill", SIDECAR]).args(run("65534").get_args());
+        refused(command, "without CAP_KILL");
+    }
+    // Who is that user already needs nothing for it.
+    let mut command = run(&rustix::process::geteuid().as_raw().to_string());
+    assert_eq!(command.output().unwrap().stdout, b"started\n");
+}
+
+#[test]
+fn a_shim_puts_the_cli_behind_the_same_fence_and_refuses_where_it_cannot() {
+    if !may_change_users() {
+        return;
+    }
+    let dir = Scratch::new("user", "shim");
+    copy(std::path::Path::new(SIDECAR), &dir.join("claude"));
+    script(&dir.join("claude.sidecar-real"), "id -u");
+    let run = |user: &str| {
+        let mut command = Command::new(dir.join("claude"));
+        command.args(["-p", "hi"]).env("AGENT_SIDECAR_LISTEN", "off").env("AGENT_SIDECAR_USER", user);
+        let out = command.stdin(Stdio::null()).output().unwrap();
+        (out.status.code(), String::from_utf8(out.stdout).unwrap())
+    };
+    assert_eq!(run("65534"), (Some(0), String::from("65534\n")));
+    assert_eq!(run("no-such-user"), (Some(125), String::new()));
+    assert_eq!(run("no such user"), (Some(125), String::new()), "a mistake costs a setting elsewhere, and here the start");
+    // The SDK's own option: whoever starts us is that user already.
+    let mut command = Command::new(dir.join("claude"));
+    command.args(["-p", "hi"]).env("AGENT_SIDECAR_LISTEN", "off").env("AGENT_SIDECAR_USER", "65534");
+    let out = command.uid(NOBODY).gid(NOBODY).current_dir("/").stdin(Stdio::null()).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "65534\n", "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn when_we_are_killed_the_cli_of_another_user_dies_with_us() {
+    if !may_change_users() {
+        return;
+    }
+    for args in [&STREAM_JSON[..], &ONE_SHOT[..], &[]] {
+        let mut running = Running::start(sh_as_nobody(&[], "echo $$; exec sleep 1000", args));
+        let pid = running.number();
+        running.signal(Signal::KILL);
+        gone(pid);
+    }
+}
+
+#[test]
+fn what_another_user_leaves_behind_is_ended_and_so_is_the_cli() {
+    if !may_change_users() {
+        return;
+    }
+    let program = "setsid sh -c 'trap \"\" TERM; echo $$; while :; do sleep 1; done' & sleep 1000 & wait $!";
+    let mut running = Running::start(sh_as_nobody(&["--stop-end", "100ms", "--stop-terminate", "100ms"], program, &STREAM_JSON));
+    let tool = running.number();
+    running.signal(Signal::TERM);
+    running.close_stdin();
+    assert_eq!(running.code(), Some(143));
+    gone(tool);
+}
+
+#[test]
+fn as_pid_1_it_is_the_same() {
+    if !may_change_users() {
+        return;
+    }
+    let mut command = Command::new("unshare");
+    command.args(["-p", "-f", "--mount-proc", "--kill-child", SIDECAR, "run", "--listen", "off", "--user", "65534", "--"]);
+    command.args(["sh", "-c", "echo $PPID $(id -u); (sleep 1000 & ); exit 9", "sh"]).args(STREAM_JSON).current_dir("/");
+    let mut running = Running::start(command);
+    assert_eq!(running.line(), "1 65534");
+    assert_eq!(running.code(), Some(9));
+}
+
+#[test]
+fn keys_of_ours_do_not_reach_the_cli_and_limits_do() {
+    let program = "env | grep ^AGENT_SIDECAR_ | sort";
+    for user in ["65534", "off"] {
+        if user != "off" && !may_change_users() {
+            continue;
+        }
+        let mut command = Command::new(SIDECAR);
+        command.args(["run", "--listen", "off", "--user", user, "--", "sh", "-c", program]).current_dir("/");
+        command.env("AGENT_SIDECAR_OTLP_HEADERS", "authorization=Bearer%20secret");
+        command.env("AGENT_SIDECAR_BUSY_WEBHOOK_HEADERS", "x-key=secret").env("AGENT_SIDECAR_MAX_COST_USD", "5");
+        let out = command.stdin(Stdio::null()).output().unwrap();
+        assert_eq!(String::from_utf8(out.stdout).unwrap(), "AGENT_SIDECAR_MAX_COST_USD=5\n");
+    }
+}
+
+#[test]
+fn no_descriptor_of_ours_is_passed_to_another_user() {
+    if !may_change_users() {
+        return;
+    }
+    let dir = Scratch::new("user", "descriptors");
+    let (ledger, socket) = (dir.join("ledger"), dir.join("hub.sock"));
+    let flags = ["--ledger", ledger.to_str().unwrap(), "--socket", socket.to_str().unwrap(), "--busy-lease", "1s"];
+    let list = "ls /proc/self/fd";
+    let out = sh_as_nobody(&flags, list, &STREAM_JSON).stdin(Stdio::null()).output().unwrap();
+    let bare = Command::new("sh").args(["-c", list]).output().unwrap();
+    assert_eq!(String::from_utf8(out.stdout).unwrap(), String::from_utf8(bare.stdout).unwrap());
+}
+
+#[test]
+fn nothing_that_we_write_is_the_other_users_to_read_or_change() {
+    if !may_change_users() {
+        return;
+    }
+    let dir = Scratch::new("user", "files");
+    std::fs::set_permissions(&*dir, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let at = |name: &str| dir.join(name).to_str().unwrap().to_owned();
+    let mut command = Command::new(SIDECAR);
+    command.args(["run", "--user", "65534", "--listen", "127.0.0.1:0", "--socket", &at("hub.sock"), "--ledger", &at("ledger")]);
+    command.args(["--events", &at("events"), "--busy-file", &at("busy"), "--otlp-queue-dir", &at("queue")]);
+    command.args(["--otlp-endpoint", "http://127.0.0.1:9", "--otlp-flush", "100ms", "--container-max-cost-usd", "5", "--"]);
+    // The busy file is for others to read; the rest is for nobody.
+    let program = r#"
+        echo "$1"; read -r _
+        find "$0" -writable ! -type l 2>/dev/null; find "$0" -type f -readable 2>/dev/null; ls "$0"/hub.state "$0"/queue 2>/dev/null; echo over"#;
+    command.args(["sh", "-c", program, dir.to_str().unwrap(), INIT]).args(ONE_SHOT).current_dir("/");
+    let mut running = Running::start(command);
+    running.line_after(INIT);
+    for name in ["ledger", "events", "busy", "queue", "hub.state/budgets.json", "hub.sock"] {
+        wait_for(name, || dir.join(name).exists().then_some(()));
+    }
+    running.write(b"\n").unwrap();
+    let said = String::from_utf8(running.rest()).unwrap();
+    assert_eq!(said.replace(&format!("{}\n", at("busy")), ""), "over\n");
+}
