@@ -85,9 +85,12 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let place = config.meeting().map(|meeting| Place::find(&meeting));
     // Who only asks for a version takes nobody's place.
     let seat = if launch.asks_model { seat(config, place.as_ref())? } else { None };
-    let (home, homeless) = home(config, &who, &launch, &argv)?;
+    let (home, homeless) = home(config, &who, &launch, &argv, user.as_ref())?;
     let (own_env, cwd) = home.as_ref().map(|home| (home.env.clone(), home.cwd.clone())).unwrap_or_default();
-    let places = Places::of(&own_env, cwd.as_deref());
+    let whose: Vec<_> = user.iter().flat_map(User::variables).collect();
+    let at_home: Vec<_> =
+        whose.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))).chain(own_env.clone()).collect();
+    let places = Places::of(&at_home, cwd.as_deref());
     let tmp = own_env.iter().find(|(name, _)| name == "TMPDIR").map_or_else(std::env::temp_dir, |(_, path)| path.into());
     let guard = guard(config, place.as_ref(), &nonce, &who, learn.is_over(), &launch, &places)?;
     // Only now: who waits for a seat serves nobody.
@@ -161,8 +164,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let more = env.chain(telemetry.variables()).chain(own_env).chain(agent.env);
     // What is not there need not be taken out: an environment that nobody changes keeps its order.
     let without = Config::secrets().filter(|name| std::env::var_os(name).is_some()).map(|name| (name.into(), None));
-    let whose = user.iter().flat_map(User::variables);
-    let env = whose.chain(more.map(|(name, value)| (name, Some(value)))).chain(without).collect();
+    let env = whose.into_iter().chain(more.map(|(name, value)| (name, Some(value)))).chain(without).collect();
     let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, meters));
     let mut events = config.events().map(|path| LineFile::open(Use::Events, path, meters));
 
@@ -360,8 +362,14 @@ fn who(config: &Config, argv: &[OsString], launch: &Launch) -> (Who, Learn) {
 }
 
 /// The agent's own directory, if each is to have one; and whether there should be one, and is none.
-fn home(config: &Config, who: &Who, launch: &Launch, argv: &[OsString]) -> Result<(Option<Home>, bool), Failure> {
-    match Some(launch).filter(|launch| launch.asks_model).and_then(|launch| Home::open(config, who, launch, argv)) {
+fn home(
+    config: &Config,
+    who: &Who,
+    launch: &Launch,
+    argv: &[OsString],
+    user: Option<&User>,
+) -> Result<(Option<Home>, bool), Failure> {
+    match Some(launch).filter(|launch| launch.asks_model).and_then(|launch| Home::open(config, who, launch, argv, user)) {
         None => Ok((None, false)),
         Some(Ok(home)) => Ok((Some(home), false)),
         // Who insists on tenants being apart does not want it to share with others.

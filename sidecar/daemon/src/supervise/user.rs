@@ -93,6 +93,14 @@ impl User {
         Ok(User { uid, gid, groups: further, name: name.map(str::to_owned), home: PathBuf::from(home) })
     }
 
+    pub(crate) fn uid(&self) -> u32 {
+        self.uid
+    }
+
+    pub(crate) fn gid(&self) -> u32 {
+        self.gid
+    }
+
     pub(crate) fn is_us(&self) -> bool {
         self.uid == rustix::process::geteuid().as_raw() && self.gid == rustix::process::getegid().as_raw()
     }

@@ -17,6 +17,7 @@ use agent_sidecar_core::who::{Sources, Who};
 use super::{ANSWER, digest, within};
 use crate::config::Config;
 use crate::hub::try_lock;
+use crate::supervise::User;
 
 /// Agents of one name, or of none, at once; and directories that are looked at for a session.
 const MANY: usize = 1_024;
@@ -58,23 +59,40 @@ pub(crate) struct Home {
 
 impl Home {
     /// Finds or makes the one for this agent, within a bounded time. Who is started by an agent that has one is at home there.
-    pub(crate) fn open(config: &Config, who: &Who, launch: &Launch, argv: &[OsString]) -> Option<io::Result<Home>> {
+    /// `user`: as whom the agent runs, if not as we do.
+    pub(crate) fn open(
+        config: &Config,
+        who: &Who,
+        launch: &Launch,
+        argv: &[OsString],
+        user: Option<&User>,
+    ) -> Option<io::Result<Home>> {
         let dirs = config.agent_dirs()?;
         if is_within(&dirs.root) {
             return None;
         }
         let name = dirs.name.as_ref().and_then(|sources| super::known::first(config, argv, sources));
         let (tenant, start, resume) = (who.tenant.clone(), launch.start, launch.resume.clone());
-        let made = within(ANSWER, move || Home::make(&dirs, tenant.as_deref(), name.as_deref(), start, resume.as_deref()));
+        let user = user.filter(|user| !user.is_us()).cloned();
+        let make = move || Home::make(&dirs, tenant.as_deref(), name.as_deref(), start, resume.as_deref(), user.as_ref());
+        let made = within(ANSWER, make);
         Some(made.unwrap_or_else(|| Err(io::Error::new(io::ErrorKind::TimedOut, "the file system does not answer"))))
     }
 
-    fn make(dirs: &AgentDirs, tenant: Option<&str>, name: Option<&str>, start: Start, resume: Option<&str>) -> io::Result<Home> {
+    fn make(
+        dirs: &AgentDirs,
+        tenant: Option<&str>,
+        name: Option<&str>,
+        start: Start,
+        resume: Option<&str>,
+        user: Option<&User>,
+    ) -> io::Result<Home> {
         // A link below the root is somebody's idea; the root's own place is the operator's.
         let root = std::path::absolute(&dirs.root)?;
         fs::create_dir_all(&root)?;
         let tenant = root.join(tenant.map_or_else(|| NOBODY.to_owned(), safe));
-        private(&tenant)?;
+        let way = if user.is_some() { Reach::Through } else { Reach::Ours };
+        private(&tenant, way)?;
         tidy(&tenant);
         let (dir, lock) = match resume.and_then(|id| with_session(&tenant, id)) {
             // Where its session is, there it has to be.
@@ -82,7 +100,7 @@ impl Home {
                 let lock = take(&dir)?;
                 (dir, lock)
             }
-            None => free(&tenant, name, start)?,
+            None => free(&tenant, name, start, way)?,
         };
         let parts = ["config", "tmp", "workspace"].map(|part| dir.join(part));
         for part in &parts {
@@ -90,7 +108,7 @@ impl Home {
             if dirs.remove && lock.is_some() && part.exists() {
                 discard(part, &tenant)?;
             }
-            private(part)?;
+            private(part, user.map_or(Reach::Ours, Reach::Of))?;
         }
         let [config, tmp, workspace] = parts;
         let unset = |name: &str| std::env::var_os(name).is_none_or(|value| value.is_empty());
@@ -124,7 +142,7 @@ impl Home {
 }
 
 /// The first of a name that nobody has. Who goes on without saying with what, goes on where an agent last was.
-fn free(tenant: &Path, name: Option<&str>, start: Start) -> io::Result<(PathBuf, Option<File>)> {
+fn free(tenant: &Path, name: Option<&str>, start: Start, way: Reach<'_>) -> io::Result<(PathBuf, Option<File>)> {
     if name.is_none() && matches!(start, Start::Continue | Start::Fork) {
         let mut known = known(tenant);
         known.sort_by_key(|dir| std::cmp::Reverse(fs::metadata(dir.join(LOCK)).and_then(|found| found.modified()).ok()));
@@ -141,7 +159,7 @@ fn free(tenant: &Path, name: Option<&str>, start: Start) -> io::Result<(PathBuf,
             Some(name) => format!("{name}~{n}"),
             None => format!("{NOBODY}{n}"),
         });
-        private(&dir)?;
+        private(&dir, way)?;
         if let Some(lock) = take(&dir)? {
             return Ok((dir, Some(lock)));
         }
@@ -190,20 +208,38 @@ fn with_session(tenant: &Path, id: &str) -> Option<PathBuf> {
     })
 }
 
-/// Makes it for this user alone, or finds it so.
-fn private(dir: &Path) -> io::Result<()> {
+/// Who gets into a directory.
+#[derive(Clone, Copy)]
+enum Reach<'a> {
+    /// We alone.
+    Ours,
+    /// It is ours, and others may pass through to what is theirs.
+    Through,
+    /// The agent's user alone, and root.
+    Of(&'a User),
+}
+
+/// Makes a directory, or finds it, and nobody else gets into it.
+fn private(dir: &Path, reach: Reach<'_>) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(dir) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
     let found = fs::symlink_metadata(dir)?;
-    if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() {
+    let ours = found.uid() == rustix::process::geteuid().as_raw();
+    let theirs = matches!(reach, Reach::Of(user) if found.uid() == user.uid());
+    if !found.is_dir() || !(ours || theirs) {
         let what = format!("{} is not a directory of this user", dir.display());
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
     }
-    // A volume's group, or a umask that was wider.
-    if found.mode() & 0o077 != 0 {
-        fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
+    // A volume's group, a umask that was wider, an agent that ran as somebody else.
+    let mode = if matches!(reach, Reach::Through) { 0o711 } else { 0o700 };
+    if found.mode() & 0o777 != mode {
+        fs::set_permissions(dir, fs::Permissions::from_mode(mode))?;
+    }
+    if let (Reach::Of(user), false) = (reach, theirs) {
+        // What is above it is ours: nobody can have put a link here.
+        std::os::unix::fs::chown(dir, Some(user.uid()), Some(user.gid()))?;
     }
     Ok(())
 }
@@ -282,8 +318,9 @@ mod tests {
     #[test]
     fn each_agent_that_runs_has_one_of_its_own() {
         let root = scratch("own");
-        let open =
-            |tenant: Option<&str>, name: Option<&str>| Home::make(&dirs(&root, false), tenant, name, Start::Fresh, None).unwrap();
+        let open = |tenant: Option<&str>, name: Option<&str>| {
+            Home::make(&dirs(&root, false), tenant, name, Start::Fresh, None, None).unwrap()
+        };
         let homes = [
             open(Some("acme"), Some("mailer")),
             open(Some("acme"), Some("mailer")),
@@ -306,7 +343,7 @@ mod tests {
     #[test]
     fn a_session_is_resumed_where_it_was() {
         let root = scratch("resume");
-        let open = |start, resume| Home::make(&dirs(&root, false), Some("acme"), None, start, resume).unwrap();
+        let open = |start, resume| Home::make(&dirs(&root, false), Some("acme"), None, start, resume, None).unwrap();
         let (_first, second) = (open(Start::Fresh, None), open(Start::Fresh, None));
         let project = second.dir.join("config/projects/-work");
         fs::create_dir_all(&project).unwrap();
@@ -330,22 +367,22 @@ mod tests {
     #[test]
     fn it_goes_with_the_agent_if_it_is_to() {
         let root = scratch("remove");
-        let home = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None).unwrap();
+        let home = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap();
         let (dir, outside) = (home.dir.clone(), root.join("outside"));
         fs::write(&outside, "stays").unwrap();
         std::os::unix::fs::symlink(&root, dir.join("workspace/up")).unwrap();
         fs::create_dir(root.join(format!("acme/{GONE}1"))).unwrap();
         home.close();
         assert!(!dir.exists() && outside.exists());
-        let killed = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None).unwrap();
+        let killed = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap();
         fs::write(dir.join("workspace/secret"), "").unwrap();
         drop(killed);
-        drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None).unwrap());
+        drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap());
         assert!(
             dir.join("workspace").exists() && !dir.join("workspace/secret").exists(),
             "whoever comes next finds nothing of it"
         );
-        drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None).unwrap());
+        drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap());
         assert!(!root.join(format!("acme/{GONE}1")).exists(), "what a kill has left is cleared away");
         fs::remove_dir_all(root).unwrap();
     }
@@ -356,7 +393,7 @@ mod tests {
         let elsewhere = root.join("elsewhere");
         fs::create_dir_all(&elsewhere).unwrap();
         std::os::unix::fs::symlink(&elsewhere, root.join("acme")).unwrap();
-        let refused = Home::make(&dirs(&root, false), Some("acme"), None, Start::Fresh, None);
+        let refused = Home::make(&dirs(&root, false), Some("acme"), None, Start::Fresh, None, None);
         assert!(refused.unwrap_err().to_string().contains("is not a directory of this user"));
         fs::remove_dir_all(root).unwrap();
     }

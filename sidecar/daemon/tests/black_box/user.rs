@@ -202,3 +202,26 @@ fn nothing_that_we_write_is_the_other_users_to_read_or_change() {
     let said = String::from_utf8(running.rest()).unwrap();
     assert_eq!(said.replace(&format!("{}\n", at("busy")), ""), "over\n");
 }
+
+#[test]
+fn the_directories_of_an_agent_are_its_users_and_what_is_above_them_is_not() {
+    if !may_change_users() {
+        return;
+    }
+    let root = scratch("dirs-of-nobody");
+    std::fs::set_permissions(&root, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let dirs = root.join("agents");
+    let program = "pwd; touch $CLAUDE_CONFIG_DIR/mine $TMPDIR/mine && echo written; touch $CLAUDE_CONFIG_DIR/../mine 2>/dev/null || echo refused";
+    for _ in 0..2 {
+        let flags = ["--agent-dirs", dirs.to_str().unwrap(), "--agent-workspace", "always", "--tenant", "acme"];
+        let mut running = Running::start(sh_as_nobody(&flags, program, &STREAM_JSON));
+        let home = dirs.join("acme/_1");
+        assert_eq!(running.line(), home.join("workspace").to_str().unwrap());
+        assert_eq!(running.line(), "written");
+        assert_eq!(running.line(), "refused");
+        running.close_stdin();
+        assert_eq!(running.code(), Some(0));
+        let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&home), mode(&home.join("config"))), (0o711, 0o700));
+    }
+}
