@@ -119,7 +119,7 @@ struct Inner {
     /// For whom; none while that is not known.
     owner: Mutex<Option<String>>,
     letters: SyncSender<Letter>,
-    box_: Mutex<Option<Receiver<Letter>>>,
+    received: Mutex<Option<Receiver<Letter>>>,
 }
 
 impl Guard {
@@ -148,7 +148,7 @@ impl Guard {
             claims,
             owner: Mutex::new(owner.clone()),
             letters,
-            box_: Mutex::new(Some(received)),
+            received: Mutex::new(Some(received)),
         };
         let guard = Guard { inner: Arc::new(inner) };
         let Some(owner) = owner else { return Ok((guard, Vec::new())) };
@@ -158,7 +158,8 @@ impl Guard {
             return Err(TenantsShare { owner, first, more: conflicts });
         }
         for conflict in conflicts.iter().filter(|conflict| conflict.fresh) {
-            tracing::warn!("{}; agents of different tenants can read what is there", what(conflict));
+            let whose = tenant(lock(&guard.inner.owner).as_deref().unwrap_or_default());
+            tracing::warn!("this agent works for {whose}, and {}; each can read there what the other keeps", what(conflict));
         }
         let told = conflicts.into_iter().map(|conflict| (conflict.kind, conflict.owner)).collect();
         Ok((guard, told))
@@ -166,11 +167,11 @@ impl Guard {
 
     /// Writes down what the agent's sessions are called, and looks at it when it is known for whom it works.
     pub(crate) fn watch(&self, handle: Handle) {
-        let Some(received) = lock(&self.inner.box_).take() else { return };
+        let Some(letters) = lock(&self.inner.received).take() else { return };
         let guard = self.clone();
         let started = std::thread::Builder::new().name(String::from("guard")).stack_size(256 * 1024).spawn(move || {
             let mut sessions: Vec<Claim> = Vec::new();
-            for letter in received {
+            for letter in letters {
                 match letter {
                     Letter::Known => {
                         let Some(who) = visit_blocking(&handle, |monitor, _| monitor.who().clone()) else { return };
@@ -219,7 +220,8 @@ impl Guard {
         for conflict in &conflicts {
             let end = if enforced { "; it is ended" } else { "" };
             if conflict.fresh || enforced {
-                tracing::warn!("{}{end}", what(conflict));
+                let whose = tenant(lock(&self.inner.owner).as_deref().unwrap_or_default());
+                tracing::warn!("this agent works for {whose}, and {}{end}", what(conflict));
             }
             let (kind, owner) = (conflict.kind, conflict.owner.clone());
             let action = if enforced { Guarded::Ended } else { Guarded::Flagged };
