@@ -29,6 +29,8 @@ const TRIES: u32 = 250;
 const AGAIN: Duration = Duration::from_millis(2);
 /// Transcripts that are looked at for the one that would be continued.
 const TRANSCRIPTS: usize = 10_000;
+/// What is still to be written down when the agent has ended is waited for so long.
+const LAST: Duration = Duration::from_secs(1);
 /// Sessions that wait to be written down. One process has few.
 const LETTERS: usize = 64;
 
@@ -103,6 +105,8 @@ enum Letter {
     /// Whom it works for is as known as it will be.
     Known,
     Session(String),
+    /// The agent has ended: whoever sends this waits until all before it is done.
+    End(SyncSender<()>),
 }
 
 /// See the module's head.
@@ -180,6 +184,10 @@ impl Guard {
                         let claims = [&guard.inner.claims[..], &sessions].concat();
                         guard.told(&handle, guard.claim(&owner, &claims));
                     }
+                    Letter::End(done) => {
+                        // Nobody waits any more: then it took too long.
+                        done.send(()).ok();
+                    }
                     Letter::Session(id) => {
                         let claim = Claim { kind: Shared::Session, key: id, file: None };
                         let owner = lock(&guard.inner.owner).clone();
@@ -208,6 +216,11 @@ impl Guard {
 
     /// The agent has ended: till now it has used what it has.
     pub(crate) fn end(&self) {
+        let (done, all) = sync_channel(1);
+        // A short one may be over before it is known what its session is called.
+        if self.inner.letters.try_send(Letter::End(done)).is_ok() {
+            all.recv_timeout(LAST).ok();
+        }
         let now = unix().as_secs_f64();
         if let Err(error) = self.write(|book| book.touch(&self.inner.run, now)) {
             tracing::debug!(%error, "when this tenant was last here is not written down");
@@ -225,7 +238,7 @@ impl Guard {
             }
             let (kind, owner) = (conflict.kind, conflict.owner.clone());
             let action = if enforced { Guarded::Ended } else { Guarded::Flagged };
-            handle.visit(move |monitor, now| monitor.handle(now, Input::Conflict { kind, owner: &owner, action }));
+            visit_blocking(handle, move |monitor, now| monitor.handle(now, Input::Conflict { kind, owner: &owner, action }));
         }
         if enforced && !conflicts.is_empty() {
             handle.visit(|monitor, now| {
