@@ -380,6 +380,17 @@ impl Learn {
         (who, Learn { wanted, mask, lines: 0 })
     }
 
+    /// What of it stays as it is, whatever the app says.
+    pub fn settled(&self, who: &Who) -> Who {
+        let mut settled = Who::default();
+        for name in Name::ALL.iter().filter(|name| !self.wanted.iter().any(|(wanted, _)| wanted == *name)) {
+            if let Some(value) = who.get(*name) {
+                settled.set(*name, value.to_owned());
+            }
+        }
+        settled
+    }
+
     /// Whether there is nothing more to be learnt.
     pub fn is_over(&self) -> bool {
         self.wanted.is_empty()

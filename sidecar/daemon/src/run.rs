@@ -81,7 +81,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let nonce = format!("{:016x}", supervise::random());
     let stdin_json = launch.mode == Mode::Parse { stdin_json: true };
     let (who, learn) = who(config, &argv, &launch);
-    let telemetry = Telemetry::plan(config, launch.asks_model, &nonce, who.clone());
+    let telemetry = Telemetry::plan(config, launch.asks_model, &nonce, learn.settled(&who));
     let place = config.meeting().map(|meeting| Place::find(&meeting));
     // Who only asks for a version takes nobody's place.
     let seat = if launch.asks_model { seat(config, place.as_ref())? } else { None };

@@ -81,6 +81,10 @@ fn what_the_app_says_first_is_learnt_until_its_first_message() {
     assert_eq!(read("message:request.tenant.1, env:T", &[initialize, message]), (String::from("7"), vec![true, false]));
     assert_eq!(read("message:no.such, env:T", &[b"no json", message]), (String::from("early"), vec![false, true]));
     assert_eq!(read("env:T, message:metadata.tenant", &[message]), (String::from("early"), vec![false]), "it was known before");
+    let (who, learn) = world.learn("message:x, env:T");
+    assert_eq!((who.tenant.as_deref(), learn.settled(&who).tenant), (Some("early"), None));
+    let (who, learn) = world.learn("env:T");
+    assert_eq!(learn.settled(&who), who);
     assert_eq!(read("message:metadata", &[message]), (String::from("fixed"), vec![true]), "an object is no value");
     assert!(read("message:x", &[b"{}".as_slice(); 64]).1[63], "nobody is listened to for ever");
 }

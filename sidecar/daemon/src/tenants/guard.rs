@@ -29,6 +29,8 @@ const TRIES: u32 = 250;
 const AGAIN: Duration = Duration::from_millis(2);
 /// Transcripts that are looked at for the one that would be continued.
 const TRANSCRIPTS: usize = 10_000;
+/// What is still to be written down when the agent has ended is waited for so long.
+const LAST: Duration = Duration::from_secs(1);
 /// Sessions that wait to be written down. One process has few.
 const LETTERS: usize = 64;
 
@@ -103,6 +105,8 @@ enum Letter {
     /// Whom it works for is as known as it will be.
     Known,
     Session(String),
+    /// The agent has ended: whoever sends this waits until all before it is done.
+    End(SyncSender<()>),
 }
 
 /// See the module's head.
@@ -119,7 +123,7 @@ struct Inner {
     /// For whom; none while that is not known.
     owner: Mutex<Option<String>>,
     letters: SyncSender<Letter>,
-    box_: Mutex<Option<Receiver<Letter>>>,
+    received: Mutex<Option<Receiver<Letter>>>,
 }
 
 impl Guard {
@@ -148,7 +152,7 @@ impl Guard {
             claims,
             owner: Mutex::new(owner.clone()),
             letters,
-            box_: Mutex::new(Some(received)),
+            received: Mutex::new(Some(received)),
         };
         let guard = Guard { inner: Arc::new(inner) };
         let Some(owner) = owner else { return Ok((guard, Vec::new())) };
@@ -158,7 +162,8 @@ impl Guard {
             return Err(TenantsShare { owner, first, more: conflicts });
         }
         for conflict in conflicts.iter().filter(|conflict| conflict.fresh) {
-            tracing::warn!("{}; agents of different tenants can read what is there", what(conflict));
+            let whose = tenant(lock(&guard.inner.owner).as_deref().unwrap_or_default());
+            tracing::warn!("this agent works for {whose}, and {}; each can read there what the other keeps", what(conflict));
         }
         let told = conflicts.into_iter().map(|conflict| (conflict.kind, conflict.owner)).collect();
         Ok((guard, told))
@@ -166,11 +171,11 @@ impl Guard {
 
     /// Writes down what the agent's sessions are called, and looks at it when it is known for whom it works.
     pub(crate) fn watch(&self, handle: Handle) {
-        let Some(received) = lock(&self.inner.box_).take() else { return };
+        let Some(letters) = lock(&self.inner.received).take() else { return };
         let guard = self.clone();
         let started = std::thread::Builder::new().name(String::from("guard")).stack_size(256 * 1024).spawn(move || {
             let mut sessions: Vec<Claim> = Vec::new();
-            for letter in received {
+            for letter in letters {
                 match letter {
                     Letter::Known => {
                         let Some(who) = visit_blocking(&handle, |monitor, _| monitor.who().clone()) else { return };
@@ -178,6 +183,10 @@ impl Guard {
                         *lock(&guard.inner.owner) = Some(owner.clone());
                         let claims = [&guard.inner.claims[..], &sessions].concat();
                         guard.told(&handle, guard.claim(&owner, &claims));
+                    }
+                    Letter::End(done) => {
+                        // Nobody waits any more: then it took too long.
+                        done.send(()).ok();
                     }
                     Letter::Session(id) => {
                         let claim = Claim { kind: Shared::Session, key: id, file: None };
@@ -207,6 +216,11 @@ impl Guard {
 
     /// The agent has ended: till now it has used what it has.
     pub(crate) fn end(&self) {
+        let (done, all) = sync_channel(1);
+        // A short one may be over before it is known what its session is called.
+        if self.inner.letters.try_send(Letter::End(done)).is_ok() {
+            all.recv_timeout(LAST).ok();
+        }
         let now = unix().as_secs_f64();
         if let Err(error) = self.write(|book| book.touch(&self.inner.run, now)) {
             tracing::debug!(%error, "when this tenant was last here is not written down");
@@ -219,11 +233,12 @@ impl Guard {
         for conflict in &conflicts {
             let end = if enforced { "; it is ended" } else { "" };
             if conflict.fresh || enforced {
-                tracing::warn!("{}{end}", what(conflict));
+                let whose = tenant(lock(&self.inner.owner).as_deref().unwrap_or_default());
+                tracing::warn!("this agent works for {whose}, and {}{end}", what(conflict));
             }
             let (kind, owner) = (conflict.kind, conflict.owner.clone());
             let action = if enforced { Guarded::Ended } else { Guarded::Flagged };
-            handle.visit(move |monitor, now| monitor.handle(now, Input::Conflict { kind, owner: &owner, action }));
+            visit_blocking(handle, move |monitor, now| monitor.handle(now, Input::Conflict { kind, owner: &owner, action }));
         }
         if enforced && !conflicts.is_empty() {
             handle.visit(|monitor, now| {
