@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -147,8 +147,10 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let without = Config::secrets().filter(|name| std::env::var_os(name).is_some()).map(|name| (name.into(), None));
     let whose = user.iter().flat_map(User::variables);
     let env = whose.chain(more.map(|(name, value)| (name, Some(value)))).chain(without).collect();
-    let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, meters));
-    let mut events = config.events().map(|path| LineFile::open(Use::Events, path, meters));
+    let links = |path: &Path| user.as_ref().is_none_or(|user| user.is_us() || !user.may_change(path));
+    let mut lines = |what, path: PathBuf| LineFile::open(what, path.clone(), links(&path), meters);
+    let mut ledger = config.ledger().map(|path| lines(Use::Ledger, path));
+    let mut events = config.events().map(|path| lines(Use::Events, path));
 
     let job = Job {
         program: agent.program,
