@@ -100,7 +100,7 @@ def wrapper_metrics(port: int) -> dict[str, float]:
 
 def test_the_first_message_says_whose_it_is(version, api, session, sidecar):
     served = api(shim.script("plain"))
-    wrapper = sidecar("--tenant-from", "message:metadata.tenant", "--user-from", "message:metadata.user")
+    wrapper = sidecar("--tenant-from", "message:metadata.tenant", "--end-user-from", "message:metadata.user")
     cli = session(served, sidecar=wrapper)
     cli.send(harness.user("hello", metadata={"tenant": "acme", "user": "anna"}))
     assert cli.result()["subtype"] == "success"

@@ -24,7 +24,6 @@ use hyper_util::rt::TokioExecutor;
 use serde::Serialize;
 
 use crate::export::otlp::environment::Headers;
-use crate::files;
 use crate::http::visit_blocking;
 use crate::hub::Share;
 use crate::supervise::{BeforeExit, Handle};
@@ -177,10 +176,10 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{}", std::process::id()));
     let beside = PathBuf::from(name);
-    let how = &mut OpenOptions::new();
-    let how = how.write(true).create(true).truncate(true);
-    let written =
-        files::open(&beside, how).and_then(|mut file| file.write_all(content)).and_then(|()| std::fs::rename(&beside, path));
+    // Whatever has this name, a link above all, is not written through.
+    std::fs::remove_file(&beside).ok();
+    let made = OpenOptions::new().write(true).create_new(true).open(&beside);
+    let written = made.and_then(|mut file| file.write_all(content)).and_then(|()| std::fs::rename(&beside, path));
     if written.is_err() {
         // Not there, or the disk is full: then it is in the way.
         std::fs::remove_file(&beside).ok();

@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use agent_sidecar_core::metric::{self, Meters};
+use rustix::fs::OFlags;
 use serde::Serialize;
 
 use crate::supervise::Handle;
@@ -37,6 +38,8 @@ impl Use {
 pub(crate) struct LineFile {
     what: Use,
     path: PathBuf,
+    /// A link at its place is followed.
+    links: bool,
     file: Option<File>,
     /// The last line was written in part: the next one starts on a line of its own.
     torn: bool,
@@ -45,8 +48,9 @@ pub(crate) struct LineFile {
 
 impl LineFile {
     /// Opens or makes it, for the owner only. A file that cannot be opened is tried again with each line.
-    pub(crate) fn open(what: Use, path: PathBuf, meters: &mut Meters) -> LineFile {
-        let mut lines = LineFile { what, path, file: None, torn: false, warned: false };
+    /// `links` is false where others could make one, to have us write elsewhere.
+    pub(crate) fn open(what: Use, path: PathBuf, links: bool, meters: &mut Meters) -> LineFile {
+        let mut lines = LineFile { what, path, links, file: None, torn: false, warned: false };
         if let Err(error) = lines.ready() {
             lines.warn(&error);
             meters.set(&metric::DEGRADED, &[what.component()], 1.0);
@@ -95,8 +99,15 @@ impl LineFile {
         if self.file.is_none() {
             // What it says is money and ids: for the owner.
             // A pipe that nobody reads keeps nobody waiting.
-            let pipe = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
-            self.file = Some(OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(pipe).open(&self.path)?);
+            let pipe = OFlags::NONBLOCK | if self.links { OFlags::empty() } else { OFlags::NOFOLLOW };
+            self.file = Some(
+                OpenOptions::new()
+                    .append(true)
+                    .create(true)
+                    .mode(0o600)
+                    .custom_flags(pipe.bits().cast_signed())
+                    .open(&self.path)?,
+            );
         }
         self.file.as_mut().ok_or_else(|| io::Error::other("no file"))
     }

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -165,8 +165,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     // What is not there need not be taken out: an environment that nobody changes keeps its order.
     let without = Config::secrets().filter(|name| std::env::var_os(name).is_some()).map(|name| (name.into(), None));
     let env = whose.into_iter().chain(more.map(|(name, value)| (name, Some(value)))).chain(without).collect();
-    let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, meters));
-    let mut events = config.events().map(|path| LineFile::open(Use::Events, path, meters));
+    let mut lines = |what, path: PathBuf| LineFile::open(what, path.clone(), may_lead_on(user.as_ref(), &path), meters);
+    let mut ledger = config.ledger().map(|path| lines(Use::Ledger, path));
+    let mut events = config.events().map(|path| lines(Use::Events, path));
 
     let job = Job {
         program: agent.program,
@@ -411,11 +412,18 @@ fn guard(
     }
 }
 
+/// Whether a link in a file's place is followed: not one that the agent could have put there.
+fn may_lead_on(user: Option<&User>, path: &Path) -> bool {
+    user.is_none_or(|user| user.is_us() || !user.may_change(path))
+}
+
 /// An agent that never runs has no numbers of its own to be read.
 fn say_refused(config: &Config, place: &Place, nonce: &str, who: &Who, refused: &TenantsShare) {
     let mut meters = metric::Meters::new(config.max_series());
-    let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, &mut meters));
-    let mut events = config.events().map(|path| LineFile::open(Use::Events, path, &mut meters));
+    let user = config.user().ok().flatten();
+    let mut lines = |what, path: PathBuf| LineFile::open(what, path.clone(), may_lead_on(user.as_ref(), &path), &mut meters);
+    let mut ledger = config.ledger().map(|path| lines(Use::Ledger, path));
+    let mut events = config.events().map(|path| lines(Use::Events, path));
     let (action, now) = (Guarded::Refused, Clock::start().now());
     let mut logs = Logs::of(who.clone());
     for (seq, (kind, owner)) in (0..).zip(refused.kinds()) {

@@ -235,7 +235,7 @@ fn where_telemetry_goes_is_ours_to_say_and_its_keys_are_nobodys_to_see() {
 #[test]
 fn whom_an_agent_works_for_is_read_from_several_places_and_keys_do_not_print() {
     let file = "[labels]\ntenant = \"acme\"\ntenant_from = \"message:metadata.tenant, env:CUSTOMER\"\nuser_hash = true\nuser_hash_key = \"geheim\"\n[tenants]\nguard = \"enforce\"\nagent_dirs = \"/data\"\n[disk]\ninterval = \"0\"\n";
-    let config = load(file, &[("AGENT_SIDECAR_USER_FROM", "env:USER_ID")], &[("agent-from", "arg:--name")]).unwrap();
+    let config = load(file, &[("AGENT_SIDECAR_END_USER_FROM", "env:USER_ID")], &[("agent-from", "arg:--name")]).unwrap();
     assert_eq!(config.fixed_who().tenant.as_deref(), Some("acme"));
     assert_eq!(config.sources_of(Name::Tenant).map(|sources| sources.0.len()), Some(2));
     assert_eq!((config.sources_of(Name::User).is_some(), config.sources_of(Name::Team)), (true, None));
@@ -347,4 +347,12 @@ fn where_something_is_final_no_other_file_is_read() {
     let (file, mistake) = Sources::file(None, &usual);
     assert!(mistake.is_none() && file.unwrap().0 == usual);
     std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn no_two_settings_have_a_flag_in_common() {
+    let mut seen = std::collections::BTreeSet::new();
+    for setting in SETTINGS {
+        assert!(seen.insert(setting.flag) && seen.insert(setting.key), "{}: {}", setting.key, setting.flag);
+    }
 }

@@ -105,7 +105,8 @@ impl Yard {
 #[test]
 fn the_first_message_says_who_pays_and_that_is_who_is_charged() {
     let yard = Yard::new("message");
-    let flags = ["--tenant-from", "message:metadata.tenant,env:CUSTOMER", "--user-from", "message:metadata.user", "--user-hash"];
+    let flags =
+        ["--tenant-from", "message:metadata.tenant,env:CUSTOMER", "--end-user-from", "message:metadata.user", "--end-user-hash"];
     let budget = ["--tenant-max-cost-usd", "0.4", "--container-max-cost-usd", "100"];
     let flags = [&flags[..], &budget].concat();
     let mut early = yard.command(&flags, &[]);

@@ -177,6 +177,37 @@ fn no_descriptor_of_ours_is_passed_to_another_user() {
 }
 
 #[test]
+fn a_link_that_the_agent_has_made_does_not_lead_us_elsewhere() {
+    if !may_change_users() {
+        return;
+    }
+    let dir = Scratch::new("user", "links");
+    let (elsewhere, lair) = (dir.join("elsewhere"), dir.join("lair"));
+    std::fs::write(&elsewhere, "as it was").unwrap();
+    std::fs::create_dir(&lair).unwrap();
+    for name in ["ledger", "events"] {
+        std::os::unix::fs::symlink(&elsewhere, lair.join(name)).unwrap();
+    }
+    let at = |name: &str| lair.join(name).to_str().unwrap().to_owned();
+    let run = || {
+        let mut command =
+            as_nobody(&["--ledger", &at("ledger"), "--events", &at("events"), "--busy-file", &at("busy")], &["true"]);
+        let out = command.stdin(Stdio::null()).output().unwrap();
+        assert_eq!(out.status.code(), Some(0));
+        String::from_utf8(out.stderr).unwrap()
+    };
+    std::os::unix::fs::chown(&lair, Some(NOBODY), None).unwrap();
+    let log = run();
+    assert!(log.contains("the agent's user may change or replace what `ledger.path` names"), "{log}");
+    assert_eq!(std::fs::read_to_string(&elsewhere).unwrap(), "as it was");
+    // One of our own is followed.
+    std::os::unix::fs::chown(&lair, Some(0), None).unwrap();
+    std::fs::remove_file(lair.join("events")).unwrap();
+    run();
+    assert!(std::fs::read_to_string(&elsewhere).unwrap().contains("process_exited"));
+}
+
+#[test]
 fn nothing_that_we_write_is_the_other_users_to_read_or_change() {
     if !may_change_users() {
         return;
