@@ -10,7 +10,6 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::limit::{SHARED, Scope, Shared};
-use crate::price::day;
 use crate::tokens::Usd;
 
 /// Of another version is not read.
@@ -20,12 +19,13 @@ const NOBODY: &str = "";
 /// Tenants whose sums are kept.
 const TENANTS: usize = 1_000;
 
-/// The day and the month that it is, where bills are made.
+/// The day and the month that it is, where bills are made, and when each of them ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Periods {
     day: String,
     month: String,
-    number: u64,
+    day_ends: Duration,
+    month_ends: Duration,
 }
 
 impl Periods {
@@ -38,11 +38,15 @@ impl Periods {
         }
     }
 
-    /// `offset_seconds` east of Greenwich.
-    pub fn at(unix: Duration, offset_seconds: i64) -> Periods {
-        let local = unix.as_secs().saturating_add_signed(offset_seconds);
-        let day = day(Duration::from_secs(local));
-        Periods { month: day[..7].to_owned(), number: local / 86_400, day }
+    /// A day, like `2026-11-26`. Not all are of one length: when they end, only the caller knows.
+    pub fn new(day: String, day_ends: Duration, month_ends: Duration) -> Periods {
+        let month = day.get(..7).unwrap_or(&day).to_owned();
+        Periods { day, month, day_ends, month_ends }
+    }
+
+    /// The day, when it ends, and when its month does.
+    pub fn parts(&self) -> (&str, Duration, Duration) {
+        (&self.day, self.day_ends, self.month_ends)
     }
 }
 
@@ -217,21 +221,19 @@ impl Book {
             let reserved = if name != run && before(entry) { entry.reserved } else { 0 };
             add(&entry.tenant, entry.spent.in_period(periods), reserved);
         }
-        let shared = |scope: Scope, used: u64, period: u64| Shared {
+        let shared = |scope: Scope, used: u64, ends: Duration| Shared {
             used: Usd::from_pico(used),
             when_spent: purse.total,
-            period: Duration::from_secs(period),
+            ends,
             raised: self.raised(scope, tenant, periods),
         };
-        // Years and months are told apart by their digits.
-        let month = periods.month.bytes().filter(u8::is_ascii_digit).fold(0, |n, digit| n * 10 + u64::from(digit - b'0'));
-        let numbers = [0, periods.number, month];
+        let ends = [Duration::ZERO, periods.day_ends, periods.month_ends];
         let mut out = [None; SHARED];
         for &scope in Scope::ALL {
             let Some(at) = scope.shared() else { continue };
             // Who works for nobody has no tenant's budget.
             if at < 3 || tenant.is_some() {
-                out[at] = Some(shared(scope, sums[at / 3][at % 3], numbers[at % 3]));
+                out[at] = Some(shared(scope, sums[at / 3][at % 3], ends[at % 3]));
             }
         }
         out

@@ -220,8 +220,8 @@ pub struct Shared {
     pub used: Usd,
     /// What this process had spent by then, in all.
     pub when_spent: Usd,
-    /// Which day or month this is; a new one starts afresh.
-    pub period: Duration,
+    /// When its day or month is over, since the Unix epoch; zero where it goes on for ever. A new one starts afresh.
+    pub ends: Duration,
     /// Somebody has raised it to this.
     pub raised: Option<Usd>,
 }
@@ -459,7 +459,7 @@ fn measure(
         ) => {
             let shared = outside.shared[rule.scope.shared()?]?;
             let since = outside.spent.saturating_sub(shared.when_spent);
-            Measure { observed: (shared.used + since + usd).to_f64(), ..count(0, shared.period) }
+            Measure { observed: (shared.used + since + usd).to_f64(), ..count(0, shared.ends) }
         }
         (Limit::Tokens, Scope::Turn) => {
             let turn = turn?;

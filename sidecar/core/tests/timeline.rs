@@ -638,11 +638,10 @@ fn what_was_frozen_with_us_is_not_silence() {
 }
 
 /// What the book says of the container's budget.
-fn container(used: f64, period: u64) -> [Option<agent_sidecar_core::limit::Shared>; agent_sidecar_core::limit::SHARED] {
+fn container(used: f64, ends: u64) -> [Option<agent_sidecar_core::limit::Shared>; agent_sidecar_core::limit::SHARED] {
     let mut shared = [None; agent_sidecar_core::limit::SHARED];
-    let period = Duration::from_secs(period);
-    shared[1] =
-        Some(agent_sidecar_core::limit::Shared { used: Usd::from_f64(used), when_spent: Usd::ZERO, period, raised: None });
+    let ends = Duration::from_secs(ends);
+    shared[1] = Some(agent_sidecar_core::limit::Shared { used: Usd::from_f64(used), when_spent: Usd::ZERO, ends, raised: None });
     shared
 }
 

@@ -338,7 +338,7 @@ fn join(config: &Config, turn: Turn, nonce: &str, handle: &Handle, counts: &Arc<
     let teller = Teller {
         run: nonce.to_owned(),
         labels: config.labels(),
-        payer: shares.then(|| Payer { tenant: config.tenant(), offset: config.utc_offset() }),
+        payer: shares.then(|| Payer { tenant: config.tenant(), zone: config.zone() }),
         handle: handle.clone(),
         exports: Arc::clone(counts),
     };

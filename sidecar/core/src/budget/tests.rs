@@ -9,20 +9,13 @@ fn usd(usd: f64) -> Usd {
 }
 
 fn at(seconds: u64) -> Periods {
-    Periods::at(Duration::from_secs(seconds), 0)
+    let day = crate::price::day(Duration::from_secs(seconds));
+    let ends = Duration::from_secs((seconds / 86_400 + 1) * 86_400);
+    Periods::new(day, ends, ends + Duration::from_secs(30 * 86_400))
 }
 
 fn used(shared: &[Option<Shared>; SHARED]) -> Vec<Option<f64>> {
     shared.iter().map(|one| one.map(|one| one.used.to_f64())).collect()
-}
-
-#[test]
-fn a_day_ends_where_the_bill_is_made() {
-    let noon = DAY + 12 * 3_600;
-    assert_eq!(Periods::at(Duration::from_secs(noon), 0).day, "2026-11-23");
-    assert_eq!(Periods::at(Duration::from_secs(noon), 13 * 3_600).day, "2026-11-24");
-    assert_eq!(Periods::at(Duration::from_secs(noon), -13 * 3_600).day, "2026-11-22");
-    assert_eq!(Periods::at(Duration::from_secs(noon + 8 * 86_400), 0).month, "2026-12");
 }
 
 #[test]

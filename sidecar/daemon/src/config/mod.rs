@@ -20,7 +20,7 @@ use agent_sidecar_core::tokens::Usd;
 
 use crate::busy::{self, Lease};
 use crate::export::otlp::environment::{Headers, Own};
-use crate::hub::Meeting;
+use crate::hub::{Meeting, Zone};
 
 pub(crate) use value::{Kind, Value};
 
@@ -82,7 +82,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("limits.tenant_month_max_cost_usd", "tenant-month-max-cost-usd", Kind::Money, "", "the same, of each month"),
     setting("limits.max_sessions", "max-sessions", Kind::Count, "", "agents of the container that may run at once; one more waits to be started"),
     setting("limits.queue_timeout", "queue-timeout", Kind::Pause, "30s", "how long it waits; then it is not started, and the exit code is 125"),
-    setting("limits.utc_offset", "utc-offset", Kind::Offset, "+00:00", "where days and months of budgets begin: hours and minutes east of Greenwich"),
+    setting("limits.time_zone", "time-zone", Kind::Zone, "UTC", "where days and months of budgets begin, at midnight: a name like Europe/Berlin, or an offset from UTC like +05:30"),
     setting("limits.mode", "mode", Kind::Mode, "enforce", "what reaching a limit does: off, shadow (only says what it would do) or enforce; `limits.modes.<limit>` sets one"),
     setting("limits.exit_code", "limit-exit-code", Kind::Code, "", "exit with this code after a stop by a limit, instead of the CLI's own"),
     setting("stop.interrupt", "stop-interrupt", Kind::Time, "3s", "how long an interrupted turn has to end"),
@@ -478,7 +478,7 @@ impl Config {
                     | Value::Factor(_)
                     | Value::Text
                     | Value::Headers(_)
-                    | Value::Offset(_)
+                    | Value::Zone(_)
                     | Value::Address(_) => return None,
                 };
                 let usual = if limit.is_loop() { loops } else { common };
@@ -521,13 +521,13 @@ impl Config {
 
     pub(crate) fn hub_options(&self) -> crate::hub::Options {
         let slots = self.count("hub.slots").and_then(|n| usize::try_from(n).ok()).unwrap_or(8);
-        let (control, offset) = (self.switch("hub.control"), self.utc_offset());
+        let (control, zone) = (self.switch("hub.control"), self.zone());
         crate::hub::Options {
             slots,
             max_series: self.max_series(),
             labels: self.labels(),
             control,
-            offset,
+            zone,
             lease: self.busy().length,
         }
     }
@@ -668,11 +668,11 @@ impl Config {
         self.value("labels.tenant").map(|_| self.text("labels.tenant").to_owned())
     }
 
-    /// Where days begin, in seconds east of Greenwich.
-    pub(crate) fn utc_offset(&self) -> i64 {
-        match self.value("limits.utc_offset") {
-            Some(Value::Offset(seconds)) => *seconds,
-            _ => 0,
+    /// Where days begin.
+    pub(crate) fn zone(&self) -> Zone {
+        match self.value("limits.time_zone") {
+            Some(Value::Zone(zone)) => zone.clone(),
+            _ => Zone::default(),
         }
     }
 
@@ -707,9 +707,28 @@ pub(crate) fn variable(setting: &Setting) -> String {
     format!("{PREFIX}{}", setting.flag.replace('-', "_").to_uppercase())
 }
 
+/// What was called otherwise once, and what is set instead now.
+const RENAMED: &[(&str, &str)] = &[("limits.utc_offset", "limits.time_zone")];
+
+/// The setting that has taken another's place.
+fn renamed(key: &str) -> Option<&'static Setting> {
+    let (_, now) = RENAMED.iter().find(|(before, _)| *before == key)?;
+    SETTINGS.iter().find(|setting| setting.key == *now)
+}
+
 /// A variable that means nothing and was meant for one of ours: a limit that nobody holds costs money. Others are none of our business:
 /// Kubernetes makes such names for a service called like us, and other programs of the platform may share the prefix.
 fn slip(name: &str) -> Option<Mistake> {
+    let before = RENAMED
+        .iter()
+        .find(|(before, _)| before.rsplit('.').next().map(str::to_uppercase).as_deref() == name.strip_prefix(PREFIX));
+    if let Some(now) = before.and_then(|(before, _)| renamed(before)) {
+        return Some(Mistake {
+            origin: Origin::Environment(name.to_owned()),
+            what: String::from("there is no such variable any more"),
+            remedy: format!("set {} instead; it is {}", variable(now), now.help),
+        });
+    }
     // The names that somebody would make of the keys are as near as can be.
     let meant = SETTINGS
         .iter()

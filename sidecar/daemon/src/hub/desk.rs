@@ -15,6 +15,7 @@ use super::Place;
 use super::share::{Share, unix_nanos};
 use super::shelf::{Shelf, unix};
 use super::till::{self, Payer};
+use super::zone::Zone;
 use crate::busy::Word;
 use crate::export::prometheus;
 
@@ -26,7 +27,7 @@ pub(crate) struct Desk {
     place: Place,
     lease: Duration,
     control: bool,
-    offset: i64,
+    zone: Zone,
 }
 
 /// What a hub is to know.
@@ -40,8 +41,8 @@ pub(crate) struct Options {
     pub(crate) lease: Duration,
     /// Whether shared budgets can be raised, at the socket.
     pub(crate) control: bool,
-    /// Where its days begin, in seconds east of Greenwich.
-    pub(crate) offset: i64,
+    /// Where days begin.
+    pub(crate) zone: Zone,
 }
 
 impl Desk {
@@ -49,8 +50,8 @@ impl Desk {
         let labels: Vec<(String, String)> =
             options.labels.iter().map(|(label, value)| ((*label).to_owned(), value.clone())).collect();
         let shelf = Shelf::open(place, options.slots, options.max_series, &labels);
-        let Options { lease, control, offset, .. } = *options;
-        Desk { shelf: Mutex::new(shelf), own, place: place.clone(), lease, control, offset }
+        let Options { lease, control, .. } = *options;
+        Desk { shelf: Mutex::new(shelf), own, place: place.clone(), lease, control, zone: options.zone.clone() }
     }
 
     /// Takes in those that ended, so that their journals do not pile up.
@@ -115,7 +116,7 @@ impl Desk {
 
     /// Makes a shared budget larger; the agents hear of it within a second.
     pub(crate) fn raise(&self, scope: Scope, tenant: Option<String>, usd: Usd) -> std::io::Result<()> {
-        let payer = Payer { tenant, offset: self.offset };
+        let payer = Payer { tenant, zone: self.zone.clone() };
         till::raise(&self.place.dir, &payer, scope, usd, Duration::from_secs_f64(unix().max(0.0)))?;
         tracing::warn!(scope = scope.as_str(), tenant = payer.tenant, usd = usd.to_f64(), "a shared budget was raised");
         Ok(())
@@ -142,7 +143,7 @@ mod tests {
             Hello { hub: VERSION, run: String::from("a"), pid: 1, started: 0.0, world: String::new(), labels: Vec::new() };
         let mut journal = Journal::new(&place.dir, hello);
         let lease = Duration::from_secs(60);
-        let options = Options { slots: 8, max_series: 1_500, labels: Vec::new(), lease, control: false, offset: 0 };
+        let options = Options { slots: 8, max_series: 1_500, labels: Vec::new(), lease, control: false, zone: Zone::default() };
         let desk = Desk::open(&place, &options, None);
         let mut busy = |at: f64| {
             let line = Line { unix: at, sessions: vec![serde_json::json!({"state": "tool"})], ..Line::default() };

@@ -18,6 +18,7 @@ mod serve;
 mod share;
 mod shelf;
 mod till;
+mod zone;
 
 pub(crate) use desk::{Desk, Options};
 pub(crate) use place::{Meeting, Place};
@@ -25,3 +26,4 @@ pub(crate) use seat::{NoSeat, Seat};
 pub(crate) use serve::{Turn, alone};
 pub(crate) use share::{Share, Teller};
 pub(crate) use till::Payer;
+pub(crate) use zone::Zone;

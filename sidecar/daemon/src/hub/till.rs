@@ -9,12 +9,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use agent_sidecar_core::budget::{Book, Periods, Purse};
+use agent_sidecar_core::budget::{Book, Purse};
 use agent_sidecar_core::limit::{SHARED, Scope, Shared};
 use agent_sidecar_core::tokens::Usd;
 
 use super::journal::ENDING;
 use super::place::{lock_of_dead, try_lock};
+use super::zone::Zone;
 
 /// How often others are looked at that may have died with something reserved.
 const LOOK: Duration = Duration::from_secs(1);
@@ -26,8 +27,8 @@ const AGAIN: Duration = Duration::from_millis(2);
 #[derive(Clone, Debug)]
 pub(crate) struct Payer {
     pub(crate) tenant: Option<String>,
-    /// East of Greenwich, in seconds: where its days begin.
-    pub(crate) offset: i64,
+    /// Where its days begin.
+    pub(crate) zone: Zone,
 }
 
 /// See the module's head.
@@ -48,7 +49,7 @@ impl Till {
 
     /// Writes what was spent and what is asked for; what is spoken for by then.
     pub(super) fn settle(&mut self, unix: Duration, spent: Usd, asks: Option<Usd>) -> io::Result<[Option<Shared>; SHARED]> {
-        let periods = Periods::at(unix, self.payer.offset);
+        let periods = self.payer.zone.periods(unix);
         let _locked = lock(&self.dir)?;
         let before = read(&self.dir);
         let mut book = before.clone();
@@ -91,7 +92,7 @@ impl Till {
 pub(super) fn raise(dir: &Path, payer: &Payer, scope: Scope, usd: Usd, unix: Duration) -> io::Result<()> {
     let _locked = lock(dir)?;
     let mut book = read(dir);
-    book.raise(scope, payer.tenant.as_deref(), usd, &Periods::at(unix, payer.offset));
+    book.raise(scope, payer.tenant.as_deref(), usd, &payer.zone.periods(unix));
     store(dir, &book)
 }
 
