@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::Now;
+use crate::budget::{Amount, Caps};
 use crate::session::Session;
 use crate::tokens::Usd;
 use crate::update::{Activity, Decision, Stall, Step, Update, labels};
@@ -87,6 +88,13 @@ impl Scope {
     }
 }
 
+impl Scope {
+    /// Whether those who work for the same tenant share it.
+    pub fn of_tenant(self) -> bool {
+        matches!(self, Scope::Tenant | Scope::TenantDay | Scope::TenantMonth)
+    }
+}
+
 /// How many scopes are shared.
 pub const SHARED: usize = 6;
 
@@ -155,14 +163,6 @@ impl Rule {
         self.scope.shared().is_some()
     }
 
-    /// The ceiling in money, if it is one.
-    pub fn spending(&self) -> Option<Usd> {
-        match self.ceiling {
-            Ceiling::Usd(usd) => Some(usd),
-            Ceiling::Count(_) | Ceiling::Time(_) | Ceiling::Bytes(_) => None,
-        }
-    }
-
     /// Where people want to hear of it on the way there.
     fn warn_at(&self) -> &'static [f64] {
         match self.limit {
@@ -208,7 +208,7 @@ pub struct Outside {
     /// The CLI can be told to turn away what the app says.
     pub can_refuse: bool,
     /// What this process has spent, in all its sessions.
-    pub spent: Usd,
+    pub spent: Amount,
     /// What is known of the budgets that others spend from, too.
     pub shared: [Option<Shared>; SHARED],
 }
@@ -216,21 +216,41 @@ pub struct Outside {
 /// How much of a shared budget is spoken for, as it was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shared {
-    /// Spent by all, and reserved by those who came before us.
-    pub used: Usd,
+    /// Spent by all.
+    pub spent: Amount,
+    /// Reserved by all, and of that by those who came before us.
+    pub reserved: Amount,
+    pub before: Amount,
     /// What this process had spent by then, in all.
-    pub when_spent: Usd,
+    pub when_spent: Amount,
     /// When its day or month is over, since the Unix epoch; zero where it goes on for ever. A new one starts afresh.
     pub ends: Duration,
     /// Somebody has raised it to this.
-    pub raised: Option<Usd>,
+    pub raised: Caps,
 }
 
 impl Outside {
     /// How much a rule allows, in its own unit.
-    fn ceiling(&self, rule: &Rule) -> f64 {
-        let raised = rule.scope.shared().and_then(|at| self.shared[at]?.raised);
-        raised.map_or(0.0, Usd::to_f64).max(rule.ceiling.to_f64())
+    pub fn ceiling(&self, rule: &Rule) -> f64 {
+        let raised = rule.scope.shared().and_then(|at| self.shared[at]).map(|shared| shared.raised);
+        #[expect(clippy::cast_precision_loss, reason = "for people and ratios")]
+        let raised = raised.and_then(|raised| match rule.limit {
+            Limit::CostUsd => raised.usd.map(Usd::to_f64),
+            Limit::Tokens => raised.tokens.map(|tokens| tokens as f64),
+            _ => None,
+        });
+        raised.unwrap_or_default().max(rule.ceiling.to_f64())
+    }
+
+    /// The ceiling in money, if it is one.
+    pub fn spending(&self, rule: &Rule) -> Option<Usd> {
+        matches!(rule.ceiling, Ceiling::Usd(_)).then(|| Usd::from_f64(self.ceiling(rule)))
+    }
+
+    /// What all have spent together from a shared budget, as far as it is known here.
+    pub fn spent_by_all(&self, scope: Scope) -> Option<Amount> {
+        let shared = self.shared[scope.shared()?]?;
+        Some(shared.spent + self.spent.saturating_sub(shared.when_spent))
     }
 }
 
@@ -367,9 +387,10 @@ impl Judge {
         reached
     }
 
-    /// Whether a shared budget is used up and is to be held to.
-    pub fn holds(&self) -> bool {
-        self.rules.iter().any(|tracked| tracked.reached && tracked.rule.is_shared() && tracked.rule.mode == Mode::Enforce)
+    /// The shared budgets that are used up and are to be held to.
+    pub fn holds(&self) -> impl Iterator<Item = Scope> {
+        let held = |tracked: &&Tracked| tracked.reached && tracked.rule.is_shared() && tracked.rule.mode == Mode::Enforce;
+        self.rules.iter().filter(held).map(|tracked| tracked.rule.scope)
     }
 
     /// When the clock alone will reach a ceiling, or a warning.
@@ -449,7 +470,7 @@ fn measure(
         }
         (Limit::CostUsd, Scope::Session) => Measure { observed: (session.cost() + usd).to_f64(), ..count(0, began) },
         (
-            Limit::CostUsd,
+            Limit::CostUsd | Limit::Tokens,
             Scope::Container
             | Scope::ContainerDay
             | Scope::ContainerMonth
@@ -458,8 +479,11 @@ fn measure(
             | Scope::TenantMonth,
         ) => {
             let shared = outside.shared[rule.scope.shared()?]?;
-            let since = outside.spent.saturating_sub(shared.when_spent);
-            Measure { observed: (shared.used + since + usd).to_f64(), ..count(0, shared.ends) }
+            let used = outside.spent_by_all(rule.scope)? + shared.before + Amount::new(usd, tokens);
+            match rule.limit {
+                Limit::Tokens => count(used.tokens, shared.ends),
+                _ => Measure { observed: used.usd.to_f64(), ..count(0, shared.ends) },
+            }
         }
         (Limit::Tokens, Scope::Turn) => {
             let turn = turn?;

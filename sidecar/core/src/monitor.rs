@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::ask::{Asker, ID_PREFIX};
+use crate::budget::Amount;
 use crate::content::Piece;
 use crate::detect::Streaks;
 use crate::detect::memory::Growth;
@@ -255,7 +256,7 @@ pub struct Monitor {
     /// The CLI was told to turn prompts away while a shared budget is used up.
     hold_told: bool,
     /// The most that an answer has cost of late: what the next one may.
-    answer_cost: Usd,
+    answer: Amount,
     exited: bool,
     pid: Option<u32>,
     meters: Meters,
@@ -302,7 +303,7 @@ impl Monitor {
             refusing: false,
             out_of_memory: false,
             hold_told: false,
-            answer_cost: Usd::ZERO,
+            answer: Amount::NONE,
             exited: false,
             pid: None,
             meters,
@@ -337,7 +338,7 @@ impl Monitor {
             Input::NotInjected { request_id } => self.not_injected(request_id),
             Input::Native(report) => self.native(report),
             Input::Sample(sample) => self.sampled(sample),
-            Input::Shared(shared) => self.outside.shared = *shared,
+            Input::Shared(shared) => self.shared(shared),
             Input::Stop(stop) => self.stop(stop),
             Input::Exited(exit) => self.exit(exit),
             Input::Timeout => self.session.tick(self.now),
@@ -489,16 +490,24 @@ impl Monitor {
 
     /// Whether a shared budget is used up, and this agent has to wait for it.
     pub fn held(&self) -> bool {
-        !self.exited && self.judge.holds()
+        !self.exited && self.judge.holds().next().is_some()
+    }
+
+    /// The budgets that it waits for, each once.
+    pub fn waits(&self) -> Vec<Scope> {
+        let mut waits: Vec<Scope> = self.judge.holds().filter(|_| !self.exited).collect();
+        waits.sort_unstable();
+        waits.dedup();
+        waits
     }
 
     /// What this process has spent; and, while the model is asked, what its answer may cost.
-    pub fn claim(&self) -> (Usd, Option<Usd>) {
+    pub fn claim(&self) -> (Amount, Option<Amount>) {
         let asks = !self.exited
             && self.session.turn().is_some()
             && matches!(self.session.activity(), Activity::Model | Activity::RetryBackoff | Activity::Compacting)
             && self.ladder.is_none();
-        (self.outside.spent, asks.then_some(self.answer_cost))
+        (self.outside.spent, asks.then_some(self.answer))
     }
 
     /// Whether the CLI's telemetry said anything.
@@ -771,6 +780,11 @@ impl Monitor {
         }
     }
 
+    fn shared(&mut self, shared: &[Option<Shared>; SHARED]) {
+        self.outside.shared = *shared;
+        meter::budgets(&mut self.meters, &self.settings.rules, &self.outside);
+    }
+
     /// Tells what the agent is held up by, and when it is so no longer.
     fn hold(&mut self, why: Option<Why>) {
         let why = why.filter(|why| why.stall().is_some());
@@ -916,7 +930,7 @@ impl Monitor {
         // Where nothing can be said to the CLI, its process is all that can be ended.
         let first = if self.settings.parse { rule.first_step() } else { rule.first_step().max(Step::End) };
         let goal = if first == Step::Interrupt { Goal::Turn } else { Goal::Process };
-        self.begin(goal, rule.scope, reason, first, SIGTERM, rule.spending());
+        self.begin(goal, rule.scope, reason, first, SIGTERM, self.outside.spending(rule));
     }
 
     /// A budget of the session is used up: the turn ends with a result, and the CLI turns away what the app says next, with one too.
@@ -925,13 +939,10 @@ impl Monitor {
             if !std::mem::replace(&mut self.hold_told, true) {
                 self.inject(OwnRequest::Hold);
             }
-            // How far above it all of them are, no single one knows.
-            return self.begin(Goal::Turn, rule.scope, reason, Step::Interrupt, SIGTERM, None);
-        }
-        if !std::mem::replace(&mut self.refusing, true) {
+        } else if !std::mem::replace(&mut self.refusing, true) {
             self.inject(OwnRequest::Refuse);
         }
-        self.begin(Goal::Turn, rule.scope, reason, Step::Interrupt, SIGTERM, rule.spending());
+        self.begin(Goal::Turn, rule.scope, reason, Step::Interrupt, SIGTERM, self.outside.spending(rule));
     }
 
     fn begin(&mut self, goal: Goal, scope: Scope, reason: ExitReason, first: Step, signal: Signal, ceiling: Option<Usd>) {
@@ -1010,7 +1021,10 @@ impl Monitor {
     }
 
     fn enforced(&self, ladder: &Ladder) -> Update {
-        let spent = self.session.cost().max(self.report.current().map_or(Usd::ZERO, |session| session.sums.cost_usd));
+        let spent = match self.outside.spent_by_all(ladder.scope) {
+            Some(all) => all.usd,
+            None => self.session.cost().max(self.report.current().map_or(Usd::ZERO, |session| session.sums.cost_usd)),
+        };
         Update::Enforced {
             scope: ladder.scope,
             step: ladder.step,
@@ -1057,11 +1071,14 @@ impl Monitor {
     fn fold(&mut self, update: Update) {
         match &update {
             Update::Spent(spent) => {
-                self.outside.spent += spent.cost;
+                let amount = Amount::new(spent.cost, spent.tokens.total());
+                self.outside.spent = self.outside.spent + amount;
                 // One large answer is not remembered for ever.
-                self.answer_cost = spent.cost.max(Usd::from_pico(self.answer_cost.pico() / 2));
+                self.answer = amount.max(self.answer.half());
             }
-            Update::Corrected { usd, .. } => self.outside.spent = self.outside.spent - *usd,
+            Update::Corrected { usd, tokens, .. } => {
+                self.outside.spent = self.outside.spent.saturating_sub(Amount::new(*usd, tokens.total()));
+            }
             _ => {}
         }
         self.meters.set_time(self.now.unix);

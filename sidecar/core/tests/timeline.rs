@@ -4,7 +4,8 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, Scope};
+use agent_sidecar_core::budget::{Amount, Caps};
+use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, SHARED, Scope, Shared};
 use agent_sidecar_core::metric::{self, Cell, Metric};
 use agent_sidecar_core::sample::{CliSample, OomVictim, RoleSample, Sample};
 use agent_sidecar_core::tokens::Usd;
@@ -638,10 +639,12 @@ fn what_was_frozen_with_us_is_not_silence() {
 }
 
 /// What the book says of the container's budget.
-fn container(used: f64, ends: u64) -> [Option<agent_sidecar_core::limit::Shared>; agent_sidecar_core::limit::SHARED] {
-    let mut shared = [None; agent_sidecar_core::limit::SHARED];
+fn container(used: f64, ends: u64) -> [Option<Shared>; SHARED] {
+    let mut shared = [None; SHARED];
     let ends = Duration::from_secs(ends);
-    shared[1] = Some(agent_sidecar_core::limit::Shared { used: Usd::from_f64(used), when_spent: Usd::ZERO, ends, raised: None });
+    let none = Amount::NONE;
+    let spent = Amount::new(Usd::from_f64(used), 0);
+    shared[1] = Some(Shared { spent, reserved: none, before: none, when_spent: none, ends, raised: Caps::default() });
     shared
 }
 
@@ -668,7 +671,7 @@ fn a_shared_budget_holds_the_agent_until_there_is_more() {
     bench.put(Input::Shared(&container(1.5, 8)));
     assert!(bench.monitor.held());
     let mut raised = container(1.5, 8);
-    raised[1].as_mut().unwrap().raised = Some(Usd::from_f64(2.0));
+    raised[1].as_mut().unwrap().raised.usd = Some(Usd::from_f64(2.0));
     bench.put(Input::Shared(&raised));
     assert!(!bench.monitor.held(), "somebody has raised it");
     assert!((bench.monitor.limits()[0].ceiling - 2.0).abs() < 1e-9);
@@ -678,4 +681,40 @@ fn a_shared_budget_holds_the_agent_until_there_is_more() {
     assert!(!bench.monitor.held());
     let told = bench.monitor.meters().get(&metric::ENFORCEMENTS, &["usd", "container_day", "interrupt", "shadow"]).cloned();
     assert_eq!(told, Some(Cell::Count(1)));
+}
+
+#[test]
+fn tokens_are_a_shared_budget_too_and_the_overshoot_is_that_of_all() {
+    let rule = |limit, ceiling| Rule { limit, scope: Scope::ContainerDay, ceiling, mode: Mode::Enforce };
+    let rules = vec![rule(Limit::Tokens, Ceiling::Count(1_000)), rule(Limit::CostUsd, Ceiling::Usd(Usd::from_f64(1.0)))];
+    let mut bench = Bench::with(Settings { rules, poll: true, hold_file: String::from("/x/y.hold"), ..settings() });
+    let with = |usd: f64, tokens: u64, before: u64| {
+        let mut shared = container(usd, 7);
+        let one = shared[1].as_mut().unwrap();
+        one.spent.tokens = tokens;
+        (one.before.tokens, one.reserved.tokens) = (before, before + 100);
+        shared
+    };
+    bench.put(Input::Shared(&with(0.2, 900, 99)));
+    assert!(!bench.monitor.held());
+    bench.put(Input::Shared(&with(0.2, 900, 100)));
+    assert_eq!(bench.monitor.waits(), [Scope::ContainerDay], "what others have reserved is spoken for");
+    let gauge = |bench: &Bench, metric, values: &[&str]| bench.monitor.meters().get(metric, values).unwrap().to_f64();
+    assert_eq!(gauge(&bench, &metric::BUDGET_LIMIT_TOKENS, &["container_day"]), 1_000.0);
+    assert_eq!(gauge(&bench, &metric::BUDGET_SPENT_TOKENS, &["container_day"]), 900.0);
+    assert_eq!(gauge(&bench, &metric::BUDGET_RESERVED_TOKENS, &["container_day"]), 200.0);
+    assert!((gauge(&bench, &metric::BUDGET_REMAINING, &["usd", "container_day"]) - 0.8).abs() < 1e-9);
+    assert_eq!(gauge(&bench, &metric::BUDGET_WINDOW_END, &["container_day"]), 7.0);
+    bench.put(Input::Shared(&with(0.2, 0, 0)));
+    assert!(!bench.monitor.held());
+    // Others spend on while its own turn is stopped: what they are above it together is what is told.
+    bench.ask();
+    bench.put(Input::Shared(&with(1.25, 0, 0)));
+    assert!(bench.log().contains("interrupt"), "{}", bench.log());
+    bench.result("error_during_execution", "aborted_streaming");
+    let Some(Cell::Histogram(over)) = bench.monitor.meters().get(&metric::ENFORCEMENT_OVERSHOOT, &["container_day"]).cloned()
+    else {
+        panic!("nothing was told of the overshoot");
+    };
+    assert!((over.sum - 0.25).abs() < 1e-9, "{over:?}");
 }

@@ -13,9 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_sidecar_core::hub::Health;
-use agent_sidecar_core::limit::Scope;
 use agent_sidecar_core::metric::{self, Meters};
-use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::{Monitor, Now};
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
@@ -25,7 +23,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::busy::Word;
-use crate::config::{Kind, Value};
+use crate::control;
 use crate::export::{otlp, prometheus};
 use crate::hub::Desk;
 use crate::supervise::{Counts, Handle};
@@ -356,43 +354,16 @@ struct Socket {
 
 impl Pages for Socket {
     async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        match request.uri().path().strip_prefix("/v1/budgets/") {
-            Some(scope) if request.method() == Method::POST && self.desk.control() => self.raise(scope, request.uri().query()),
-            Some(_) if request.method() == Method::POST => {
-                text(StatusCode::FORBIDDEN, "nothing can be changed here without --hub-control\n")
-            }
-            _ => self.desk.answer(request).await,
+        let uri = request.uri();
+        match control::answer(&self.desk, request.method(), uri.path(), uri.query()).await {
+            Some(Ok(json)) => reply(StatusCode::OK, "application/json", json.to_string().into_bytes()),
+            Some(Err((status, what))) => reply(status, "text/plain; charset=utf-8", format!("{what}\n").into_bytes()),
+            None => self.desk.answer(request).await,
         }
     }
 
     fn left(&self, last: Last) {
         self.desk.left(last);
-    }
-}
-
-impl Socket {
-    /// `POST /v1/budgets/SCOPE?usd=7.50`, and `&tenant=NAME` for a tenant's.
-    fn raise(&self, scope: &str, query: Option<&str>) -> Response<Full<Bytes>> {
-        let scope = Scope::ALL.iter().find(|known| known.as_str() == scope && known.shared().is_some());
-        let Some(scope) = scope else {
-            return text(StatusCode::NOT_FOUND, "no such budget: container, tenant, and each with _day or _month\n");
-        };
-        let value = |name: &str| {
-            let pairs = query.unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
-            pairs.into_iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned())
-        };
-        let usd = value("usd").and_then(|usd| Kind::Money.parse(&usd).ok());
-        let Some(Value::Money(usd)) = usd else {
-            return text(StatusCode::BAD_REQUEST, "say how much, in dollars: ?usd=7.50\n");
-        };
-        let tenant = value("tenant");
-        if matches!(scope, Scope::Tenant | Scope::TenantDay | Scope::TenantMonth) && tenant.is_none() {
-            return text(StatusCode::BAD_REQUEST, "say whose: &tenant=NAME\n");
-        }
-        match self.desk.raise(*scope, tenant, Usd::from_f64(usd)) {
-            Ok(()) => text(StatusCode::OK, "raised\n"),
-            Err(_) => text(StatusCode::SERVICE_UNAVAILABLE, "the budgets cannot be written\n"),
-        }
     }
 }
 

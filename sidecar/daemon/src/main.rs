@@ -3,6 +3,7 @@
 mod busy;
 mod cli;
 mod config;
+mod control;
 mod demo;
 mod doctor;
 mod explain;

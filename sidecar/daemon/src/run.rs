@@ -338,7 +338,7 @@ fn join(config: &Config, turn: Turn, nonce: &str, handle: &Handle, counts: &Arc<
     let teller = Teller {
         run: nonce.to_owned(),
         labels: config.labels(),
-        payer: shares.then(|| Payer { tenant: config.tenant(), zone: config.zone() }),
+        payer: shares.then(|| Payer { tenant: config.tenant(), zone: config.zone(), caps: config.caps() }),
         handle: handle.clone(),
         exports: Arc::clone(counts),
     };

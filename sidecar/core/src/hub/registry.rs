@@ -59,6 +59,12 @@ impl Live {
     }
 }
 
+impl Live {
+    fn session(&self) -> Option<&str> {
+        self.last.sessions.first()?["session_id"].as_str()
+    }
+}
+
 /// How the wrappers are, for probes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Health {
@@ -152,6 +158,11 @@ impl Registry {
 
     pub fn runs(&self) -> impl Iterator<Item = &str> {
         self.live.keys().map(String::as_str)
+    }
+
+    /// The session that a wrapper's CLI is in, once it has said so.
+    pub fn session_of(&self, run: &str) -> Option<String> {
+        self.live.get(run)?.session().map(str::to_owned)
     }
 
     /// A journal is read from its start. False if it is of another version, or was counted already.

@@ -11,9 +11,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use agent_sidecar_core::budget::Caps;
 use agent_sidecar_core::content::Gates;
 use agent_sidecar_core::ladder::Patience;
-use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, Scope};
+use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, SHARED, Scope};
 use agent_sidecar_core::price::PriceTable;
 use agent_sidecar_core::span::Semconv;
 use agent_sidecar_core::tokens::Usd;
@@ -80,6 +81,12 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("limits.tenant_max_cost_usd", "tenant-max-cost-usd", Kind::Money, "", "spend of all agents of the container that work for this tenant, in dollars"),
     setting("limits.tenant_day_max_cost_usd", "tenant-day-max-cost-usd", Kind::Money, "", "the same, of each day"),
     setting("limits.tenant_month_max_cost_usd", "tenant-month-max-cost-usd", Kind::Money, "", "the same, of each month"),
+    setting("limits.container_max_tokens", "container-max-tokens", Kind::Count, "", "tokens of all agents of the container, cached ones included, for as long as its state is kept"),
+    setting("limits.container_day_max_tokens", "container-day-max-tokens", Kind::Count, "", "the same, of each day"),
+    setting("limits.container_month_max_tokens", "container-month-max-tokens", Kind::Count, "", "the same, of each month"),
+    setting("limits.tenant_max_tokens", "tenant-max-tokens", Kind::Count, "", "tokens of all agents of the container that work for this tenant, cached ones included"),
+    setting("limits.tenant_day_max_tokens", "tenant-day-max-tokens", Kind::Count, "", "the same, of each day"),
+    setting("limits.tenant_month_max_tokens", "tenant-month-max-tokens", Kind::Count, "", "the same, of each month"),
     setting("limits.max_sessions", "max-sessions", Kind::Count, "", "agents of the container that may run at once; one more waits to be started"),
     setting("limits.queue_timeout", "queue-timeout", Kind::Pause, "30s", "how long it waits; then it is not started, and the exit code is 125"),
     setting("limits.time_zone", "time-zone", Kind::Zone, "UTC", "where days and months of budgets begin, at midnight: a name like Europe/Berlin, or an offset from UTC like +05:30"),
@@ -168,6 +175,12 @@ const RULES: &[(&str, Limit, Scope)] = &[
     ("tenant_max_cost_usd", Limit::CostUsd, Scope::Tenant),
     ("tenant_day_max_cost_usd", Limit::CostUsd, Scope::TenantDay),
     ("tenant_month_max_cost_usd", Limit::CostUsd, Scope::TenantMonth),
+    ("container_max_tokens", Limit::Tokens, Scope::Container),
+    ("container_day_max_tokens", Limit::Tokens, Scope::ContainerDay),
+    ("container_month_max_tokens", Limit::Tokens, Scope::ContainerMonth),
+    ("tenant_max_tokens", Limit::Tokens, Scope::Tenant),
+    ("tenant_day_max_tokens", Limit::Tokens, Scope::TenantDay),
+    ("tenant_month_max_tokens", Limit::Tokens, Scope::TenantMonth),
 ];
 
 fn is_limit(key: &str) -> bool {
@@ -387,7 +400,7 @@ impl Config {
         for (name, _, scope) in shared {
             let key = format!("limits.{name}");
             let Some(effective) = self.values.get(key.as_str()).filter(|effective| effective.value.is_some()) else { continue };
-            let of_tenant = matches!(scope, Scope::Tenant | Scope::TenantDay | Scope::TenantMonth);
+            let of_tenant = scope.of_tenant();
             let (what, remedy) = if self.meeting().is_none() {
                 ("and agents that do not meet share nothing", "set `listen` to an address with a port, or name `hub.socket`")
             } else if of_tenant && self.tenant().is_none() {
@@ -486,6 +499,20 @@ impl Config {
                 Some(Rule { limit, scope, ceiling, mode })
             })
             .collect()
+    }
+
+    /// How large the budgets are that agents share.
+    pub(crate) fn caps(&self) -> [Caps; SHARED] {
+        let mut caps = [Caps::default(); SHARED];
+        for rule in self.rules().iter().filter(|rule| rule.mode != Mode::Off) {
+            let Some(caps) = rule.scope.shared().and_then(|at| caps.get_mut(at)) else { continue };
+            match rule.ceiling {
+                Ceiling::Usd(usd) => caps.usd = Some(usd),
+                Ceiling::Count(tokens) => caps.tokens = Some(tokens),
+                Ceiling::Time(_) | Ceiling::Bytes(_) => {}
+            }
+        }
+        caps
     }
 
     pub(crate) fn patience(&self) -> Patience {

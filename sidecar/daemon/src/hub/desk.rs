@@ -3,6 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use agent_sidecar_core::budget::{Caps, Standing};
 use agent_sidecar_core::hub::Health;
 use agent_sidecar_core::limit::Scope;
 use agent_sidecar_core::metric;
@@ -14,7 +15,7 @@ use serde_json::Value;
 use super::Place;
 use super::share::{Share, unix_nanos};
 use super::shelf::{Shelf, unix};
-use super::till::{self, Payer};
+use super::till;
 use super::zone::Zone;
 use crate::busy::Word;
 use crate::export::prometheus;
@@ -114,12 +115,25 @@ impl Desk {
         self.control
     }
 
-    /// Makes a shared budget larger; the agents hear of it within a second.
-    pub(crate) fn raise(&self, scope: Scope, tenant: Option<String>, usd: Usd) -> std::io::Result<()> {
-        let payer = Payer { tenant, zone: self.zone.clone() };
-        till::raise(&self.place.dir, &payer, scope, usd, Duration::from_secs_f64(unix().max(0.0)))?;
-        tracing::warn!(scope = scope.as_str(), tenant = payer.tenant, usd = usd.to_f64(), "a shared budget was raised");
-        Ok(())
+    /// Makes a shared budget larger; the agents hear of it within a second. False if too many were raised.
+    pub(crate) fn raise(&self, scope: Scope, tenant: Option<&str>, caps: Caps) -> std::io::Result<bool> {
+        let now = Duration::from_secs_f64(unix().max(0.0));
+        let raised = till::raise(&self.place.dir, &self.zone, now, scope, tenant, caps)?;
+        if raised {
+            let Caps { usd, tokens } = caps;
+            tracing::warn!(scope = scope.as_str(), tenant, usd = usd.map(Usd::to_f64), tokens, "a shared budget was raised");
+        }
+        Ok(raised)
+    }
+
+    /// How all shared budgets stand.
+    pub(crate) fn standings(&self) -> std::io::Result<Vec<Standing>> {
+        till::standings(&self.place.dir, &self.zone, Duration::from_secs_f64(unix().max(0.0)))
+    }
+
+    /// The session that a wrapper's CLI is in.
+    pub(crate) fn session_of(&self, run: &str) -> Option<String> {
+        self.shelf().registry.session_of(run)
     }
 
     fn shelf(&self) -> MutexGuard<'_, Shelf> {

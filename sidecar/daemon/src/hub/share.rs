@@ -9,14 +9,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use agent_sidecar_core::hub::{Hello, Line, STALE, VERSION};
 use agent_sidecar_core::limit::{SHARED, Shared};
 use agent_sidecar_core::metric;
-use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::update::Activity;
 use agent_sidecar_core::{Input, Monitor};
 use serde::Deserialize;
 
 use super::Place;
 use super::journal::{self, Journal};
-use super::till::{Payer, Till};
+use super::till::{Errand, Payer, Till};
 use super::{place, shelf};
 use crate::export::otlp;
 use crate::http::{relayed, visit_blocking};
@@ -127,14 +126,14 @@ impl Share {
         let told = visit_blocking(&self.inner.handle, move |monitor, _| {
             relayed(monitor.meters_mut(), handle.counts());
             exports.fill(monitor.meters_mut());
-            (monitor.journal(since), monitor.claim())
+            (monitor.journal(since), errand(monitor))
         });
-        let Some(((line, mark), claim)) = told else { return false };
+        let Some(((line, mark), errand)) = told else { return false };
         let same = line.series.is_empty() && line.cleared.is_empty();
         let same = same && (line.live, line.ready) == (written.last.live, written.last.ready);
         if same && since > 0 && written.at.is_some_and(|at| at.elapsed() < HEARTBEAT) {
             drop(written);
-            self.pay(claim);
+            self.pay(&errand);
             return true;
         }
         self.write(&mut written, line, mark);
@@ -142,19 +141,19 @@ impl Share {
         let told = !written.failed;
         drop(written);
         if told {
-            self.pay(claim);
+            self.pay(&errand);
         }
         true
     }
 
     /// Says what was spent and is asked for, and has the agent held to what is left.
-    fn pay(&self, (spent, asks): (Usd, Option<Usd>)) {
+    fn pay(&self, errand: &Errand) {
         let Some(purse) = &self.inner.purse else { return };
         let mut purse = lock(purse);
         if purse.closed {
             return;
         }
-        let settled = purse.till.settle(unix(), spent, asks);
+        let settled = purse.till.settle(unix(), errand);
         let failed = settled.is_err();
         match settled {
             Ok(shared) if purse.last != Some(shared) || purse.held => {
@@ -260,8 +259,11 @@ impl Share {
         }
     }
 
-    /// The monitor is no more, and the agent goes on without it. The numbers stay as they are.
+    /// The monitor is no more, and the agent goes on without it. The numbers stay as they are, and nothing is held to any more.
     fn blind(&self) {
+        if let Some(purse) = &self.inner.purse {
+            self.hold(&mut lock(purse), false);
+        }
         let mut written = lock(&self.inner.written);
         let line = Line { unix: shelf::unix(), ready: false, blind: true, ..written.last.clone() };
         // Whether the journal is to be begun anew: then there is nothing to begin it with.
@@ -285,6 +287,11 @@ impl Share {
             self.degraded("hub", failed);
         }
     }
+}
+
+fn errand(monitor: &Monitor) -> Errand {
+    let (spent, asks) = monitor.claim();
+    Errand { spent, asks, waits: monitor.waits() }
 }
 
 /// When a hub began to collect what somebody has then read to the end: nanoseconds since the Unix epoch.

@@ -9,9 +9,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use agent_sidecar_core::budget::{Book, Purse};
+use agent_sidecar_core::budget::{Amount, Book, Caps, Claim, Purse, Standing};
 use agent_sidecar_core::limit::{SHARED, Scope, Shared};
-use agent_sidecar_core::tokens::Usd;
 
 use super::journal::ENDING;
 use super::place::{lock_of_dead, try_lock};
@@ -29,6 +28,8 @@ pub(crate) struct Payer {
     pub(crate) tenant: Option<String>,
     /// Where its days begin.
     pub(crate) zone: Zone,
+    /// How large its budgets are.
+    pub(crate) caps: [Caps; SHARED],
 }
 
 /// See the module's head.
@@ -38,42 +39,51 @@ pub(super) struct Till {
     payer: Payer,
     purse: Purse,
     looked: Option<Instant>,
-    /// Our line is in the book.
-    known: bool,
+    /// Our line is in the book, and says that we have spent so much.
+    told: Option<Amount>,
+}
+
+/// What a wrapper has to say at the till.
+pub(super) struct Errand {
+    pub(super) spent: Amount,
+    pub(super) asks: Option<Amount>,
+    pub(super) waits: Vec<Scope>,
 }
 
 impl Till {
     pub(super) fn new(dir: &Path, run: &str, payer: Payer) -> Till {
-        Till { dir: dir.to_owned(), run: run.to_owned(), payer, purse: Purse::default(), looked: None, known: false }
+        Till { dir: dir.to_owned(), run: run.to_owned(), payer, purse: Purse::default(), looked: None, told: None }
     }
 
     /// Writes what was spent and what is asked for; what is spoken for by then.
-    pub(super) fn settle(&mut self, unix: Duration, spent: Usd, asks: Option<Usd>) -> io::Result<[Option<Shared>; SHARED]> {
+    pub(super) fn settle(&mut self, unix: Duration, errand: &Errand) -> io::Result<[Option<Shared>; SHARED]> {
         let periods = self.payer.zone.periods(unix);
         let _locked = lock(&self.dir)?;
         let before = read(&self.dir);
         let mut book = before.clone();
-        if self.known && !book.runs().any(|run| run == self.run) {
-            // Somebody took us for dead: what we had spent is kept already.
-            self.purse = Purse::since(spent);
+        if let Some(told) = self.told.filter(|_| !book.runs().any(|run| run == self.run)) {
+            // Somebody took us for dead: what we had told is kept already, and no more than that.
+            self.purse = Purse::since(told);
         }
-        self.purse.spent(spent, &periods);
+        self.purse.spent(errand.spent, &periods);
         if self.looked.is_none_or(|at| at.elapsed() > LOOK) {
             self.looked = Some(Instant::now());
             let gone: Vec<String> = book.runs().filter(|run| *run != self.run && self.gone(run)).map(str::to_owned).collect();
             gone.iter().for_each(|run| book.close(run));
         }
-        let shared = book.write(&self.run, self.payer.tenant.as_deref(), &self.purse, asks, &periods);
+        let Errand { asks, waits, .. } = errand;
+        let claim = Claim { tenant: self.payer.tenant.as_deref(), asks: *asks, waits, caps: self.payer.caps };
+        let shared = book.write(&self.run, &self.purse, &claim, &periods);
         if book != before {
             store(&self.dir, &book)?;
         }
-        self.known = true;
+        self.told = Some(errand.spent);
         Ok(shared)
     }
 
     /// The last of it: nothing is reserved any more.
-    pub(super) fn close(&mut self, unix: Duration, spent: Usd) -> io::Result<()> {
-        self.settle(unix, spent, None)?;
+    pub(super) fn close(&mut self, unix: Duration, spent: Amount) -> io::Result<()> {
+        self.settle(unix, &Errand { spent, asks: None, waits: Vec::new() })?;
         let _locked = lock(&self.dir)?;
         let mut book = read(&self.dir);
         book.close(&self.run);
@@ -88,12 +98,19 @@ impl Till {
     }
 }
 
-/// Makes a budget larger than whoever started the agents has said.
-pub(super) fn raise(dir: &Path, payer: &Payer, scope: Scope, usd: Usd, unix: Duration) -> io::Result<()> {
+/// Makes a budget larger than whoever started the agents has said. False if there is no room for one more that was raised.
+pub(super) fn raise(dir: &Path, zone: &Zone, unix: Duration, scope: Scope, tenant: Option<&str>, caps: Caps) -> io::Result<bool> {
     let _locked = lock(dir)?;
     let mut book = read(dir);
-    book.raise(scope, payer.tenant.as_deref(), usd, &payer.zone.periods(unix));
-    store(dir, &book)
+    let raised = book.raise(scope, tenant, caps, &zone.periods(unix));
+    store(dir, &book)?;
+    Ok(raised)
+}
+
+/// How all budgets stand.
+pub(super) fn standings(dir: &Path, zone: &Zone, unix: Duration) -> io::Result<Vec<Standing>> {
+    let _locked = lock(dir)?;
+    Ok(read(dir).standings(&zone.periods(unix)))
 }
 
 fn path(dir: &Path) -> PathBuf {

@@ -436,12 +436,58 @@ fn agents_that_share_a_budget_are_above_it_by_one_answer_at_most() {
     assert!(body.contains("scope=\"container\""), "{body}");
 }
 
-fn post(yard: &Yard, path: &str) -> String {
+/// The code and the body that are answered at the socket.
+fn asked(yard: &Yard, request: &str) -> (String, String) {
     let mut stream = UnixStream::connect(yard.socket()).unwrap();
-    write!(stream, "POST {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
+    write!(stream, "{request} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
-    answer.split(' ').nth(1).unwrap().to_owned()
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().to_owned(), body.to_owned())
+}
+
+fn post(yard: &Yard, path: &str) -> String {
+    asked(yard, &format!("POST {path}")).0
+}
+
+fn budgets(yard: &Yard) -> Vec<serde_json::Value> {
+    let (code, body) = asked(yard, "GET /v1/budgets");
+    assert_eq!(code, "200", "{body}");
+    serde_json::from_str::<serde_json::Value>(&body).unwrap()["budgets"].as_array().unwrap().clone()
+}
+
+#[test]
+fn tokens_are_a_budget_too_and_everybody_can_see_how_it_stands() {
+    let yard = Yard::new("tokens");
+    // Fifteen tokens an answer.
+    let flags = ["--container-day-max-tokens", "30", "--time-zone", "America/Santiago"];
+    let mut agents = [yard.talker(0, &flags), yard.talker(1, &flags)];
+    assert_eq!(agents.each_mut().map(prompt), ["answer", "answer"]);
+    wait_for("the CLI to turn both away", || {
+        agents.each_mut().iter_mut().all(|agent| prompt(agent).contains("shares with others")).then_some(())
+    });
+    let day = wait_for("both to be seen waiting", || {
+        budgets(&yard).into_iter().find(|one| one["waits"].as_array().is_some_and(|waits| waits.len() == 2))
+    });
+    assert_eq!(
+        (&day["scope"], &day["unit"], &day["limit"], &day["used"]),
+        (&"container_day".into(), &"tokens".into(), &30.into(), &30.into())
+    );
+    assert!(day["waits"].as_array().unwrap().contains(&"s0".into()), "by their sessions: {day}");
+    assert!(day["period"].as_str().unwrap().len() == 10 && day["ends_unix"].as_u64() > Some(1_790_000_000), "{day}");
+    let body = wait_for("the gauges", || {
+        yard.metrics()
+            .filter(|body| body.contains("claude_agent_budget_spent_tokens{scope=\"container_day\",tenant=\"acme\"} 30\n"))
+    });
+    for line in [
+        "claude_agent_budget_limit_tokens{scope=\"container_day\",tenant=\"acme\"} 30\n",
+        "claude_agent_budget_remaining_ratio{limit=\"tokens\",scope=\"container_day\",tenant=\"acme\"} 0\n",
+        "claude_agent_budget_reserved_tokens{scope=\"container_day\",tenant=\"acme\"} 0\n",
+    ] {
+        assert!(body.contains(line), "{line}: {body}");
+    }
+    assert!(body.contains("claude_agent_budget_window_end_timestamp_seconds{scope=\"container_day\""), "{body}");
+    assert_eq!(post(&yard, "/v1/budgets/container_day?tokens=90"), "403");
 }
 
 #[test]
@@ -454,6 +500,7 @@ fn an_agent_that_waits_for_a_budget_goes_on_when_it_is_raised() {
         ("/v1/budgets/turn?usd=1", "404"),
         ("/v1/budgets/container?usd=-1", "400"),
         ("/v1/budgets/tenant?usd=1", "400"),
+        ("/v1/budgets/tenant?tokens=9&tenant=a%20b", "200"),
         ("/metrics", "405"),
         ("/v1/budgets/container?usd=1", "200"),
     ] {
@@ -477,7 +524,7 @@ fn what_the_dead_had_reserved_is_free_again() {
     first.write(PROMPT).unwrap();
     let reserved = || {
         let book: serde_json::Value = serde_json::from_slice(&std::fs::read(yard.state().join("budgets.json")).ok()?).ok()?;
-        Some(book["runs"].as_object()?.values().any(|run| run["reserved"].as_u64() > Some(0)))
+        Some(book["runs"].as_object()?.values().any(|run| run["reserved"][0].as_u64() > Some(0)))
     };
     wait_for("the reservation", || reserved().filter(|reserved| *reserved));
     let mut second = yard.talker(1, &flags);
