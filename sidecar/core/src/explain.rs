@@ -363,7 +363,7 @@ impl Session {
                 self.oom_kills.push(OomKill { time, role: role.clone(), memory_bytes: *memory_bytes });
             }
             Fact::ResultMissing { cause, .. } => self.results_missing.push(*cause),
-            Fact::SessionEnded { .. } => {}
+            Fact::SessionEnded { .. } | Fact::Ordered { .. } => {}
             Fact::ProcessExited { reason, exit_code, signal, .. } => {
                 (self.exit, self.exit_code, self.signal) = (Some(*reason), *exit_code, *signal);
             }

@@ -23,6 +23,7 @@ pub mod meter;
 pub mod metric;
 pub mod monitor;
 pub mod native;
+pub mod order;
 pub mod price;
 pub mod record;
 pub mod report;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Now;
 use crate::budget::{Amount, Caps};
+use crate::order::Raised;
 use crate::session::Session;
 use crate::tokens::Usd;
 use crate::update::{Activity, Decision, Stall, Step, Update, labels};
@@ -211,6 +212,11 @@ pub struct Outside {
     pub spent: Amount,
     /// What is known of the budgets that others spend from, too.
     pub shared: [Option<Shared>; SHARED],
+    /// To what somebody has raised the session's own limits.
+    pub raised: Raised,
+    /// It is to wait, whoever wants what of it; and when it was last let go on.
+    pub paused: bool,
+    pub resumed_at: Option<Duration>,
 }
 
 /// How much of a shared budget is spoken for, as it was found.
@@ -239,7 +245,7 @@ impl Outside {
             Limit::Tokens => raised.tokens.map(|tokens| tokens as f64),
             _ => None,
         });
-        raised.unwrap_or_default().max(rule.ceiling.to_f64())
+        raised.or_else(|| self.raised.of(rule)).unwrap_or_default().max(rule.ceiling.to_f64())
     }
 
     /// The ceiling in money, if it is one.
@@ -261,6 +267,8 @@ struct Tracked {
     instance: Duration,
     warned: usize,
     reached: bool,
+    /// As it was last judged.
+    ceiling: f64,
 }
 
 /// See the module's head.
@@ -311,7 +319,7 @@ impl Judge {
         let rules = rules
             .iter()
             .filter(|rule| rule.mode != Mode::Off)
-            .map(|&rule| Tracked { rule, instance: Duration::MAX, warned: 0, reached: false })
+            .map(|&rule| Tracked { rule, instance: Duration::MAX, warned: 0, reached: false, ceiling: 0.0 })
             .collect();
         Judge { rules, began }
     }
@@ -358,9 +366,14 @@ impl Judge {
             };
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it was a count")]
             let detected = |action| Update::LoopDetected { kind: rule.limit, streak: measure.observed as u64, action };
+            let more = ceiling > tracked.ceiling && tracked.ceiling > 0.0;
+            tracked.ceiling = ceiling;
             // Others may have reserved more than they needed; or somebody has raised it.
-            if rule.is_shared() && ratio < 1.0 {
+            if (rule.is_shared() || more) && ratio < 1.0 {
                 tracked.reached = false;
+            }
+            if more {
+                tracked.warned = rule.warn_at().iter().filter(|level| ratio >= **level).count();
             }
             if !tracked.reached {
                 let levels = rule.warn_at();
@@ -391,6 +404,12 @@ impl Judge {
     pub fn holds(&self) -> impl Iterator<Item = Scope> {
         let held = |tracked: &&Tracked| tracked.reached && tracked.rule.is_shared() && tracked.rule.mode == Mode::Enforce;
         self.rules.iter().filter(held).map(|tracked| tracked.rule.scope)
+    }
+
+    /// Whether a limit of the session's own is used up, which the CLI is to turn messages away for.
+    pub fn refuses(&self) -> bool {
+        let refuses = |rule: &Rule| rule.refuses() && !rule.is_shared() && rule.mode == Mode::Enforce;
+        self.rules.iter().any(|tracked| tracked.reached && refuses(&tracked.rule))
     }
 
     /// When the clock alone will reach a ceiling, or a warning.
@@ -494,7 +513,9 @@ fn measure(
         (Limit::Duration, Scope::Session) => clock(began),
         (Limit::Duration, Scope::Tool) => clock(session.oldest_call()?.1),
         (Limit::Duration, Scope::Subagent) => clock(session.oldest_agent()?),
-        (Limit::Idle, _) => clock(session.idle_since()?),
+        // Who is made to wait is not idle.
+        (Limit::Idle, _) if outside.paused => return None,
+        (Limit::Idle, _) => clock(session.idle_since()?.max(outside.resumed_at.unwrap_or_default())),
         (Limit::Startup, _) if !session.spoke() => clock(outside.fed_at?),
         // Where nothing runs nothing gets on, whatever was being done.
         (Limit::Stall, _) if outside.frozen_since.is_some() && session.activity().is_work() => clock(outside.frozen_since?),

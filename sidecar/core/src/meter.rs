@@ -4,7 +4,7 @@ use crate::limit::{Limit, Mode, Outside, Rule};
 use crate::metric::*;
 use crate::price::PriceTable;
 use crate::tokens::{TOKEN_KINDS, Tokens};
-use crate::update::{Activity, Answered, ExitReason, Outcome, Spent, Stall, ToolClass, ToolOutcome, Update};
+use crate::update::{Activity, Answered, ExitReason, Outcome, Spent, Stall, ToolClass, ToolOutcome, Update, Wish};
 
 /// The place of this CLI among those of its container.
 const SLOT: &str = "0";
@@ -42,6 +42,7 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
             meters.add(&PROCESS_STARTS, &[], 1);
             meters.set(&SESSIONS_ACTIVE, &[], 1.0);
             meters.set(&REPEAT_STREAK, &[SLOT], 0.0);
+            meters.set(&PAUSED, &[SLOT], 0.0);
             for stall in Stall::ALL {
                 meters.set(&STALLED, &[SLOT, stall.as_str()], 0.0);
             }
@@ -157,6 +158,14 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
             &[decision.limit.as_str(), decision.scope.as_str(), decision.step.as_str(), decision.mode.as_str()],
             1,
         ),
+        Update::Ordered { order, .. } => {
+            meters.add(&ORDERS, &[order.as_str()], 1);
+            match order {
+                Wish::Pause => meters.set(&PAUSED, &[SLOT], 1.0),
+                Wish::Resume => meters.set(&PAUSED, &[SLOT], 0.0),
+                Wish::Interrupt | Wish::Stop | Wish::Raise => {}
+            }
+        }
         Update::Enforced { scope, step, latency, overshoot } => {
             meters.observe(&ENFORCEMENT_LATENCY, &[step.as_str()], latency.as_secs_f64());
             if let Some(usd) = overshoot {

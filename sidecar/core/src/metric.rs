@@ -213,6 +213,8 @@ catalog! { after 0;
     BUDGET_RESERVED_TOKENS = gauge(Newest, "claude_agent_budget_reserved_tokens", Tokens, &["scope"], "What answers may use that are waited for.");
     BUDGET_REMAINING = gauge(Newest, "claude_agent_budget_remaining_ratio", Ratio, &["limit", "scope"], "How much of a shared budget is not spent yet.");
     BUDGET_WINDOW_END = gauge(Newest, "claude_agent_budget_window_end_timestamp_seconds", Seconds, &["scope"], "When its day or month ends and it starts afresh.");
+    ORDERS = from_zero(counter("claude_agent_orders_total", Plain, &["order"], "What people have asked of running agents: of all at once, once for each of them."), &[&["pause"], &["resume"], &["interrupt"], &["stop"], &["raise"]]);
+    PAUSED = gauge(Sum, "claude_agent_paused", Plain, &["slot"], "One while the agent takes no messages because somebody has paused it.");
     ENFORCEMENTS = counter("claude_agent_enforcements_total", Plain, &["limit", "scope", "action", "mode"], "What was done about a limit, or in shadow mode would have been.");
     ENFORCEMENT_LATENCY = histogram("claude_agent_enforcement_latency_seconds", Seconds, &["action"], STOP_SECONDS, "From the decision until the agent was quiet.");
     ENFORCEMENT_OVERSHOOT = histogram("claude_agent_enforcement_overshoot_usd", Dollars, &["scope"], COST_USD, "What was spent above a limit.");

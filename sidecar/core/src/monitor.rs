@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::ask::{Asker, ID_PREFIX};
+use crate::ask::{Asker, ID_PREFIX, PAUSED_REASON, SHARED_REASON};
 use crate::budget::Amount;
 use crate::content::Piece;
 use crate::detect::Streaks;
@@ -22,6 +22,7 @@ use crate::log::Logs;
 use crate::meter;
 use crate::metric::{COST_RECONCILIATION_ERROR, MAX_SERIES, MEMORY_EXHAUSTION, Meters};
 use crate::native;
+use crate::order::Order;
 use crate::price::PriceTable;
 use crate::record::{Record, Recorder};
 use crate::report::{Report, SessionReport, Sums};
@@ -30,7 +31,7 @@ use crate::session::{Opening, Reconciliation, Session};
 use crate::span::{Spans, TraceSettings, put};
 use crate::telemetry::{self, Context, LogEvent, Span};
 use crate::tokens::Usd;
-use crate::update::{Activity, Decision, ExitReason, Outcome, OwnRequest, Start, Step, Update};
+use crate::update::{Activity, Decision, ExitReason, Outcome, OwnRequest, Start, Step, Update, Wish};
 
 /// The time of an input: both clocks, read together by the caller.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -64,6 +65,8 @@ pub enum Input<'a> {
     Sample(&'a Sample),
     /// What is left of the budgets that others spend from, too.
     Shared(&'a [Option<Shared>; SHARED]),
+    /// All that people ask of this agent: said again, it asks for nothing new.
+    Ordered(&'a Order),
     /// Somebody wants the agent gone.
     Stop(Stop),
     /// The CLI was reaped; everything that it wrote has been handed in before.
@@ -174,7 +177,7 @@ pub struct Settings {
     pub trace: TraceSettings,
     /// Log events are wanted.
     pub events: bool,
-    /// A file that is there while [`Monitor::held`]; whoever looks after shared budgets sees to it.
+    /// A file that is there while there is a [`Monitor::held_for`], and says why; whoever meets others sees to it.
     pub hold_file: String,
 }
 
@@ -220,6 +223,7 @@ struct LiveSession<'a> {
     memory_seconds_left: Option<f64>,
     silent_seconds: f64,
     refusing: bool,
+    paused: bool,
     tools_in_flight: usize,
     subagents_active: usize,
     background_tasks: usize,
@@ -227,6 +231,16 @@ struct LiveSession<'a> {
     cli_version: Option<&'a str>,
     limits: Vec<Used>,
     slot: u32,
+}
+
+/// What the CLI was told to turn away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Nothing,
+    /// Every message.
+    All,
+    /// Those that come while the file is there.
+    WhileHeld,
 }
 
 /// The pure heart of a wrapper. See the module's head.
@@ -253,8 +267,10 @@ pub struct Monitor {
     refusing: bool,
     /// The kernel killed the CLI for memory, or somebody of whom nobody knows who it was.
     out_of_memory: bool,
-    /// The CLI was told to turn prompts away while a shared budget is used up.
-    hold_told: bool,
+    told: Told,
+    order: Order,
+    /// The turn that ran when the agent was paused: it may end.
+    spared: Option<Duration>,
     /// The most that an answer has cost of late: what the next one may.
     answer: Amount,
     exited: bool,
@@ -302,7 +318,9 @@ impl Monitor {
             stdin_closed: !settings.stdin_json,
             refusing: false,
             out_of_memory: false,
-            hold_told: false,
+            told: Told::Nothing,
+            order: Order::default(),
+            spared: None,
             answer: Amount::NONE,
             exited: false,
             pid: None,
@@ -339,6 +357,7 @@ impl Monitor {
             Input::Native(report) => self.native(report),
             Input::Sample(sample) => self.sampled(sample),
             Input::Shared(shared) => self.shared(shared),
+            Input::Ordered(order) => self.ordered(order),
             Input::Stop(stop) => self.stop(stop),
             Input::Exited(exit) => self.exit(exit),
             Input::Timeout => self.session.tick(self.now),
@@ -439,6 +458,7 @@ impl Monitor {
             memory_seconds_left: self.growth.left().map(|left| left.as_secs_f64()),
             silent_seconds: self.now.mono.saturating_sub(self.session.last_active()).as_secs_f64(),
             refusing: self.refusing || self.held(),
+            paused: self.order.paused,
             state_seconds: self.now.mono.saturating_sub(self.session.activity_since()).as_secs_f64(),
             tools_in_flight: self.session.calls_in_flight(),
             subagents_active: self.session.subagents_active(),
@@ -488,9 +508,18 @@ impl Monitor {
         self.report.totals().cost_usd
     }
 
-    /// Whether a shared budget is used up, and this agent has to wait for it.
+    /// Whether this agent has to wait: for a shared budget, or for people.
     pub fn held(&self) -> bool {
-        !self.exited && self.judge.holds().next().is_some()
+        self.held_for().is_some()
+    }
+
+    /// The same, and why: what the app is to hear.
+    pub fn held_for(&self) -> Option<&'static str> {
+        match self.exited {
+            true => None,
+            false if self.order.paused => Some(PAUSED_REASON),
+            false => self.judge.holds().next().map(|_| SHARED_REASON),
+        }
     }
 
     /// The budgets that it waits for, each once.
@@ -572,7 +601,8 @@ impl Monitor {
         self.session.slept(gap);
         self.vitals.slept(gap);
         self.outside.frozen_since = self.vitals.frozen_since();
-        for since in [&mut self.outside.input_over, &mut self.outside.fed_at].into_iter().flatten() {
+        for since in [&mut self.outside.input_over, &mut self.outside.fed_at, &mut self.outside.resumed_at].into_iter().flatten()
+        {
             *since += gap;
         }
     }
@@ -781,8 +811,51 @@ impl Monitor {
     }
 
     fn shared(&mut self, shared: &[Option<Shared>; SHARED]) {
-        self.outside.shared = *shared;
+        let before = std::mem::replace(&mut self.outside.shared, *shared);
+        for rule in self.settings.rules.clone().iter().filter(|rule| rule.mode != Mode::Off) {
+            let Some((at, old)) = rule.scope.shared().and_then(|at| Some((at, before[at]?))) else { continue };
+            // What was raised before anybody told of it was not raised now.
+            let raised = match rule.limit {
+                Limit::Tokens => shared[at].is_some_and(|new| new.raised.tokens > old.raised.tokens),
+                _ => shared[at].is_some_and(|new| new.raised.usd > old.raised.usd),
+            };
+            if raised {
+                self.was_told(Wish::Raise, Some((rule.limit, rule.scope, self.outside.ceiling(rule))));
+            }
+        }
         meter::budgets(&mut self.meters, &self.settings.rules, &self.outside);
+    }
+
+    fn ordered(&mut self, order: &Order) {
+        let before = std::mem::replace(&mut self.order, *order);
+        (self.outside.raised, self.outside.paused) = (order.raised, order.paused);
+        if before.paused != order.paused {
+            self.spared = self.session.turn().filter(|_| order.paused).map(|turn| turn.started);
+            self.outside.resumed_at = (!order.paused).then_some(self.now.mono);
+            self.was_told(if order.paused { Wish::Pause } else { Wish::Resume }, None);
+        }
+        for (limit, ceiling) in order.raised.each() {
+            if !before.raised.each().any(|before| before == (limit, ceiling)) {
+                self.was_told(Wish::Raise, Some((limit, Scope::Session, ceiling)));
+            }
+        }
+        if order.interrupts > before.interrupts {
+            // What is paused at once is asked for one thing.
+            if order.paused == before.paused {
+                self.was_told(Wish::Interrupt, None);
+            }
+            self.begin(Goal::Turn, Scope::Session, ExitReason::Shutdown, Step::Interrupt, SIGTERM, None);
+        }
+        if order.stop && !before.stop {
+            self.was_told(Wish::Stop, None);
+            self.stop(Stop::Signal(SIGTERM));
+        }
+    }
+
+    fn was_told(&mut self, order: Wish, raised: Option<(Limit, Scope, f64)>) {
+        let session = self.session.id().to_owned();
+        let (limit, scope, ceiling) = (raised.map(|one| one.0), raised.map(|one| one.1), raised.map(|one| one.2));
+        self.fold(Update::Ordered { session, order, limit, scope, ceiling });
     }
 
     /// Tells what the agent is held up by, and when it is so no longer.
@@ -852,14 +925,17 @@ impl Monitor {
             self.close_stdin();
         }
         self.judge();
-        // It was used up before anything could be said to the CLI.
-        if !self.hold_told && self.held() && self.can_inject() {
-            self.hold_told = true;
-            self.inject(OwnRequest::Hold);
-        }
+        // It may have been so before anything could be said to the CLI.
+        self.tell_refusal();
         // A message that was on its way before the refusal, or a CLI that does not know hooks.
-        if (self.refusing || self.held()) && self.ladder.is_none() && self.session.turn().is_some_and(|turn| turn.rounds > 0) {
-            self.begin(Goal::Turn, Scope::Session, ExitReason::Limit, Step::Interrupt, SIGTERM, None);
+        let spared = self.session.turn().is_none_or(|turn| Some(turn.started) == self.spared);
+        let used_up = self.refusing || self.judge.holds().next().is_some();
+        let reason = if used_up { ExitReason::Limit } else { ExitReason::Shutdown };
+        if (used_up || self.order.paused && !spared)
+            && self.ladder.is_none()
+            && self.session.turn().is_some_and(|turn| turn.rounds > 0)
+        {
+            self.begin(Goal::Turn, Scope::Session, reason, Step::Interrupt, SIGTERM, None);
         }
         if let Some(ladder) = &mut self.ladder {
             let (was, since) = (ladder.step, ladder.since);
@@ -894,6 +970,22 @@ impl Monitor {
         }
         for reached in reached {
             self.reached(&reached);
+        }
+        // Somebody may have raised it.
+        self.refusing &= self.judge.refuses();
+    }
+
+    /// Has the CLI turn away what it should.
+    fn tell_refusal(&mut self) {
+        let wanted = match self.told {
+            _ if self.refusing => Told::All,
+            Told::All => Told::WhileHeld,
+            Told::Nothing if self.held() => Told::WhileHeld,
+            told => told,
+        };
+        if wanted != self.told && self.can_inject() {
+            self.told = wanted;
+            self.inject(if wanted == Told::All { OwnRequest::Refuse } else { OwnRequest::Hold });
         }
     }
 
@@ -935,13 +1027,8 @@ impl Monitor {
 
     /// A budget of the session is used up: the turn ends with a result, and the CLI turns away what the app says next, with one too.
     fn refuse(&mut self, rule: &Rule, reason: ExitReason) {
-        if rule.is_shared() {
-            if !std::mem::replace(&mut self.hold_told, true) {
-                self.inject(OwnRequest::Hold);
-            }
-        } else if !std::mem::replace(&mut self.refusing, true) {
-            self.inject(OwnRequest::Refuse);
-        }
+        self.refusing |= !rule.is_shared();
+        self.tell_refusal();
         self.begin(Goal::Turn, rule.scope, reason, Step::Interrupt, SIGTERM, self.outside.spending(rule));
     }
 

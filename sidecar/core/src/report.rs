@@ -205,6 +205,7 @@ impl Report {
             | Update::LoopDetected { .. }
             | Update::LimitUsed { .. }
             | Update::Decided(_)
+            | Update::Ordered { .. }
             | Update::Enforced { .. }
             | Update::IdleShutdown
             | Update::Stopping { .. }

@@ -3,18 +3,27 @@
 //! ```text
 //!   GET  /v1/budgets                                    how all shared budgets stand
 //!   POST /v1/budgets/SCOPE?usd=7.50&tokens=9000&tenant=NAME    makes one larger
+//!   POST /v1/pause?now=true  /v1/resume                 all agents, those that are started later, too
+//!   POST /v1/sessions/ID/pause?now=true  …/resume  …/interrupt  …/stop
+//!   POST /v1/sessions/ID/limits?max_cost_usd=9&max_tokens=9&session_max_turns=9
 //! ```
+//!
+//! `ID` is a session's id, or its slot.
 
 use std::sync::Arc;
 
 use agent_sidecar_core::budget::{Amount, Caps, Standing};
 use agent_sidecar_core::limit::Scope;
+use agent_sidecar_core::order::{Raised, What};
 use agent_sidecar_core::tokens::Usd;
 use hyper::{Method, StatusCode};
 use serde_json::{Value as Json, json};
 
 use crate::config::{Kind, Value};
 use crate::hub::Desk;
+
+const WHAT_THERE_IS: &str = "not here; there are /v1/budgets, /v1/budgets/SCOPE, /v1/pause, /v1/resume, and \
+    /v1/sessions/ID/ with pause, resume, interrupt, stop or limits";
 
 /// Why something was not done: a sentence for people.
 type Refusal = (StatusCode, String);
@@ -53,7 +62,16 @@ fn allowed(desk: &Desk) -> Result<(), Refusal> {
 #[derive(Clone, Debug, PartialEq)]
 enum Ask {
     Budgets,
-    Raise { scope: Scope, tenant: Option<String>, caps: Caps },
+    Raise {
+        scope: Scope,
+        tenant: Option<String>,
+        caps: Caps,
+    },
+    /// Of one, or of all.
+    Order {
+        whom: Option<String>,
+        what: What,
+    },
 }
 
 impl Ask {
@@ -61,16 +79,38 @@ impl Ask {
         let parts: Vec<&str> = path.split('/').collect();
         let wanted = match parts[..] {
             ["budgets"] => Method::GET,
-            ["budgets", _] => Method::POST,
-            _ => return Err((StatusCode::NOT_FOUND, String::from("not here; there is /v1/budgets"))),
+            ["budgets" | "pause" | "resume", ..] if parts.len() < 3 => Method::POST,
+            ["sessions", _, _] => Method::POST,
+            _ => return Err((StatusCode::NOT_FOUND, String::from(WHAT_THERE_IS))),
         };
         if *method != wanted && !(wanted == Method::GET && *method == Method::HEAD) {
             return Err((StatusCode::METHOD_NOT_ALLOWED, format!("ask this with {wanted}")));
         }
         match parts[..] {
             ["budgets", scope] => Ask::raise(scope, query),
-            _ => Ok(Ask::Budgets),
+            [verb @ ("pause" | "resume")] => Ok(Ask::Order { whom: None, what: Ask::what(verb, query)? }),
+            ["sessions", whom, verb] => Ok(Ask::Order { whom: Some(decoded(whom)), what: Ask::what(verb, query)? }),
+            ["budgets"] => Ok(Ask::Budgets),
+            _ => Err((StatusCode::NOT_FOUND, String::from(WHAT_THERE_IS))),
         }
+    }
+
+    fn what(verb: &str, query: &Query) -> Result<What, Refusal> {
+        Ok(match verb {
+            "pause" => What::Pause { now: matches!(query.value("now", Kind::Switch)?, Some(Value::Switch(true))) },
+            "resume" => What::Resume,
+            "interrupt" => What::Interrupt,
+            "stop" => What::Stop,
+            "limits" => {
+                let (usd, tokens) = (query.money("max_cost_usd")?, query.count("max_tokens")?);
+                let raised = Raised { usd, tokens, turns: query.count("session_max_turns")? };
+                if raised.is_empty() {
+                    return Err(bad("say what: max_cost_usd=9, max_tokens=9 or session_max_turns=9"));
+                }
+                What::Raise(raised)
+            }
+            _ => return Err((StatusCode::NOT_FOUND, String::from(WHAT_THERE_IS))),
+        })
     }
 
     fn raise(scope: &str, query: &Query) -> Result<Ask, Refusal> {
@@ -104,6 +144,20 @@ impl Ask {
                 let shown = standings.iter().flat_map(|standing| shown(standing, |run| desk.session_of(run)));
                 Ok(json!({ "budgets": shown.collect::<Vec<Json>>() }))
             }
+            Ask::Order { whom: None, what } => {
+                let now = what == What::Pause { now: true };
+                let agents = desk.pause_all(what != What::Resume, now).map_err(failed)?;
+                Ok(json!({ "agents": agents }))
+            }
+            Ask::Order { whom: Some(whom), what } => {
+                if let What::Raise(raised) = what {
+                    raisable(desk, &whom, &raised)?;
+                }
+                match desk.order(&whom, what).map_err(failed)? {
+                    0 => Err((StatusCode::NOT_FOUND, format!("no session `{whom}` runs here; /status lists those that do"))),
+                    agents => Ok(json!({ "agents": agents })),
+                }
+            }
             Ask::Raise { scope, tenant, caps } => match desk.raise(scope, tenant.as_deref(), caps).map_err(failed)? {
                 true => Ok(json!({ "raised": scope.as_str() })),
                 false => Err((
@@ -113,6 +167,23 @@ impl Ask {
             },
         }
     }
+}
+
+/// A limit that is not there, or is as large already, cannot be raised.
+fn raisable(desk: &Desk, whom: &str, raised: &Raised) -> Result<(), Refusal> {
+    for (limit, wanted) in raised.each() {
+        for ceiling in desk.ceilings(whom, limit) {
+            let what = match ceiling {
+                None => format!("the session has no limit of its {}", limit.as_str()),
+                Some(ceiling) if ceiling >= wanted => {
+                    format!("the session's limit of its {} is {ceiling} already", limit.as_str())
+                }
+                Some(_) => continue,
+            };
+            return Err((StatusCode::CONFLICT, what));
+        }
+    }
+    Ok(())
 }
 
 /// A budget, once in each of its units.
@@ -202,6 +273,7 @@ mod tests {
         let raise = |scope, tenant: Option<&str>, usd: Option<f64>, tokens| {
             Ok(Ask::Raise { scope, tenant: tenant.map(str::to_owned), caps: Caps { usd: usd.map(Usd::from_f64), tokens } })
         };
+        let order = |whom: Option<&str>, what| Ok(Ask::Order { whom: whom.map(str::to_owned), what });
         let (get, post) = (&Method::GET, &Method::POST);
         for (method, path, query, expected) in [
             (get, "budgets", "", Ok(Ask::Budgets)),
@@ -216,6 +288,23 @@ mod tests {
             (post, "budgets/container", "", Err(400)),
             (post, "budgets/turn", "usd=1", Err(404)),
             (post, "budgets/container/x", "usd=1", Err(404)),
+            (post, "pause", "", order(None, What::Pause { now: false })),
+            (post, "pause", "now=true", order(None, What::Pause { now: true })),
+            (post, "pause", "now=perhaps", Err(400)),
+            (get, "pause", "", Err(405)),
+            (post, "pause/x", "", Err(404)),
+            (post, "sessions/a%2Fb/resume", "", order(Some("a/b"), What::Resume)),
+            (post, "sessions/0/stop", "", order(Some("0"), What::Stop)),
+            (post, "sessions/0/interrupt", "", order(Some("0"), What::Interrupt)),
+            (
+                post,
+                "sessions/0/limits",
+                "max_tokens=7",
+                order(Some("0"), What::Raise(Raised { tokens: Some(7), ..Raised::default() })),
+            ),
+            (post, "sessions/0/limits", "max_duration=7s", Err(400)),
+            (post, "sessions/0/limits", "max_cost_usd=0", Err(400)),
+            (post, "sessions/0/sing", "", Err(404)),
         ] {
             assert_eq!(ask(method, path, query), expected, "{method} {path} {query}");
         }

@@ -15,6 +15,7 @@ mod logging;
 mod messages_api;
 mod receive;
 mod reference;
+mod remote;
 mod replay;
 mod run;
 mod sample;

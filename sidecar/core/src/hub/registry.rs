@@ -165,6 +165,19 @@ impl Registry {
         self.live.get(run)?.session().map(str::to_owned)
     }
 
+    /// The wrappers that somebody means by a session's name, a slot or a run.
+    pub fn named(&self, name: &str) -> Vec<String> {
+        let slot = name.parse::<usize>().ok();
+        let meant = |run: &str, live: &Live| run == name || live.session() == Some(name) || slot.is_some() && live.slot == slot;
+        self.live.iter().filter(|(run, live)| meant(run, live)).map(|(run, _)| run.clone()).collect()
+    }
+
+    /// What a limit of a wrapper's session allows, if it has that one.
+    pub fn ceiling(&self, run: &str, limit: &str) -> Option<f64> {
+        let limits = self.live.get(run)?.last.sessions.first()?["limits"].as_array()?;
+        limits.iter().find(|one| one["limit"] == limit && one["scope"] == "session")?["ceiling"].as_f64()
+    }
+
     /// A journal is read from its start. False if it is of another version, or was counted already.
     pub fn join(&mut self, hello: Hello) -> bool {
         if hello.hub != VERSION {

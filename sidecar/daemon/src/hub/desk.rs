@@ -1,22 +1,24 @@
 //! What the hub answers, to whoever asks.
 
+use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_sidecar_core::budget::{Caps, Standing};
 use agent_sidecar_core::hub::Health;
-use agent_sidecar_core::limit::Scope;
+use agent_sidecar_core::limit::{Limit, Scope};
 use agent_sidecar_core::metric;
+use agent_sidecar_core::order::What;
 use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::update::Activity;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Place;
 use super::share::{Share, unix_nanos};
 use super::shelf::{Shelf, unix};
 use super::till;
 use super::zone::Zone;
+use super::{Place, orders};
 use crate::busy::Word;
 use crate::export::prometheus;
 
@@ -29,6 +31,8 @@ pub(crate) struct Desk {
     lease: Duration,
     control: bool,
     zone: Zone,
+    /// Who lived when it was last looked.
+    living: Mutex<BTreeSet<String>>,
 }
 
 /// What a hub is to know.
@@ -52,12 +56,29 @@ impl Desk {
             options.labels.iter().map(|(label, value)| ((*label).to_owned(), value.clone())).collect();
         let shelf = Shelf::open(place, options.slots, options.max_series, &labels);
         let Options { lease, control, .. } = *options;
-        Desk { shelf: Mutex::new(shelf), own, place: place.clone(), lease, control, zone: options.zone.clone() }
+        Desk {
+            shelf: Mutex::new(shelf),
+            own,
+            place: place.clone(),
+            lease,
+            control,
+            zone: options.zone.clone(),
+            living: Mutex::default(),
+        }
     }
 
     /// Takes in those that ended, so that their journals do not pile up.
     pub(super) fn tidy(&self) {
-        self.shelf().scan();
+        let living: BTreeSet<String> = {
+            let mut shelf = self.shelf();
+            shelf.scan();
+            shelf.registry.runs().map(str::to_owned).collect()
+        };
+        // What is asked of the dead is asked of nobody.
+        let before = std::mem::replace(&mut *self.living.lock().unwrap_or_else(PoisonError::into_inner), living.clone());
+        if before != living && orders::any(&self.place.dir) {
+            orders::change(&self.place.dir, |run| living.contains(run), |_| ()).ok();
+        }
     }
 
     /// The exposition, and when it began to be made.
@@ -129,6 +150,40 @@ impl Desk {
     /// How all shared budgets stand.
     pub(crate) fn standings(&self) -> std::io::Result<Vec<Standing>> {
         till::standings(&self.place.dir, &self.zone, Duration::from_secs_f64(unix().max(0.0)))
+    }
+
+    /// Asks something of the agents that somebody means by a session's name or a slot: how many there are.
+    pub(crate) fn order(&self, whom: &str, what: What) -> std::io::Result<usize> {
+        let (runs, living) = self.named(whom);
+        if !runs.is_empty() {
+            tracing::warn!(whom, ?what, "somebody has asked something of an agent");
+            orders::change(&self.place.dir, |run| living.contains(run), |orders| orders.give(&runs, what))?;
+        }
+        Ok(runs.len())
+    }
+
+    /// Pauses all agents and those that are started later, or lets them go on: how many there are now.
+    pub(crate) fn pause_all(&self, paused: bool, now: bool) -> std::io::Result<usize> {
+        let (_, living) = self.named("");
+        tracing::warn!(paused, now, "somebody has asked something of all agents");
+        orders::change(&self.place.dir, |run| living.contains(run), |orders| orders.pause_all(paused, now))?;
+        Ok(living.len())
+    }
+
+    /// What the limits of such agents allow.
+    pub(crate) fn ceilings(&self, whom: &str, limit: Limit) -> Vec<Option<f64>> {
+        let (runs, _) = self.named(whom);
+        let shelf = self.shelf();
+        runs.iter().map(|run| shelf.registry.ceiling(run, limit.as_str())).collect()
+    }
+
+    fn named(&self, whom: &str) -> (Vec<String>, BTreeSet<String>) {
+        if let Some(own) = &self.own {
+            own.flush();
+        }
+        let mut shelf = self.shelf();
+        shelf.scan();
+        (shelf.registry.named(whom), shelf.registry.runs().map(str::to_owned).collect())
     }
 
     /// The session that a wrapper's CLI is in.

@@ -12,6 +12,7 @@
 
 mod desk;
 mod journal;
+mod orders;
 mod place;
 mod seat;
 mod serve;

@@ -45,6 +45,19 @@ impl Place {
         Place::at(meeting, true)
     }
 
+    /// The same, where others have met already. Changes nothing.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(crate) fn seek(meeting: &Meeting) -> io::Result<Place> {
+        Place::at(meeting, false)
+    }
+
+    /// Where to be asked: first where nobody but this container's hub is.
+    pub(crate) fn sockets(&self) -> impl Iterator<Item = &PathBuf> {
+        self.spare.iter().chain([&self.socket])
+    }
+
     /// Whether a hub is there that serves this address. Changes nothing.
     pub(crate) fn serves(meeting: &Meeting, address: SocketAddr) -> bool {
         let served = |place: &Place| fs::read_to_string(place.address()).ok()?.trim().parse::<SocketAddr>().ok();

@@ -118,7 +118,12 @@ fn path(dir: &Path) -> PathBuf {
 }
 
 fn lock(dir: &Path) -> io::Result<File> {
-    let path = dir.join("budgets.lock");
+    lock_named(dir, "budgets.lock")
+}
+
+/// A lock that is held for moments.
+pub(super) fn lock_named(dir: &Path, name: &str) -> io::Result<File> {
+    let path = dir.join(name);
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
     for _ in 0..TRIES {
         if try_lock(&file)? {
@@ -126,7 +131,7 @@ fn lock(dir: &Path) -> io::Result<File> {
         }
         std::thread::sleep(AGAIN);
     }
-    Err(io::Error::new(io::ErrorKind::WouldBlock, "somebody does not let go of the budgets"))
+    Err(io::Error::new(io::ErrorKind::WouldBlock, format!("somebody does not let go of {name}")))
 }
 
 fn read(dir: &Path) -> Book {

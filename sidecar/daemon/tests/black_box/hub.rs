@@ -326,6 +326,8 @@ def line(timeout=None):
 def control(message):
     global block
     request = message["request"]
+    if request["subtype"] == "end_session":
+        sys.exit(0)
     if request["subtype"] == "apply_flag_settings":
         block = request["settings"]["hooks"]["UserPromptSubmit"][0]["hooks"][0]["command"]
     body = {"subtype": "success", "request_id": message["request_id"], "response": {}}
@@ -606,4 +608,87 @@ fn a_port_that_was_somebody_elses_and_is_free_again_is_no_longer_a_fault() {
     wait_for("its end", || says(0));
     running.close_stdin();
     running.code();
+}
+
+impl Yard {
+    /// What `control` says, and whether it was done.
+    fn control(&self, args: &[&str]) -> (bool, String) {
+        let out = Command::new(SIDECAR).arg("control").args(args).arg("--socket").arg(self.socket()).output().unwrap();
+        let said = if out.status.success() { out.stdout } else { out.stderr };
+        (out.status.success(), String::from_utf8(said).unwrap())
+    }
+
+    fn status(&self) -> Vec<serde_json::Value> {
+        let (_, body) = asked(self, "GET /status");
+        serde_json::from_str::<serde_json::Value>(&body).unwrap()["sessions"].as_array().unwrap().clone()
+    }
+}
+
+#[test]
+fn who_is_paused_waits_also_for_the_next_hub_and_goes_on_when_it_is_resumed() {
+    let yard = Yard::new("paused");
+    let flags = ["--hub-control", "--max-cost-usd", "0.05"];
+    let mut agents = [yard.talker(0, &flags), yard.talker(1, &["--hub-control"])];
+    assert_eq!(agents.each_mut().map(prompt), ["answer", "answer"]);
+    wait_for("the CLI to turn it away", || prompt(&mut agents[0]).contains("a limit of this session").then_some(()));
+    // Its own limit is raised, and not to what it is already.
+    let (done, said) = yard.control(&["limits", "s0", "--max-cost-usd", "0.01"]);
+    assert!(!done && said.contains("0.05 already"), "{said}");
+    let (done, said) = yard.control(&["limits", "s0", "--max-tokens", "9"]);
+    assert!(!done && said.contains("no limit of its tokens"), "{said}");
+    let (done, said) = yard.control(&["limits", "s0", "--max-cost-usd", "9"]);
+    assert!(done, "{said}");
+    wait_for("the session to go on", || (prompt(&mut agents[0]) == "answer").then_some(()));
+    let (done, said) = yard.control(&["pause", "s1", "--now"]);
+    assert!(done && said.contains("\"agents\":1"), "{said}");
+    wait_for("the pause to be heard", || prompt(&mut agents[1]).contains("is paused").then_some(()));
+    assert_eq!(prompt(&mut agents[0]), "answer", "the other one works");
+    let paused = || yard.status().iter().map(|session| session["paused"] == true).collect::<Vec<bool>>();
+    wait_for("it to be shown", || (paused() == [false, true]).then_some(()));
+    let (done, said) = yard.control(&["pause", "nobody"]);
+    assert!(!done && said.contains("no session `nobody` runs here"), "{said}");
+    // Whoever served is killed; the next one knows, and so do those that come later.
+    assert!(yard.control(&["pause"]).0);
+    let hub = yard.hub_pid().unwrap().as_raw_nonzero().get();
+    let serving = agents.iter().position(|agent| agent.pid() == hub).unwrap();
+    let [first, second] = agents;
+    let (hub, mut left) = if serving == 0 { (first, second) } else { (second, first) };
+    hub.signal(Signal::KILL);
+    drop(hub);
+    wait_for("it to be turned away", || prompt(&mut left).contains("is paused").then_some(()));
+    let mut later = yard.talker(2, &["--hub-control"]);
+    wait_for("a later one to be turned away, too", || prompt(&mut later).contains("is paused").then_some(()));
+    wait_for("somebody to serve", || yard.hub_pid());
+    wait_for("the next hub to let them go on", || yard.control(&["resume"]).0.then_some(()));
+    wait_for("the same session to go on", || (prompt(&mut left) == "answer").then_some(()));
+    let ledger = std::fs::read_to_string(yard.ledger(1 - serving)).unwrap();
+    let orders: Vec<&str> = ledger.lines().filter(|line| line.contains("\"event\":\"ordered\"")).collect();
+    assert!(orders.iter().any(|line| line.contains("\"order\":\"resume\"")), "{orders:?}");
+    let body = wait_for("the orders to be counted", || {
+        yard.metrics().filter(|body| body.contains("claude_agent_orders_total{order=\"resume\",tenant=\"acme\"} 2\n"))
+    });
+    assert!(body.contains("claude_agent_paused{"), "{body}");
+    // What was asked of the dead is asked of nobody.
+    let asked = || std::fs::read_to_string(yard.state().join("orders.json")).unwrap();
+    wait_for("it to be forgotten", || {
+        (!asked().contains("\"usd\"")).then_some(()).filter(|()| serving == 0).or((serving != 0).then_some(()))
+    });
+    // And a stop ends in good order.
+    let (done, said) = yard.control(&["stop", "s2"]);
+    assert!(done, "{said}");
+    assert_eq!(later.code(), Some(0));
+    assert!(std::fs::read_to_string(yard.ledger(2)).unwrap().contains("\"reason\":\"shutdown\""));
+}
+
+#[test]
+fn who_asks_in_vain_is_told_why() {
+    let yard = Yard::new("asks");
+    let (done, said) = yard.control(&["pause"]);
+    assert!(!done && said.contains("an agent has to run, or `agent-sidecar hub`"), "{said}");
+    let _hub = yard.hub();
+    wait_for("the hub", || yard.hub_pid());
+    let (done, said) = yard.control(&["pause"]);
+    assert!(!done && said.contains("control is off") && said.contains("--hub-control"), "{said}");
+    let (done, said) = yard.control(&["budgets"]);
+    assert!(done && said.contains("no agent has told"), "{said}");
 }
