@@ -11,6 +11,7 @@ pub mod detect;
 pub mod event;
 pub mod explain;
 pub mod exponential;
+pub mod fair;
 mod hash;
 pub mod hub;
 pub mod ladder;

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use agent_sidecar_core::ask::ID_PREFIX;
@@ -20,7 +20,7 @@ use crate::config::Config;
 use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
 use crate::http::{self, Scrapes, Site};
-use crate::hub::{NoSeat, Payer, Place, Seat, Share, Teller, Turn};
+use crate::hub::{Guest, NoSeat, Payer, Place, Seat, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
@@ -33,6 +33,9 @@ const CUT_SHORT: u8 = 1;
 const SETTLE: Duration = Duration::from_millis(250);
 /// What is still to be forwarded then has this long: less than the CLI itself would wait for a collector that hangs.
 const FORWARD: Duration = Duration::from_secs(1);
+
+/// A disk that has not answered for so long hangs.
+const HANGS: Duration = Duration::from_secs(3);
 
 /// What to start.
 pub(crate) struct Agent {
@@ -66,9 +69,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     };
     let nonce = format!("{:016x}", supervise::random());
     let telemetry = Telemetry::plan(config, launch.asks_model, &nonce);
-    let place = config.meeting().map(|meeting| Place::find(&meeting));
+    let place = config.meeting().map(|meeting| within(Duration::ZERO, move || Place::find(&meeting)).flatten());
     // Who only asks for a version takes nobody's place.
-    let seat = if launch.asks_model { seat(config, place.as_ref())? } else { None };
+    let seat = if launch.asks_model { seat(config, place.as_ref(), &nonce)? } else { None };
     // Only now: who waits for a seat serves nobody.
     let turn = turn(config, place);
     let settings = Settings {
@@ -200,7 +203,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         words.push(Box::new(move || last_reading(&sampler, &handle)));
     }
     if let Some(seat) = seat {
-        last.push(Box::new(move |_| drop(seat)));
+        last.push(Box::new(move |_| drop(within(Duration::ZERO, move || drop(seat)))));
     }
     if let Some((receiver, plan)) = receiver {
         match receiver.serve(handle.clone(), &plan) {
@@ -296,7 +299,8 @@ impl Meet {
 /// Whether others of this container are served together with us, and whether it is us who serves.
 fn turn(config: &Config, place: Option<std::io::Result<Place>>) -> Meet {
     let Some(place) = place else { return Meet::Alone };
-    match place.and_then(|place| Turn::take(place, config.listen())) {
+    let listen = config.listen();
+    match place.and_then(|place| within(Duration::ZERO, move || Turn::take(place, listen)).flatten()) {
         Ok(turn) => Meet::At(turn),
         Err(error) => {
             tracing::warn!(%error, "this agent is not served together with others, and shared budgets do not hold; name another --hub-state-dir, or --hub off");
@@ -306,10 +310,13 @@ fn turn(config: &Config, place: Option<std::io::Result<Place>>) -> Meet {
 }
 
 /// Waits until there is room for one more agent. Without a place where they meet, nobody can be counted, and nobody waits.
-fn seat(config: &Config, place: Option<&std::io::Result<Place>>) -> Result<Option<Seat>, Failure> {
+fn seat(config: &Config, place: Option<&std::io::Result<Place>>, run: &str) -> Result<Option<Seat>, Failure> {
     let (Some((seats, patience, mode)), Some(Ok(place))) = (config.max_sessions(), place) else { return Ok(None) };
     let shadow = mode == LimitMode::Shadow;
-    match Seat::take(place, seats, if shadow { Duration::ZERO } else { patience }) {
+    let patience = if shadow { Duration::ZERO } else { patience };
+    let guest = Guest { run: run.to_owned(), tenant: config.tenant().unwrap_or_default(), weight: config.tenant_weight() };
+    let place = place.clone();
+    match within(patience, move || Seat::take(&place, &guest, seats, patience)).flatten() {
         Ok(Ok(seat)) => Ok(Some(seat)),
         Ok(Err(full)) if shadow => {
             tracing::warn!(%full, "this agent would have had to wait");
@@ -327,6 +334,14 @@ fn seat(config: &Config, place: Option<&std::io::Result<Place>>) -> Result<Optio
             Ok(None)
         }
     }
+}
+
+/// What is to be done before the agent starts, on a disk that may hang: that is not waited for, beyond what it takes anyhow.
+fn within<T: Send + 'static>(takes: Duration, what: impl FnOnce() -> T + Send + 'static) -> std::io::Result<T> {
+    let (say, hear) = mpsc::channel();
+    std::thread::Builder::new().name(String::from("start")).stack_size(256 * 1024).spawn(move || drop(say.send(what())))?;
+    let hangs = |_| std::io::Error::new(std::io::ErrorKind::TimedOut, "the hub's state directory does not answer");
+    hear.recv_timeout(takes + HANGS).map_err(hangs)
 }
 
 /// Has our numbers served by the hub, and the hub by us when it is our turn.

@@ -88,6 +88,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("limits.tenant_day_max_tokens", "tenant-day-max-tokens", Kind::Count, "", "the same, of each day"),
     setting("limits.tenant_month_max_tokens", "tenant-month-max-tokens", Kind::Count, "", "the same, of each month"),
     setting("limits.max_sessions", "max-sessions", Kind::Count, "", "agents of the container that may run at once; one more waits to be started"),
+    setting("limits.tenant_weight", "tenant-weight", Kind::Count, "1", "what this tenant weighs when agents wait: one that weighs two is given twice as many of the seats"),
     setting("limits.queue_timeout", "queue-timeout", Kind::Pause, "30s", "how long it waits; then it is not started, and the exit code is 125"),
     setting("limits.time_zone", "time-zone", Kind::Zone, "UTC", "where days and months of budgets begin, at midnight: a name like Europe/Berlin, or an offset from UTC like +05:30"),
     setting("limits.mode", "mode", Kind::Mode, "enforce", "what reaching a limit does: off, shadow (only says what it would do) or enforce; `limits.modes.<limit>` sets one"),
@@ -689,6 +690,10 @@ impl Config {
         let mode = self.mode("limits.mode");
         let seats = self.count("limits.max_sessions").filter(|_| mode != Mode::Off)?;
         Some((seats, self.time("limits.queue_timeout").unwrap_or_default(), mode))
+    }
+
+    pub(crate) fn tenant_weight(&self) -> u64 {
+        self.count("limits.tenant_weight").unwrap_or(1)
     }
 
     pub(crate) fn tenant(&self) -> Option<String> {

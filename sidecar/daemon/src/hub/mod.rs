@@ -23,7 +23,7 @@ mod zone;
 
 pub(crate) use desk::{Desk, Options};
 pub(crate) use place::{Meeting, Place};
-pub(crate) use seat::{NoSeat, Seat};
+pub(crate) use seat::{Guest, NoSeat, Seat};
 pub(crate) use serve::{Turn, alone};
 pub(crate) use share::{Share, Teller};
 pub(crate) use till::Payer;

@@ -664,6 +664,9 @@ fn who_is_paused_waits_also_for_the_next_hub_and_goes_on_when_it_is_resumed() {
     let ledger = std::fs::read_to_string(yard.ledger(1 - serving)).unwrap();
     let orders: Vec<&str> = ledger.lines().filter(|line| line.contains("\"event\":\"ordered\"")).collect();
     assert!(orders.iter().any(|line| line.contains("\"order\":\"resume\"")), "{orders:?}");
+    let explained = Command::new(SIDECAR).args(["explain", "--ledger"]).arg(yard.ledger(1 - serving)).output().unwrap();
+    let explained = String::from_utf8(explained.stdout).unwrap();
+    assert!(explained.contains("what people asked\n") && explained.contains(": resume\n"), "{explained}");
     let body = wait_for("the orders to be counted", || {
         yard.metrics().filter(|body| body.contains("claude_agent_orders_total{order=\"resume\",tenant=\"acme\"} 2\n"))
     });
@@ -691,4 +694,53 @@ fn who_asks_in_vain_is_told_why() {
     assert!(!done && said.contains("control is off") && said.contains("--hub-control"), "{said}");
     let (done, said) = yard.control(&["budgets"]);
     assert!(done && said.contains("no agent has told"), "{said}");
+}
+
+#[test]
+fn a_seat_is_for_who_waits_longest_and_tenants_take_turns() {
+    let yard = Yard::new("line");
+    let flags = ["--max-sessions", "1", "--queue-timeout", "5m", "--platform-grace", "6m"];
+    let line = || {
+        let queue: serde_json::Value = serde_json::from_slice(&std::fs::read(yard.state().join("seats.json")).ok()?).ok()?;
+        Some(queue["places"].as_object()?.len())
+    };
+    // Three of one tenant, and then one of another.
+    let mut all: Vec<Running> = Vec::new();
+    for (n, id) in [0, 0, 0, 1].into_iter().enumerate() {
+        all.push(yard.start(id, 0, "0", &flags));
+        wait_for("it to be in the line", || line().filter(|places| *places == n + 1));
+    }
+    let [first, second, third, other] = &mut all[..] else { unreachable!() };
+    assert!(first.line().contains("init"));
+    first.close_stdin();
+    first.code();
+    assert!(other.line().contains("init"), "its tenant has had none");
+    assert_eq!(line(), Some(3), "the others wait");
+    other.signal(Signal::KILL);
+    assert!(second.line().contains("init"));
+    assert_eq!(line(), Some(2));
+    second.close_stdin();
+    assert!(third.line().contains("init"));
+    third.close_stdin();
+    third.code();
+    wait_for("everybody to have left", || line().filter(|places| *places == 0));
+    let left =
+        std::fs::read_dir(yard.state()).unwrap().flatten().filter(|entry| entry.path().extension() == Some("seat".as_ref()));
+    assert_eq!(left.count(), 0);
+}
+
+#[test]
+fn a_state_directory_that_hangs_keeps_no_agent_from_starting_or_ending() {
+    use std::os::unix::fs::DirBuilderExt;
+    // Whoever opens one of these to write waits for a reader, as on a file server that is gone.
+    for hangs in ["lock", "seats.lock", "budgets.lock"] {
+        let yard = Yard::new(&format!("hangs-{hangs}"));
+        std::fs::DirBuilder::new().mode(0o700).create(yard.state()).unwrap();
+        assert!(Command::new("mkfifo").arg(yard.state().join(hangs)).status().unwrap().success());
+        let mut agent = yard.start(0, 1, "0", &["--max-sessions", "2", "--queue-timeout", "0", "--container-max-cost-usd", "9"]);
+        assert!(agent.line().contains("init"), "{hangs}");
+        agent.close_stdin();
+        assert_eq!(agent.code(), Some(1), "{hangs}: `read` had nothing to read");
+        assert_eq!(yard.ledger_cents(0), 1, "{hangs}");
+    }
 }
