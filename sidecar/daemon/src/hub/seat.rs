@@ -35,7 +35,7 @@ pub(crate) struct Guest {
 pub(crate) struct Seat {
     dir: PathBuf,
     run: String,
-    _locked: File,
+    lock: File,
 }
 
 /// Why there is no seat.
@@ -62,10 +62,10 @@ impl Seat {
             return Err(io::Error::other("somebody has our place in the line"));
         }
         // Given back when it is dropped, whether it is one yet or a place in the line.
-        let seat = Seat { dir: place.dir.clone(), run: guest.run.clone(), _locked: file };
+        let seat = Seat { dir: place.dir.clone(), run: guest.run.clone(), lock: file };
         let mut probed: Option<Instant> = None;
         loop {
-            seat._locked.set_modified(SystemTime::now())?;
+            seat.lock.set_modified(SystemTime::now())?;
             let probe = probed.is_none_or(|at| at.elapsed() >= PROBE);
             if seat.ask(guest, seats, probe)? {
                 return Ok(Ok(seat));
