@@ -34,8 +34,8 @@ const SETTLE: Duration = Duration::from_millis(250);
 /// What is still to be forwarded then has this long: less than the CLI itself would wait for a collector that hangs.
 const FORWARD: Duration = Duration::from_secs(1);
 
-/// A disk that has not answered for so long hangs.
-const HANGS: Duration = Duration::from_secs(3);
+/// A disk that has not answered for so long hangs; on a machine that does much else, one that does not may take seconds.
+const HANGS: Duration = Duration::from_secs(5);
 
 /// What to start.
 pub(crate) struct Agent {
@@ -229,9 +229,11 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             if !linger.is_zero() {
                 say_scraped(&handle);
             }
-            share.finish();
-            if !linger.is_zero() && !share.linger(linger) {
-                let next = if share.goes_on() { "the next hub here has them, and " } else { "" };
+            // Of a disk that hangs nobody reads anything.
+            let told = share.finish();
+            let read = linger.is_zero() || told && share.linger(linger);
+            if !read {
+                let next = if told && share.goes_on() { "the next hub here has them, and " } else { "" };
                 tracing::warn!(?linger, "nobody read the last metrics; {next}the ledger has them, if one is set");
             }
         }));

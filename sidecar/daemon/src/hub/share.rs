@@ -29,7 +29,7 @@ const TICK: Duration = Duration::from_secs(1);
 /// Something is written at least this often, so that silence means something.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// The end waits for the last numbers to be written, this long: a disk that hangs must not keep the container.
-const FINISH: Duration = Duration::from_secs(2);
+const FINISH: Duration = Duration::from_secs(5);
 /// How often a wrapper that waits to be read looks whether it was.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -231,16 +231,19 @@ impl Share {
         });
     }
 
-    /// The last line. The journal is the hub's from here on. A disk that hangs is waited for so long, and no longer.
-    pub(crate) fn finish(&self) {
+    /// The last line. The journal is the hub's from here on. A disk that hangs is waited for so long, and no longer: false
+    /// if it does.
+    pub(crate) fn finish(&self) -> bool {
         let (share, (say, hear)) = (self.clone(), mpsc::channel::<()>());
         let finishing = std::thread::Builder::new().name(String::from("finish")).stack_size(256 * 1024).spawn(move || {
             share.say_last();
             drop(say);
         });
-        if finishing.is_err() || hear.recv_timeout(FINISH) == Err(mpsc::RecvTimeoutError::Timeout) {
+        let told = finishing.is_ok() && hear.recv_timeout(FINISH) != Err(mpsc::RecvTimeoutError::Timeout);
+        if !told {
             tracing::warn!(dir = %self.inner.place.dir.display(), "the hub was not told of the agent's last numbers; the ledger has them, if one is set");
         }
+        told
     }
 
     fn say_last(&self) {
