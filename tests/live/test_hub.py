@@ -24,7 +24,10 @@ def test_two_are_served_as_one_and_share_a_budget_that_can_be_raised(version, ap
     flags = ("--socket", str(tmp_path / "hub.sock"), "--hub-control", "--container-max-cost-usd", "0.03")
     # They write the same ledger, too.
     first, second = sidecar(*flags), sidecar(*flags)
-    one, other = session(served, *TOOLS, sidecar=first), session(served, *TOOLS, sidecar=second)
+    one = session(served, *TOOLS, sidecar=first)
+    # Whoever is first serves, at its own address.
+    wait_for("the first to serve", lambda: harness.listens(first.port))
+    other = session(served, *TOOLS, sidecar=second)
     clis = [one, other]
     refused = None
     for turn in range(20):
@@ -52,5 +55,67 @@ def test_two_are_served_as_one_and_share_a_budget_that_can_be_raised(version, ap
     assert "200" in post(tmp_path / "hub.sock", "/v1/budgets/container?usd=5")
     wait_for("the same session to go on", lambda: "shares with others" not in str(refused.ask("once more")["result"]))
     assert len(served.requests()) > asked
+    for cli in clis:
+        cli.close()
+
+
+def test_who_is_paused_is_refused_with_a_reason_and_goes_on_in_the_same_session(version, api, session, sidecar, tmp_path):
+    served = api(script())
+    place = ("--socket", str(tmp_path / "hub.sock"))
+    cli = session(served, *TOOLS, sidecar=sidecar(*place, "--hub-control", "--max-cost-usd", "0.005"))
+
+    def control(*words: str) -> None:
+        subprocess.run([harness.binary(), "control", *words, *place], capture_output=True, check=True)
+
+    def until_it_answers(what: str, *words: str) -> dict:
+        """Asks until the result says this, or, without, until the model has answered."""
+        heard: dict = {}
+
+        def hears() -> bool:
+            heard.update(cli.ask("go"))
+            return words[0] in str(heard["result"]) if words else "agent-sidecar" not in str(heard.get("result")) and heard["num_turns"] > 0
+
+        wait_for(what, hears, 60)
+        return heard
+
+    first = cli.ask("go")
+    used_up = until_it_answers("refusal", "a limit of this session is used up")
+    assert used_up["num_turns"] == 0 and not used_up["is_error"]
+    # The CLI forgets the refusal that it was told, with what it is told next.
+    control("limits", first["session_id"], "--max-cost-usd", "9")
+    until_it_answers("the session to go on")
+    control("pause", first["session_id"])
+    paused = until_it_answers("the pause", "is paused")
+    asked = len(served.requests())
+    again = cli.ask("and now?")
+    assert (again["num_turns"], again["is_error"], again["session_id"]) == (0, False, first["session_id"])
+    assert "is paused" in again["result"] and paused["session_id"] == first["session_id"]
+    assert len(served.requests()) == asked, "nothing was asked of the model"
+    control("resume", first["session_id"])
+    assert until_it_answers("the session to go on")["session_id"] == first["session_id"]
+    assert len(served.requests()) > asked
+    cli.close()
+
+
+def test_agents_that_share_a_budget_of_tokens_are_above_it_by_one_answer_at_most(api, session, sidecar, tmp_path):
+    # Slow enough for the others to see what is reserved.
+    slow = script()
+    slow["defaults"]["pace"] = {"first_byte_delay_ms": 1500}
+    served = api(slow)
+    flags = ("--socket", str(tmp_path / "hub.sock"), "--container-max-tokens", "40000")
+    clis = [session(served, *TOOLS, sidecar=sidecar(*flags)) for _ in range(2)]
+    refused = set()
+    for _ in range(40):
+        for n, cli in enumerate(clis):
+            if n not in refused:
+                cli.send(harness.user("go"))
+        for n, cli in enumerate(clis):
+            if n not in refused and "shares with others" in str(cli.result().get("result")):
+                refused.add(n)
+        if len(refused) == 2:
+            break
+    assert len(refused) == 2, "the tokens are used up at some time"
+    answers = [sum(value for key, value in line["usage"].items() if isinstance(value, int)) for line in served.requests() if line["usage"]]
+    assert 40_000 <= sum(answers) <= 40_000 + max(answers), f"{sum(answers)} of {answers}"
     for cli in clis:
         cli.close()

@@ -217,6 +217,31 @@ def test_a_session_without_money_answers_at_once(name, reason, version, start, s
     assert shim.spent(wrapper) == pytest.approx(run.api.cost_usd(version), abs=1e-9)
 
 
+def test_who_is_paused_is_answered_with_the_reason_and_goes_on(version, start, sidecar, tmp_path):
+    place = ("--socket", str(tmp_path / "hub.sock"))
+
+    async def is_paused(sees: Recorder) -> None:
+        async def until(paused: bool) -> ResultMessage:
+            for _ in range(200):
+                result = await sees.ask(client, "go")
+                if ("is paused" in result.result) == paused:
+                    return result
+                await asyncio.sleep(0.1)
+            raise AssertionError(f"not {paused} at last")
+
+        async with ClaudeSDKClient(sees.options()) as client:
+            first = await sees.ask(client, "go")
+            await asyncio.to_thread(shim.control, *place, "pause", first.session_id)
+            paused = await until(True)
+            assert (paused.subtype, paused.is_error, paused.num_turns) == ("success", False, 0)
+            asked = len(sees.run.api.requests())
+            await asyncio.to_thread(shim.control, *place, "resume", first.session_id)
+            assert (await until(False)).session_id == first.session_id
+            assert len(sees.run.api.requests()) == asked + 1
+
+    start(is_paused, "plain", version, sidecar(*place, "--hub-control"))
+
+
 def test_a_query_without_money_ends(version, start, sidecar):
     wrapper = sidecar("--max-cost-usd", "0.001")
 

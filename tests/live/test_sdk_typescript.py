@@ -96,6 +96,25 @@ def test_a_session_without_money_answers_at_once(rules, reason, version, session
     assert shim.spent(wrapper) == pytest.approx(run.api.cost_usd(version), abs=1e-9)
 
 
+def test_who_is_paused_is_answered_with_the_reason_and_goes_on(version, start, sidecar, tmp_path):
+    place = ("--socket", str(tmp_path / "hub.sock"))
+    run, node = start("patient", "plain", version, sidecar(*place, "--hub-control"))
+    lines = []
+    for line in node.stdout:
+        lines.append(json.loads(line))
+        if typed(lines[-1:], "result") and len(typed(lines, "result")) == 1:
+            shim.control(*place, "pause")
+        elif "is paused" in lines[-1].get("result", ""):
+            shim.control(*place, "resume")
+    assert node.wait(PATIENCE) == 0
+    results = typed(lines, "result")
+    paused = [result for result in results if "is paused" in result["result"]]
+    assert paused and {(result["subtype"], result["is_error"], result["num_turns"]) for result in paused} == {("success", False, 0)}
+    assert results[-1] not in paused and not typed(lines, "thrown")
+    assert len({result["session_id"] for result in results}) == 1
+    assert len(run.api.requests()) == len(results) - len(paused)
+
+
 def test_a_query_without_money_ends(version, session, sidecar):
     wrapper = sidecar("--max-cost-usd", "0.001")
     run, lines = session("one_shot", "abort", version, wrapper)

@@ -34,7 +34,7 @@ pub struct Asker {
     again: Option<Duration>,
     /// The app's end is held back since then, for the answer to this question.
     eof: Option<(Duration, String)>,
-    /// The file that is there while a shared budget is used up.
+    /// The file that is there while messages are to be turned away, and says why.
     hold_file: String,
 }
 
@@ -145,8 +145,8 @@ impl Asker {
             // Without `skip_behaviors` it would scan a week of transcripts.
             OwnRequest::GetUsage => serde_json::json!({"subtype": "get_usage", "skip_behaviors": true}),
             OwnRequest::Interrupt | OwnRequest::EndSession => serde_json::json!({"subtype": request.as_str()}),
-            OwnRequest::Refuse => refusal(REASON, None),
-            OwnRequest::Hold => refusal(SHARED_REASON, Some(&self.hold_file)),
+            OwnRequest::Refuse => refusal(None),
+            OwnRequest::Hold => refusal(Some(&self.hold_file)),
         };
         let line = serde_json::json!({"type": "control_request", "request_id": request_id, "request": body});
         if request == OwnRequest::GetUsage {
@@ -174,20 +174,30 @@ impl Asker {
     }
 }
 
-/// What the app is told when its message is turned away.
+/// What the app is told when its message is turned away. Plain words: a shell handles them, and they are put into JSON.
 const REASON: &str = "agent-sidecar: a limit of this session is used up";
-const SHARED_REASON: &str = "agent-sidecar: a budget that this session shares with others is used up";
+pub(crate) const SHARED_REASON: &str = "agent-sidecar: a budget that this session shares with others is used up";
+pub(crate) const PAUSED_REASON: &str = "agent-sidecar: this session is paused; it goes on when somebody resumes it";
 
 /// Has the CLI itself refuse every further prompt, by a hook that only blocks: no request to the model, and a result within 40 ms that
 /// both SDKs take as an ended turn (seen on 2.1.197 and 2.1.330; `interrupt` behind the message loses the race on the latter). The
 /// settings merge with the app's own, whose hooks go on working, and are written to no file. `/compact` asks the model without a
-/// prompt, so it has a hook of its own. With a file, all of that only while the file is there.
-fn refusal(reason: &str, file: Option<&str>) -> serde_json::Value {
-    let unless = file.map_or_else(String::new, |file| format!("[ ! -e '{}' ] || ", file.replace('\'', r"'\''")));
-    let block = format!(r#"{unless}echo '{{"decision":"block","reason":"{reason}"}}'"#);
+/// prompt, so it has a hook of its own. With a file, all of that only while the file is there, for the reason in it. Told again, the
+/// last word holds.
+fn refusal(file: Option<&str>) -> serde_json::Value {
+    let (block, compact) = match file {
+        None => (format!(r#"echo '{{"decision":"block","reason":"{REASON}"}}'"#), format!("echo '{REASON}' >&2; exit 2")),
+        Some(file) => {
+            let held = format!("{{ IFS= read -r why < '{}'; }} 2>/dev/null", file.replace('\'', r"'\''"));
+            (
+                format!(r#"if {held}; then printf '{{"decision":"block","reason":"%s"}}\n' "$why"; fi"#),
+                format!(r#"if {held}; then echo "$why" >&2; exit 2; fi"#),
+            )
+        }
+    };
     let hook = |command: String| serde_json::json!([{"hooks": [{"type": "command", "command": command}]}]);
     serde_json::json!({"subtype": "apply_flag_settings", "settings": {
         "disableAllHooks": false,
-        "hooks": {"UserPromptSubmit": hook(block), "PreCompact": hook(format!("{unless}{{ echo '{reason}' >&2; exit 2; }}"))},
+        "hooks": {"UserPromptSubmit": hook(block), "PreCompact": hook(compact)},
     }})
 }

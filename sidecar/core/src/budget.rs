@@ -4,28 +4,102 @@
 //! may cost; a budget is used up for those who come when what is spent, and what was reserved before them, reach it. So of all that
 //! run at once, together, at most one answer is above it, and what answers cost more than was reserved.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Add;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::limit::{SHARED, Scope, Shared};
-use crate::price::day;
 use crate::tokens::Usd;
 
 /// Of another version is not read.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Who works for nobody in particular.
 const NOBODY: &str = "";
-/// Tenants whose sums are kept.
+/// Tenants whose sums are kept, and budgets of which anything is.
 const TENANTS: usize = 1_000;
 
-/// The day and the month that it is, where bills are made.
+/// Money, and the tokens that it was spent on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "(u64, u64)", into = "(u64, u64)")]
+pub struct Amount {
+    pub usd: Usd,
+    pub tokens: u64,
+}
+
+impl Amount {
+    pub const NONE: Amount = Amount { usd: Usd::ZERO, tokens: 0 };
+
+    pub fn new(usd: Usd, tokens: u64) -> Amount {
+        Amount { usd, tokens }
+    }
+
+    pub fn saturating_sub(self, other: Amount) -> Amount {
+        Amount { usd: self.usd - other.usd, tokens: self.tokens.saturating_sub(other.tokens) }
+    }
+
+    pub fn is_zero(self) -> bool {
+        self == Amount::NONE
+    }
+
+    /// The larger of each.
+    pub fn max(self, other: Amount) -> Amount {
+        Amount { usd: self.usd.max(other.usd), tokens: self.tokens.max(other.tokens) }
+    }
+
+    pub fn half(self) -> Amount {
+        Amount { usd: Usd::from_pico(self.usd.pico() / 2), tokens: self.tokens / 2 }
+    }
+}
+
+impl Add for Amount {
+    type Output = Amount;
+    fn add(self, other: Amount) -> Amount {
+        Amount { usd: self.usd + other.usd, tokens: self.tokens.saturating_add(other.tokens) }
+    }
+}
+
+impl From<(u64, u64)> for Amount {
+    fn from((pico, tokens): (u64, u64)) -> Amount {
+        Amount { usd: Usd::from_pico(pico), tokens }
+    }
+}
+
+impl From<Amount> for (u64, u64) {
+    fn from(amount: Amount) -> (u64, u64) {
+        (amount.usd.pico(), amount.tokens)
+    }
+}
+
+/// How much of each may be spent, where that is limited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Caps {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usd: Option<Usd>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<u64>,
+}
+
+impl Caps {
+    /// What another says goes before.
+    fn with(self, other: Caps) -> Caps {
+        Caps { usd: other.usd.or(self.usd), tokens: other.tokens.or(self.tokens) }
+    }
+
+    /// The larger of each.
+    pub fn max(self, other: Caps) -> Caps {
+        Caps { usd: self.usd.max(other.usd), tokens: self.tokens.max(other.tokens) }
+    }
+}
+
+/// The day and the month that it is, where bills are made, and when each of them ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Periods {
     day: String,
     month: String,
-    number: u64,
+    day_ends: Duration,
+    month_ends: Duration,
 }
 
 impl Periods {
@@ -38,20 +112,24 @@ impl Periods {
         }
     }
 
-    /// `offset_seconds` east of Greenwich.
-    pub fn at(unix: Duration, offset_seconds: i64) -> Periods {
-        let local = unix.as_secs().saturating_add_signed(offset_seconds);
-        let day = day(Duration::from_secs(local));
-        Periods { month: day[..7].to_owned(), number: local / 86_400, day }
+    /// A day, like `2026-11-26`. Not all are of one length: when they end, only the caller knows.
+    pub fn new(day: String, day_ends: Duration, month_ends: Duration) -> Periods {
+        let month = day.get(..7).unwrap_or(&day).to_owned();
+        Periods { day, month, day_ends, month_ends }
+    }
+
+    /// The day, when it ends, and when its month does.
+    pub fn parts(&self) -> (&str, Duration, Duration) {
+        (&self.day, self.day_ends, self.month_ends)
     }
 }
 
-/// Money by period: ever, in a day (`2026-11-26`), in a month (`2026-11`).
+/// What was spent, by period: ever, in a day (`2026-11-26`), in a month (`2026-11`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spent {
-    ever: u64,
-    day: (String, u64),
-    month: (String, u64),
+    ever: Amount,
+    day: (String, Amount),
+    month: (String, Amount),
 }
 
 impl Spent {
@@ -59,38 +137,38 @@ impl Spent {
         for ((of, sum), now) in [(&mut self.day, &periods.day), (&mut self.month, &periods.month)] {
             if of != now {
                 of.clone_from(now);
-                *sum = 0;
+                *sum = Amount::NONE;
             }
         }
     }
 
-    fn add(&mut self, usd: Usd, periods: &Periods) {
+    fn add(&mut self, amount: Amount, periods: &Periods) {
         self.turn(periods);
         for sum in [&mut self.ever, &mut self.day.1, &mut self.month.1] {
-            *sum = sum.saturating_add(usd.pico());
+            *sum = *sum + amount;
         }
     }
 
-    fn take_back(&mut self, usd: Usd) {
+    fn take_back(&mut self, amount: Amount) {
         for sum in [&mut self.ever, &mut self.day.1, &mut self.month.1] {
-            *sum = sum.saturating_sub(usd.pico());
+            *sum = sum.saturating_sub(amount);
         }
     }
 
     /// Adds what another has spent in the same periods.
     fn merge(&mut self, other: &Spent) {
-        self.ever = self.ever.saturating_add(other.ever);
+        self.ever = self.ever + other.ever;
         for (own, others) in [(&mut self.day, &other.day), (&mut self.month, &other.month)] {
             match own.0.cmp(&others.0) {
-                std::cmp::Ordering::Equal => own.1 = own.1.saturating_add(others.1),
+                std::cmp::Ordering::Equal => own.1 = own.1 + others.1,
                 std::cmp::Ordering::Less => own.clone_from(others),
                 std::cmp::Ordering::Greater => {}
             }
         }
     }
 
-    fn in_period(&self, periods: &Periods) -> [u64; 3] {
-        let of = |(of, sum): &(String, u64), now: &String| if of == now { *sum } else { 0 };
+    fn in_period(&self, periods: &Periods) -> [Amount; 3] {
+        let of = |(of, sum): &(String, Amount), now: &String| if of == now { *sum } else { Amount::NONE };
         [self.ever, of(&self.day, &periods.day), of(&self.month, &periods.month)]
     }
 }
@@ -98,22 +176,34 @@ impl Spent {
 /// What one wrapper has spent, and when.
 #[derive(Clone, Debug, Default)]
 pub struct Purse {
-    total: Usd,
+    total: Amount,
     spent: Spent,
 }
 
 impl Purse {
-    /// Of what was spent up to here, somebody else has the account.
-    pub fn since(total: Usd) -> Purse {
+    /// Of what was spent up to there, somebody else has the account: only the rest is ours to tell.
+    pub fn since(total: Amount) -> Purse {
         Purse { total, spent: Spent::default() }
     }
 
     /// The process has spent so much by now.
-    pub fn spent(&mut self, total: Usd, periods: &Periods) {
+    pub fn spent(&mut self, total: Amount, periods: &Periods) {
         self.spent.add(total.saturating_sub(self.total), periods);
         self.spent.take_back(self.total.saturating_sub(total));
         self.total = total;
     }
+}
+
+/// What a wrapper writes into its line.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Claim<'a> {
+    pub tenant: Option<&'a str>,
+    /// It waits for an answer that may cost so much.
+    pub asks: Option<Amount>,
+    /// The budgets whose end it waits at.
+    pub waits: &'a [Scope],
+    /// How large its configuration says that each is.
+    pub caps: [Caps; SHARED],
 }
 
 /// A wrapper's line.
@@ -123,9 +213,11 @@ struct Entry {
     spent: Spent,
     /// What the answer may cost that it waits for, and who came first.
     #[serde(default)]
-    reserved: u64,
+    reserved: Amount,
     #[serde(default)]
     place: u64,
+    #[serde(default)]
+    waits: Vec<Scope>,
 }
 
 /// See the module's head.
@@ -137,10 +229,29 @@ pub struct Book {
     past: BTreeMap<String, Spent>,
     places: u64,
     /// What an answer has cost of late: a first reservation has nothing else to go by.
-    typical: u64,
-    /// Ceilings that were raised, by scope and tenant; of a day or a month, for that one alone.
+    typical: Amount,
+    /// How large each budget is, by scope and tenant, as the last wrapper that began has said.
     #[serde(default)]
-    raised: BTreeMap<String, (String, u64)>,
+    caps: BTreeMap<String, Caps>,
+    /// To what they were raised; of a day or a month, for that one alone.
+    #[serde(default)]
+    raised: BTreeMap<String, (String, Caps)>,
+}
+
+/// How a budget stands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Standing {
+    pub scope: Scope,
+    pub tenant: Option<String>,
+    /// As it is configured, and as it was raised.
+    pub caps: Caps,
+    pub raised: Caps,
+    pub spent: Amount,
+    pub reserved: Amount,
+    /// The day or the month that it is, and when that ends.
+    pub period: Option<(String, Duration)>,
+    /// Those who wait for there being more of it.
+    pub waits: Vec<String>,
 }
 
 impl Book {
@@ -153,16 +264,21 @@ impl Book {
         self.runs.keys().map(String::as_str)
     }
 
-    /// From now on, and until its period is over, a budget is at least this large.
-    pub fn raise(&mut self, scope: Scope, tenant: Option<&str>, usd: Usd, periods: &Periods) {
-        if self.raised.len() < TENANTS {
-            self.raised.insert(key(scope, tenant), (periods.of(scope).to_owned(), usd.pico()));
+    /// From now on, and until its period is over, a budget is at least this large. False if so many were raised that there is no room.
+    pub fn raise(&mut self, scope: Scope, tenant: Option<&str>, caps: Caps, periods: &Periods) -> bool {
+        self.raised.retain(|key, (period, _)| named(key).is_some_and(|(scope, _)| period == periods.of(scope)));
+        let key = key(scope, tenant);
+        if self.raised.len() >= TENANTS && !self.raised.contains_key(&key) {
+            return false;
         }
+        let raised = self.raised.entry(key).or_default();
+        *raised = (periods.of(scope).to_owned(), raised.1.with(caps));
+        true
     }
 
-    fn raised(&self, scope: Scope, tenant: Option<&str>, periods: &Periods) -> Option<Usd> {
-        let (period, pico) = self.raised.get(&key(scope, tenant))?;
-        (period == periods.of(scope)).then(|| Usd::from_pico(*pico))
+    fn raised(&self, scope: Scope, tenant: Option<&str>, periods: &Periods) -> Caps {
+        let raised = self.raised.get(&key(scope, tenant)).filter(|(period, _)| period == periods.of(scope));
+        raised.map(|(_, caps)| *caps).unwrap_or_default()
     }
 
     /// A wrapper is gone: nothing is reserved for it any more, and what it has spent stays spent.
@@ -173,76 +289,129 @@ impl Book {
         self.past.entry(tenant).or_default().merge(&entry.spent);
     }
 
-    /// Writes a wrapper's line, and says what is spoken for before it. `asks`: it waits for an answer that may cost so much.
-    pub fn write(
-        &mut self,
-        run: &str,
-        tenant: Option<&str>,
-        purse: &Purse,
-        asks: Option<Usd>,
-        periods: &Periods,
-    ) -> [Option<Shared>; SHARED] {
+    /// Writes a wrapper's line, and says what is spoken for before it.
+    pub fn write(&mut self, run: &str, purse: &Purse, claim: &Claim<'_>, periods: &Periods) -> [Option<Shared>; SHARED] {
+        let tenant = claim.tenant;
+        if !self.runs.contains_key(run) {
+            self.begin(claim);
+        }
         let typical = self.typical;
         let entry = self.runs.entry(run.to_owned()).or_default();
         entry.tenant = tenant.unwrap_or(NOBODY).to_owned();
         entry.spent.clone_from(&purse.spent);
-        match asks {
-            Some(usd) => {
+        entry.waits = claim.waits.to_vec();
+        match claim.asks {
+            Some(amount) => {
                 if entry.place == 0 {
                     self.places += 1;
                     entry.place = self.places;
                 }
-                if !usd.is_zero() {
-                    self.typical = usd.pico();
+                if !amount.is_zero() {
+                    self.typical = amount;
                 }
-                entry.reserved = if usd.is_zero() { typical } else { usd.pico() };
+                entry.reserved = if amount.is_zero() { typical } else { amount };
             }
-            None => (entry.place, entry.reserved) = (0, 0),
+            None => (entry.place, entry.reserved) = (0, Amount::NONE),
         }
-        let (place, mine) = (entry.place, entry.tenant.clone());
+        let place = entry.place;
         // Who does not ask is not in the queue: what others have reserved, they may not need.
-        let before = |entry: &Entry| entry.place > 0 && entry.place < place;
-        let mut sums = [[0_u64; 3]; 2];
-        let mut add = |tenant: &str, spent: [u64; 3], reserved: u64| {
-            for (sums, counts) in sums.iter_mut().zip([true, tenant == mine]) {
-                for (sum, spent) in sums.iter_mut().zip(spent).filter(|_| counts) {
-                    *sum = sum.saturating_add(spent).saturating_add(reserved);
-                }
-            }
-        };
-        for (tenant, spent) in &self.past {
-            add(tenant, spent.in_period(periods), 0);
-        }
-        for (name, entry) in &self.runs {
-            let reserved = if name != run && before(entry) { entry.reserved } else { 0 };
-            add(&entry.tenant, entry.spent.in_period(periods), reserved);
-        }
-        let shared = |scope: Scope, used: u64, period: u64| Shared {
-            used: Usd::from_pico(used),
-            when_spent: purse.total,
-            period: Duration::from_secs(period),
-            raised: self.raised(scope, tenant, periods),
-        };
-        // Years and months are told apart by their digits.
-        let month = periods.month.bytes().filter(u8::is_ascii_digit).fold(0, |n, digit| n * 10 + u64::from(digit - b'0'));
-        let numbers = [0, periods.number, month];
+        let before = |name: &str, entry: &Entry| name != run && entry.place > 0 && entry.place < place;
+        let sums = [None, Some(tenant.unwrap_or(NOBODY))].map(|of| self.sums(of, before, periods));
+        let ends = [Duration::ZERO, periods.day_ends, periods.month_ends];
         let mut out = [None; SHARED];
         for &scope in Scope::ALL {
             let Some(at) = scope.shared() else { continue };
             // Who works for nobody has no tenant's budget.
-            if at < 3 || tenant.is_some() {
-                out[at] = Some(shared(scope, sums[at / 3][at % 3], numbers[at % 3]));
+            if scope.of_tenant() && tenant.is_none() {
+                continue;
             }
+            let Sums { spent, reserved, before } = &sums[at / 3];
+            out[at] = Some(Shared {
+                spent: spent[at % 3],
+                reserved: *reserved,
+                before: *before,
+                when_spent: purse.total,
+                ends: ends[at % 3],
+                raised: self.raised(scope, tenant, periods),
+            });
         }
         out
     }
+
+    /// How all budgets stand that anybody has told of.
+    pub fn standings(&self, periods: &Periods) -> Vec<Standing> {
+        let keys: BTreeSet<&String> = self.caps.keys().chain(self.raised.keys()).collect();
+        keys.into_iter()
+            .filter_map(|key| {
+                let (scope, tenant) = named(key)?;
+                let at = scope.shared()? % 3;
+                let sums = self.sums(tenant, |_, _| false, periods);
+                let waits = self
+                    .runs
+                    .iter()
+                    .filter(|(_, entry)| tenant.is_none_or(|tenant| entry.tenant == tenant) && entry.waits.contains(&scope));
+                let period = periods.of(scope).to_owned();
+                let ends = [Duration::ZERO, periods.day_ends, periods.month_ends][at];
+                Some(Standing {
+                    scope,
+                    tenant: tenant.map(str::to_owned),
+                    caps: self.caps.get(key).copied().unwrap_or_default(),
+                    raised: self.raised(scope, tenant, periods),
+                    spent: sums.spent[at],
+                    reserved: sums.reserved,
+                    period: (!period.is_empty()).then_some((period, ends)),
+                    waits: waits.map(|(run, _)| run.clone()).collect(),
+                })
+            })
+            .collect()
+    }
+
+    fn begin(&mut self, claim: &Claim<'_>) {
+        for (scope, at) in Scope::ALL.iter().filter_map(|scope| Some((*scope, scope.shared()?))) {
+            let (caps, key) = (claim.caps[at], key(scope, claim.tenant));
+            if caps != Caps::default() && (self.caps.len() < TENANTS || self.caps.contains_key(&key)) {
+                self.caps.insert(key, caps);
+            }
+        }
+    }
+
+    /// Of one tenant, or of all.
+    fn sums(&self, tenant: Option<&str>, before: impl Fn(&str, &Entry) -> bool, periods: &Periods) -> Sums {
+        let mut sums = Sums::default();
+        let counts = |of: &str| tenant.is_none_or(|tenant| tenant == of);
+        let mut add = |spent: &Spent| {
+            for (sum, spent) in sums.spent.iter_mut().zip(spent.in_period(periods)) {
+                *sum = *sum + spent;
+            }
+        };
+        self.past.iter().filter(|(of, _)| counts(of)).for_each(|(_, spent)| add(spent));
+        self.runs.values().filter(|entry| counts(&entry.tenant)).for_each(|entry| add(&entry.spent));
+        for (run, entry) in self.runs.iter().filter(|(_, entry)| counts(&entry.tenant)) {
+            sums.reserved = sums.reserved + entry.reserved;
+            if before(run, entry) {
+                sums.before = sums.before + entry.reserved;
+            }
+        }
+        sums
+    }
 }
 
+#[derive(Default)]
+struct Sums {
+    spent: [Amount; 3],
+    reserved: Amount,
+    before: Amount,
+}
+
+/// What a budget is called in the book.
 fn key(scope: Scope, tenant: Option<&str>) -> String {
-    match scope {
-        Scope::Tenant | Scope::TenantDay | Scope::TenantMonth => format!("{} {}", scope.as_str(), tenant.unwrap_or(NOBODY)),
-        _ => scope.as_str().to_owned(),
-    }
+    if scope.of_tenant() { format!("{} {}", scope.as_str(), tenant.unwrap_or(NOBODY)) } else { scope.as_str().to_owned() }
+}
+
+fn named(key: &str) -> Option<(Scope, Option<&str>)> {
+    let (name, tenant) = key.split_once(' ').map_or((key, None), |(name, tenant)| (name, Some(tenant)));
+    let scope = Scope::ALL.iter().find(|scope| scope.as_str() == name)?;
+    Some((*scope, tenant))
 }
 
 #[cfg(test)]

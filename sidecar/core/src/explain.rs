@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::record::{Fact, Record};
 use crate::tokens::{Tokens, Usd};
-use crate::update::{Activity, Basis, ExitReason, MissingCause, Outcome, Source, Start, ToolOutcome};
+use crate::update::{Activity, Basis, ExitReason, MissingCause, Outcome, Source, Start, ToolOutcome, Wish};
 
 /// A prompt shorter than this is not cached by every model.
 const CACHEABLE: u64 = 2_048;
@@ -117,6 +117,19 @@ pub struct Miss {
     pub cause: &'static str,
 }
 
+/// What somebody has asked of the agent.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Told {
+    pub time: f64,
+    pub order: Wish,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scope: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ceiling: Option<f64>,
+}
+
 /// A decision about a limit.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Limit {
@@ -194,6 +207,8 @@ pub struct Session {
     pub failed_requests: BTreeMap<String, u64>,
     pub compactions: Vec<Compaction>,
     pub limits: Vec<Limit>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub orders: Vec<Told>,
     pub oom_kills: Vec<OomKill>,
     pub results_missing: Vec<MissingCause>,
     #[serde(skip)]
@@ -363,6 +378,9 @@ impl Session {
                 self.oom_kills.push(OomKill { time, role: role.clone(), memory_bytes: *memory_bytes });
             }
             Fact::ResultMissing { cause, .. } => self.results_missing.push(*cause),
+            Fact::Ordered { order, limit, scope, ceiling, .. } => {
+                self.orders.push(Told { time, order: *order, limit: limit.clone(), scope: scope.clone(), ceiling: *ceiling });
+            }
             Fact::SessionEnded { .. } | Fact::TenantConflict { .. } => {}
             Fact::ProcessExited { reason, exit_code, signal, .. } => {
                 (self.exit, self.exit_code, self.signal) = (Some(*reason), *exit_code, *signal);

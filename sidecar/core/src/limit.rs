@@ -8,6 +8,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::Now;
+use crate::budget::{Amount, Caps};
+use crate::order::Raised;
 use crate::session::Session;
 use crate::tokens::Usd;
 use crate::update::{Activity, Decision, Stall, Step, Update, labels};
@@ -87,6 +89,13 @@ impl Scope {
     }
 }
 
+impl Scope {
+    /// Whether those who work for the same tenant share it.
+    pub fn of_tenant(self) -> bool {
+        matches!(self, Scope::Tenant | Scope::TenantDay | Scope::TenantMonth)
+    }
+}
+
 /// How many scopes are shared.
 pub const SHARED: usize = 6;
 
@@ -155,14 +164,6 @@ impl Rule {
         self.scope.shared().is_some()
     }
 
-    /// The ceiling in money, if it is one.
-    pub fn spending(&self) -> Option<Usd> {
-        match self.ceiling {
-            Ceiling::Usd(usd) => Some(usd),
-            Ceiling::Count(_) | Ceiling::Time(_) | Ceiling::Bytes(_) => None,
-        }
-    }
-
     /// Where people want to hear of it on the way there.
     fn warn_at(&self) -> &'static [f64] {
         match self.limit {
@@ -208,29 +209,54 @@ pub struct Outside {
     /// The CLI can be told to turn away what the app says.
     pub can_refuse: bool,
     /// What this process has spent, in all its sessions.
-    pub spent: Usd,
+    pub spent: Amount,
     /// What is known of the budgets that others spend from, too.
     pub shared: [Option<Shared>; SHARED],
+    /// To what somebody has raised the session's own limits.
+    pub raised: Raised,
+    /// It is to wait, whoever wants what of it; and when it was last let go on.
+    pub paused: bool,
+    pub resumed_at: Option<Duration>,
 }
 
 /// How much of a shared budget is spoken for, as it was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shared {
-    /// Spent by all, and reserved by those who came before us.
-    pub used: Usd,
+    /// Spent by all.
+    pub spent: Amount,
+    /// Reserved by all, and of that by those who came before us.
+    pub reserved: Amount,
+    pub before: Amount,
     /// What this process had spent by then, in all.
-    pub when_spent: Usd,
-    /// Which day or month this is; a new one starts afresh.
-    pub period: Duration,
+    pub when_spent: Amount,
+    /// When its day or month is over, since the Unix epoch; zero where it goes on for ever. A new one starts afresh.
+    pub ends: Duration,
     /// Somebody has raised it to this.
-    pub raised: Option<Usd>,
+    pub raised: Caps,
 }
 
 impl Outside {
     /// How much a rule allows, in its own unit.
-    fn ceiling(&self, rule: &Rule) -> f64 {
-        let raised = rule.scope.shared().and_then(|at| self.shared[at]?.raised);
-        raised.map_or(0.0, Usd::to_f64).max(rule.ceiling.to_f64())
+    pub fn ceiling(&self, rule: &Rule) -> f64 {
+        let raised = rule.scope.shared().and_then(|at| self.shared[at]).map(|shared| shared.raised);
+        #[expect(clippy::cast_precision_loss, reason = "for people and ratios")]
+        let raised = raised.and_then(|raised| match rule.limit {
+            Limit::CostUsd => raised.usd.map(Usd::to_f64),
+            Limit::Tokens => raised.tokens.map(|tokens| tokens as f64),
+            _ => None,
+        });
+        raised.or_else(|| self.raised.of(rule)).unwrap_or_default().max(rule.ceiling.to_f64())
+    }
+
+    /// The ceiling in money, if it is one.
+    pub fn spending(&self, rule: &Rule) -> Option<Usd> {
+        matches!(rule.ceiling, Ceiling::Usd(_)).then(|| Usd::from_f64(self.ceiling(rule)))
+    }
+
+    /// What all have spent together from a shared budget, as far as it is known here.
+    pub fn spent_by_all(&self, scope: Scope) -> Option<Amount> {
+        let shared = self.shared[scope.shared()?]?;
+        Some(shared.spent + self.spent.saturating_sub(shared.when_spent))
     }
 }
 
@@ -241,6 +267,8 @@ struct Tracked {
     instance: Duration,
     warned: usize,
     reached: bool,
+    /// As it was last judged.
+    ceiling: f64,
 }
 
 /// See the module's head.
@@ -293,7 +321,7 @@ impl Judge {
         let rules = rules
             .iter()
             .filter(|rule| rule.mode != Mode::Off)
-            .map(|&rule| Tracked { rule, instance: Duration::MAX, warned: 0, reached: false })
+            .map(|&rule| Tracked { rule, instance: Duration::MAX, warned: 0, reached: false, ceiling: 0.0 })
             .collect();
         Judge { rules, began }
     }
@@ -340,9 +368,14 @@ impl Judge {
             };
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it was a count")]
             let detected = |action| Update::LoopDetected { kind: rule.limit, streak: measure.observed as u64, action };
+            let more = ceiling > tracked.ceiling && tracked.ceiling > 0.0;
+            tracked.ceiling = ceiling;
             // Others may have reserved more than they needed; or somebody has raised it.
-            if rule.is_shared() && ratio < 1.0 {
+            if (rule.is_shared() || more) && ratio < 1.0 {
                 tracked.reached = false;
+            }
+            if more {
+                tracked.warned = rule.warn_at().iter().filter(|level| ratio >= **level).count();
             }
             if !tracked.reached {
                 let levels = rule.warn_at();
@@ -369,9 +402,16 @@ impl Judge {
         reached
     }
 
-    /// Whether a shared budget is used up and is to be held to.
-    pub fn holds(&self) -> bool {
-        self.rules.iter().any(|tracked| tracked.reached && tracked.rule.is_shared() && tracked.rule.mode == Mode::Enforce)
+    /// The shared budgets that are used up and are to be held to.
+    pub fn holds(&self) -> impl Iterator<Item = Scope> {
+        let held = |tracked: &&Tracked| tracked.reached && tracked.rule.is_shared() && tracked.rule.mode == Mode::Enforce;
+        self.rules.iter().filter(held).map(|tracked| tracked.rule.scope)
+    }
+
+    /// Whether a limit of the session's own is used up, which the CLI is to turn messages away for.
+    pub fn refuses(&self) -> bool {
+        let refuses = |rule: &Rule| rule.refuses() && !rule.is_shared() && rule.mode == Mode::Enforce;
+        self.rules.iter().any(|tracked| tracked.reached && refuses(&tracked.rule))
     }
 
     /// When the clock alone will reach a ceiling, or a warning.
@@ -456,7 +496,7 @@ fn measure(
         }
         (Limit::CostUsd, Scope::Session) => Measure { observed: (session.cost() + usd).to_f64(), ..count(0, began) },
         (
-            Limit::CostUsd,
+            Limit::CostUsd | Limit::Tokens,
             Scope::Container
             | Scope::ContainerDay
             | Scope::ContainerMonth
@@ -465,8 +505,11 @@ fn measure(
             | Scope::TenantMonth,
         ) => {
             let shared = outside.shared[rule.scope.shared()?]?;
-            let since = outside.spent.saturating_sub(shared.when_spent);
-            Measure { observed: (shared.used + since + usd).to_f64(), ..count(0, shared.period) }
+            let used = outside.spent_by_all(rule.scope)? + shared.before + Amount::new(usd, tokens);
+            match rule.limit {
+                Limit::Tokens => count(used.tokens, shared.ends),
+                _ => Measure { observed: used.usd.to_f64(), ..count(0, shared.ends) },
+            }
         }
         (Limit::Tokens, Scope::Turn) => {
             let turn = turn?;
@@ -477,7 +520,9 @@ fn measure(
         (Limit::Duration, Scope::Session) => clock(began),
         (Limit::Duration, Scope::Tool) => clock(session.oldest_call()?.1),
         (Limit::Duration, Scope::Subagent) => clock(session.oldest_agent()?),
-        (Limit::Idle, _) => clock(session.idle_since()?),
+        // Who is made to wait is not idle.
+        (Limit::Idle, _) if outside.paused => return None,
+        (Limit::Idle, _) => clock(session.idle_since()?.max(outside.resumed_at.unwrap_or_default())),
         (Limit::Startup, _) if !session.spoke() => clock(outside.fed_at?),
         // Where nothing runs nothing gets on, whatever was being done.
         (Limit::Stall, _) if outside.frozen_since.is_some() && session.activity().is_work() => clock(outside.frozen_since?),

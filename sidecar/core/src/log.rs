@@ -24,6 +24,7 @@ pub const LEDGER: &[(&str, &[&str])] = &[
     ("permission.decided", &[]),
     ("limit.warned", &["limit_decided"]),
     ("limit.enforced", &["limit_decided", "limit_enforced"]),
+    ("control.ordered", &["ordered"]),
     ("loop.detected", &[]),
     ("stall.detected", &[]),
     ("tenant.conflict", &["tenant_conflict"]),
@@ -182,6 +183,19 @@ impl Logs {
                     say("claude_agent.overshoot_usd", (*usd).into());
                 }
                 ("limit.enforced", Warn)
+            }
+            Update::Ordered { order, limit, scope, ceiling, .. } => {
+                say("claude_agent.order", order.as_str().into());
+                if let Some(limit) = limit {
+                    say("claude_agent.limit", limit.as_str().into());
+                }
+                if let Some(scope) = scope {
+                    say("claude_agent.scope", scope.as_str().into());
+                }
+                if let Some(ceiling) = ceiling {
+                    say("claude_agent.ceiling", (*ceiling).into());
+                }
+                ("control.ordered", Warn)
             }
             Update::LoopDetected { kind, streak, action } => {
                 say("claude_agent.kind", kind.as_str().into());

@@ -1,9 +1,10 @@
 //! The fold from facts to numbers: what each [`Update`] moves in the catalogue.
 
+use crate::limit::{Limit, Mode, Outside, Rule};
 use crate::metric::*;
 use crate::price::PriceTable;
 use crate::tokens::{TOKEN_KINDS, Tokens};
-use crate::update::{Activity, Answered, ExitReason, Outcome, Spent, Stall, ToolClass, ToolOutcome, Update};
+use crate::update::{Activity, Answered, ExitReason, Outcome, Spent, Stall, ToolClass, ToolOutcome, Update, Wish};
 
 /// The place of this CLI among those of its container.
 const SLOT: &str = "0";
@@ -41,6 +42,7 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
             meters.add(&PROCESS_STARTS, &[], 1);
             meters.set(&SESSIONS_ACTIVE, &[], 1.0);
             meters.set(&REPEAT_STREAK, &[SLOT], 0.0);
+            meters.set(&PAUSED, &[SLOT], 0.0);
             for stall in Stall::ALL {
                 meters.set(&STALLED, &[SLOT, stall.as_str()], 0.0);
             }
@@ -157,6 +159,14 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
             &[decision.limit.as_str(), decision.scope.as_str(), decision.step.as_str(), decision.mode.as_str()],
             1,
         ),
+        Update::Ordered { order, .. } => {
+            meters.add(&ORDERS, &[order.as_str()], 1);
+            match order {
+                Wish::Pause => meters.set(&PAUSED, &[SLOT], 1.0),
+                Wish::Resume => meters.set(&PAUSED, &[SLOT], 0.0),
+                Wish::Interrupt | Wish::Stop | Wish::Raise => {}
+            }
+        }
         Update::Enforced { scope, step, latency, overshoot } => {
             meters.observe(&ENFORCEMENT_LATENCY, &[step.as_str()], latency.as_secs_f64());
             if let Some(usd) = overshoot {
@@ -186,6 +196,34 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
         #[expect(clippy::cast_precision_loss, reason = "a gauge speaks in floats")]
         Update::LongestLine { bytes } => meters.set(&LINE_BYTES_MAX, &[], *bytes as f64),
         Update::Lost { bytes } => meters.add(&LOST_BYTES, &[], *bytes),
+    }
+}
+
+/// How the budgets stand that agents share. All say the same of them, each as it was told last.
+#[expect(clippy::cast_precision_loss, reason = "a gauge speaks in floats")]
+pub fn budgets(meters: &mut Meters, rules: &[Rule], outside: &Outside) {
+    for rule in rules.iter().filter(|rule| rule.mode != Mode::Off) {
+        let Some(shared) = rule.scope.shared().and_then(|at| outside.shared[at]) else { continue };
+        let (scope, ceiling) = (rule.scope.as_str(), outside.ceiling(rule));
+        let (metrics, spent, reserved) = match rule.limit {
+            Limit::Tokens => (
+                [&BUDGET_LIMIT_TOKENS, &BUDGET_SPENT_TOKENS, &BUDGET_RESERVED_TOKENS],
+                shared.spent.tokens as f64,
+                shared.reserved.tokens as f64,
+            ),
+            _ => (
+                [&BUDGET_LIMIT_USD, &BUDGET_SPENT_USD, &BUDGET_RESERVED_USD],
+                shared.spent.usd.to_f64(),
+                shared.reserved.usd.to_f64(),
+            ),
+        };
+        for (metric, value) in metrics.into_iter().zip([ceiling, spent, reserved]) {
+            meters.set(metric, &[scope], value);
+        }
+        meters.set(&BUDGET_REMAINING, &[rule.limit.as_str(), scope], (1.0 - spent / ceiling).max(0.0));
+        if !shared.ends.is_zero() {
+            meters.set(&BUDGET_WINDOW_END, &[scope], shared.ends.as_secs_f64());
+        }
     }
 }
 

@@ -205,6 +205,16 @@ catalog! { after 0;
 
     // Limits: how close, and what was done about it?
     LIMIT_USED = gauge(Max, "claude_agent_limit_used_ratio", Ratio, &["limit", "scope"], "How much of a limit is used.");
+    BUDGET_LIMIT_USD = gauge(Newest, "claude_agent_budget_limit_usd", Dollars, &["scope"], "How large a budget is that agents share, as it was raised; those of the container are the same for every tenant.");
+    BUDGET_SPENT_USD = gauge(Newest, "claude_agent_budget_spent_usd", Dollars, &["scope"], "What all agents have spent from it, in its day or month.");
+    BUDGET_RESERVED_USD = gauge(Newest, "claude_agent_budget_reserved_usd", Dollars, &["scope"], "What answers may cost that are waited for.");
+    BUDGET_LIMIT_TOKENS = gauge(Newest, "claude_agent_budget_limit_tokens", Tokens, &["scope"], "How large a budget in tokens is that agents share, as it was raised.");
+    BUDGET_SPENT_TOKENS = gauge(Newest, "claude_agent_budget_spent_tokens", Tokens, &["scope"], "What all agents have spent from it, in its day or month; cached ones included.");
+    BUDGET_RESERVED_TOKENS = gauge(Newest, "claude_agent_budget_reserved_tokens", Tokens, &["scope"], "What answers may use that are waited for.");
+    BUDGET_REMAINING = gauge(Newest, "claude_agent_budget_remaining_ratio", Ratio, &["limit", "scope"], "How much of a shared budget is not spent yet.");
+    BUDGET_WINDOW_END = gauge(Newest, "claude_agent_budget_window_end_timestamp_seconds", Seconds, &["scope"], "When its day or month ends and it starts afresh.");
+    ORDERS = from_zero(counter("claude_agent_orders_total", Plain, &["order"], "What people have asked of running agents: of all at once, once for each of them."), &[&["pause"], &["resume"], &["interrupt"], &["stop"], &["raise"]]);
+    PAUSED = gauge(Sum, "claude_agent_paused", Plain, &["slot"], "One while the agent takes no messages because somebody has paused it.");
     ENFORCEMENTS = counter("claude_agent_enforcements_total", Plain, &["limit", "scope", "action", "mode"], "What was done about a limit, or in shadow mode would have been.");
     ENFORCEMENT_LATENCY = histogram("claude_agent_enforcement_latency_seconds", Seconds, &["action"], STOP_SECONDS, "From the decision until the agent was quiet.");
     ENFORCEMENT_OVERSHOOT = histogram("claude_agent_enforcement_overshoot_usd", Dollars, &["scope"], COST_USD, "What was spent above a limit.");

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::ask::{Asker, ID_PREFIX};
+use crate::ask::{Asker, ID_PREFIX, PAUSED_REASON, SHARED_REASON};
+use crate::budget::Amount;
 use crate::content::Piece;
 use crate::detect::Streaks;
 use crate::detect::memory::Growth;
@@ -21,6 +22,7 @@ use crate::log::Logs;
 use crate::meter;
 use crate::metric::{COST_RECONCILIATION_ERROR, MAX_SERIES, MEMORY_EXHAUSTION, Meters};
 use crate::native;
+use crate::order::Order;
 use crate::price::PriceTable;
 use crate::record::{Record, Recorder};
 use crate::report::{Report, SessionReport, Sums};
@@ -30,7 +32,7 @@ use crate::span::{Spans, TraceSettings, put};
 use crate::telemetry::{self, Context, LogEvent, Span};
 use crate::timeline::Timeline;
 use crate::tokens::Usd;
-use crate::update::{Activity, Decision, ExitReason, Outcome, OwnRequest, Start, Step, Update};
+use crate::update::{Activity, Decision, ExitReason, Outcome, OwnRequest, Start, Step, Update, Wish};
 use crate::who::{self, Guarded, Learn, Who};
 
 /// The time of an input: both clocks, read together by the caller.
@@ -67,6 +69,8 @@ pub enum Input<'a> {
     Shared(&'a [Option<Shared>; SHARED]),
     /// The agent shares something with that of another tenant: what, whose it is, and what was done about it.
     Conflict { kind: who::Shared, owner: &'a str, action: Guarded },
+    /// All that people ask of this agent: said again, it asks for nothing new.
+    Ordered(&'a Order),
     /// Somebody wants the agent gone.
     Stop(Stop),
     /// The CLI was reaped; everything that it wrote has been handed in before.
@@ -181,7 +185,7 @@ pub struct Settings {
     pub trace: TraceSettings,
     /// Log events are wanted.
     pub events: bool,
-    /// A file that is there while [`Monitor::held`]; whoever looks after shared budgets sees to it.
+    /// A file that is there while there is a [`Monitor::held_for`], and says why; whoever meets others sees to it.
     pub hold_file: String,
     /// For whom it works, as far as that is known; and what the app is still to say about it.
     pub who: Who,
@@ -232,6 +236,7 @@ struct LiveSession<'a> {
     memory_seconds_left: Option<f64>,
     silent_seconds: f64,
     refusing: bool,
+    paused: bool,
     tools_in_flight: usize,
     subagents_active: usize,
     background_tasks: usize,
@@ -289,6 +294,16 @@ struct LastEvent {
     at: f64,
 }
 
+/// What the CLI was told to turn away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Nothing,
+    /// Every message.
+    All,
+    /// Those that come while the file is there.
+    WhileHeld,
+}
+
 /// The pure heart of a wrapper. See the module's head.
 #[derive(Debug)]
 pub struct Monitor {
@@ -313,10 +328,12 @@ pub struct Monitor {
     refusing: bool,
     /// The kernel killed the CLI for memory, or somebody of whom nobody knows who it was.
     out_of_memory: bool,
-    /// The CLI was told to turn prompts away while a shared budget is used up.
-    hold_told: bool,
+    told: Told,
+    order: Order,
+    /// The turn that ran when the agent was paused: it may end.
+    spared: Option<Duration>,
     /// The most that an answer has cost of late: what the next one may.
-    answer_cost: Usd,
+    answer: Amount,
     exited: bool,
     pid: Option<u32>,
     spawned_at: Duration,
@@ -370,8 +387,10 @@ impl Monitor {
             stdin_closed: !settings.stdin_json,
             refusing: false,
             out_of_memory: false,
-            hold_told: false,
-            answer_cost: Usd::ZERO,
+            told: Told::Nothing,
+            order: Order::default(),
+            spared: None,
+            answer: Amount::NONE,
             exited: false,
             pid: None,
             spawned_at: now.mono,
@@ -415,7 +434,8 @@ impl Monitor {
             Input::NotInjected { request_id } => self.not_injected(request_id),
             Input::Native(report) => self.native(report),
             Input::Sample(sample) => self.sampled(sample),
-            Input::Shared(shared) => self.outside.shared = *shared,
+            Input::Shared(shared) => self.shared(shared),
+            Input::Ordered(order) => self.ordered(order),
             Input::Conflict { kind, owner, action } => self.conflict(kind, owner, action),
             Input::Stop(stop) => self.stop(stop),
             Input::Exited(exit) => self.exit(exit),
@@ -522,6 +542,7 @@ impl Monitor {
             memory_seconds_left: self.growth.left().map(|left| left.as_secs_f64()),
             silent_seconds: self.now.mono.saturating_sub(self.session.last_active()).as_secs_f64(),
             refusing: self.refusing || self.held(),
+            paused: self.order.paused,
             state_seconds: self.now.mono.saturating_sub(self.session.activity_since()).as_secs_f64(),
             tools_in_flight: self.session.calls_in_flight(),
             subagents_active: self.session.subagents_active(),
@@ -603,18 +624,35 @@ impl Monitor {
         self.report.totals().cost_usd
     }
 
-    /// Whether a shared budget is used up, and this agent has to wait for it.
+    /// Whether this agent has to wait: for a shared budget, or for people.
     pub fn held(&self) -> bool {
-        !self.exited && self.judge.holds()
+        self.held_for().is_some()
+    }
+
+    /// The same, and why: what the app is to hear.
+    pub fn held_for(&self) -> Option<&'static str> {
+        match self.exited {
+            true => None,
+            false if self.order.paused => Some(PAUSED_REASON),
+            false => self.judge.holds().next().map(|_| SHARED_REASON),
+        }
+    }
+
+    /// The budgets that it waits for, each once.
+    pub fn waits(&self) -> Vec<Scope> {
+        let mut waits: Vec<Scope> = self.judge.holds().filter(|_| !self.exited).collect();
+        waits.sort_unstable();
+        waits.dedup();
+        waits
     }
 
     /// What this process has spent; and, while the model is asked, what its answer may cost.
-    pub fn claim(&self) -> (Usd, Option<Usd>) {
+    pub fn claim(&self) -> (Amount, Option<Amount>) {
         let asks = !self.exited
             && self.session.turn().is_some()
             && matches!(self.session.activity(), Activity::Model | Activity::RetryBackoff | Activity::Compacting)
             && self.ladder.is_none();
-        (self.outside.spent, asks.then_some(self.answer_cost))
+        (self.outside.spent, asks.then_some(self.answer))
     }
 
     /// Whether the CLI's telemetry said anything.
@@ -679,7 +717,8 @@ impl Monitor {
         self.session.slept(gap);
         self.vitals.slept(gap);
         self.outside.frozen_since = self.vitals.frozen_since();
-        for since in [&mut self.outside.input_over, &mut self.outside.fed_at].into_iter().flatten() {
+        for since in [&mut self.outside.input_over, &mut self.outside.fed_at, &mut self.outside.resumed_at].into_iter().flatten()
+        {
             *since += gap;
         }
     }
@@ -923,6 +962,54 @@ impl Monitor {
         }
     }
 
+    fn shared(&mut self, shared: &[Option<Shared>; SHARED]) {
+        let before = std::mem::replace(&mut self.outside.shared, *shared);
+        for rule in self.settings.rules.clone().iter().filter(|rule| rule.mode != Mode::Off) {
+            let Some((at, old)) = rule.scope.shared().and_then(|at| Some((at, before[at]?))) else { continue };
+            // What was raised before anybody told of it was not raised now.
+            let raised = match rule.limit {
+                Limit::Tokens => shared[at].is_some_and(|new| new.raised.tokens > old.raised.tokens),
+                _ => shared[at].is_some_and(|new| new.raised.usd > old.raised.usd),
+            };
+            if raised {
+                self.was_told(Wish::Raise, Some((rule.limit, rule.scope, self.outside.ceiling(rule))));
+            }
+        }
+        meter::budgets(&mut self.meters, &self.settings.rules, &self.outside);
+    }
+
+    fn ordered(&mut self, order: &Order) {
+        let before = std::mem::replace(&mut self.order, *order);
+        (self.outside.raised, self.outside.paused) = (order.raised, order.paused);
+        if before.paused != order.paused {
+            self.spared = self.session.turn().filter(|_| order.paused).map(|turn| turn.started);
+            self.outside.resumed_at = (!order.paused).then_some(self.now.mono);
+            self.was_told(if order.paused { Wish::Pause } else { Wish::Resume }, None);
+        }
+        for (limit, ceiling) in order.raised.each() {
+            if !before.raised.each().any(|before| before == (limit, ceiling)) {
+                self.was_told(Wish::Raise, Some((limit, Scope::Session, ceiling)));
+            }
+        }
+        if order.interrupts > before.interrupts {
+            // What is paused at once is asked for one thing.
+            if order.paused == before.paused {
+                self.was_told(Wish::Interrupt, None);
+            }
+            self.begin(Goal::Turn, Scope::Session, ExitReason::Shutdown, Step::Interrupt, SIGTERM, None);
+        }
+        if order.stop && !before.stop {
+            self.was_told(Wish::Stop, None);
+            self.stop(Stop::Signal(SIGTERM));
+        }
+    }
+
+    fn was_told(&mut self, order: Wish, raised: Option<(Limit, Scope, f64)>) {
+        let session = self.session.id().to_owned();
+        let (limit, scope, ceiling) = (raised.map(|one| one.0), raised.map(|one| one.1), raised.map(|one| one.2));
+        self.fold(Update::Ordered { session, order, limit, scope, ceiling });
+    }
+
     /// Tells what the agent is held up by, and when it is so no longer.
     fn hold(&mut self, why: Option<Why>) {
         let why = why.filter(|why| why.stall().is_some());
@@ -990,14 +1077,17 @@ impl Monitor {
             self.close_stdin();
         }
         self.judge();
-        // It was used up before anything could be said to the CLI.
-        if !self.hold_told && self.held() && self.can_inject() {
-            self.hold_told = true;
-            self.inject(OwnRequest::Hold);
-        }
+        // It may have been so before anything could be said to the CLI.
+        self.tell_refusal();
         // A message that was on its way before the refusal, or a CLI that does not know hooks.
-        if (self.refusing || self.held()) && self.ladder.is_none() && self.session.turn().is_some_and(|turn| turn.rounds > 0) {
-            self.begin(Goal::Turn, Scope::Session, ExitReason::Limit, Step::Interrupt, SIGTERM, None);
+        let spared = self.session.turn().is_none_or(|turn| Some(turn.started) == self.spared);
+        let used_up = self.refusing || self.judge.holds().next().is_some();
+        let reason = if used_up { ExitReason::Limit } else { ExitReason::Shutdown };
+        if (used_up || self.order.paused && !spared)
+            && self.ladder.is_none()
+            && self.session.turn().is_some_and(|turn| turn.rounds > 0)
+        {
+            self.begin(Goal::Turn, Scope::Session, reason, Step::Interrupt, SIGTERM, None);
         }
         if let Some(ladder) = &mut self.ladder {
             let (was, since) = (ladder.step, ladder.since);
@@ -1032,6 +1122,22 @@ impl Monitor {
         }
         for reached in reached {
             self.reached(&reached);
+        }
+        // Somebody may have raised it.
+        self.refusing &= self.judge.refuses();
+    }
+
+    /// Has the CLI turn away what it should.
+    fn tell_refusal(&mut self) {
+        let wanted = match self.told {
+            _ if self.refusing => Told::All,
+            Told::All => Told::WhileHeld,
+            Told::Nothing if self.held() => Told::WhileHeld,
+            told => told,
+        };
+        if wanted != self.told && self.can_inject() {
+            self.told = wanted;
+            self.inject(if wanted == Told::All { OwnRequest::Refuse } else { OwnRequest::Hold });
         }
     }
 
@@ -1068,22 +1174,14 @@ impl Monitor {
         // Where nothing can be said to the CLI, its process is all that can be ended.
         let first = if self.settings.parse { rule.first_step() } else { rule.first_step().max(Step::End) };
         let goal = if first == Step::Interrupt { Goal::Turn } else { Goal::Process };
-        self.begin(goal, rule.scope, reason, first, SIGTERM, rule.spending());
+        self.begin(goal, rule.scope, reason, first, SIGTERM, self.outside.spending(rule));
     }
 
     /// A budget of the session is used up: the turn ends with a result, and the CLI turns away what the app says next, with one too.
     fn refuse(&mut self, rule: &Rule, reason: ExitReason) {
-        if rule.is_shared() {
-            if !std::mem::replace(&mut self.hold_told, true) {
-                self.inject(OwnRequest::Hold);
-            }
-            // How far above it all of them are, no single one knows.
-            return self.begin(Goal::Turn, rule.scope, reason, Step::Interrupt, SIGTERM, None);
-        }
-        if !std::mem::replace(&mut self.refusing, true) {
-            self.inject(OwnRequest::Refuse);
-        }
-        self.begin(Goal::Turn, rule.scope, reason, Step::Interrupt, SIGTERM, rule.spending());
+        self.refusing |= !rule.is_shared();
+        self.tell_refusal();
+        self.begin(Goal::Turn, rule.scope, reason, Step::Interrupt, SIGTERM, self.outside.spending(rule));
     }
 
     fn begin(&mut self, goal: Goal, scope: Scope, reason: ExitReason, first: Step, signal: Signal, ceiling: Option<Usd>) {
@@ -1162,7 +1260,10 @@ impl Monitor {
     }
 
     fn enforced(&self, ladder: &Ladder) -> Update {
-        let spent = self.session.cost().max(self.report.current().map_or(Usd::ZERO, |session| session.sums.cost_usd));
+        let spent = match self.outside.spent_by_all(ladder.scope) {
+            Some(all) => all.usd,
+            None => self.session.cost().max(self.report.current().map_or(Usd::ZERO, |session| session.sums.cost_usd)),
+        };
         Update::Enforced {
             scope: ladder.scope,
             step: ladder.step,
@@ -1209,11 +1310,14 @@ impl Monitor {
     fn fold(&mut self, update: Update) {
         match &update {
             Update::Spent(spent) => {
-                self.outside.spent += spent.cost;
+                let amount = Amount::new(spent.cost, spent.tokens.total());
+                self.outside.spent = self.outside.spent + amount;
                 // One large answer is not remembered for ever.
-                self.answer_cost = spent.cost.max(Usd::from_pico(self.answer_cost.pico() / 2));
+                self.answer = amount.max(self.answer.half());
             }
-            Update::Corrected { usd, .. } => self.outside.spent = self.outside.spent - *usd,
+            Update::Corrected { usd, tokens, .. } => {
+                self.outside.spent = self.outside.spent.saturating_sub(Amount::new(*usd, tokens.total()));
+            }
             _ => {}
         }
         self.meters.set_time(self.now.unix);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::monitor::Exit;
 use crate::tokens::{Tokens, Usd};
 use crate::update::{
-    Activity, Answered, Basis, Decision, Direction, ExitReason, MissingCause, Outcome, Source, Start, ToolOutcome, Update,
+    Activity, Answered, Basis, Decision, Direction, ExitReason, MissingCause, Outcome, Source, Start, ToolOutcome, Update, Wish,
 };
 use crate::who::{Guarded, Shared, Who};
 
@@ -147,6 +147,17 @@ pub enum Fact {
         /// What the agent was about, where time ran out.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         why: Option<String>,
+    },
+    /// Somebody has asked this of the agent. What was raised, and to what.
+    Ordered {
+        session_id: String,
+        order: Wish,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        limit: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        scope: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ceiling: Option<f64>,
     },
     /// The agent is quiet after a decision.
     LimitEnforced {
@@ -343,6 +354,13 @@ impl Recorder {
                     why: why.map(|why| why.as_str().to_owned()),
                 }
             }
+            Update::Ordered { session, order, limit, scope, ceiling } => Fact::Ordered {
+                session_id: session,
+                order,
+                limit: limit.map(|limit| limit.as_str().to_owned()),
+                scope: scope.map(|scope| scope.as_str().to_owned()),
+                ceiling,
+            },
             Update::Enforced { step, latency, overshoot, .. } => Fact::LimitEnforced {
                 action: step.as_str().to_owned(),
                 latency_seconds: latency.as_secs_f64(),
@@ -386,6 +404,7 @@ impl Fact {
             | Fact::TurnEnded { session_id, .. }
             | Fact::LimitDecided { session_id, .. }
             | Fact::TenantConflict { session_id, .. }
+            | Fact::Ordered { session_id, .. }
             | Fact::OomKilled { session_id, .. }
             | Fact::ResultMissing { session_id, .. }
             | Fact::SessionEnded { session_id, .. }
@@ -458,6 +477,7 @@ impl Fact {
             | Fact::OomKilled { .. }
             | Fact::TenantConflict { .. }
             | Fact::LimitDecided { .. }
+            | Fact::Ordered { .. }
             | Fact::LimitEnforced { .. } => return None,
         })
     }

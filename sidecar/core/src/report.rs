@@ -206,6 +206,7 @@ impl Report {
             | Update::LoopDetected { .. }
             | Update::LimitUsed { .. }
             | Update::Decided(_)
+            | Update::Ordered { .. }
             | Update::Enforced { .. }
             | Update::IdleShutdown
             | Update::Stopping { .. }

@@ -503,7 +503,8 @@ impl Spans {
             | Update::McpServer { .. }
             | Update::Resumed { .. }
             | Update::SessionEnded { .. }
-            | Update::Unknown { .. } => self.context(),
+            | Update::Unknown { .. }
+            | Update::Ordered { .. } => self.context(),
             Update::CounterReset { cause: ResetCause::Clear | ResetCause::Decrease }
             | Update::Spoke { .. }
             | Update::Identified { .. }

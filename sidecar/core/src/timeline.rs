@@ -7,10 +7,13 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::limit::{Limit, Scope};
 use crate::metric::bounded;
 use crate::price::PriceTable;
 use crate::tokens::{Tokens, Usd};
-use crate::update::{Answered, Decision, ExitReason, MissingCause, Outcome, Source, Stall, Start, Step, ToolOutcome, Update};
+use crate::update::{
+    Answered, Decision, ExitReason, MissingCause, Outcome, Source, Stall, Start, Step, ToolOutcome, Update, Wish,
+};
 use crate::who::{Guarded, Shared};
 
 /// A working day of a quiet agent, and the last minutes of a busy one.
@@ -131,6 +134,16 @@ pub enum What {
         seconds: f64,
         #[serde(skip_serializing_if = "Option::is_none")]
         overshoot_usd: Option<Usd>,
+    },
+    /// Somebody has asked this of the agent.
+    Ordered {
+        order: Wish,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        limit: Option<&'static str>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        scope: Option<&'static str>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        ceiling: Option<f64>,
     },
     TenantConflict {
         shared: Shared,
@@ -290,6 +303,12 @@ impl Timeline {
             Update::Enforced { step, latency, overshoot, .. } => {
                 What::Stopped { action: *step, seconds: seconds(*latency), overshoot_usd: *overshoot }
             }
+            Update::Ordered { order, limit, scope, ceiling, .. } => What::Ordered {
+                order: *order,
+                limit: limit.map(Limit::as_str),
+                scope: scope.map(Scope::as_str),
+                ceiling: *ceiling,
+            },
             Update::TenantConflict { kind, owner, action } => {
                 What::TenantConflict { shared: *kind, owner: name(owner), action: *action }
             }

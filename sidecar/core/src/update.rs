@@ -163,6 +163,11 @@ labels! {
     }
 }
 
+labels! {
+    /// What people have asked of an agent.
+    Wish { Pause = "pause", Resume = "resume", Interrupt = "interrupt", Stop = "stop", Raise = "raise" }
+}
+
 /// An increment of spending: never counted before, never to be counted again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spent {
@@ -460,6 +465,14 @@ pub enum Update {
         ratio: f64,
     },
     Decided(Decision),
+    /// Somebody has asked this of the agent. What was raised, and to what.
+    Ordered {
+        session: String,
+        order: Wish,
+        limit: Option<Limit>,
+        scope: Option<Scope>,
+        ceiling: Option<f64>,
+    },
     /// The agent is quiet after a step was taken.
     Enforced {
         scope: Scope,

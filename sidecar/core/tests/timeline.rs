@@ -4,8 +4,10 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, Scope};
+use agent_sidecar_core::budget::{Amount, Caps};
+use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, SHARED, Scope, Shared};
 use agent_sidecar_core::metric::{self, Cell, Metric};
+use agent_sidecar_core::order::{Order, Raised};
 use agent_sidecar_core::sample::{CliSample, OomVictim, RoleSample, Sample};
 use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::{Action, Exit, Input, Monitor, Now, Output, Settings, Signal, Stop};
@@ -55,10 +57,10 @@ impl Bench {
                     if line.contains("get_usage") {
                         answers.push(request_id);
                     } else {
-                        let what = ["end_session", "interrupt", "refuse"]
-                            .into_iter()
-                            .find(|what| line.contains(*what) || *what == "refuse" && line.contains("UserPromptSubmit"))
-                            .unwrap();
+                        let words = [("end_session", "end_session"), ("interrupt", "\"interrupt\""), ("hold", "read -r why")];
+                        let said = |(_, word): &(&str, &str)| line.contains(word);
+                        let what = words.into_iter().find(said).map_or("refuse", |(what, _)| what);
+                        assert!(what != "refuse" || line.contains("UserPromptSubmit"), "{line}");
                         writeln!(self.log, "{at:>6} {what}").unwrap();
                     }
                 }
@@ -638,11 +640,12 @@ fn what_was_frozen_with_us_is_not_silence() {
 }
 
 /// What the book says of the container's budget.
-fn container(used: f64, period: u64) -> [Option<agent_sidecar_core::limit::Shared>; agent_sidecar_core::limit::SHARED] {
-    let mut shared = [None; agent_sidecar_core::limit::SHARED];
-    let period = Duration::from_secs(period);
-    shared[1] =
-        Some(agent_sidecar_core::limit::Shared { used: Usd::from_f64(used), when_spent: Usd::ZERO, period, raised: None });
+fn container(used: f64, ends: u64) -> [Option<Shared>; SHARED] {
+    let mut shared = [None; SHARED];
+    let ends = Duration::from_secs(ends);
+    let none = Amount::NONE;
+    let spent = Amount::new(Usd::from_f64(used), 0);
+    shared[1] = Some(Shared { spent, reserved: none, before: none, when_spent: none, ends, raised: Caps::default() });
     shared
 }
 
@@ -669,7 +672,7 @@ fn a_shared_budget_holds_the_agent_until_there_is_more() {
     bench.put(Input::Shared(&container(1.5, 8)));
     assert!(bench.monitor.held());
     let mut raised = container(1.5, 8);
-    raised[1].as_mut().unwrap().raised = Some(Usd::from_f64(2.0));
+    raised[1].as_mut().unwrap().raised.usd = Some(Usd::from_f64(2.0));
     bench.put(Input::Shared(&raised));
     assert!(!bench.monitor.held(), "somebody has raised it");
     assert!((bench.monitor.limits()[0].ceiling - 2.0).abs() < 1e-9);
@@ -679,4 +682,111 @@ fn a_shared_budget_holds_the_agent_until_there_is_more() {
     assert!(!bench.monitor.held());
     let told = bench.monitor.meters().get(&metric::ENFORCEMENTS, &["usd", "container_day", "interrupt", "shadow"]).cloned();
     assert_eq!(told, Some(Cell::Count(1)));
+}
+
+#[test]
+fn tokens_are_a_shared_budget_too_and_the_overshoot_is_that_of_all() {
+    let rule = |limit, ceiling| Rule { limit, scope: Scope::ContainerDay, ceiling, mode: Mode::Enforce };
+    let rules = vec![rule(Limit::Tokens, Ceiling::Count(1_000)), rule(Limit::CostUsd, Ceiling::Usd(Usd::from_f64(1.0)))];
+    let mut bench = Bench::with(Settings { rules, poll: true, hold_file: String::from("/x/y.hold"), ..settings() });
+    let with = |usd: f64, tokens: u64, before: u64| {
+        let mut shared = container(usd, 7);
+        let one = shared[1].as_mut().unwrap();
+        one.spent.tokens = tokens;
+        (one.before.tokens, one.reserved.tokens) = (before, before + 100);
+        shared
+    };
+    bench.put(Input::Shared(&with(0.2, 900, 99)));
+    assert!(!bench.monitor.held());
+    bench.put(Input::Shared(&with(0.2, 900, 100)));
+    assert_eq!(bench.monitor.waits(), [Scope::ContainerDay], "what others have reserved is spoken for");
+    let gauge = |bench: &Bench, metric, values: &[&str]| bench.monitor.meters().get(metric, values).unwrap().to_f64();
+    assert_eq!(gauge(&bench, &metric::BUDGET_LIMIT_TOKENS, &["container_day"]), 1_000.0);
+    assert_eq!(gauge(&bench, &metric::BUDGET_SPENT_TOKENS, &["container_day"]), 900.0);
+    assert_eq!(gauge(&bench, &metric::BUDGET_RESERVED_TOKENS, &["container_day"]), 200.0);
+    assert!((gauge(&bench, &metric::BUDGET_REMAINING, &["usd", "container_day"]) - 0.8).abs() < 1e-9);
+    assert_eq!(gauge(&bench, &metric::BUDGET_WINDOW_END, &["container_day"]), 7.0);
+    bench.put(Input::Shared(&with(0.2, 0, 0)));
+    assert!(!bench.monitor.held());
+    // Others spend on while its own turn is stopped: what they are above it together is what is told.
+    bench.ask();
+    bench.put(Input::Shared(&with(1.25, 0, 0)));
+    assert!(bench.log().contains("interrupt"), "{}", bench.log());
+    bench.result("error_during_execution", "aborted_streaming");
+    let Some(Cell::Histogram(over)) = bench.monitor.meters().get(&metric::ENFORCEMENT_OVERSHOOT, &["container_day"]).cloned()
+    else {
+        panic!("nothing was told of the overshoot");
+    };
+    assert!((over.sum - 0.25).abs() < 1e-9, "{over:?}");
+}
+
+fn held(rules: &[Rule]) -> Bench {
+    Bench::with(Settings { rules: rules.to_vec(), poll: true, hold_file: String::from("/x/y.hold"), ..settings() })
+}
+
+const PAUSED: Order = Order { paused: true, interrupts: 0, stop: false, raised: Raised { usd: None, tokens: None, turns: None } };
+
+#[test]
+fn who_is_paused_ends_its_turn_and_takes_no_other() {
+    let mut b = held(&[rule(Limit::Idle, Scope::Session, secs(60))]);
+    b.ask().answer(1, true);
+    b.put(Input::Ordered(&PAUSED));
+    b.put(Input::Ordered(&PAUSED));
+    assert!(b.monitor.held_for().is_some_and(|why| why.contains("is paused")));
+    b.at(1.0).tool_result(1).answer(2, false).result("success", "completed");
+    // A CLI that does not know hooks, or a message that came too early.
+    b.at(5.0).ask().answer(3, false).at(5.1).result("error_during_execution", "aborted_streaming");
+    b.at(500.0);
+    assert_eq!(b.log(), "     0 hold\n     5 interrupt", "who is made to wait is not idle");
+    assert_eq!(serde_json::to_value(b.monitor.status()).unwrap()["sessions"][0]["paused"], true);
+    assert_eq!(b.count(&metric::PAUSED, &["0"]), 1.0);
+    b.put(Input::Ordered(&Order::default()));
+    assert_eq!((b.monitor.held(), b.count(&metric::PAUSED, &["0"])), (false, 0.0));
+    b.ask().answer(4, false).result("success", "completed");
+    assert_eq!(["pause", "resume"].map(|order| b.count(&metric::ORDERS, &[order])), [1.0, 1.0]);
+    assert_eq!(b.count(&metric::TURNS, &["success"]), 2.0);
+    // Now means now, and what was asked once is done once.
+    b.ask().answer(5, true);
+    let now = Order { interrupts: 1, ..PAUSED };
+    b.put(Input::Ordered(&now));
+    b.put(Input::Ordered(&now));
+    b.at(500.2).result("error_during_execution", "aborted_tools");
+    assert!(b.log().ends_with("interrupt\n   500 interrupt"), "{}", b.log());
+    assert_eq!(b.count(&metric::TURNS, &["interrupted"]), 2.0);
+}
+
+#[test]
+fn a_limit_of_a_session_that_was_raised_lets_it_go_on() {
+    let mut b = held(&[rule(Limit::CostUsd, Scope::Session, usd(1.0))]);
+    b.ask();
+    b.total = 1.2;
+    b.at(1.0).answer(1, true).at(1.1).result("error_during_execution", "aborted_tools");
+    assert!(b.log().ends_with("refuse\n     1 interrupt"), "{}", b.log());
+    let refuses = |b: &Bench| serde_json::to_value(b.monitor.status()).unwrap()["sessions"][0]["refusing"] == true;
+    assert!(refuses(&b));
+    let raised = |usd: f64| Order { raised: Raised { usd: Some(Usd::from_f64(usd)), ..Raised::default() }, ..Order::default() };
+    b.at(2.0).put(Input::Ordered(&raised(1.1)));
+    assert!(refuses(&b), "not enough");
+    b.put(Input::Ordered(&raised(4.0)));
+    assert!(!refuses(&b) && b.log().ends_with("     2 hold"), "from now on, only while there is a reason: {}", b.log());
+    b.log.clear();
+    b.ask();
+    b.total = 2.5;
+    b.at(3.0).answer(2, true).tool_result(2);
+    assert_eq!(b.log(), "     3 enforce usd session: warn at 2.5 of 4", "warnings are those of the new one");
+    b.total = 4.5;
+    b.at(4.0).answer(3, true).at(4.1);
+    assert!(b.log().ends_with("enforce usd session: refuse at 4.5 of 4\n  3.25 refuse\n  3.25 interrupt"), "{}", b.log());
+    b.result("error_during_execution", "aborted_tools");
+    assert_eq!(b.count(&metric::ORDERS, &["raise"]), 2.0);
+}
+
+#[test]
+fn who_is_told_to_stop_ends_with_its_last_cost() {
+    let mut b = held(&[]);
+    b.ask().answer(1, false).result("success", "completed");
+    b.at(1.0).put(Input::Ordered(&Order { stop: true, ..Order::default() }));
+    assert_eq!(b.log(), "     1 end_session");
+    b.exit(Exit::Code(0));
+    assert_eq!((b.count(&metric::PROCESS_EXITS, &["shutdown"]), b.count(&metric::ORDERS, &["stop"])), (1.0, 1.0));
 }

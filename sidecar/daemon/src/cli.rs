@@ -13,7 +13,7 @@ use crate::config::{Config, Kind, Mistakes, SETTINGS, Sources};
 use crate::run::{self, Agent};
 use crate::shim::install;
 use crate::supervise::OWN_FAILURE;
-use crate::{demo, doctor, explain, hub, messages_api, reference, replay, top};
+use crate::{demo, doctor, explain, hub, messages_api, reference, remote, replay, top};
 
 /// A word on the command line that nobody understands.
 const USAGE: u8 = 2;
@@ -145,6 +145,7 @@ fn command() -> Command {
                         .help("where to look for CLIs; by default everywhere"),
                 ),
         )
+        .subcommand(control())
         .subcommand(Command::new("version").about("Print the version"))
         .subcommand(Command::new("catalog").about("List every metric").arg(format(&["json", "markdown"])))
         .subcommand(
@@ -161,6 +162,88 @@ fn command() -> Command {
                 .arg(Arg::new("listen").long("listen").value_name("ADDR").value_parser(value_parser!(SocketAddr)).default_value("127.0.0.1:0"))
                 .arg(Arg::new("log").long("log").value_name("FILE").value_parser(value_parser!(PathBuf)).help("append one JSON line for each request that was served")),
         )
+}
+
+/// What people can ask of running agents.
+fn control() -> Command {
+    let session = |required: bool| Arg::new("session").value_name("SESSION").required(required);
+    let one = || session(true).help("a session's id, or its slot");
+    let all = || session(false).help("a session's id, or its slot; without, all agents, those that are started later, too");
+    let value = |name: &'static str, help: &'static str| Arg::new(name).long(name).value_name("VALUE").help(help);
+    Command::new("control")
+        .about("Pause, resume, interrupt or stop agents that run, and raise their limits and budgets")
+        .after_help(
+            "Example: agent-sidecar control pause --now\n\
+             Asks the hub of this container at its socket; changes need `hub.control` (--hub-control) where the agents were started.",
+        )
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(meets("budgets").about("Say how all shared budgets stand").arg(
+            Arg::new("format").long("format").value_parser(["text", "json"]).default_value("text"),
+        ))
+        .subcommand(
+            meets("pause")
+                .about("Have an agent take no more messages, with its session kept; or all agents")
+                .arg(all())
+                .arg(Arg::new("now").long("now").action(ArgAction::SetTrue).help("interrupt the turn that runs; without, it may end")),
+        )
+        .subcommand(meets("resume").about("Let it go on").arg(all()))
+        .subcommand(meets("interrupt").about("End its turn, with a result").arg(one()))
+        .subcommand(meets("stop").about("End it, with a result").arg(one()))
+        .subcommand(
+            meets("raise")
+                .about("Make a shared budget larger, until its day or month is over")
+                .arg(Arg::new("scope").value_name("BUDGET").required(true).help("container, tenant, and each with _day or _month"))
+                .arg(value("usd", "to so many dollars"))
+                .arg(value("tokens", "to so many tokens"))
+                .arg(value("tenant", "whose, for a tenant's")),
+        )
+        .subcommand(
+            meets("limits")
+                .about("Make a session's own limits larger")
+                .arg(one())
+                .arg(value("max-cost-usd", "to so many dollars"))
+                .arg(value("max-tokens", "to so many tokens"))
+                .arg(value("session-max-turns", "to so many model round trips")),
+        )
+}
+
+/// What has to know where the hub is asked.
+fn meets(name: &'static str) -> Command {
+    let config = Arg::new("config").long("config").value_name("FILE").value_parser(value_parser!(PathBuf));
+    let known = ["listen", "socket", "hub-state-dir"];
+    Command::new(name)
+        .arg(config.help("read settings from this file"))
+        .args(flags().filter(|flag| known.contains(&flag.get_id().as_str())))
+}
+
+/// The request that a subcommand of `control` makes.
+fn request(verb: &str, matches: &ArgMatches) -> (&'static str, String) {
+    let value = |name: &str| matches.try_get_one::<String>(name).ok().flatten().map(String::as_str);
+    let pairs = |names: &[(&str, &str)]| {
+        let given = names.iter().filter_map(|(flag, key)| Some(format!("{key}={}", remote::encoded(value(flag)?))));
+        given.collect::<Vec<String>>().join("&")
+    };
+    match verb {
+        "budgets" => ("GET", String::from("/v1/budgets")),
+        "raise" => {
+            let query = pairs(&[("usd", "usd"), ("tokens", "tokens"), ("tenant", "tenant")]);
+            ("POST", format!("/v1/budgets/{}?{query}", remote::encoded(value("scope").unwrap_or_default())))
+        }
+        _ => {
+            let query = match verb {
+                "limits" => pairs(&[
+                    ("max-cost-usd", "max_cost_usd"),
+                    ("max-tokens", "max_tokens"),
+                    ("session-max-turns", "session_max_turns"),
+                ]),
+                "pause" if matches.get_flag("now") => String::from("now=true"),
+                _ => String::new(),
+            };
+            let whom = value("session").map_or_else(String::new, |session| format!("sessions/{}/", remote::encoded(session)));
+            ("POST", format!("/v1/{whom}{verb}?{query}"))
+        }
+    }
 }
 
 /// `install` and its opposite take the same.
@@ -310,6 +393,15 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             let well = install::perform(&request, &mut out)?;
             out.flush()?;
             return Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Some(("control", matches)) => {
+            let Some((verb, matches)) = matches.subcommand() else { unreachable!("clap asks for one") };
+            // Mistakes elsewhere in the configuration are no reason not to pause an agent.
+            let (config, _) = Config::read(&sources(matches));
+            let (method, target) = request(verb, matches);
+            let answer = remote::ask(&config, method, &target)?;
+            let table = verb == "budgets" && matches.get_one::<String>("format").is_some_and(|format| format == "text");
+            if table { remote::table(&answer, &mut out)? } else { writeln!(out, "{}", answer.trim_end())? }
         }
         Some(("version", _)) => writeln!(out, "agent-sidecar {}", env!("CARGO_PKG_VERSION"))?,
         _ => unreachable!("clap asks for a subcommand, and knows these"),

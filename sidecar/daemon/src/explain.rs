@@ -195,6 +195,16 @@ fn text(session: &Session, out: &mut impl Write) -> io::Result<()> {
             writeln!(out, "  compacted ({}): {saved} tokens fewer from {}", compaction.trigger, compaction.pre_tokens)?;
         }
     }
+    if !session.orders.is_empty() {
+        heading(out, "what people asked")?;
+        for told in &session.orders {
+            write!(out, "  after {}: {}", time(told.time - session.began), told.order.as_str())?;
+            if let (Some(limit), Some(scope), Some(ceiling)) = (&told.limit, &told.scope, told.ceiling) {
+                write!(out, " {limit} of the {scope} to {ceiling}")?;
+            }
+            writeln!(out)?;
+        }
+    }
     if !(session.limits.is_empty() && session.oom_kills.is_empty() && session.results_missing.is_empty()) {
         heading(out, "limits and ends")?;
         for limit in &session.limits {

@@ -15,9 +15,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_sidecar_core::hub::Health;
-use agent_sidecar_core::limit::Scope;
 use agent_sidecar_core::metric::{self, Meters};
-use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::{Monitor, Now};
 use http_body_util::Full;
 use hyper::body::{Bytes, Frame, Incoming, SizeHint};
@@ -29,7 +27,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 
 use crate::busy::Word;
-use crate::config::{Kind, Value as Given};
+use crate::control;
 use crate::export::{otlp, prometheus};
 use crate::feed::Feed;
 use crate::hub::Desk;
@@ -489,54 +487,28 @@ struct Hub {
 
 impl Pages for Hub {
     async fn answer(&self, request: &Request<Incoming>) -> Answer {
-        let control = request.uri().path().strip_prefix("/v1/").filter(|_| request.method() == Method::POST);
-        let Some(verb) = control else { return self.desk.answer(request).await };
-        let peer = request.extensions().get::<Peer>().copied().unwrap_or(Peer::Tcp(Ipv4Addr::UNSPECIFIED.into()));
-        match self.desk.judge(peer, request.headers()) {
-            // As everything else there.
-            Judged::Closed if peer != Peer::Socket => self.desk.answer(request).await,
-            judged => match judged.refusal() {
-                Some((status, why)) => text(status, why),
-                None => self.control(verb, request.uri().query()),
-            },
+        let uri = request.uri();
+        if request.method() == Method::POST && uri.path().starts_with("/v1/") {
+            let peer = request.extensions().get::<Peer>().copied().unwrap_or(Peer::Tcp(Ipv4Addr::UNSPECIFIED.into()));
+            match self.desk.judge(peer, request.headers()) {
+                // As everything else there.
+                Judged::Closed if peer != Peer::Socket => return self.desk.answer(request).await,
+                judged => {
+                    if let Some((status, why)) = judged.refusal() {
+                        return text(status, why);
+                    }
+                }
+            }
+        }
+        match control::answer(&self.desk, request.method(), uri.path(), uri.query()).await {
+            Some(Ok(told)) => json(&told),
+            Some(Err((status, what))) => reply(status, "text/plain; charset=utf-8", format!("{what}\n").into_bytes()),
+            None => self.desk.answer(request).await,
         }
     }
 
     fn left(&self, last: Last) {
         self.desk.left(last);
-    }
-}
-
-impl Hub {
-    fn control(&self, verb: &str, query: Option<&str>) -> Answer {
-        match verb.strip_prefix("budgets/") {
-            Some(scope) => self.raise(scope, query),
-            None => text(StatusCode::NOT_FOUND, "nothing here can be changed; there is /v1/budgets/SCOPE\n"),
-        }
-    }
-
-    /// `POST /v1/budgets/SCOPE?usd=7.50`, and `&tenant=NAME` for a tenant's.
-    fn raise(&self, scope: &str, query: Option<&str>) -> Answer {
-        let scope = Scope::ALL.iter().find(|known| known.as_str() == scope && known.shared().is_some());
-        let Some(scope) = scope else {
-            return text(StatusCode::NOT_FOUND, "no such budget: container, tenant, and each with _day or _month\n");
-        };
-        let value = |name: &str| {
-            let pairs = query.unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
-            pairs.into_iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned())
-        };
-        let usd = value("usd").and_then(|usd| Kind::Money.parse(&usd).ok());
-        let Some(Given::Money(usd)) = usd else {
-            return text(StatusCode::BAD_REQUEST, "say how much, in dollars: ?usd=7.50\n");
-        };
-        let tenant = value("tenant");
-        if matches!(scope, Scope::Tenant | Scope::TenantDay | Scope::TenantMonth) && tenant.is_none() {
-            return text(StatusCode::BAD_REQUEST, "say whose: &tenant=NAME\n");
-        }
-        match self.desk.raise(*scope, tenant, Usd::from_f64(usd)) {
-            Ok(()) => text(StatusCode::OK, "raised\n"),
-            Err(_) => text(StatusCode::SERVICE_UNAVAILABLE, "the budgets cannot be written\n"),
-        }
     }
 }
 

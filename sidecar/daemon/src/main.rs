@@ -3,6 +3,7 @@
 mod busy;
 mod cli;
 mod config;
+mod control;
 mod demo;
 mod disk;
 mod doctor;
@@ -20,6 +21,7 @@ mod page;
 mod patrol;
 mod receive;
 mod reference;
+mod remote;
 mod replay;
 mod run;
 mod sample;

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use agent_sidecar_core::ask::ID_PREFIX;
@@ -26,7 +26,7 @@ use crate::export::otlp::pipeline::Pipeline;
 use crate::feed::Feed;
 use crate::fence::{self, HoldDir};
 use crate::http::{self, Scrapes, Site};
-use crate::hub::{self, NoSeat, Payer, Place, Seat, Share, Teller, Turn};
+use crate::hub::{self, Guest, NoSeat, Payer, Place, Seat, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
 use crate::patrol::{Patrol, Seal};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
@@ -41,6 +41,9 @@ const CUT_SHORT: u8 = 1;
 const SETTLE: Duration = Duration::from_millis(250);
 /// What is still to be forwarded then has this long: less than the CLI itself would wait for a collector that hangs.
 const FORWARD: Duration = Duration::from_secs(1);
+
+/// A disk that has not answered for so long hangs; on a machine that does much else, one that does not may take seconds.
+const HANGS: Duration = Duration::from_secs(5);
 
 /// What to start.
 pub(crate) struct Agent {
@@ -82,9 +85,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let stdin_json = launch.mode == Mode::Parse { stdin_json: true };
     let (who, learn) = who(config, &argv, &launch);
     let telemetry = Telemetry::plan(config, launch.asks_model, &nonce, learn.settled(&who));
-    let place = config.meeting().map(|meeting| Place::find(&meeting));
+    let place = config.meeting().map(|meeting| within(Duration::ZERO, move || Place::find(&meeting)).flatten());
     // Who only asks for a version takes nobody's place.
-    let seat = if launch.asks_model { seat(config, place.as_ref())? } else { None };
+    let seat = if launch.asks_model { seat(config, place.as_ref(), &nonce, &who)? } else { None };
     let (home, homeless) = home(config, &who, &launch, &argv, user.as_ref())?;
     let (own_env, cwd) = home.as_ref().map(|home| (home.env.clone(), home.cwd.clone())).unwrap_or_default();
     let whose: Vec<_> = user.iter().flat_map(User::variables).collect();
@@ -262,7 +265,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         last.push(Box::new(move |_| guard.end()));
     }
     if let Some(seat) = seat {
-        last.push(Box::new(move |_| drop(seat)));
+        last.push(Box::new(move |_| drop(within(Duration::ZERO, move || drop(seat)))));
     }
     if let Some((receiver, plan)) = receiver {
         match receiver.serve(handle.clone(), &plan) {
@@ -288,9 +291,11 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             if !linger.is_zero() {
                 say_scraped(&handle);
             }
-            share.finish();
-            if !linger.is_zero() && !share.linger(linger) {
-                let next = if share.goes_on() { "the next hub here has them, and " } else { "" };
+            // Of a disk that hangs nobody reads anything.
+            let told = share.finish();
+            let read = linger.is_zero() || told && share.linger(linger);
+            if !read {
+                let next = if told && share.goes_on() { "the next hub here has them, and " } else { "" };
                 tracing::warn!(?linger, "nobody read the last metrics; {next}the ledger has them, if one is set");
             }
         }));
@@ -479,7 +484,8 @@ impl Meet {
 /// Whether others of this container are served together with us, and whether it is us who serves.
 fn turn(config: &Config, place: Option<std::io::Result<Place>>) -> Meet {
     let Some(place) = place else { return Meet::Alone };
-    match place.and_then(|place| Turn::take(place, config.listen())) {
+    let listen = config.listen();
+    match place.and_then(|place| within(Duration::ZERO, move || Turn::take(place, listen)).flatten()) {
         Ok(turn) => Meet::At(turn),
         Err(error) => {
             tracing::warn!(%error, "this agent is not served together with others, and shared budgets do not hold; name another --hub-state-dir, or --hub off");
@@ -489,10 +495,13 @@ fn turn(config: &Config, place: Option<std::io::Result<Place>>) -> Meet {
 }
 
 /// Waits until there is room for one more agent. Without a place where they meet, nobody can be counted, and nobody waits.
-fn seat(config: &Config, place: Option<&std::io::Result<Place>>) -> Result<Option<Seat>, Failure> {
+fn seat(config: &Config, place: Option<&std::io::Result<Place>>, run: &str, who: &Who) -> Result<Option<Seat>, Failure> {
     let (Some((seats, patience, mode)), Some(Ok(place))) = (config.max_sessions(), place) else { return Ok(None) };
     let shadow = mode == LimitMode::Shadow;
-    match Seat::take(place, seats, if shadow { Duration::ZERO } else { patience }) {
+    let patience = if shadow { Duration::ZERO } else { patience };
+    let guest = Guest { run: run.to_owned(), tenant: who.tenant.clone().unwrap_or_default(), weight: config.tenant_weight() };
+    let place = place.clone();
+    match within(patience, move || Seat::take(&place, &guest, seats, patience)).flatten() {
         Ok(Ok(seat)) => Ok(Some(seat)),
         Ok(Err(full)) if shadow => {
             tracing::warn!(%full, "this agent would have had to wait");
@@ -510,6 +519,14 @@ fn seat(config: &Config, place: Option<&std::io::Result<Place>>) -> Result<Optio
             Ok(None)
         }
     }
+}
+
+/// What is to be done before the agent starts, on a disk that may hang: that is not waited for, beyond what it takes anyhow.
+fn within<T: Send + 'static>(takes: Duration, what: impl FnOnce() -> T + Send + 'static) -> std::io::Result<T> {
+    let (say, hear) = mpsc::channel();
+    std::thread::Builder::new().name(String::from("start")).stack_size(256 * 1024).spawn(move || drop(say.send(what())))?;
+    let hangs = |_| std::io::Error::new(std::io::ErrorKind::TimedOut, "the hub's state directory does not answer");
+    hear.recv_timeout(takes + HANGS).map_err(hangs)
 }
 
 /// Has our numbers served by the hub, and the hub by us when it is our turn.
@@ -530,7 +547,7 @@ fn join(
     let teller = Teller {
         run: nonce.to_owned(),
         hold_file: hold_file.unwrap_or_else(|| turn.place().hold_file(nonce)),
-        payer: shares.then(|| Payer { tenant: who.tenant.clone(), offset: config.utc_offset() }),
+        payer: shares.then(|| Payer { tenant: who.tenant.clone(), zone: config.zone(), caps: config.caps() }),
         who,
         handle: handle.clone(),
         exports: Arc::clone(counts),

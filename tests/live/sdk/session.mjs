@@ -66,6 +66,16 @@ const scenarios = {
     }
     await talk.end();
   },
+  // Until it was turned away by somebody's pause, and then answered again.
+  async patient() {
+    const talk = conversation();
+    for (let paused = false, end = Date.now() + 40_000; Date.now() < end; await sleep(100)) {
+      const { result } = await talk.ask("go");
+      if (paused && !result.includes("is paused")) break;
+      paused ||= result.includes("is paused");
+    }
+    await talk.end();
+  },
   async permissions() {
     const canUseTool = async (name, input) => {
       saw(["asked", name, input.command]);

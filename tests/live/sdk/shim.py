@@ -118,3 +118,8 @@ def plain(value: object, home: Path) -> object:
         dashed = re.sub(r"[^A-Za-z0-9]", "-", str(home))
         return IDS.sub("ID", value.replace(str(home), "HOME").replace(dashed, "HOME"))
     return value
+
+
+def control(flag: str, socket: str, *words: str) -> None:
+    """Asks the hub at a socket."""
+    subprocess.run([harness.binary(), "control", *words, flag, socket], stdout=subprocess.DEVNULL, check=True)

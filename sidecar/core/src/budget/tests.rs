@@ -4,55 +4,58 @@ use super::*;
 
 const DAY: u64 = 1_795_392_000;
 
-fn usd(usd: f64) -> Usd {
-    Usd::from_f64(usd)
+fn at(seconds: u64) -> Periods {
+    let day = crate::price::day(Duration::from_secs(seconds));
+    let ends = Duration::from_secs((seconds / 86_400 + 1) * 86_400);
+    Periods::new(day, ends, ends + Duration::from_secs(30 * 86_400))
 }
 
-fn at(seconds: u64) -> Periods {
-    Periods::at(Duration::from_secs(seconds), 0)
+fn amount(usd: f64) -> Amount {
+    Amount::new(Usd::from_f64(usd), 0)
+}
+
+fn claim(tenant: Option<&str>, asks: Option<Amount>) -> Claim<'_> {
+    Claim { tenant, asks, ..Claim::default() }
+}
+
+/// A line of nobody's.
+fn write(book: &mut Book, run: &str, purse: &Purse, asks: Option<Amount>, now: &Periods) -> Shared {
+    book.write(run, purse, &claim(None, asks), now)[0].unwrap()
 }
 
 fn used(shared: &[Option<Shared>; SHARED]) -> Vec<Option<f64>> {
-    shared.iter().map(|one| one.map(|one| one.used.to_f64())).collect()
-}
-
-#[test]
-fn a_day_ends_where_the_bill_is_made() {
-    let noon = DAY + 12 * 3_600;
-    assert_eq!(Periods::at(Duration::from_secs(noon), 0).day, "2026-11-23");
-    assert_eq!(Periods::at(Duration::from_secs(noon), 13 * 3_600).day, "2026-11-24");
-    assert_eq!(Periods::at(Duration::from_secs(noon), -13 * 3_600).day, "2026-11-22");
-    assert_eq!(Periods::at(Duration::from_secs(noon + 8 * 86_400), 0).month, "2026-12");
+    shared.iter().map(|one| one.map(|one| one.spent.usd.to_f64())).collect()
 }
 
 #[test]
 fn a_new_day_is_new_and_the_month_goes_on() {
     let (mut book, mut purse) = (Book::default().checked(), Purse::default());
-    purse.spent(usd(1.0), &at(DAY));
-    book.write("a", Some("t"), &purse, None, &at(DAY));
-    purse.spent(usd(1.5), &at(DAY + 86_400));
-    let shared = book.write("a", Some("t"), &purse, None, &at(DAY + 86_400));
+    purse.spent(amount(1.0), &at(DAY));
+    book.write("a", &purse, &claim(Some("t"), None), &at(DAY));
+    purse.spent(amount(1.5), &at(DAY + 86_400));
+    let shared = book.write("a", &purse, &claim(Some("t"), None), &at(DAY + 86_400));
     assert_eq!(used(&shared), [1.5, 0.5, 1.5, 1.5, 0.5, 1.5].map(Some));
-    let shared = book.write("b", Some("u"), &Purse::default(), None, &at(DAY + 8 * 86_400));
+    let shared = book.write("b", &Purse::default(), &claim(Some("u"), None), &at(DAY + 8 * 86_400));
     assert_eq!(used(&shared), [1.5, 0.0, 0.0, 0.0, 0.0, 0.0].map(Some), "another tenant, in another month");
-    let shared = book.write("c", None, &Purse::default(), None, &at(DAY + 86_400));
+    let shared = book.write("c", &Purse::default(), &claim(None, None), &at(DAY + 86_400));
     assert_eq!(used(&shared), [Some(1.5), Some(0.5), Some(1.5), None, None, None]);
 }
 
 #[test]
 fn who_asks_first_is_served_first_and_the_dead_reserve_nothing() {
     let (mut book, purse) = (Book::default().checked(), Purse::default());
-    let container = |shared: [Option<Shared>; SHARED]| shared[0].unwrap().used;
-    assert_eq!(container(book.write("a", None, &purse, Some(usd(0.2)), &at(DAY))), Usd::ZERO);
-    assert_eq!(container(book.write("b", None, &purse, Some(usd(0.1)), &at(DAY))), usd(0.2));
-    assert_eq!(container(book.write("a", None, &purse, Some(usd(0.2)), &at(DAY))), Usd::ZERO, "it keeps its place");
-    assert_eq!(container(book.write("c", None, &purse, None, &at(DAY))), Usd::ZERO, "it does not ask");
-    assert_eq!(container(book.write("c", None, &purse, Some(usd(0.4)), &at(DAY))), usd(0.3));
+    let mut before = |run: &str, asks: Option<f64>| write(&mut book, run, &purse, asks.map(amount), &at(DAY)).before;
+    assert_eq!(before("a", Some(0.2)), Amount::NONE);
+    assert_eq!(before("b", Some(0.1)), amount(0.2));
+    assert_eq!(before("a", Some(0.2)), Amount::NONE, "it keeps its place");
+    assert_eq!(before("c", None), Amount::NONE, "it does not ask");
+    assert_eq!(before("c", Some(0.4)), amount(0.3));
     // Nothing to go by: what the last one did.
-    book.write("d", None, &purse, Some(Usd::ZERO), &at(DAY));
-    assert_eq!(container(book.write("e", None, &purse, Some(usd(0.1)), &at(DAY))), usd(1.1));
+    before("d", Some(0.0));
+    assert_eq!(before("e", Some(0.1)), amount(1.1));
     book.close("a");
-    assert_eq!(container(book.write("e", None, &purse, Some(usd(0.1)), &at(DAY))), usd(0.9));
+    let shared = write(&mut book, "e", &purse, Some(amount(0.1)), &at(DAY));
+    assert_eq!((shared.before, shared.reserved), (amount(0.9), amount(1.0)));
     let kept = serde_json::to_string(&book).unwrap();
     assert_eq!(serde_json::from_str::<Book>(&kept).unwrap().checked(), book);
 }
@@ -60,20 +63,71 @@ fn who_asks_first_is_served_first_and_the_dead_reserve_nothing() {
 #[test]
 fn what_was_raised_for_a_day_is_forgotten_the_next() {
     let (mut book, purse) = (Book::default().checked(), Purse::default());
+    let usd = |usd: f64| Caps { usd: Some(Usd::from_f64(usd)), tokens: None };
     book.raise(Scope::ContainerDay, None, usd(7.0), &at(DAY));
-    book.raise(Scope::Tenant, Some("t"), usd(9.0), &at(DAY));
-    let raised = |shared: [Option<Shared>; SHARED]| [shared[1], shared[3]].map(|one| one.and_then(|one| one.raised));
-    assert_eq!(raised(book.write("a", Some("t"), &purse, None, &at(DAY))), [Some(usd(7.0)), Some(usd(9.0))]);
-    assert_eq!(raised(book.write("a", Some("u"), &purse, None, &at(DAY))), [Some(usd(7.0)), None]);
-    assert_eq!(raised(book.write("a", Some("t"), &purse, None, &at(DAY + 86_400))), [None, Some(usd(9.0))]);
+    book.raise(Scope::ContainerDay, None, Caps { usd: None, tokens: Some(500) }, &at(DAY));
+    book.raise(Scope::Tenant, Some("a b"), usd(9.0), &at(DAY));
+    let mut raised = |tenant: &str, now: u64| {
+        let shared = book.write("a", &purse, &claim(Some(tenant), None), &at(now));
+        [shared[1], shared[3]].map(|one| one.unwrap().raised)
+    };
+    let day = Caps { tokens: Some(500), ..usd(7.0) };
+    assert_eq!(raised("a b", DAY), [day, usd(9.0)]);
+    assert_eq!(raised("u", DAY), [day, Caps::default()]);
+    assert_eq!(raised("a b", DAY + 86_400), [Caps::default(), usd(9.0)]);
+}
+
+#[test]
+fn what_was_raised_makes_room_when_its_day_is_over() {
+    let mut book = Book::default().checked();
+    let caps = Caps { usd: None, tokens: Some(1) };
+    for n in 0..TENANTS {
+        assert!(book.raise(Scope::TenantDay, Some(&n.to_string()), caps, &at(DAY)));
+    }
+    assert!(!book.raise(Scope::TenantDay, Some("one more"), caps, &at(DAY)));
+    assert!(book.raise(Scope::TenantDay, Some("7"), caps, &at(DAY)), "it has its place");
+    assert!(book.raise(Scope::TenantDay, Some("one more"), caps, &at(DAY + 86_400)));
+    assert_eq!(book.raised.len(), 1);
+}
+
+#[test]
+fn who_was_taken_for_dead_tells_what_it_has_spent_since() {
+    let (mut book, mut purse) = (Book::default().checked(), Purse::default());
+    purse.spent(amount(1.0), &at(DAY));
+    write(&mut book, "a", &purse, None, &at(DAY));
+    book.close("a");
+    purse = Purse::since(amount(1.0));
+    purse.spent(amount(1.5), &at(DAY));
+    assert_eq!(write(&mut book, "a", &purse, None, &at(DAY)).spent, amount(1.5));
+}
+
+#[test]
+fn everybody_can_see_how_each_budget_stands() {
+    let (mut book, mut purse) = (Book::default().checked(), Purse::default());
+    let mut caps = [Caps::default(); SHARED];
+    caps[1].tokens = Some(1_000);
+    caps[5].usd = Some(Usd::from_f64(2.0));
+    purse.spent(Amount::new(Usd::from_f64(0.5), 70), &at(DAY));
+    let waits = [Scope::TenantMonth];
+    let claim = Claim { tenant: Some("t"), asks: Some(Amount::new(Usd::ZERO, 30)), waits: &waits, caps };
+    book.write("a", &purse, &claim, &at(DAY));
+    book.write("b", &Purse::default(), &Claim { tenant: Some("u"), waits: &[], ..claim }, &at(DAY));
+    let standings = book.standings(&at(DAY));
+    let names: Vec<_> = standings.iter().map(|one| (one.scope.as_str(), one.tenant.as_deref())).collect();
+    assert_eq!(names, [("container_day", None), ("tenant_month", Some("t")), ("tenant_month", Some("u"))]);
+    let day = &standings[0];
+    assert_eq!((day.caps.tokens, day.spent.tokens, day.reserved.tokens, day.waits.len()), (Some(1_000), 70, 60, 0));
+    assert_eq!(day.period.as_ref().unwrap().0, "2026-11-23");
+    assert_eq!((standings[1].reserved.tokens, standings[1].waits.as_slice()), (30, [String::from("a")].as_slice()));
 }
 
 proptest! {
-    /// Agents that ask whenever they are let, in any order, with answers that cost at most so much.
+    /// Agents that ask whenever they are let, in any order, with answers that cost at most so much, in money and in tokens.
     #[test]
     fn all_together_are_at_most_one_answer_above(steps in proptest::collection::vec((0..8_usize, 1..50_u64), 1..400)) {
         const CEILING: u64 = 1_000;
         const MOST: u64 = 50;
+        let both = |n: u64| Amount::from((n, n));
         let mut book = Book::default().checked();
         let mut purses = vec![Purse::default(); 8];
         let mut asking = [false; 8];
@@ -84,13 +138,14 @@ proptest! {
                 // Its answer is there.
                 asking[who] = false;
                 total[who] += cost;
-                purses[who].spent(Usd::from_pico(total[who]), &at(DAY));
-                book.write(&run, None, &purses[who], None, &at(DAY));
+                purses[who].spent(both(total[who]), &at(DAY));
+                write(&mut book, &run, &purses[who], None, &at(DAY));
             } else {
-                let shared = book.write(&run, None, &purses[who], Some(Usd::from_pico(MOST)), &at(DAY));
-                asking[who] = shared[0].unwrap().used.pico() < CEILING;
+                let shared = write(&mut book, &run, &purses[who], Some(both(MOST)), &at(DAY));
+                prop_assert_eq!(shared.spent.tokens, shared.spent.usd.pico());
+                asking[who] = (shared.spent + shared.before).tokens < CEILING;
                 if !asking[who] {
-                    book.write(&run, None, &purses[who], None, &at(DAY));
+                    write(&mut book, &run, &purses[who], None, &at(DAY));
                 }
             }
             // A wrapper dies now and then, and comes back as another.
@@ -101,8 +156,9 @@ proptest! {
                 asking[who] = false;
             }
         }
-        let spent = book.write("x", None, &Purse::default(), None, &at(DAY))[0].unwrap().used.pico();
+        let shared = write(&mut book, "x", &Purse::default(), None, &at(DAY));
         let reserved = asking.iter().filter(|asks| **asks).count() as u64 * MOST;
-        prop_assert!(spent.saturating_sub(reserved) < CEILING + MOST, "{spent} with {reserved} reserved");
+        prop_assert_eq!(shared.reserved.tokens, reserved);
+        prop_assert!(shared.spent.tokens < CEILING + MOST, "{:?} with {} reserved", shared.spent, reserved);
     }
 }

@@ -63,6 +63,12 @@ impl Live {
     }
 }
 
+impl Live {
+    fn session(&self) -> Option<&str> {
+        self.last.sessions.first()?["session_id"].as_str()
+    }
+}
+
 /// How the wrappers are, for probes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Health {
@@ -156,6 +162,24 @@ impl Registry {
 
     pub fn runs(&self) -> impl Iterator<Item = &str> {
         self.live.keys().map(String::as_str)
+    }
+
+    /// The session that a wrapper's CLI is in, once it has said so.
+    pub fn session_of(&self, run: &str) -> Option<String> {
+        self.live.get(run)?.session().map(str::to_owned)
+    }
+
+    /// The wrappers that somebody means by a session's name, a slot or a run.
+    pub fn named(&self, name: &str) -> Vec<String> {
+        let slot = name.parse::<usize>().ok();
+        let meant = |run: &str, live: &Live| run == name || live.session() == Some(name) || slot.is_some() && live.slot == slot;
+        self.live.iter().filter(|(run, live)| meant(run, live)).map(|(run, _)| run.clone()).collect()
+    }
+
+    /// What a limit of a wrapper's session allows, if it has that one.
+    pub fn ceiling(&self, run: &str, limit: &str) -> Option<f64> {
+        let limits = self.live.get(run)?.last.sessions.first()?["limits"].as_array()?;
+        limits.iter().find(|one| one["limit"] == limit && one["scope"] == "session")?["ceiling"].as_f64()
     }
 
     /// A journal is read from its start. False if it is of another version, or was counted already.

@@ -8,7 +8,7 @@ use agent_sidecar_core::price::{Price, Rates};
 use toml::Spanned;
 use toml::de::{DeArray, DeTable, DeValue};
 
-use super::{Config, Kind, Mistake, Origin, RULES, SETTINGS, Value, near};
+use super::{Config, Kind, Mistake, Origin, RULES, SETTINGS, Value, near, renamed};
 
 /// What is no single value, and how it is written.
 const TABLES: &[(&str, &str)] = &[
@@ -94,6 +94,11 @@ impl Reader<'_> {
                     None => match TABLES.iter().find(|(table, _)| *table == name) {
                         Some((_, remedy)) => {
                             self.wrong(value.span(), format!("`{name}` is more than {}", form(value.get_ref())), *remedy);
+                        }
+                        None if renamed(&name).is_some() => {
+                            let now = renamed(&name)
+                                .map_or_else(String::new, |now| format!("set `{}` instead; it is {}", now.key, now.help));
+                            self.wrong(at, format!("there is no setting `{name}` any more"), now);
                         }
                         None => {
                             let known = SETTINGS.iter().map(|setting| setting.key).chain(TABLES.iter().map(|(table, _)| *table));

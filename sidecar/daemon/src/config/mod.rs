@@ -11,9 +11,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use agent_sidecar_core::budget::Caps;
 use agent_sidecar_core::content::Gates;
 use agent_sidecar_core::ladder::Patience;
-use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, Scope};
+use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, SHARED, Scope};
 use agent_sidecar_core::price::PriceTable;
 use agent_sidecar_core::span::Semconv;
 use agent_sidecar_core::tokens::Usd;
@@ -22,8 +23,8 @@ use agent_sidecar_core::who::{self, Name, Who};
 use crate::busy::{self, Lease};
 use crate::export::otlp::environment::{Headers, Own};
 use crate::files;
-use crate::hub::Meeting;
 use crate::hub::gate::{Keys, Token};
+use crate::hub::{Meeting, Zone};
 use crate::supervise::{NoUser, User};
 use crate::tenants::{AgentDirs, Workspace};
 
@@ -85,9 +86,16 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("limits.tenant_max_cost_usd", "tenant-max-cost-usd", Kind::Money, "", "spend of all agents of the container that work for this tenant, in dollars"),
     setting("limits.tenant_day_max_cost_usd", "tenant-day-max-cost-usd", Kind::Money, "", "the same, of each day"),
     setting("limits.tenant_month_max_cost_usd", "tenant-month-max-cost-usd", Kind::Money, "", "the same, of each month"),
+    setting("limits.container_max_tokens", "container-max-tokens", Kind::Count, "", "tokens of all agents of the container, cached ones included, for as long as its state is kept"),
+    setting("limits.container_day_max_tokens", "container-day-max-tokens", Kind::Count, "", "the same, of each day"),
+    setting("limits.container_month_max_tokens", "container-month-max-tokens", Kind::Count, "", "the same, of each month"),
+    setting("limits.tenant_max_tokens", "tenant-max-tokens", Kind::Count, "", "tokens of all agents of the container that work for this tenant, cached ones included"),
+    setting("limits.tenant_day_max_tokens", "tenant-day-max-tokens", Kind::Count, "", "the same, of each day"),
+    setting("limits.tenant_month_max_tokens", "tenant-month-max-tokens", Kind::Count, "", "the same, of each month"),
     setting("limits.max_sessions", "max-sessions", Kind::Count, "", "agents of the container that may run at once; one more waits to be started"),
+    setting("limits.tenant_weight", "tenant-weight", Kind::Count, "1", "what this tenant weighs when agents wait: one that weighs two is given twice as many of the seats"),
     setting("limits.queue_timeout", "queue-timeout", Kind::Pause, "30s", "how long it waits; then it is not started, and the exit code is 125"),
-    setting("limits.utc_offset", "utc-offset", Kind::Offset, "+00:00", "where days and months of budgets begin: hours and minutes east of Greenwich"),
+    setting("limits.time_zone", "time-zone", Kind::Zone, "UTC", "where days and months of budgets begin, at midnight: a name like Europe/Berlin, or an offset from UTC like +05:30"),
     setting("limits.mode", "mode", Kind::Mode, "enforce", "what reaching a limit does: off, shadow (only says what it would do) or enforce; `limits.modes.<limit>` sets one"),
     setting("limits.exit_code", "limit-exit-code", Kind::Code, "", "exit with this code after a stop by a limit, instead of the CLI's own"),
     setting("stop.interrupt", "stop-interrupt", Kind::Time, "3s", "how long an interrupted turn has to end"),
@@ -193,6 +201,12 @@ const RULES: &[(&str, Limit, Scope)] = &[
     ("tenant_max_cost_usd", Limit::CostUsd, Scope::Tenant),
     ("tenant_day_max_cost_usd", Limit::CostUsd, Scope::TenantDay),
     ("tenant_month_max_cost_usd", Limit::CostUsd, Scope::TenantMonth),
+    ("container_max_tokens", Limit::Tokens, Scope::Container),
+    ("container_day_max_tokens", Limit::Tokens, Scope::ContainerDay),
+    ("container_month_max_tokens", Limit::Tokens, Scope::ContainerMonth),
+    ("tenant_max_tokens", Limit::Tokens, Scope::Tenant),
+    ("tenant_day_max_tokens", Limit::Tokens, Scope::TenantDay),
+    ("tenant_month_max_tokens", Limit::Tokens, Scope::TenantMonth),
 ];
 
 fn is_limit(key: &str) -> bool {
@@ -476,7 +490,7 @@ impl Config {
         for (name, _, scope) in shared {
             let key = format!("limits.{name}");
             let Some(effective) = self.values.get(key.as_str()).filter(|effective| effective.value.is_some()) else { continue };
-            let of_tenant = matches!(scope, Scope::Tenant | Scope::TenantDay | Scope::TenantMonth);
+            let of_tenant = scope.of_tenant();
             let (what, remedy) = if self.meeting().is_none() {
                 ("and agents that do not meet share nothing", "set `listen` to an address with a port, or name `hub.socket`")
             } else if of_tenant && self.fixed_who().tenant.is_none() && self.sources_of(Name::Tenant).is_none() {
@@ -591,7 +605,7 @@ impl Config {
                     | Value::Sources(_)
                     | Value::Secret(_)
                     | Value::Token(_)
-                    | Value::Offset(_)
+                    | Value::Zone(_)
                     | Value::Address(_) => return None,
                 };
                 let usual = if limit.is_loop() { loops } else { common };
@@ -599,6 +613,20 @@ impl Config {
                 Some(Rule { limit, scope, ceiling, mode })
             })
             .collect()
+    }
+
+    /// How large the budgets are that agents share.
+    pub(crate) fn caps(&self) -> [Caps; SHARED] {
+        let mut caps = [Caps::default(); SHARED];
+        for rule in self.rules().iter().filter(|rule| rule.mode != Mode::Off) {
+            let Some(caps) = rule.scope.shared().and_then(|at| caps.get_mut(at)) else { continue };
+            match rule.ceiling {
+                Ceiling::Usd(usd) => caps.usd = Some(usd),
+                Ceiling::Count(tokens) => caps.tokens = Some(tokens),
+                Ceiling::Time(_) | Ceiling::Bytes(_) => {}
+            }
+        }
+        caps
     }
 
     pub(crate) fn patience(&self) -> Patience {
@@ -634,13 +662,12 @@ impl Config {
 
     pub(crate) fn hub_options(&self) -> crate::hub::Options {
         let slots = self.count("hub.slots").and_then(|n| usize::try_from(n).ok()).unwrap_or(8);
-        let offset = self.utc_offset();
         crate::hub::Options {
             slots,
             max_series: self.max_series(),
             labels: self.fixed_who().labels(),
             keys: self.keys(),
-            offset,
+            zone: self.zone(),
             lease: self.busy().length,
             page_host: self.page_host(),
         }
@@ -882,11 +909,15 @@ impl Config {
         Some((seats, self.time("limits.queue_timeout").unwrap_or_default(), mode))
     }
 
-    /// Where days begin, in seconds east of Greenwich.
-    pub(crate) fn utc_offset(&self) -> i64 {
-        match self.value("limits.utc_offset") {
-            Some(Value::Offset(seconds)) => *seconds,
-            _ => 0,
+    pub(crate) fn tenant_weight(&self) -> u64 {
+        self.count("limits.tenant_weight").unwrap_or(1)
+    }
+
+    /// Where days begin.
+    pub(crate) fn zone(&self) -> Zone {
+        match self.value("limits.time_zone") {
+            Some(Value::Zone(zone)) => zone.clone(),
+            _ => Zone::default(),
         }
     }
 
@@ -921,9 +952,28 @@ pub(crate) fn variable(setting: &Setting) -> String {
     format!("{PREFIX}{}", setting.flag.replace('-', "_").to_uppercase())
 }
 
+/// What was called otherwise once, and what is set instead now.
+const RENAMED: &[(&str, &str)] = &[("limits.utc_offset", "limits.time_zone")];
+
+/// The setting that has taken another's place.
+fn renamed(key: &str) -> Option<&'static Setting> {
+    let (_, now) = RENAMED.iter().find(|(before, _)| *before == key)?;
+    SETTINGS.iter().find(|setting| setting.key == *now)
+}
+
 /// A variable that means nothing and was meant for one of ours: a limit that nobody holds costs money. Others are none of our business:
 /// Kubernetes makes such names for a service called like us, and other programs of the platform may share the prefix.
 fn slip(name: &str) -> Option<Mistake> {
+    let before = RENAMED
+        .iter()
+        .find(|(before, _)| before.rsplit('.').next().map(str::to_uppercase).as_deref() == name.strip_prefix(PREFIX));
+    if let Some(now) = before.and_then(|(before, _)| renamed(before)) {
+        return Some(Mistake {
+            origin: Origin::Environment(name.to_owned()),
+            what: String::from("there is no such variable any more"),
+            remedy: format!("set {} instead; it is {}", variable(now), now.help),
+        });
+    }
     // The names that somebody would make of the keys are as near as can be.
     let meant = SETTINGS
         .iter()

@@ -8,6 +8,7 @@ use agent_sidecar_core::limit::Mode;
 use agent_sidecar_core::who::Sources;
 
 use crate::export::otlp::environment::{self, Headers};
+use crate::hub::Zone;
 use crate::hub::gate::Token;
 
 /// What a setting takes.
@@ -26,8 +27,8 @@ pub(crate) enum Kind {
     Label,
     /// An exit code.
     Code,
-    /// From UTC.
-    Offset,
+    /// Where days begin.
+    Zone,
     Path,
     Address,
     Choice(&'static [&'static str]),
@@ -56,8 +57,7 @@ pub(crate) enum Value {
     Switch(bool),
     Mode(Mode),
     Code(u8),
-    /// In seconds, east of Greenwich.
-    Offset(i64),
+    Zone(Zone),
     /// `None` is off.
     Address(Option<SocketAddr>),
     /// The text itself is the value.
@@ -89,7 +89,7 @@ impl Value {
             Value::Switch(_)
             | Value::Mode(_)
             | Value::Code(_)
-            | Value::Offset(_)
+            | Value::Zone(_)
             | Value::Address(_)
             | Value::Text
             | Value::Headers(_)
@@ -147,7 +147,7 @@ impl Kind {
                 Ok(code) => Ok(Value::Code(code)),
                 Err(_) => Err(not(())),
             },
-            Kind::Offset => offset(text).map(Value::Offset).ok_or(()).map_err(not),
+            Kind::Zone => Zone::of(text).map(Value::Zone).ok_or(()).map_err(not),
             Kind::Path if text.is_empty() => Err(String::from("is empty")),
             Kind::Path => Ok(Value::Text),
             Kind::Address => address(text).map(Value::Address).ok_or(()).map_err(not),
@@ -178,7 +178,7 @@ impl Kind {
             Kind::Mode => String::from("a mode"),
             Kind::Label => String::from("a text"),
             Kind::Code => String::from("an exit code"),
-            Kind::Offset => String::from("an offset from UTC"),
+            Kind::Zone => String::from("a time zone"),
             Kind::Path => String::from("a path"),
             Kind::Address => String::from("an address"),
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
@@ -204,7 +204,9 @@ impl Kind {
             Kind::Switch => String::from("write true or false"),
             Kind::Mode => String::from("write off, shadow or enforce"),
             Kind::Code => String::from("write a number from 0 to 255"),
-            Kind::Offset => String::from("write UTC or an offset, like +02:00"),
+            Kind::Zone => {
+                String::from("write a name of the IANA database, like Europe/Berlin, or UTC, or an offset, like +05:30")
+            }
             Kind::Path => String::from("write a path"),
             Kind::Label => String::from("write a name, like \"research\""),
             Kind::Address => String::from("write an address and a port, like 127.0.0.1:9477 or :9477, or off"),
@@ -230,7 +232,7 @@ impl Kind {
             Kind::Switch => String::from("true or false"),
             Kind::Mode => String::from("off, shadow or enforce"),
             Kind::Code => String::from("exit code"),
-            Kind::Offset => String::from("UTC or offset"),
+            Kind::Zone => String::from("time zone"),
             Kind::Path => String::from("path"),
             Kind::Label => String::from("text"),
             Kind::Address => String::from("address or off"),
@@ -265,20 +267,6 @@ fn duration(text: &str) -> Option<Duration> {
     }
     // A year is no limit any more, but a typo.
     (!text.is_empty() && total <= Duration::from_secs(366 * 86_400)).then_some(total)
-}
-
-/// `UTC`, `+02:00`, `-05:30`.
-fn offset(text: &str) -> Option<i64> {
-    if matches!(text, "UTC" | "Z") {
-        return Some(0);
-    }
-    let (sign, rest) = text.strip_prefix('+').map(|rest| (1, rest)).or_else(|| text.strip_prefix('-').map(|rest| (-1, rest)))?;
-    let (hours, minutes) = rest.split_once(':')?;
-    let number = |text: &str, most: i64| {
-        let two = text.len() == 2 && text.bytes().all(|byte| byte.is_ascii_digit());
-        text.parse::<i64>().ok().filter(|n| two && *n <= most)
-    };
-    Some(sign * (number(hours, 14)? * 3_600 + number(minutes, 59)? * 60))
 }
 
 /// `512MiB`, `2GB`, `1048576`.

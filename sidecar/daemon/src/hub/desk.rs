@@ -1,22 +1,26 @@
 //! What the hub answers, to whoever asks.
 
+use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use agent_sidecar_core::budget::{Caps, Standing};
 use agent_sidecar_core::hub::Health;
-use agent_sidecar_core::limit::Scope;
+use agent_sidecar_core::limit::{Limit, Scope};
 use agent_sidecar_core::metric;
+use agent_sidecar_core::order::What;
 use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::update::Activity;
 use hyper::header::HeaderMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Place;
 use super::gate::{Gate, Judged, Keys, Peer};
 use super::share::{Share, unix_nanos};
 use super::shelf::{Shelf, unix};
-use super::till::{self, Payer};
+use super::till;
+use super::zone::Zone;
+use super::{Place, orders};
 use crate::busy::Word;
 use crate::export::prometheus;
 use crate::feed::Feed;
@@ -29,7 +33,9 @@ pub(crate) struct Desk {
     place: Place,
     lease: Duration,
     gate: Gate,
-    offset: i64,
+    zone: Zone,
+    /// Who lived when it was last looked.
+    living: Mutex<BTreeSet<String>>,
     page_host: Option<String>,
     feed: Feed,
 }
@@ -45,8 +51,8 @@ pub(crate) struct Options {
     pub(crate) lease: Duration,
     /// Who may change something.
     pub(crate) keys: Keys,
-    /// Where its days begin, in seconds east of Greenwich.
-    pub(crate) offset: i64,
+    /// Where days begin.
+    pub(crate) zone: Zone,
     /// A name under which the page is asked for.
     pub(crate) page_host: Option<String>,
 }
@@ -56,14 +62,15 @@ impl Desk {
         let labels: Vec<(String, String)> =
             options.labels.iter().map(|(label, value)| ((*label).to_owned(), value.clone())).collect();
         let shelf = Shelf::open(place, options.slots, options.max_series, &labels);
-        let Options { lease, offset, .. } = *options;
+        let Options { lease, .. } = *options;
         Desk {
             shelf: Mutex::new(shelf),
             own,
             place: place.clone(),
             lease,
             gate: Gate::new(options.keys.clone()),
-            offset,
+            zone: options.zone.clone(),
+            living: Mutex::default(),
             page_host: options.page_host.clone(),
             feed: Feed::default(),
         }
@@ -71,7 +78,16 @@ impl Desk {
 
     /// Takes in those that ended, so that their journals do not pile up.
     pub(super) fn tidy(&self) {
-        self.shelf().scan();
+        let living: BTreeSet<String> = {
+            let mut shelf = self.shelf();
+            shelf.scan();
+            shelf.registry.runs().map(str::to_owned).collect()
+        };
+        // What is asked of the dead is asked of nobody.
+        let before = std::mem::replace(&mut *self.living.lock().unwrap_or_else(PoisonError::into_inner), living.clone());
+        if before != living && orders::any(&self.place.dir) {
+            orders::change(&self.place.dir, |run| living.contains(run), |_| ()).ok();
+        }
     }
 
     /// The exposition, and when it began to be made.
@@ -151,12 +167,59 @@ impl Desk {
         self.shelf().registry.house_mut().set(&metric::UNWRAPPED, &[], n);
     }
 
-    /// Makes a shared budget larger; the agents hear of it within a second.
-    pub(crate) fn raise(&self, scope: Scope, tenant: Option<String>, usd: Usd) -> std::io::Result<()> {
-        let payer = Payer { tenant, offset: self.offset };
-        till::raise(&self.place.dir, &payer, scope, usd, Duration::from_secs_f64(unix().max(0.0)))?;
-        tracing::warn!(scope = scope.as_str(), tenant = payer.tenant, usd = usd.to_f64(), "a shared budget was raised");
-        Ok(())
+    /// Makes a shared budget larger; the agents hear of it within a second. False if too many were raised.
+    pub(crate) fn raise(&self, scope: Scope, tenant: Option<&str>, caps: Caps) -> std::io::Result<bool> {
+        let now = Duration::from_secs_f64(unix().max(0.0));
+        let raised = till::raise(&self.place.dir, &self.zone, now, scope, tenant, caps)?;
+        if raised {
+            let Caps { usd, tokens } = caps;
+            tracing::warn!(scope = scope.as_str(), tenant, usd = usd.map(Usd::to_f64), tokens, "a shared budget was raised");
+        }
+        Ok(raised)
+    }
+
+    /// How all shared budgets stand.
+    pub(crate) fn standings(&self) -> std::io::Result<Vec<Standing>> {
+        till::standings(&self.place.dir, &self.zone, Duration::from_secs_f64(unix().max(0.0)))
+    }
+
+    /// Asks something of the agents that somebody means by a session's name or a slot: how many there are.
+    pub(crate) fn order(&self, whom: &str, what: What) -> std::io::Result<usize> {
+        let (runs, living) = self.named(whom);
+        if !runs.is_empty() {
+            tracing::warn!(whom, ?what, "somebody has asked something of an agent");
+            orders::change(&self.place.dir, |run| living.contains(run), |orders| orders.give(&runs, what))?;
+        }
+        Ok(runs.len())
+    }
+
+    /// Pauses all agents and those that are started later, or lets them go on: how many there are now.
+    pub(crate) fn pause_all(&self, paused: bool, now: bool) -> std::io::Result<usize> {
+        let (_, living) = self.named("");
+        tracing::warn!(paused, now, "somebody has asked something of all agents");
+        orders::change(&self.place.dir, |run| living.contains(run), |orders| orders.pause_all(paused, now))?;
+        Ok(living.len())
+    }
+
+    /// What the limits of such agents allow.
+    pub(crate) fn ceilings(&self, whom: &str, limit: Limit) -> Vec<Option<f64>> {
+        let (runs, _) = self.named(whom);
+        let shelf = self.shelf();
+        runs.iter().map(|run| shelf.registry.ceiling(run, limit.as_str())).collect()
+    }
+
+    fn named(&self, whom: &str) -> (Vec<String>, BTreeSet<String>) {
+        if let Some(own) = &self.own {
+            own.flush();
+        }
+        let mut shelf = self.shelf();
+        shelf.scan();
+        (shelf.registry.named(whom), shelf.registry.runs().map(str::to_owned).collect())
+    }
+
+    /// The session that a wrapper's CLI is in.
+    pub(crate) fn session_of(&self, run: &str) -> Option<String> {
+        self.shelf().registry.session_of(run)
     }
 
     fn shelf(&self) -> MutexGuard<'_, Shelf> {
@@ -180,8 +243,15 @@ mod tests {
             Hello { hub: VERSION, run: String::from("a"), pid: 1, started: 0.0, world: String::new(), labels: Vec::new() };
         let mut journal = Journal::new(&place.dir, hello);
         let lease = Duration::from_secs(60);
-        let options =
-            Options { slots: 8, max_series: 1_500, labels: Vec::new(), lease, keys: Keys::default(), offset: 0, page_host: None };
+        let options = Options {
+            slots: 8,
+            max_series: 1_500,
+            labels: Vec::new(),
+            lease,
+            keys: Keys::default(),
+            zone: Zone::default(),
+            page_host: None,
+        };
         let desk = Desk::open(&place, &options, None);
         let mut busy = |at: f64| {
             let line = Line { unix: at, sessions: vec![serde_json::json!({"state": "tool"})], ..Line::default() };

@@ -59,6 +59,14 @@ impl Token {
         Ok(Token::Is(text.as_bytes().to_vec()))
     }
 
+    /// The word, if one is to be said.
+    pub(crate) fn word(&self) -> Option<&str> {
+        match self {
+            Token::Is(word) => std::str::from_utf8(word).ok(),
+            Token::None | Token::Lost => None,
+        }
+    }
+
     /// From a file that nobody else can read.
     ///
     /// # Errors
@@ -135,7 +143,10 @@ impl Judged {
     pub(crate) fn refusal(self) -> Option<(StatusCode, &'static str)> {
         match self {
             Judged::Allowed => None,
-            Judged::Closed => Some((StatusCode::FORBIDDEN, "nothing can be changed here without --hub-control\n")),
+            Judged::Closed => Some((
+                StatusCode::FORBIDDEN,
+                "control is off: nothing can be changed here without `hub.control` (--hub-control) where the hub was started\n",
+            )),
             Judged::CrossSite => Some((StatusCode::FORBIDDEN, "not from a page in a browser\n")),
             Judged::Unauthorized => Some((StatusCode::UNAUTHORIZED, "say the token: Authorization: Bearer …\n")),
             Judged::Limited => Some((StatusCode::TOO_MANY_REQUESTS, "too many wrong tokens; wait a minute\n")),

@@ -131,7 +131,7 @@ pub(crate) fn pids(place: &Place) -> Vec<u32> {
     let journals = fs::read_dir(&place.dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let first = |path: PathBuf| -> Option<u32> {
         let run = path.file_name()?.to_str()?.strip_suffix(ENDING)?;
-        let head = lives(place, run).then(|| File::open(&path).ok())??;
+        let head = lives(place, run).then(|| files::open(&path, OpenOptions::new().read(true)).ok())??;
         let mut line = String::new();
         io::BufRead::read_line(&mut io::BufReader::new(head.take(READ)), &mut line).ok()?;
         serde_json::from_str::<Hello>(&line).ok().filter(|hello| hello.world == place.world).map(|hello| hello.pid)
@@ -142,7 +142,7 @@ pub(crate) fn pids(place: &Place) -> Vec<u32> {
 /// Whether a wrapper goes on: it holds its journal.
 pub(crate) fn lives(place: &Place, run: &str) -> bool {
     let path = place.dir.join(format!("{run}{ENDING}"));
-    let file = OpenOptions::new().write(true).open(&path);
+    let file = files::open(&path, OpenOptions::new().write(true));
     file.and_then(|file| lock_of_dead(&path, &file)).is_ok_and(|dead| !dead)
 }
 

@@ -13,6 +13,7 @@
 mod desk;
 pub(crate) mod gate;
 mod journal;
+mod orders;
 mod place;
 mod seat;
 mod serve;
@@ -20,11 +21,13 @@ mod share;
 mod shelf;
 mod story;
 mod till;
+mod zone;
 
 pub(crate) use desk::{Desk, Options};
 pub(crate) use journal::{lives, pids};
 pub(crate) use place::{Meeting, Place, try_lock};
-pub(crate) use seat::{NoSeat, Seat};
+pub(crate) use seat::{Guest, NoSeat, Seat};
 pub(crate) use serve::{Turn, alone};
 pub(crate) use share::{Share, Teller, testify};
 pub(crate) use till::Payer;
+pub(crate) use zone::Zone;

@@ -48,7 +48,10 @@ impl Place {
         Place::at(meeting, true)
     }
 
-    /// Where they meet, if they do already. Changes nothing.
+    /// The same, where others have met already. Changes nothing.
+    ///
+    /// # Errors
+    /// There is none.
     pub(crate) fn look(meeting: &Meeting) -> io::Result<Place> {
         Place::at(meeting, false)
     }

@@ -3,13 +3,12 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_sidecar_core::hub::{Hello, Line, STALE, VERSION};
 use agent_sidecar_core::limit::{SHARED, Shared};
 use agent_sidecar_core::metric;
-use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::update::Activity;
 use agent_sidecar_core::who::Who;
 use agent_sidecar_core::{Input, Monitor};
@@ -17,8 +16,9 @@ use serde::Deserialize;
 
 use super::Place;
 use super::journal::{self, Journal};
+use super::orders::Look;
 use super::story::{News, Story};
-use super::till::{Payer, Till};
+use super::till::{Errand, Payer, Till};
 use super::{place, shelf};
 use crate::export::otlp;
 use crate::files;
@@ -31,6 +31,8 @@ const GAP: Duration = Duration::from_millis(25);
 const TICK: Duration = Duration::from_secs(1);
 /// Something is written at least this often, so that silence means something.
 const HEARTBEAT: Duration = Duration::from_secs(5);
+/// The end waits for the last numbers to be written, this long: a disk that hangs must not keep the container.
+const FINISH: Duration = Duration::from_secs(5);
 /// How often a wrapper that waits to be read looks whether it was.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -48,6 +50,8 @@ struct Inner {
     story: Mutex<Story>,
     /// Where budgets are shared.
     purse: Option<Mutex<Held>>,
+    /// What the CLI turns messages away for.
+    hold: Mutex<Option<&'static str>>,
     handle: Handle,
     exports: Arc<otlp::Counts>,
     place: Place,
@@ -61,11 +65,10 @@ struct Written {
     failed: bool,
 }
 
-/// What was found at the till, and whether the agent is held for it.
+/// What was found at the till.
 struct Held {
     till: Till,
     last: Option<[Option<Shared>; SHARED]>,
-    held: bool,
     failed: bool,
     closed: bool,
 }
@@ -104,8 +107,9 @@ impl Share {
             story: Mutex::new(Story::new(&place.dir, &run)),
             purse: payer.map(|payer| {
                 let till = Till::new(&place.dir, &run, payer);
-                Mutex::new(Held { till, last: None, held: false, failed: false, closed: false })
+                Mutex::new(Held { till, last: None, failed: false, closed: false })
             }),
+            hold: Mutex::new(None),
             hold_file,
             run,
             handle,
@@ -135,9 +139,10 @@ impl Share {
         let told = visit_blocking(&self.inner.handle, move |monitor, _| {
             relayed(monitor.meters_mut(), handle.counts());
             exports.fill(monitor.meters_mut());
-            (monitor.journal(since), monitor.claim(), News::of(monitor.timeline(), untold), monitor.who().clone())
+            let news = News::of(monitor.timeline(), untold);
+            (monitor.journal(since), errand(monitor), monitor.held_for(), news, monitor.who().clone())
         });
-        let Some(((line, mark), claim, news, who)) = told else { return false };
+        let Some(((line, mark), errand, held_for, news, who)) = told else { return false };
         // Nobody's sums rest on it: what could not be written is written with what comes next.
         story.tell(&news).ok();
         drop(story);
@@ -151,7 +156,7 @@ impl Share {
         let same = same && (line.live, line.ready) == (written.last.live, written.last.ready);
         if same && since > 0 && written.at.is_some_and(|at| at.elapsed() < HEARTBEAT) {
             drop(written);
-            self.pay(claim);
+            self.pay(&errand, held_for);
             return true;
         }
         self.write(&mut written, line, mark);
@@ -159,7 +164,7 @@ impl Share {
         let told = !written.failed;
         drop(written);
         if told {
-            self.pay(claim);
+            self.pay(&errand, held_for);
         }
         true
     }
@@ -172,22 +177,28 @@ impl Share {
     }
 
     /// Says what was spent and is asked for, and has the agent held to what is left.
-    fn pay(&self, (spent, asks): (Usd, Option<Usd>)) {
-        let Some(purse) = &self.inner.purse else { return };
-        let mut purse = lock(purse);
+    fn pay(&self, errand: &Errand, held_for: Option<&'static str>) {
+        // Whoever is at it may hang with its disk.
+        let mut purse = match self.inner.purse.as_ref().map(Mutex::try_lock) {
+            None => return self.hold(held_for),
+            Some(Ok(purse)) => purse,
+            Some(Err(TryLockError::Poisoned(purse))) => purse.into_inner(),
+            Some(Err(TryLockError::WouldBlock)) => return,
+        };
         if purse.closed {
             return;
         }
-        let settled = purse.till.settle(unix(), spent, asks);
+        let settled = purse.till.settle(unix(), errand);
         let failed = settled.is_err();
+        let mut held_for = held_for;
         match settled {
-            Ok(shared) if purse.last != Some(shared) || purse.held => {
+            Ok(shared) if purse.last != Some(shared) => {
                 purse.last = Some(shared);
                 let told = visit_blocking(&self.inner.handle, move |monitor: &mut Monitor, now| {
                     monitor.handle(now, Input::Shared(&shared));
-                    monitor.held()
+                    monitor.held_for()
                 });
-                self.hold(&mut purse, told.unwrap_or(false));
+                held_for = told.flatten();
             }
             Ok(_) => {}
             Err(error) if !purse.failed => {
@@ -195,19 +206,47 @@ impl Share {
             }
             Err(_) => {}
         }
+        self.hold(held_for);
         if failed != std::mem::replace(&mut purse.failed, failed) {
             self.degraded("hub", failed);
         }
     }
 
-    /// Sees to it that the CLI turns prompts away, or takes them again.
-    fn hold(&self, purse: &mut Held, held: bool) {
-        if std::mem::replace(&mut purse.held, held) == held {
+    /// Hands on what people ask.
+    fn obey(&self, look: &mut Look) {
+        match look.changed() {
+            Ok(None) => {}
+            Ok(Some(order)) => {
+                let told = visit_blocking(&self.inner.handle, move |monitor: &mut Monitor, now| {
+                    monitor.handle(now, Input::Ordered(&order));
+                    monitor.held_for()
+                });
+                let Some(held_for) = told else { return look.again() };
+                tracing::warn!(paused = order.paused, stop = order.stop, "somebody has asked something of this agent");
+                look.told(order);
+                self.hold(held_for);
+            }
+            Err(error) => tracing::debug!(%error, "what is asked of this agent cannot be read"),
+        }
+    }
+
+    /// Sees to it that the CLI turns prompts away for a reason, or takes them again.
+    fn hold(&self, why: Option<&'static str>) {
+        let mut hold = lock(&self.inner.hold);
+        if std::mem::replace(&mut *hold, why) == why {
             return;
         }
-        let done = if held { std::fs::write(&self.inner.hold_file, "") } else { std::fs::remove_file(&self.inner.hold_file) };
+        let path = &self.inner.hold_file;
+        let done = match why {
+            Some(why) => {
+                // In one step: half a reason is none.
+                let new = path.with_extension("hold.new");
+                std::fs::write(&new, format!("{why}\n")).and_then(|()| std::fs::rename(&new, path))
+            }
+            None => std::fs::remove_file(path),
+        };
         if let Err(error) = done {
-            tracing::warn!(%error, held, "the CLI is not told of a shared budget; turns are interrupted instead");
+            tracing::warn!(%error, held = why.is_some(), "the CLI cannot be told to wait, or to go on; turns are interrupted instead");
         }
     }
 
@@ -217,8 +256,22 @@ impl Share {
         });
     }
 
-    /// The last line. The journal is the hub's from here on.
-    pub(crate) fn finish(&self) {
+    /// The last line. The journal is the hub's from here on. A disk that hangs is waited for so long, and no longer: false
+    /// if it does.
+    pub(crate) fn finish(&self) -> bool {
+        let (share, (say, hear)) = (self.clone(), mpsc::channel::<()>());
+        let finishing = std::thread::Builder::new().name(String::from("finish")).stack_size(256 * 1024).spawn(move || {
+            share.say_last();
+            drop(say);
+        });
+        let told = finishing.is_ok() && hear.recv_timeout(FINISH) != Err(mpsc::RecvTimeoutError::Timeout);
+        if !told {
+            tracing::warn!(dir = %self.inner.place.dir.display(), "the hub was not told of the agent's last numbers; the ledger has them, if one is set");
+        }
+        told
+    }
+
+    fn say_last(&self) {
         self.flush();
         if let Some(purse) = &self.inner.purse {
             let mut purse = lock(purse);
@@ -227,9 +280,9 @@ impl Share {
             if let Some(spent) = spent {
                 purse.till.close(unix(), spent).ok();
             }
-            self.hold(&mut purse, false);
             purse.closed = true;
         }
+        self.hold(None);
         lock(&self.inner.written).journal.end();
     }
 
@@ -271,7 +324,9 @@ impl Share {
     fn tell(&self) {
         // Refused nowhere, and without it all is as right.
         rustix::process::nice(NICE).ok();
+        let mut look = Look::new(&self.inner.place.dir, &self.inner.run);
         loop {
+            self.obey(&mut look);
             let poked = lock(&self.inner.poked);
             let (mut poked, _) =
                 self.inner.bell.wait_timeout_while(poked, TICK, |poked| !*poked).unwrap_or_else(PoisonError::into_inner);
@@ -284,8 +339,9 @@ impl Share {
         }
     }
 
-    /// The monitor is no more, and the agent goes on without it. The numbers stay as they are.
+    /// The monitor is no more, and the agent goes on without it. The numbers stay as they are, and nothing is held to any more.
     fn blind(&self) {
+        self.hold(None);
         let mut written = lock(&self.inner.written);
         let line = Line { unix: shelf::unix(), ready: false, blind: true, ..written.last.clone() };
         // Whether the journal is to be begun anew: then there is nothing to begin it with.
@@ -331,6 +387,11 @@ pub(crate) fn testify(place: &Place, run: &str, who: &Who, mut meters: metric::M
     journal.write(&line, mark)?;
     journal.end();
     Ok(())
+}
+
+fn errand(monitor: &Monitor) -> Errand {
+    let (spent, asks) = monitor.claim();
+    Errand { spent, asks, waits: monitor.waits() }
 }
 
 /// When a hub began to collect what somebody has then read to the end: nanoseconds since the Unix epoch.

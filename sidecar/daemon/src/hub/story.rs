@@ -12,6 +12,8 @@ use agent_sidecar_core::timeline::Timeline;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::files;
+
 /// Of the files.
 pub(super) const ENDING: &str = ".timeline";
 /// A file may grow to this, and to twice what it began with: a whole timeline is half of it at most.
@@ -87,7 +89,7 @@ impl Story {
 
     fn begin(&mut self, bytes: &[u8]) -> io::Result<()> {
         let new = self.path.with_extension("timeline.tmp");
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        let mut file = files::open(&new, OpenOptions::new().write(true).create(true).truncate(true).mode(0o600))?;
         let written = file.write_all(bytes).and_then(|()| fs::rename(&new, &self.path));
         if written.is_err() {
             fs::remove_file(&new).ok();
@@ -102,8 +104,7 @@ impl Story {
 
 /// The entries after a number, as JSON, one after the other.
 pub(super) fn read(dir: &Path, run: &str, after: u64) -> io::Result<String> {
-    let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path(dir, run))?;
+    let file = files::open(&path(dir, run), OpenOptions::new().read(true))?;
     let mut bytes = Vec::new();
     file.take(READ).read_to_end(&mut bytes)?;
     // What is torn is no JSON.

@@ -9,12 +9,12 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use agent_sidecar_core::budget::{Book, Periods, Purse};
+use agent_sidecar_core::budget::{Amount, Book, Caps, Claim, Purse, Standing};
 use agent_sidecar_core::limit::{SHARED, Scope, Shared};
-use agent_sidecar_core::tokens::Usd;
 
 use super::journal::ENDING;
 use super::place::{lock_of_dead, try_lock};
+use super::zone::Zone;
 use crate::files;
 
 /// How often others are looked at that may have died with something reserved.
@@ -27,8 +27,10 @@ const AGAIN: Duration = Duration::from_millis(2);
 #[derive(Clone, Debug)]
 pub(crate) struct Payer {
     pub(crate) tenant: Option<String>,
-    /// East of Greenwich, in seconds: where its days begin.
-    pub(crate) offset: i64,
+    /// Where its days begin.
+    pub(crate) zone: Zone,
+    /// How large its budgets are.
+    pub(crate) caps: [Caps; SHARED],
 }
 
 /// See the module's head.
@@ -38,13 +40,20 @@ pub(super) struct Till {
     payer: Payer,
     purse: Purse,
     looked: Option<Instant>,
-    /// Our line is in the book.
-    known: bool,
+    /// Our line is in the book, and says that we have spent so much.
+    told: Option<Amount>,
+}
+
+/// What a wrapper has to say at the till.
+pub(super) struct Errand {
+    pub(super) spent: Amount,
+    pub(super) asks: Option<Amount>,
+    pub(super) waits: Vec<Scope>,
 }
 
 impl Till {
     pub(super) fn new(dir: &Path, run: &str, payer: Payer) -> Till {
-        Till { dir: dir.to_owned(), run: run.to_owned(), payer, purse: Purse::default(), looked: None, known: false }
+        Till { dir: dir.to_owned(), run: run.to_owned(), payer, purse: Purse::default(), looked: None, told: None }
     }
 
     /// What is spent is paid by this one.
@@ -53,32 +62,34 @@ impl Till {
     }
 
     /// Writes what was spent and what is asked for; what is spoken for by then.
-    pub(super) fn settle(&mut self, unix: Duration, spent: Usd, asks: Option<Usd>) -> io::Result<[Option<Shared>; SHARED]> {
-        let periods = Periods::at(unix, self.payer.offset);
+    pub(super) fn settle(&mut self, unix: Duration, errand: &Errand) -> io::Result<[Option<Shared>; SHARED]> {
+        let periods = self.payer.zone.periods(unix);
         let _locked = lock(&self.dir)?;
         let before = read(&self.dir);
         let mut book = before.clone();
-        if self.known && !book.runs().any(|run| run == self.run) {
-            // Somebody took us for dead: what we had spent is kept already.
-            self.purse = Purse::since(spent);
+        if let Some(told) = self.told.filter(|_| !book.runs().any(|run| run == self.run)) {
+            // Somebody took us for dead: what we had told is kept already, and no more than that.
+            self.purse = Purse::since(told);
         }
-        self.purse.spent(spent, &periods);
+        self.purse.spent(errand.spent, &periods);
         if self.looked.is_none_or(|at| at.elapsed() > LOOK) {
             self.looked = Some(Instant::now());
             let gone: Vec<String> = book.runs().filter(|run| *run != self.run && self.gone(run)).map(str::to_owned).collect();
             gone.iter().for_each(|run| book.close(run));
         }
-        let shared = book.write(&self.run, self.payer.tenant.as_deref(), &self.purse, asks, &periods);
+        let Errand { asks, waits, .. } = errand;
+        let claim = Claim { tenant: self.payer.tenant.as_deref(), asks: *asks, waits, caps: self.payer.caps };
+        let shared = book.write(&self.run, &self.purse, &claim, &periods);
         if book != before {
             store(&self.dir, &book)?;
         }
-        self.known = true;
+        self.told = Some(errand.spent);
         Ok(shared)
     }
 
     /// The last of it: nothing is reserved any more.
-    pub(super) fn close(&mut self, unix: Duration, spent: Usd) -> io::Result<()> {
-        self.settle(unix, spent, None)?;
+    pub(super) fn close(&mut self, unix: Duration, spent: Amount) -> io::Result<()> {
+        self.settle(unix, &Errand { spent, asks: None, waits: Vec::new() })?;
         let _locked = lock(&self.dir)?;
         let mut book = read(&self.dir);
         book.close(&self.run);
@@ -93,12 +104,19 @@ impl Till {
     }
 }
 
-/// Makes a budget larger than whoever started the agents has said.
-pub(super) fn raise(dir: &Path, payer: &Payer, scope: Scope, usd: Usd, unix: Duration) -> io::Result<()> {
+/// Makes a budget larger than whoever started the agents has said. False if there is no room for one more that was raised.
+pub(super) fn raise(dir: &Path, zone: &Zone, unix: Duration, scope: Scope, tenant: Option<&str>, caps: Caps) -> io::Result<bool> {
     let _locked = lock(dir)?;
     let mut book = read(dir);
-    book.raise(scope, payer.tenant.as_deref(), usd, &Periods::at(unix, payer.offset));
-    store(dir, &book)
+    let raised = book.raise(scope, tenant, caps, &zone.periods(unix));
+    store(dir, &book)?;
+    Ok(raised)
+}
+
+/// How all budgets stand.
+pub(super) fn standings(dir: &Path, zone: &Zone, unix: Duration) -> io::Result<Vec<Standing>> {
+    let _locked = lock(dir)?;
+    Ok(read(dir).standings(&zone.periods(unix)))
 }
 
 fn path(dir: &Path) -> PathBuf {
@@ -106,7 +124,12 @@ fn path(dir: &Path) -> PathBuf {
 }
 
 fn lock(dir: &Path) -> io::Result<File> {
-    let path = dir.join("budgets.lock");
+    lock_named(dir, "budgets.lock")
+}
+
+/// A lock that is held for moments.
+pub(super) fn lock_named(dir: &Path, name: &str) -> io::Result<File> {
+    let path = dir.join(name);
     let file = files::open(&path, OpenOptions::new().write(true).create(true).truncate(false).mode(0o600))?;
     for _ in 0..TRIES {
         if try_lock(&file)? {
@@ -114,7 +137,7 @@ fn lock(dir: &Path) -> io::Result<File> {
         }
         std::thread::sleep(AGAIN);
     }
-    Err(io::Error::new(io::ErrorKind::WouldBlock, "somebody does not let go of the budgets"))
+    Err(io::Error::new(io::ErrorKind::WouldBlock, format!("somebody does not let go of {name}")))
 }
 
 fn read(dir: &Path) -> Book {

@@ -409,6 +409,7 @@ function tell(e) {
     case "stalled": return ["stall", `${words(e.stall)}${e.why ? `: ${words(e.why)}` : ""}${e.on ? "" : " is over"}`, e.on ? "bad" : ""];
     case "stopping": return ["stop", words(e.action), "wait"];
     case "stopped": return ["stop", `${words(e.action)} worked`, "", [took, e.overshoot_usd ? `${money(e.overshoot_usd)} over` : ""].filter(Boolean).join(" · ")];
+    case "ordered": return ["asked", `${words(e.order)}${e.limit ? ` ${limitName(e.limit)}, ${words(e.scope)}: ${amount(e.limit, e.ceiling)}` : ""}`, "wait"];
     case "tenant_conflict": return ["tenants", `shares its ${words(e.shared)} with ${e.owner}: ${words(e.action)}`, "bad"];
     case "oom_killed": return ["memory", `the kernel killed ${words(e.role)} at ${(e.memory_bytes / 2 ** 20).toFixed(0)} MiB`, "bad"];
     case "result_missing": return ["no result", words(e.cause), "bad"];

@@ -475,6 +475,14 @@ fn tell(e: &Value) -> (&'static str, String, String, Look) {
         }
         "stopping" => ("stop", t("action"), String::new(), Look::Wait),
         "stopped" => ("stop", format!("{} worked", t("action")), took, Look::Plain),
+        "ordered" => {
+            let told = if e["limit"].is_null() {
+                t("order")
+            } else {
+                format!("{} {} {}: {}", t("order"), t("limit"), t("scope"), e["ceiling"])
+            };
+            ("asked", told, String::new(), Look::Wait)
+        }
         "tenant_conflict" => {
             ("tenants", format!("shares its {} with {}: {}", t("shared"), t("owner"), t("action")), String::new(), Look::Bad)
         }

@@ -116,3 +116,21 @@ fn the_catalog_is_a_list_that_tools_can_read() {
         assert!(metric["labels"].is_array(), "{metric}");
     }
 }
+
+#[test]
+fn a_time_zone_that_is_none_and_the_setting_of_old_say_what_to_write() {
+    let path = file("zone.toml", "[limits]\ntime_zone = \"Berlin\"\nutc_offset = \"+01:00\"\n");
+    let path = path.to_str().unwrap();
+    let out = Command::new(SIDECAR).args(["check", "--config", path]).env("AGENT_SIDECAR_UTC_OFFSET", "+01:00").output().unwrap();
+    let said = said(&out);
+    for part in [
+        "zone.toml:2:13: `limits.time_zone` is a time zone, not `Berlin`; write a name of the IANA database, like Europe/Berlin",
+        "zone.toml:3:1: there is no setting `limits.utc_offset` any more; set `limits.time_zone` instead",
+        "AGENT_SIDECAR_UTC_OFFSET: there is no such variable any more; set AGENT_SIDECAR_TIME_ZONE instead",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    for zone in ["America/Argentina/Buenos_Aires", "UTC", "+05:30", "-03:00"] {
+        assert_eq!(ask(&["check", "--time-zone", zone]).status.code(), Some(0), "{zone}");
+    }
+}

@@ -326,6 +326,8 @@ def line(timeout=None):
 def control(message):
     global block
     request = message["request"]
+    if request["subtype"] == "end_session":
+        sys.exit(0)
     if request["subtype"] == "apply_flag_settings":
         block = request["settings"]["hooks"]["UserPromptSubmit"][0]["hooks"][0]["command"]
     body = {"subtype": "success", "request_id": message["request_id"], "response": {}}
@@ -436,12 +438,58 @@ fn agents_that_share_a_budget_are_above_it_by_one_answer_at_most() {
     assert!(body.contains("scope=\"container\""), "{body}");
 }
 
-fn post(yard: &Yard, path: &str) -> String {
+/// The code and the body that are answered at the socket.
+fn asked(yard: &Yard, request: &str) -> (String, String) {
     let mut stream = UnixStream::connect(yard.socket()).unwrap();
-    write!(stream, "POST {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
+    write!(stream, "{request} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
-    answer.split(' ').nth(1).unwrap().to_owned()
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().to_owned(), body.to_owned())
+}
+
+fn post(yard: &Yard, path: &str) -> String {
+    asked(yard, &format!("POST {path}")).0
+}
+
+fn budgets(yard: &Yard) -> Vec<serde_json::Value> {
+    let (code, body) = asked(yard, "GET /v1/budgets");
+    assert_eq!(code, "200", "{body}");
+    serde_json::from_str::<serde_json::Value>(&body).unwrap()["budgets"].as_array().unwrap().clone()
+}
+
+#[test]
+fn tokens_are_a_budget_too_and_everybody_can_see_how_it_stands() {
+    let yard = Yard::new("tokens");
+    // Fifteen tokens an answer.
+    let flags = ["--container-day-max-tokens", "30", "--time-zone", "America/Santiago"];
+    let mut agents = [yard.talker(0, &flags), yard.talker(1, &flags)];
+    assert_eq!(agents.each_mut().map(prompt), ["answer", "answer"]);
+    wait_for("the CLI to turn both away", || {
+        agents.each_mut().iter_mut().all(|agent| prompt(agent).contains("shares with others")).then_some(())
+    });
+    let day = wait_for("both to be seen waiting", || {
+        budgets(&yard).into_iter().find(|one| one["waits"].as_array().is_some_and(|waits| waits.len() == 2))
+    });
+    assert_eq!(
+        (&day["scope"], &day["unit"], &day["limit"], &day["used"]),
+        (&"container_day".into(), &"tokens".into(), &30.into(), &30.into())
+    );
+    assert!(day["waits"].as_array().unwrap().contains(&"s0".into()), "by their sessions: {day}");
+    assert!(day["period"].as_str().unwrap().len() == 10 && day["ends_unix"].as_u64() > Some(1_790_000_000), "{day}");
+    let body = wait_for("the gauges", || {
+        yard.metrics()
+            .filter(|body| body.contains("claude_agent_budget_spent_tokens{scope=\"container_day\",tenant=\"acme\"} 30\n"))
+    });
+    for line in [
+        "claude_agent_budget_limit_tokens{scope=\"container_day\",tenant=\"acme\"} 30\n",
+        "claude_agent_budget_remaining_ratio{limit=\"tokens\",scope=\"container_day\",tenant=\"acme\"} 0\n",
+        "claude_agent_budget_reserved_tokens{scope=\"container_day\",tenant=\"acme\"} 0\n",
+    ] {
+        assert!(body.contains(line), "{line}: {body}");
+    }
+    assert!(body.contains("claude_agent_budget_window_end_timestamp_seconds{scope=\"container_day\""), "{body}");
+    assert_eq!(post(&yard, "/v1/budgets/container_day?tokens=90"), "403");
 }
 
 #[test]
@@ -454,6 +502,7 @@ fn an_agent_that_waits_for_a_budget_goes_on_when_it_is_raised() {
         ("/v1/budgets/turn?usd=1", "404"),
         ("/v1/budgets/container?usd=-1", "400"),
         ("/v1/budgets/tenant?usd=1", "400"),
+        ("/v1/budgets/tenant?tokens=9&tenant=a%20b", "200"),
         ("/metrics", "405"),
         ("/v1/budgets/container?usd=1", "200"),
     ] {
@@ -477,7 +526,7 @@ fn what_the_dead_had_reserved_is_free_again() {
     first.write(PROMPT).unwrap();
     let reserved = || {
         let book: serde_json::Value = serde_json::from_slice(&std::fs::read(yard.state().join("budgets.json")).ok()?).ok()?;
-        Some(book["runs"].as_object()?.values().any(|run| run["reserved"].as_u64() > Some(0)))
+        Some(book["runs"].as_object()?.values().any(|run| run["reserved"][0].as_u64() > Some(0)))
     };
     wait_for("the reservation", || reserved().filter(|reserved| *reserved));
     let mut second = yard.talker(1, &flags);
@@ -595,4 +644,139 @@ fn a_timeline_outlives_who_serves_and_goes_soon_after_its_agent() {
     assert_eq!(ended("s9"), Some(1));
     assert!(try_ask(yard.address().unwrap(), "GET /sessions/s0/timeline").unwrap().0.contains("404"));
     assert_eq!(stories(), 0);
+}
+
+impl Yard {
+    /// What `control` says, and whether it was done.
+    fn control(&self, args: &[&str]) -> (bool, String) {
+        let out = Command::new(SIDECAR).arg("control").args(args).arg("--socket").arg(self.socket()).output().unwrap();
+        let said = if out.status.success() { out.stdout } else { out.stderr };
+        (out.status.success(), String::from_utf8(said).unwrap())
+    }
+
+    fn status(&self) -> Vec<serde_json::Value> {
+        let (_, body) = asked(self, "GET /status");
+        serde_json::from_str::<serde_json::Value>(&body).unwrap()["sessions"].as_array().unwrap().clone()
+    }
+}
+
+#[test]
+fn who_is_paused_waits_also_for_the_next_hub_and_goes_on_when_it_is_resumed() {
+    let yard = Yard::new("paused");
+    let flags = ["--hub-control", "--max-cost-usd", "0.05"];
+    let mut agents = [yard.talker(0, &flags), yard.talker(1, &["--hub-control"])];
+    assert_eq!(agents.each_mut().map(prompt), ["answer", "answer"]);
+    wait_for("the CLI to turn it away", || prompt(&mut agents[0]).contains("a limit of this session").then_some(()));
+    // Its own limit is raised, and not to what it is already.
+    let (done, said) = yard.control(&["limits", "s0", "--max-cost-usd", "0.01"]);
+    assert!(!done && said.contains("0.05 already"), "{said}");
+    let (done, said) = yard.control(&["limits", "s0", "--max-tokens", "9"]);
+    assert!(!done && said.contains("no limit of its tokens"), "{said}");
+    let (done, said) = yard.control(&["limits", "s0", "--max-cost-usd", "9"]);
+    assert!(done, "{said}");
+    wait_for("the session to go on", || (prompt(&mut agents[0]) == "answer").then_some(()));
+    let (done, said) = yard.control(&["pause", "s1", "--now"]);
+    assert!(done && said.contains("\"agents\":1"), "{said}");
+    wait_for("the pause to be heard", || prompt(&mut agents[1]).contains("is paused").then_some(()));
+    assert_eq!(prompt(&mut agents[0]), "answer", "the other one works");
+    let paused = || yard.status().iter().map(|session| session["paused"] == true).collect::<Vec<bool>>();
+    wait_for("it to be shown", || (paused() == [false, true]).then_some(()));
+    let (done, said) = yard.control(&["pause", "nobody"]);
+    assert!(!done && said.contains("no session `nobody` runs here"), "{said}");
+    // Whoever served is killed; the next one knows, and so do those that come later.
+    assert!(yard.control(&["pause"]).0);
+    let hub = yard.hub_pid().unwrap().as_raw_nonzero().get();
+    let serving = agents.iter().position(|agent| agent.pid() == hub).unwrap();
+    let [first, second] = agents;
+    let (hub, mut left) = if serving == 0 { (first, second) } else { (second, first) };
+    hub.signal(Signal::KILL);
+    drop(hub);
+    wait_for("it to be turned away", || prompt(&mut left).contains("is paused").then_some(()));
+    let mut later = yard.talker(2, &["--hub-control"]);
+    wait_for("a later one to be turned away, too", || prompt(&mut later).contains("is paused").then_some(()));
+    wait_for("somebody to serve", || yard.hub_pid());
+    wait_for("the next hub to let them go on", || yard.control(&["resume"]).0.then_some(()));
+    wait_for("the same session to go on", || (prompt(&mut left) == "answer").then_some(()));
+    let ledger = std::fs::read_to_string(yard.ledger(1 - serving)).unwrap();
+    let orders: Vec<&str> = ledger.lines().filter(|line| line.contains("\"event\":\"ordered\"")).collect();
+    assert!(orders.iter().any(|line| line.contains("\"order\":\"resume\"")), "{orders:?}");
+    let explained = Command::new(SIDECAR).args(["explain", "--ledger"]).arg(yard.ledger(1 - serving)).output().unwrap();
+    let explained = String::from_utf8(explained.stdout).unwrap();
+    assert!(explained.contains("what people asked\n") && explained.contains(": resume\n"), "{explained}");
+    let body = wait_for("the orders to be counted", || {
+        yard.metrics().filter(|body| body.contains("claude_agent_orders_total{order=\"resume\",tenant=\"acme\"} 2\n"))
+    });
+    assert!(body.contains("claude_agent_paused{"), "{body}");
+    // What was asked of the dead is asked of nobody.
+    let asked = || std::fs::read_to_string(yard.state().join("orders.json")).unwrap();
+    wait_for("it to be forgotten", || {
+        (!asked().contains("\"usd\"")).then_some(()).filter(|()| serving == 0).or((serving != 0).then_some(()))
+    });
+    // And a stop ends in good order.
+    let (done, said) = yard.control(&["stop", "s2"]);
+    assert!(done, "{said}");
+    assert_eq!(later.code(), Some(0));
+    assert!(std::fs::read_to_string(yard.ledger(2)).unwrap().contains("\"reason\":\"shutdown\""));
+}
+
+#[test]
+fn who_asks_in_vain_is_told_why() {
+    let yard = Yard::new("asks");
+    let (done, said) = yard.control(&["pause"]);
+    assert!(!done && said.contains("an agent has to run, or `agent-sidecar hub`"), "{said}");
+    let _hub = yard.hub();
+    wait_for("the hub", || yard.hub_pid());
+    let (done, said) = yard.control(&["pause"]);
+    assert!(!done && said.contains("control is off") && said.contains("--hub-control"), "{said}");
+    let (done, said) = yard.control(&["budgets"]);
+    assert!(done && said.contains("no agent has told"), "{said}");
+}
+
+#[test]
+fn a_seat_is_for_who_waits_longest_and_tenants_take_turns() {
+    let yard = Yard::new("line");
+    let flags = ["--max-sessions", "1", "--queue-timeout", "5m", "--platform-grace", "6m"];
+    let line = || {
+        let queue: serde_json::Value = serde_json::from_slice(&std::fs::read(yard.state().join("seats.json")).ok()?).ok()?;
+        Some(queue["places"].as_object()?.len())
+    };
+    // Three of one tenant, and then one of another.
+    let mut all: Vec<Running> = Vec::new();
+    for (n, id) in [0, 0, 0, 1].into_iter().enumerate() {
+        all.push(yard.start(id, 0, "0", &flags));
+        wait_for("it to be in the line", || line().filter(|places| *places == n + 1));
+    }
+    let [first, second, third, other] = &mut all[..] else { unreachable!() };
+    assert!(first.line().contains("init"));
+    first.close_stdin();
+    first.code();
+    assert!(other.line().contains("init"), "its tenant has had none");
+    assert_eq!(line(), Some(3), "the others wait");
+    other.signal(Signal::KILL);
+    assert!(second.line().contains("init"));
+    assert_eq!(line(), Some(2));
+    second.close_stdin();
+    assert!(third.line().contains("init"));
+    third.close_stdin();
+    third.code();
+    wait_for("everybody to have left", || line().filter(|places| *places == 0));
+    let left =
+        std::fs::read_dir(yard.state()).unwrap().flatten().filter(|entry| entry.path().extension() == Some("seat".as_ref()));
+    assert_eq!(left.count(), 0);
+}
+
+#[test]
+fn a_state_directory_that_hangs_keeps_no_agent_from_starting_or_ending() {
+    use std::os::unix::fs::DirBuilderExt;
+    // Whoever opens one of these to write waits for a reader, as on a file server that is gone.
+    for hangs in ["lock", "seats.lock", "budgets.lock"] {
+        let yard = Yard::new(&format!("hangs-{hangs}"));
+        std::fs::DirBuilder::new().mode(0o700).create(yard.state()).unwrap();
+        assert!(Command::new("mkfifo").arg(yard.state().join(hangs)).status().unwrap().success());
+        let mut agent = yard.start(0, 1, "0", &["--max-sessions", "2", "--queue-timeout", "0", "--container-max-cost-usd", "9"]);
+        assert!(agent.line().contains("init"), "{hangs}");
+        agent.close_stdin();
+        assert_eq!(agent.code(), Some(1), "{hangs}: `read` had nothing to read");
+        assert_eq!(yard.ledger_cents(0), 1, "{hangs}");
+    }
 }
