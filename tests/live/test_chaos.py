@@ -238,6 +238,15 @@ class Chaos:
         for agent in self.agents:
             agent.join(90)
             assert not agent.is_alive(), f"{agent.name} hangs after: {self.done}"
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is left, of a run that failed neither."""
+        for agent in self.agents:
+            agent.over.set()
+            for run in agent.runs:
+                if run.process.poll() is None:
+                    run.process.kill()
         self.hub.kill()
         self.hub.wait(10)
 
@@ -300,13 +309,14 @@ def slow_script() -> dict:
 ROUNDS = 45
 
 
-def test_whoever_is_killed_the_books_say_what_was_served(api, tmp_path):
+def test_whoever_is_killed_the_books_say_what_was_served(api, tmp_path, request):
     chosen = seed()
     yard = Yard(tmp_path / "yard", api(slow_script()), ["--container-max-cost-usd", "1000"])
     real = [harness.cli("new"), *harness.STREAM_JSON]
     agents = [Agent(f"t{n}", yard, FAKE, chosen + n) for n in range(8)]
     agents += [Agent(f"r{n}", yard, real, chosen + 100 + n) for n in range(2)]
     chaos = Chaos(yard, agents, chosen, KILLS + FREEZES)
+    request.addfinalizer(chaos.close)
     for agent in agents:
         agent.start()
     for _ in range(ROUNDS):
@@ -319,12 +329,13 @@ def test_whoever_is_killed_the_books_say_what_was_served(api, tmp_path):
     check(yard, agents, ended(yard))
 
 
-def test_a_shared_budget_holds_whoever_is_killed(api, tmp_path):
+def test_a_shared_budget_holds_whoever_is_killed(api, tmp_path, request):
     chosen = seed()
     limit = 30 * ANSWER_USD
     yard = Yard(tmp_path / "yard", api(slow_script()), ["--container-max-cost-usd", f"{limit:.6f}"], thinks="2")
     agents = [Agent(f"t{n}", yard, FAKE, chosen + n) for n in range(6)]
     chaos = Chaos(yard, agents, chosen, KILLS)
+    request.addfinalizer(chaos.close)
     for agent in agents:
         agent.start()
     deadline = time.monotonic() + 120
