@@ -8,7 +8,7 @@ export CARGO_BUILD_TARGET := $(TARGET)
 export RUSTFLAGS := -C target-feature=+crt-static
 export AGENT_SIDECAR_BIN := $(CURDIR)/$(BIN)
 
-.PHONY: demo test build install lint unit live docs bench clean
+.PHONY: demo test build install lint unit live containers docs bench clean
 
 ## The real CLI under the sidecar, on a scripted API on loopback: `make demo`, or with a key `make demo LIVE=1`.
 demo: build
@@ -16,7 +16,7 @@ demo: build
 	$(if $(LIVE),$(BIN) demo --live --cli $(CLI),tests/loopback $(BIN) demo --cli $(CLI))
 
 ## Every test.
-test: lint unit live
+test: lint unit live containers
 
 build:
 	cargo build --release --locked
@@ -34,6 +34,9 @@ unit: build install
 live: build install
 # Two CLIs at a time for two cores. What they are late for once on a busy machine is asked again, and said in the closing line.
 	tests/live/run -n 2 --reruns 1 -q
+
+containers: build install
+	tests/containers/run -n 2 --reruns 1 -q
 
 ## The generated pages.
 docs: build

@@ -32,6 +32,7 @@ PRICES = {
     "claude-opus-4-8": (5, 25, 0.50, 6.25, 10),
     "claude-sonnet-5": (2, 10, 0.20, 2.5, 4),
     "claude-sonnet-4-6": (3, 15, 0.30, 3.75, 6),
+    "claude-sonnet-4-5": (3, 15, 0.30, 3.75, 6),
     "claude-haiku-4-5": (1, 5, 0.10, 1.25, 2),
 }
 OLD_PRICES = PRICES | {"claude-sonnet-5": (3, 15, 0.30, 3.75, 6)}

@@ -13,7 +13,7 @@ use crate::content::Piece;
 use crate::detect::Streaks;
 use crate::detect::memory::Growth;
 use crate::detect::why::{Vitals, Why, why};
-use crate::event::{Broken, Event, Message, claude_code};
+use crate::event::{Answer, Broken, Event, Message, claude_code};
 use crate::ladder::{Goal, Ladder, Patience};
 use crate::ledger::Base;
 use crate::limit::{Ceiling, Judge, Limit, Mode, Outside, Reached, Rule, SHARED, Scope, Shared, Used};
@@ -801,10 +801,14 @@ impl Monitor {
             self.fold(Update::Unread { reason: "field", count: u64::from(message.misshapen) });
         }
         let mut own = false;
-        if let Event::ControlResponse { id, .. } = &message.event {
+        if let Event::ControlResponse { id, answer, .. } = &message.event {
             own = is_own(id, &self.settings.nonce);
             if let Some(request) = self.asker.answered(id) {
                 self.fold(Update::Asked { request, answered: true });
+                if request == OwnRequest::GetUsage {
+                    // One that knows no totals, or not this question, has no more to say than its answers.
+                    self.session.ledger.set_eager(self.stdin_closed || !matches!(answer, Answer::Usage { .. }));
+                }
             }
         }
         if !own && is_protocol(&message.event) {
@@ -1072,6 +1076,9 @@ impl Monitor {
         self.drain_session();
         for request in self.asker.expire(self.now.mono) {
             self.fold(Update::Asked { request, answered: false });
+            if request == OwnRequest::GetUsage {
+                self.session.ledger.set_eager(true);
+            }
         }
         if self.asker.eof().is_some_and(|since| self.asker.eof_answered() || since + EOF_HOLD <= self.now.mono) {
             self.close_stdin();

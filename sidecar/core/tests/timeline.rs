@@ -461,6 +461,21 @@ fn the_apps_end_waits_for_the_last_totals_but_not_for_long() {
 }
 
 #[test]
+fn a_cli_that_does_not_tell_its_totals_is_counted_by_its_answers() {
+    let mut b = Bench::new(&[]);
+    b.deaf = true;
+    b.ask().at(6.0).answer(1, true).tool_result(1);
+    let booked = |b: &Bench| b.count(&metric::COST, &["claude-opus-5-5", "main"]);
+    assert_eq!(booked(&b), 0.00002, "its one token, before any result");
+    // It tells them again: what was counted is in them.
+    b.deaf = false;
+    b.total = 0.25;
+    b.at(12.0).answer(2, true).tool_result(2).at(13.0);
+    let all = booked(&b) + b.count(&metric::COST, &["claude-opus-5-5", "unattributed"]);
+    assert!((all - 0.25).abs() < 1e-9, "{all}");
+}
+
+#[test]
 fn an_app_that_is_gone_takes_its_agent_along() {
     let mut b = Bench::new(&[]);
     b.ask().at(1.0).answer(1, true).at(2.0);

@@ -1,5 +1,6 @@
 // One session of the TypeScript SDK: `node session.mjs SCENARIO EXECUTABLE WORK`; without a name the SDK finds the executable by itself. Prints all that the caller sees, callbacks
 // included, as JSON lines; an iteration that throws is a line of its own.
+import { spawn } from "node:child_process";
 import { existsSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
@@ -111,6 +112,54 @@ const scenarios = {
     if (result.terminal_reason !== "aborted_tools") throw new Error(result.terminal_reason);
     await talk.ask("and now?");
     await talk.end();
+  },
+  async control() {
+    const talk = conversation({ permissionMode: "default" });
+    await talk.ask("one");
+    for (const [what, answer] of Object.entries({
+      commands: await talk.messages.supportedCommands(),
+      models: await talk.messages.supportedModels(),
+      servers: await talk.messages.mcpServerStatus(),
+    })) saw({ type: what, answer });
+    await talk.messages.setModel("claude-sonnet-4-6");
+    await talk.ask("two");
+    await talk.messages.setPermissionMode("acceptEdits");
+    await talk.messages.setModel();
+    await talk.ask("three");
+    await talk.end();
+  },
+  async resume() {
+    let session;
+    const one = async (more) => {
+      for await (const message of query({ prompt: "go", options: options(more) })) {
+        saw(message);
+        session = message.session_id ?? session;
+      }
+    };
+    await one();
+    await one({ resume: session });
+    await one({ resume: session, forkSession: true });
+    await one({ continue: true });
+  },
+  async partial() {
+    await all(query({ prompt: "go", options: options({ includePartialMessages: true, maxTurns: 5, stderr: (text) => saw(["stderr", text]) }) }));
+  },
+  async spawned() {
+    const spawnClaudeCodeProcess = ({ command, args, cwd, env, signal }) => {
+      saw(["spawned", args]);
+      return spawn(command, args, { cwd, env, signal, stdio: ["pipe", "pipe", "ignore"] });
+    };
+    const talk = conversation({ spawnClaudeCodeProcess, env: { ...process.env, OF_THE_APP: "seen by a tool" } });
+    await talk.ask("go");
+    await talk.end();
+  },
+  async large() {
+    const talk = conversation();
+    await talk.ask("go");
+    await talk.end();
+  },
+  async refused() {
+    await all(query({ prompt: "go", options: options({ resume: "00000000-0000-4000-8000-000000000000" }) }));
   },
   async abort() {
     const abortController = new AbortController();

@@ -38,6 +38,14 @@ RULES = {
     "permissions": [main(0, bash("touch allowed")), main(1, bash("touch denied"))],
     "hooks": [main(0, bash("echo fine")), main(1, bash("echo refused"))],
     "mcp": [main(0, {"tool": "mcp__sums__add", "input": {"a": 19, "b": 23}})],
+    # Told another model, a newer CLI asks it for a word first, to see that it is there; that is in none of its sums.
+    "control": [{"when": {"stream": False}, "reply": {"blocks": ["y"], "usage": FREE}}],
+    "resume": [main(0, bash("echo a step"), turn=1)],
+    "partial": [main(0, {"thinking": "Hm."}, "Well,", bash("echo 1"))],
+    "spawned": [main(0, bash("echo $OF_THE_APP"))],
+    # An answer and its result are lines of more than a megabyte.
+    "large": [{"reply": {"blocks": ["wörd " * 300_000], "pace": {"chunk": 100_000}}}],
+    "refused": [],
     "interrupt": [main(0, bash(ENDLESS), prompt_contains="forever")],
     # The older CLI, told to end, may take the killed tool's result to the model, and be gone before it says what that cost: nothing, here.
     "abort": [main(0, bash(ENDLESS)), {"when": {"agent": "main", "results": 1}, "reply": {"blocks": ["ended"], "usage": FREE}}],
