@@ -39,6 +39,7 @@ pub struct Entry {
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum What {
     Session {
+        session_id: String,
         start: Start,
     },
     TurnStarted {
@@ -222,7 +223,7 @@ impl Timeline {
 
     fn what(&mut self, update: &Update, prices: &PriceTable, unix: Duration) -> Option<What> {
         Some(match update {
-            Update::SessionStarted { start, .. } => What::Session { start: *start },
+            Update::SessionStarted { session, start, .. } => What::Session { session_id: name(session), start: *start },
             Update::TurnStarted { turn, .. } => What::TurnStarted { turn: *turn },
             Update::TurnEnded { turn, outcome, duration, cost, confirmed, .. } => What::TurnEnded {
                 turn: *turn,

@@ -114,7 +114,7 @@ fn a_turn_is_told_step_by_step_and_nothing_of_what_was_said() {
     assert_eq!(
         told,
         "  0.5 turn_started turn=1
-  1.0 session start=fresh
+  1.0 session session_id=s start=fresh
   2.0 request cached=900 cost_usd=0.00158 input=1000 model=claude-opus-5-5 output=50 seconds=1.0 source=main
   2.0 tool outcome=error seconds=0.5 source=main tool=Bash
   3.0 subagent_started agent=unknown background=false

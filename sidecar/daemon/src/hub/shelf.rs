@@ -200,7 +200,9 @@ impl Shelf {
     fn remember(&mut self, run: &str) {
         let Some((pid, session)) = self.registry.who(run) else { return };
         let Ok(entries) = story::read(&self.dir, run, 0) else { return };
-        self.ended.push_back(Ended { pid, session: session.map(str::to_owned), entries });
+        // One that was soon over may never have been live for us.
+        let session = story::session(&entries).or_else(|| session.map(str::to_owned));
+        self.ended.push_back(Ended { pid, session, entries });
         if self.ended.len() > ENDED {
             self.ended.pop_front();
         }

@@ -118,6 +118,16 @@ pub(super) fn since(list: &str, after: u64) -> String {
     join(list.into_iter(), after)
 }
 
+/// The session that a list of entries tells of last.
+pub(super) fn session(entries: &str) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Named {
+        session_id: Option<String>,
+    }
+    let named: Vec<Named> = serde_json::from_str(&format!("[{entries}]")).ok()?;
+    named.into_iter().rev().find_map(|entry| entry.session_id)
+}
+
 fn join<'a>(entries: impl Iterator<Item = &'a RawValue>, after: u64) -> String {
     #[derive(Deserialize)]
     struct Numbered {
