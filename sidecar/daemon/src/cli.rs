@@ -211,7 +211,7 @@ fn control() -> Command {
 /// What has to know where the hub is asked.
 fn meets(name: &'static str) -> Command {
     let config = Arg::new("config").long("config").value_name("FILE").value_parser(value_parser!(PathBuf));
-    let known = ["listen", "socket", "hub-state-dir"];
+    let known = ["listen", "socket", "hub-state-dir", "control-token-file"];
     Command::new(name)
         .arg(config.help("read settings from this file"))
         .args(flags().filter(|flag| known.contains(&flag.get_id().as_str())))

@@ -309,7 +309,7 @@ fn what_is_final_can_be_tightened_and_nothing_else() {
         ("AGENT_SIDECAR_MODE", "off", "shadow"),
         ("AGENT_SIDECAR_LOOP_MODE", "off", "shadow"),
         ("AGENT_SIDECAR_MAX_SAME_ERRORS", "9", "8"),
-        ("AGENT_SIDECAR_UTC_OFFSET", "+05:00", "+00:00"),
+        ("AGENT_SIDECAR_TIME_ZONE", "+05:00", "UTC"),
         ("AGENT_SIDECAR_MEMORY_HORIZON", "1s", ""),
         ("AGENT_SIDECAR_HUB_CONTROL", "true", "false"),
         ("AGENT_SIDECAR_USER", "root", "agent"),

@@ -85,6 +85,24 @@ fn a_token_is_asked_for_at_the_socket_and_opens_tcp_only_where_that_was_wanted()
 }
 
 #[test]
+fn control_says_the_token_that_it_is_given() {
+    let hub = hub("control", |dir| vec![String::from("--control-token-file"), token(dir, 0o600)]);
+    let control = |words: &[&str], env: Option<&str>| {
+        let mut command = Command::new(SIDECAR);
+        command.arg("control").args(words).arg("--socket").arg(hub.dir.join("hub.sock"));
+        command.envs(env.map(|word| ("AGENT_SIDECAR_CONTROL_TOKEN", word)));
+        let out = command.output().unwrap();
+        (out.status.success(), String::from_utf8_lossy(&out.stderr).into_owned())
+    };
+    assert!(control(&["budgets"], None).0, "what is only read needs none");
+    let (done, why) = control(&["pause"], None);
+    assert!(!done && why.contains("Authorization"), "{why}");
+    let file = hub.dir.join("token");
+    assert_eq!(control(&["pause", "--control-token-file", file.to_str().unwrap()], None), (true, String::new()));
+    assert_eq!(control(&["resume"], Some(WORD)), (true, String::new()));
+}
+
+#[test]
 fn a_token_that_others_can_read_opens_to_nobody() {
     let hub = hub("readable", |dir| vec![String::from("--control-token-file"), token(dir, 0o644)]);
     assert_eq!(hub.both(&format!("Authorization: Bearer {WORD}\r\n")), ["401", "405"]);

@@ -155,7 +155,7 @@ fn keys_of_ours_do_not_reach_the_cli_and_limits_do() {
         }
         let mut command = Command::new(SIDECAR);
         command.args(["run", "--listen", "off", "--user", user, "--", "sh", "-c", program]).current_dir("/");
-        command.env("AGENT_SIDECAR_OTLP_HEADERS", "authorization=Bearer%20secret");
+        command.env_remove("AGENT_SIDECAR_BIN").env("AGENT_SIDECAR_OTLP_HEADERS", "authorization=Bearer%20secret");
         command.env("AGENT_SIDECAR_BUSY_WEBHOOK_HEADERS", "x-key=secret").env("AGENT_SIDECAR_MAX_COST_USD", "5");
         let out = command.stdin(Stdio::null()).output().unwrap();
         assert_eq!(String::from_utf8(out.stdout).unwrap(), "AGENT_SIDECAR_MAX_COST_USD=5\n");
