@@ -16,7 +16,7 @@ use agent_sidecar_core::metric;
 use agent_sidecar_core::record::{Fact, Record};
 use agent_sidecar_core::update::{ExitReason, Update};
 use agent_sidecar_core::who::{Guarded, Learn, Shared, Who};
-use agent_sidecar_core::{Input, Monitor, Output, Settings};
+use agent_sidecar_core::{Exit, Input, Monitor, Output, Settings};
 
 use crate::busy;
 use crate::config::Config;
@@ -259,7 +259,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let sampler = sampler();
     if let Some(sampler) = sampler.clone() {
         let handle = handle.clone();
-        words.push(Box::new(move || last_reading(&sampler, &handle)));
+        words.push(Box::new(move |exit| last_reading(&sampler, &handle, exit)));
     }
     if let Some((guard, _)) = guard {
         last.push(Box::new(move |_| guard.end()));
@@ -271,7 +271,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         match receiver.serve(handle.clone(), &plan) {
             Ok(served) => {
                 let settled = served.clone();
-                words.push(Box::new(move || settled.settle(SETTLE)));
+                words.push(Box::new(move |_| settled.settle(SETTLE)));
                 if plan.forwards() {
                     last.push(Box::new(move |_| served.flush(FORWARD)));
                 }
@@ -334,7 +334,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     if !last.is_empty() {
         supervisor = supervisor.before_exit(Box::new(move |ending| last.into_iter().for_each(|last| last(ending))));
     }
-    supervisor = supervisor.last_words(Box::new(move || words.into_iter().for_each(|say| say())));
+    supervisor = supervisor.last_words(Box::new(move |exit| words.into_iter().for_each(|say| say(exit))));
     if let Some(sampler) = sampler {
         sample_for_ever(sampler, handle.clone(), agent.shim.as_deref().map(Seal::of));
     }
@@ -674,10 +674,10 @@ fn check(shim: &mut Option<Seal>, handle: &Handle) {
 }
 
 /// Who was killed for memory is known before its end is told.
-fn last_reading(sampler: &Readings, handle: &Handle) {
+fn last_reading(sampler: &Readings, handle: &Handle, exit: Exit) {
     let mut sampler = lock(sampler);
     if sampler.oom_killed() {
-        let sample = sampler.read(None, false);
+        let sample = sampler.last(exit);
         handle.visit(move |monitor, now| monitor.handle(now, Input::Sample(&sample)));
     }
 }

@@ -5,14 +5,20 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::supervise;
+use agent_sidecar_core::Exit;
 use agent_sidecar_core::sample::{CliSample, ContainerSample, OomVictim, RoleSample, Sample};
 use sysinfo::{Pid, Process, ProcessRefreshKind, ProcessesToUpdate, System};
+
+use crate::supervise;
 
 mod sockets;
 
 /// How often. One reading takes two milliseconds where a hundred other processes are, less in a container of one's own.
 pub(crate) const EVERY: Duration = Duration::from_secs(5);
+
+/// How the kernel takes somebody for memory, and how a shell around it tells.
+const KILL: i32 = 9;
+const KILLED: i32 = 128 + KILL;
 
 /// What is kept between two readings.
 pub(crate) struct Sampler {
@@ -52,6 +58,21 @@ impl Sampler {
     /// Whether the kernel has killed somebody for memory since the last reading: then it is worth another.
     pub(crate) fn oom_killed(&self) -> bool {
         oom_kills(&self.cgroup) > self.oom_kills
+    }
+
+    /// The reading after the CLI's end.
+    pub(crate) fn last(&mut self, exit: Exit) -> Sample {
+        if !matches!(exit, Exit::Signal(KILL) | Exit::Code(KILLED)) {
+            // It is gone, and not because the kernel took it.
+            let (gone, seen) = (&mut self.gone, &mut self.seen);
+            seen.retain(|_, seen| {
+                if seen.role == "cli" {
+                    *gone.entry(seen.role).or_default() += seen.cpu;
+                }
+                seen.role != "cli"
+            });
+        }
+        self.read(None, false)
     }
 
     /// One reading; `cli` is the CLI's pid, `works` whether its connections are of interest. What cannot be read is absent.
@@ -308,6 +329,16 @@ mod tests {
         assert!(sampler.oom_killed());
         assert_eq!(sampler.read(None, false).oom_victims, [victim("tool", 5 << 40)]);
         assert_eq!(sampler.read(None, false).oom_victims, []);
+        // A CLI that ended by itself was not killed, whoever was.
+        for (n, exit, victims) in [(7, Exit::Code(0), &[][..]), (8, Exit::Signal(9), &[victim("cli", 9 << 40)])] {
+            let seen = Seen { role: "cli", cpu: Duration::from_secs(1), memory_bytes: 9 << 40 };
+            sampler.seen.insert(Pid::from_u32(u32::MAX - n), seen);
+            fs::write(cgroup.join("memory.events"), format!("oom_kill {n}\n")).unwrap();
+            sampler.oom_kills = Some(u64::from(n) - 1);
+            let last = sampler.last(exit);
+            assert_eq!((last.oom_victims.as_slice(), last.oom_unknown), (victims, u64::from(victims.is_empty())));
+        }
+        sampler.oom_kills = Some(5);
         sampler.seen.clear();
         fs::write(cgroup.join("memory.events"), "oom_kill 6\n").unwrap();
         let sample = sampler.read(None, false);

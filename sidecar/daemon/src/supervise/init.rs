@@ -561,7 +561,7 @@ impl<M: Watch> Init<M> {
             tracing::debug!(?exit, "the agent has ended");
             self.watch_stdout = false;
             if let Some(last_words) = self.last_words.take() {
-                self.words_over = !self.beside("words", Letter::LastWords, last_words);
+                self.words_over = !self.beside("words", Letter::LastWords, Box::new(move || last_words(exit)));
             }
             self.stage = Stage::Orphans { asked: HashSet::new(), until: now + GRACE };
         }

@@ -33,7 +33,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use agent_sidecar_core::launch::Mode;
-use agent_sidecar_core::monitor::{Monitor, Now, Stop};
+use agent_sidecar_core::monitor::{Exit, Monitor, Now, Stop};
 use rustix::event::{EventfdFlags, Timespec};
 
 pub(crate) use child::refused;
@@ -107,7 +107,7 @@ pub(crate) type BeforeExit = Box<dyn FnOnce(Ending) + Send>;
 
 /// Called, on a thread of its own, when the CLI is gone and before the monitor hears of it: whoever else listened to the CLI hands in
 /// what is left. Should return at once.
-pub(crate) type LastWords = Box<dyn FnOnce() + Send>;
+pub(crate) type LastWords = Box<dyn FnOnce(Exit) + Send>;
 
 /// Why the CLI was never started, with the exit code that says so.
 #[derive(Debug, thiserror::Error)]
