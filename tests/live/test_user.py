@@ -84,6 +84,21 @@ def test_a_shared_budget_is_refused_by_a_cli_that_cannot_look_where_wrappers_mee
     assert not list(Path("/run").glob("agent-sidecar-hold-*")), "nothing is left"
 
 
+def test_a_cli_that_cannot_look_where_wrappers_meet_can_be_paused(version, api, session, sidecar, home, tmp_path):
+    served = api(script())
+    place = ("--socket", str(tmp_path / "hub.sock"))
+    cli = session(served, *TOOLS, sidecar=sidecar("--user", str(NOBODY), *place, "--hub-control"), home=home)
+    assert cli.ask("go")["subtype"] == "success"
+
+    def after(order: str, paused: bool) -> None:
+        subprocess.run([harness.binary(), "control", order, *place], capture_output=True, check=True)
+        wait_for(order, lambda: ("is paused" in str(cli.ask("go").get("result"))) == paused, 60)
+
+    after("pause", True)
+    after("resume", False)
+    assert cli.close() == 0
+
+
 def test_a_cli_that_the_agent_starts_itself_is_seen(version, api, session, sidecar, home):
     second = f"{harness.cli(version)} -p hi >/dev/null 2>&1 &\nsleep 1"
     # The second one asks, too, and waits for an answer.

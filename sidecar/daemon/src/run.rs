@@ -98,7 +98,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let guard = guard(config, place.as_ref(), &nonce, &who, learn.is_over(), &launch, &places)?;
     // Only now: who waits for a seat serves nobody.
     let turn = turn(config, place);
-    let hold_dir = hold_dir(&rules, user.as_ref(), &nonce);
+    let hold_dir = if turn.hold_file(&nonce).is_some() { hold_dir(user.as_ref(), &nonce) } else { None };
     let hold_file = hold_dir.as_ref().map(HoldDir::file).or_else(|| turn.hold_file(&nonce));
     let settings = Settings {
         nonce: nonce.clone(),
@@ -455,11 +455,11 @@ fn user(config: &Config) -> Result<Option<User>, Failure> {
     config.user().map_err(refused)
 }
 
-/// Where the CLI is told of shared budgets, if it cannot look where we meet.
-fn hold_dir(rules: &[Rule], user: Option<&User>, nonce: &str) -> Option<HoldDir> {
-    user.filter(|user| !user.is_us() && rules.iter().any(Rule::is_shared))?;
+/// Where the CLI is told to turn messages away, if it cannot look where we meet.
+fn hold_dir(user: Option<&User>, nonce: &str) -> Option<HoldDir> {
+    user.filter(|user| !user.is_us())?;
     HoldDir::make(nonce)
-        .inspect_err(|error| tracing::warn!(%error, "the CLI is not told of shared budgets; turns are interrupted instead"))
+        .inspect_err(|error| tracing::warn!(%error, "the CLI cannot be told to wait; turns are interrupted instead"))
         .ok()
 }
 

@@ -803,7 +803,7 @@ impl Config {
 
     /// The variables of ours that hold keys: nobody below us needs them.
     pub(crate) fn secrets() -> impl Iterator<Item = String> {
-        SETTINGS.iter().filter(|setting| matches!(setting.kind, Kind::Headers | Kind::Token)).map(variable)
+        SETTINGS.iter().filter(|setting| matches!(setting.kind, Kind::Headers | Kind::Token | Kind::Secret)).map(variable)
     }
 
     pub(crate) fn shim_cli(&self) -> Option<PathBuf> {

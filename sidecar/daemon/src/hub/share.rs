@@ -1,7 +1,7 @@
 //! A wrapper's side: sees to it that what it has counted is in its journal, soon and without anybody waiting for it.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{File, OpenOptions, Permissions};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -241,7 +241,10 @@ impl Share {
             Some(why) => {
                 // In one step: half a reason is none.
                 let new = path.with_extension("hold.new");
-                std::fs::write(&new, format!("{why}\n")).and_then(|()| std::fs::rename(&new, path))
+                std::fs::write(&new, format!("{why}\n"))
+                    // Also for a CLI of another user, and whatever our umask is.
+                    .and_then(|()| std::fs::set_permissions(&new, Permissions::from_mode(0o644)))
+                    .and_then(|()| std::fs::rename(&new, path))
             }
             None => std::fs::remove_file(path),
         };
