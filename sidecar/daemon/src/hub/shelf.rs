@@ -153,6 +153,8 @@ impl Shelf {
             self.tails.remove(&run);
             self.unstored = true;
         }
+        // In the order in which they ended: of the first, less is remembered.
+        ended.sort_by_key(|(_, journal)| journal.metadata().and_then(|found| found.modified()).ok());
         for (run, _) in &ended {
             if !self.registry.is_folded(run) {
                 self.remember(run);
