@@ -292,7 +292,8 @@ impl Book {
     /// Writes a wrapper's line, and says what is spoken for before it.
     pub fn write(&mut self, run: &str, purse: &Purse, claim: &Claim<'_>, periods: &Periods) -> [Option<Shared>; SHARED] {
         let tenant = claim.tenant;
-        if !self.runs.contains_key(run) {
+        // The first message may tell for whom it works.
+        if self.runs.get(run).is_none_or(|entry| entry.tenant != tenant.unwrap_or(NOBODY)) {
             self.begin(claim);
         }
         let typical = self.typical;
@@ -303,7 +304,7 @@ impl Book {
         match claim.asks {
             Some(amount) => {
                 if entry.place == 0 {
-                    self.places += 1;
+                    self.places = self.places.saturating_add(1);
                     entry.place = self.places;
                 }
                 if !amount.is_zero() {
@@ -368,6 +369,9 @@ impl Book {
 
     fn begin(&mut self, claim: &Claim<'_>) {
         for (scope, at) in Scope::ALL.iter().filter_map(|scope| Some((*scope, scope.shared()?))) {
+            if scope.of_tenant() && claim.tenant.is_none() {
+                continue;
+            }
             let (caps, key) = (claim.caps[at], key(scope, claim.tenant));
             if caps != Caps::default() && (self.caps.len() < TENANTS || self.caps.contains_key(&key)) {
                 self.caps.insert(key, caps);

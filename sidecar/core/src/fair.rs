@@ -53,7 +53,7 @@ impl Queue {
             let given = self.given.entry(tenant.to_owned()).or_default();
             *given = self.now.max(*given);
         }
-        self.number += 1;
+        self.number = self.number.saturating_add(1);
         let place = Place { tenant: tenant.to_owned(), weight: weight.max(1), number: Some(self.number) };
         self.places.insert(run.to_owned(), place);
     }

@@ -117,7 +117,7 @@ impl Orders {
                     own.interrupts += u64::from(now);
                 }
                 What::Resume => own.paused = Some(false),
-                What::Interrupt => own.interrupts += 1,
+                What::Interrupt => own.interrupts = own.interrupts.saturating_add(1),
                 What::Stop => own.stop = true,
                 What::Raise(raised) => own.raised = own.raised.with(raised),
             }

@@ -132,12 +132,14 @@ impl Told {
     /// What is different from what was told before.
     fn change(&mut self, status: &Value, now: f64) -> Option<Bytes> {
         let mut sessions = BTreeMap::new();
-        for (at, session) in status["sessions"].as_array().into_iter().flatten().enumerate() {
+        for session in status["sessions"].as_array().into_iter().flatten() {
             let mut session = session.clone();
+            // In containers that share a hub, many are called by the same pid.
+            let key = format!("{}-{}", session["pid"], session["started"]);
             if let Some(object) = session.as_object_mut() {
                 CLOCKS.iter().for_each(|clock| drop(object.remove(*clock)));
+                object.insert(String::from("key"), json!(key));
             }
-            let key = session["pid"].as_u64().map_or_else(|| format!("#{at}"), |pid| pid.to_string());
             sessions.insert(key, session);
         }
         let changed: Vec<&Value> = sessions
@@ -145,8 +147,7 @@ impl Told {
             .filter(|(key, session)| self.sessions.get(*key) != Some(session))
             .map(|(_, session)| session)
             .collect();
-        let gone: Vec<&Value> =
-            self.sessions.iter().filter(|(key, _)| !sessions.contains_key(*key)).map(|(_, s)| &s["pid"]).collect();
+        let gone: Vec<&String> = self.sessions.keys().filter(|key| !sessions.contains_key(*key)).collect();
         let totals = &status["totals"];
         if changed.is_empty() && gone.is_empty() && *totals == self.totals {
             return None;
@@ -220,8 +221,8 @@ mod tests {
         assert!(!take(&[(1, "idle"), (2, "tool")], false) && heard(&mut client).is_empty());
         assert!(take(&[(1, "model")], false));
         let second = heard(&mut client);
-        assert_eq!(second[0].1["sessions"], json!([{"pid": 1, "state": "model"}]));
-        assert_eq!(second[0].1["gone"], json!([2]));
+        assert_eq!(second[0].1["sessions"], json!([{"key": "1-null", "pid": 1, "state": "model"}]));
+        assert_eq!(second[0].1["gone"], json!(["2-null"]));
         assert!(take(&[(1, "model")], true));
         assert!(heard(&mut client)[0].1["now"].as_f64().unwrap() > 0.0, "a sign of life");
         // Somebody who had seen the first event comes back; and somebody who had seen another process's.

@@ -2,7 +2,7 @@
 //! elsewhere, and what has no end must not fill the memory.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -29,6 +29,12 @@ pub(crate) fn read_to_string(path: &Path) -> io::Result<String> {
 pub(crate) fn read_linked(path: &Path) -> io::Result<String> {
     let opened = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
     text(all(file(opened)?)?)
+}
+
+/// Puts this in the place of what is there, if that is a file.
+pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = open(path, OpenOptions::new().write(true).create(true).truncate(true))?;
+    file.write_all(bytes)
 }
 
 fn file(opened: File) -> io::Result<File> {

@@ -500,6 +500,12 @@ impl Pages for Hub {
                 }
             }
         }
+        if request.method() != Method::POST
+            && uri.path().starts_with("/v1/")
+            && let Some(refused) = page::misdirected(request, self.desk.page_host())
+        {
+            return refused;
+        }
         match control::answer(&self.desk, request.method(), uri.path(), uri.query()).await {
             Some(Ok(told)) => json(&told),
             Some(Err((status, what))) => reply(status, "text/plain; charset=utf-8", format!("{what}\n").into_bytes()),

@@ -335,11 +335,14 @@ impl Registry {
         json!({ "sessions": sessions, "totals": totals })
     }
 
-    /// Who runs a session, by its id or the wrapper's pid: its run and its pid.
+    /// Who runs a session, by its id, or by the wrapper's pid if one alone has it: its run and its pid.
     pub fn find(&self, key: &str) -> Option<(&str, u32)> {
         let pid = key.parse::<u32>().ok();
         let named = |live: &&Live| live.session.as_deref() == Some(key);
-        let found = self.live.values().find(|live| Some(live.hello.pid) == pid).or_else(|| self.live.values().find(named))?;
+        // In containers that share a hub, many have the same.
+        let mut of_pid = self.live.values().filter(|live| Some(live.hello.pid) == pid);
+        let alone = of_pid.next().filter(|_| of_pid.next().is_none());
+        let found = self.live.values().find(named).or(alone)?;
         Some((&found.hello.run, found.hello.pid))
     }
 

@@ -24,6 +24,7 @@ use super::{Place, orders};
 use crate::busy::Word;
 use crate::export::prometheus;
 use crate::feed::Feed;
+use crate::files;
 
 /// See the module's head.
 pub(crate) struct Desk {
@@ -110,7 +111,7 @@ impl Desk {
     /// Somebody has read, to its end, what began to be made then.
     pub(crate) fn read(&self, began: u128) {
         // Whoever waits for it waits for nothing else: then it waits in vain.
-        std::fs::write(self.place.scraped(), began.to_string()).ok();
+        files::write(&self.place.scraped(), began.to_string().as_bytes()).ok();
     }
 
     pub(crate) fn health(&self) -> Health {

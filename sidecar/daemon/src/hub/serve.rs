@@ -156,7 +156,7 @@ pub(crate) fn alone(mut place: Place, address: Option<SocketAddr>, options: &Opt
         }
     })?;
     place.keep = true;
-    fs::write(place.kept(), &place.world)?;
+    files::write(&place.kept(), place.world.as_bytes())?;
     Turn::take(place, address)?.serve(options, None)
 }
 
@@ -169,7 +169,7 @@ fn bind(place: &Place, address: SocketAddr) -> std::io::Result<Bound> {
         None => http::bind(address)?,
     };
     tracing::info!(address = %bound.address, "serving metrics");
-    fs::write(place.address(), bound.address.to_string()).ok();
+    files::write(&place.address(), bound.address.to_string().as_bytes()).ok();
     Ok(bound)
 }
 

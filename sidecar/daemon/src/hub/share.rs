@@ -149,14 +149,13 @@ impl Share {
         if written.journal.works_for(labels(&who)) && since > 0 {
             // Said anew, and then all of it.
             drop(written);
-            self.payer(&who);
             return self.flush();
         }
         let same = news.is_empty() && line.series.is_empty() && line.cleared.is_empty();
         let same = same && (line.live, line.ready) == (written.last.live, written.last.ready);
         if same && since > 0 && written.at.is_some_and(|at| at.elapsed() < HEARTBEAT) {
             drop(written);
-            self.pay(&errand, held_for);
+            self.pay(&errand, held_for, &who);
             return true;
         }
         self.write(&mut written, line, mark);
@@ -164,20 +163,13 @@ impl Share {
         let told = !written.failed;
         drop(written);
         if told {
-            self.pay(&errand, held_for);
+            self.pay(&errand, held_for, &who);
         }
         true
     }
 
-    /// Whose budgets it spends from, now that this is known.
-    fn payer(&self, who: &Who) {
-        if let Some(purse) = &self.inner.purse {
-            lock(purse).till.works_for(who.tenant.clone());
-        }
-    }
-
-    /// Says what was spent and is asked for, and has the agent held to what is left.
-    fn pay(&self, errand: &Errand, held_for: Option<&'static str>) {
+    /// Says what was spent and is asked for, by whoever it works for by now, and has the agent held to what is left.
+    fn pay(&self, errand: &Errand, held_for: Option<&'static str>, who: &Who) {
         // Whoever is at it may hang with its disk.
         let mut purse = match self.inner.purse.as_ref().map(Mutex::try_lock) {
             None => return self.hold(held_for),
@@ -188,6 +180,7 @@ impl Share {
         if purse.closed {
             return;
         }
+        purse.till.works_for(who.tenant.clone());
         let settled = purse.till.settle(unix(), errand);
         let failed = settled.is_err();
         let mut held_for = held_for;
@@ -241,7 +234,7 @@ impl Share {
             Some(why) => {
                 // In one step: half a reason is none.
                 let new = path.with_extension("hold.new");
-                std::fs::write(&new, format!("{why}\n"))
+                files::write(&new, format!("{why}\n").as_bytes())
                     // Also for a CLI of another user, and whatever our umask is.
                     .and_then(|()| std::fs::set_permissions(&new, Permissions::from_mode(0o644)))
                     .and_then(|()| std::fs::rename(&new, path))

@@ -62,7 +62,8 @@ pub(crate) fn harden(answer: &mut Answer) {
 /// rebinding) could read it otherwise.
 pub(crate) fn misdirected(request: &Request<Incoming>, own: Option<&str>) -> Option<Answer> {
     let path = request.uri().path();
-    let for_people = matches!(path, "/" | "/page.css" | "/page.js" | "/events") || path.starts_with("/sessions");
+    let for_people =
+        matches!(path, "/" | "/page.css" | "/page.js" | "/events") || path.starts_with("/sessions") || path.starts_with("/v1/");
     let host = request.headers().get(HOST).map(|host| host.to_str().unwrap_or("?"));
     (for_people && !host.is_none_or(|host| is_ours(host, own))).then(|| {
         text(StatusCode::MISDIRECTED_REQUEST, "not under this name: use an address or localhost, or say --page-host NAME\n")

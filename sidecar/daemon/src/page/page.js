@@ -198,7 +198,7 @@ function drawName(cell, session) {
     cell.append(button, make("span", { class: "sub" }));
   }
   put(button, short(session));
-  button.setAttribute("aria-expanded", String(view.open === session.pid));
+  button.setAttribute("aria-expanded", String(view.open === session.key));
   const slot = session.slot === "other" ? "" : `slot ${session.slot}`;
   put(cell.lastChild, [...labels(session), slot].filter(Boolean).join(" · "));
 }
@@ -217,16 +217,16 @@ function makeHeads() {
   }
 }
 
-function makeRow(pid) {
+function makeRow(key) {
   const row = make("tr", { role: "row" });
-  row.dataset.pid = pid;
+  row.dataset.key = key;
   COLUMNS.forEach((column, at) => {
     const look = [column.num ? "num" : "", column.wide ? "wide" : ""].join(" ").trim();
     const cell = at === 0 ? make("th", { scope: "row", role: "rowheader", class: look }) : make("td", { role: "cell", class: look });
     cell.dataset.head = column.head;
     row.append(cell);
   });
-  row.addEventListener("click", () => open(pid));
+  row.addEventListener("click", () => open(key));
   return row;
 }
 
@@ -247,24 +247,24 @@ function draw() {
     return (view.sort.down ? -order : order) || a.started - b.started || a.pid - b.pid;
   };
   const shown = [...view.sessions.values()].filter(matches).sort(compare);
-  const focused = document.activeElement?.closest?.("#rows tr")?.dataset.pid;
+  const focused = document.activeElement?.closest?.("#rows tr")?.dataset.key;
   const rows = shown.map((session) => {
-    let row = view.rows.get(session.pid);
-    if (!row) view.rows.set(session.pid, (row = makeRow(session.pid)));
+    let row = view.rows.get(session.key);
+    if (!row) view.rows.set(session.key, (row = makeRow(session.key)));
     COLUMNS.forEach((column, at) => column.draw(row.children[at], session));
-    if (view.open === session.pid) row.setAttribute("aria-current", "true");
+    if (view.open === session.key) row.setAttribute("aria-current", "true");
     else row.removeAttribute("aria-current");
     return row;
   });
-  for (const pid of view.rows.keys()) if (!view.sessions.has(pid)) view.rows.delete(pid);
+  for (const key of view.rows.keys()) if (!view.sessions.has(key)) view.rows.delete(key);
   const body = $("rows");
   if (rows.length !== body.children.length || rows.some((row, at) => body.children[at] !== row)) {
     const had = document.activeElement;
     body.replaceChildren(...rows);
     if (focused && body.contains(had)) had.focus({ preventScroll: true });
   }
-  if (!shown.some((session) => session.pid === view.current)) view.current = shown[0]?.pid ?? null;
-  for (const row of rows) row.querySelector(".open").tabIndex = Number(row.dataset.pid) === view.current ? 0 : -1;
+  if (!shown.some((session) => session.key === view.current)) view.current = shown[0]?.key ?? null;
+  for (const row of rows) row.querySelector(".open").tabIndex = row.dataset.key === view.current ? 0 : -1;
   const none = view.totals !== null && view.sessions.size === 0;
   $("empty").hidden = !none;
   $("table-box").hidden = none;
@@ -297,9 +297,9 @@ function rate() {
 
 // ---- one session
 
-function open(pid) {
-  if (!view.sessions.has(pid)) return;
-  view.open = view.current = pid;
+function open(key) {
+  if (!view.sessions.has(key)) return;
+  view.open = view.current = key;
   draw();
   $("detail-title").focus();
 }
@@ -315,11 +315,11 @@ function drawDetail() {
   const session = view.sessions.get(view.open) ?? view.timelines.get(view.open)?.session;
   $("detail").hidden = !session;
   if (!session) return;
-  const ended = !view.sessions.has(session.pid);
-  const timeline = view.timelines.get(session.pid) ?? { entries: [], last: 0, tries: 0 };
+  const ended = !view.sessions.has(session.key);
+  const timeline = view.timelines.get(session.key) ?? { entries: [], last: 0, tries: 0 };
   timeline.session = session;
-  view.timelines.set(session.pid, timeline);
-  for (const pid of view.timelines.keys()) if (pid !== session.pid) view.timelines.delete(pid);
+  view.timelines.set(session.key, timeline);
+  for (const key of view.timelines.keys()) if (key !== session.key) view.timelines.delete(key);
   put($("detail-title"), session.session_id ?? `pid ${session.pid}`);
   const tokens = tokensOf(session);
   const calls = Object.values(session.tool_calls ?? {}).reduce(([ok, bad], call) => [ok + call.ok, bad + call.error], [0, 0]);
@@ -354,7 +354,7 @@ function drawDetail() {
   const last = ended && !view.lost && timeline.tries < 3 && timeline.entries.at(-1)?.kind !== "exited";
   if (!timeline.asked && (ended ? last : session.timeline > timeline.last)) {
     if (ended) timeline.tries++;
-    askTimeline(session.pid, timeline);
+    askTimeline(session, timeline);
   }
   drawChart(session, timeline.entries, ended);
 }
@@ -367,18 +367,18 @@ function limitItem(limit) {
     make("span", { class: look }, `${text}, ${percent(limit.ratio)}`, gauge(limit.ratio)));
 }
 
-async function askTimeline(pid, timeline) {
+async function askTimeline(session, timeline) {
   timeline.asked = true;
   try {
-    const answer = await fetch(`sessions/${pid}/timeline?after=${timeline.last}`, { credentials: "same-origin" });
+    const answer = await fetch(`sessions/${encodeURIComponent(session.session_id ?? session.pid)}/timeline?after=${timeline.last}`, { credentials: "same-origin" });
     if (answer.ok) {
       const { entries } = await answer.json();
       const fresh = entries.filter((entry) => entry.n > timeline.last);
       timeline.last = fresh.at(-1)?.n ?? timeline.last;
       timeline.entries = [...timeline.entries, ...fresh].slice(-500);
-      if (view.open === pid) {
+      if (view.open === session.key) {
         const list = $("timeline");
-        if (list.dataset.pid !== String(pid)) { list.replaceChildren(); list.dataset.pid = pid; }
+        if (list.dataset.key !== session.key) { list.replaceChildren(); list.dataset.key = session.key; }
         list.prepend(...fresh.map(entryItem).reverse());
         while (list.children.length > 500) list.lastChild.remove();
       }
@@ -501,15 +501,15 @@ function sayChange(before, session) {
 function take({ now: at, whole, sessions, gone, totals }) {
   heard(at);
   const first = view.totals === null;
-  const left = new Set(whole ? [...view.sessions.keys()].filter((pid) => !sessions.some((s) => s.pid === pid)) : gone);
-  for (const pid of left) {
-    const session = view.sessions.get(pid);
+  const left = new Set(whole ? [...view.sessions.keys()].filter((key) => !sessions.some((s) => s.key === key)) : gone);
+  for (const key of left) {
+    const session = view.sessions.get(key);
     if (session) say(`Session ${short(session)} ended.`);
-    view.sessions.delete(pid);
+    view.sessions.delete(key);
   }
   for (const session of sessions) {
-    if (!first) sayChange(view.sessions.get(session.pid), session);
-    view.sessions.set(session.pid, session);
+    if (!first) sayChange(view.sessions.get(session.key), session);
+    view.sessions.set(session.key, session);
   }
   view.totals = totals;
   if (totals.cost_usd < (view.spent.at(-1)?.usd ?? 0)) view.spent = [];
@@ -571,9 +571,9 @@ document.addEventListener("visibilitychange", () => {
 function move(step) {
   const rows = [...$("rows").children];
   if (!rows.length) return;
-  const at = rows.findIndex((row) => Number(row.dataset.pid) === view.current);
+  const at = rows.findIndex((row) => row.dataset.key === view.current);
   const next = rows[Math.max(0, Math.min(rows.length - 1, step === Infinity ? rows.length - 1 : step === -Infinity ? 0 : at + step))];
-  view.current = Number(next.dataset.pid);
+  view.current = next.dataset.key;
   for (const row of rows) row.querySelector(".open").tabIndex = row === next ? 0 : -1;
   next.querySelector(".open").focus();
 }
