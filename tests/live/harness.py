@@ -141,6 +141,8 @@ def environment(api: Api, home: Path, **more: str) -> dict[str, str]:
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "DISABLE_AUTOUPDATER": "1",
         "IS_SANDBOX": "1",
+        # Other tests have CLIs, too, and some of them no sidecar.
+        "AGENT_SIDECAR_PATROL": "false",
         **more,
     }
 

@@ -54,7 +54,7 @@ def test_root_may_have_its_agent_skip_permissions_when_it_is_another_user(versio
     refused = session(served, "--dangerously-skip-permissions", sidecar=sidecar(), home=home, IS_SANDBOX="0")
     assert refused.close() == 1
     shutil.rmtree(home / ".claude", ignore_errors=True)
-    guarded = alone(sidecar("--user", str(NOBODY)))
+    guarded = alone(sidecar("--user", str(NOBODY), "--patrol"))
     cli = session(served, "--dangerously-skip-permissions", sidecar=guarded, home=home, IS_SANDBOX="0", AGENT_SIDECAR_OTLP_HEADERS="x=secret")
     result = cli.ask("go")
     assert result["subtype"] == "success", cli.tail()
@@ -104,7 +104,7 @@ def test_a_cli_that_the_agent_starts_itself_is_seen(version, api, session, sidec
     # The second one asks, too, and waits for an answer.
     first = {"times": 1, **main(0, bash(second))}
     served = api(script(first, main(1, bash("sleep 60")), {"when": {"agent": "main", "results": 0}, "reply": {"hang": True}}))
-    guarded = alone(sidecar("--user", str(NOBODY)))
+    guarded = alone(sidecar("--user", str(NOBODY), "--patrol"))
     cli = session(served, "--dangerously-skip-permissions", sidecar=guarded, home=home, IS_SANDBOX="0")
     cli.send(harness.user("go"))
     wait_for("the page", lambda: harness.listens(guarded.port))

@@ -342,7 +342,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         disk::measure_for_ever(&places, tmp, config.disk_interval(), &handle);
     }
     // Otherwise who serves for all looks for all.
-    if alone {
+    if alone && config.patrol() {
         Patrol::walk(move |n| handle.visit(move |monitor, _| monitor.meters_mut().set(&metric::UNWRAPPED, &[], n)));
     }
     let code = supervisor.run()?;

@@ -104,6 +104,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("stop.platform_grace", "platform-grace", Kind::Time, "30s", "what the platform gives between SIGTERM and SIGKILL (Kubernetes: 30s, Docker: 10s); only checked"),
     setting("linger", "linger", Kind::Pause, "0s", "keep the metrics up after the agent's end until they were read once, this long at most"),
     setting("listen", "listen", Kind::Address, ":9477", "where /metrics, /livez, /readyz and /status are served; port 0 picks one, off serves nothing"),
+    setting("patrol", "patrol", Kind::Switch, "true", "look every ten seconds for CLIs that run without a sidecar, count them and say so; false where some are meant to"),
     setting("page_host", "page-host", Kind::Label, "", "a public name under which the page at `/` is asked for, behind a proxy; addresses, localhost and private names need none"),
     setting("hub.mode", "hub", Kind::Choice(&["auto", "off"]), "auto", "whether the wrappers of a container that have the same `listen` are served as one, by one of them; off: each for itself"),
     setting("hub.socket", "socket", Kind::Path, "", "where that one is asked; who names the same socket belongs together, whatever its `listen`; unset, hub.sock (hub-PORT.sock for another port) in /run/agent-sidecar, or in agent-sidecar below $XDG_RUNTIME_DIR, or in /tmp/agent-sidecar-UID"),
@@ -670,7 +671,12 @@ impl Config {
             zone: self.zone(),
             lease: self.busy().length,
             page_host: self.page_host(),
+            patrol: self.patrol(),
         }
+    }
+
+    pub(crate) fn patrol(&self) -> bool {
+        self.switch("patrol")
     }
 
     pub(crate) fn page_host(&self) -> Option<String> {

@@ -56,6 +56,8 @@ pub(crate) struct Options {
     pub(crate) zone: Zone,
     /// A name under which the page is asked for.
     pub(crate) page_host: Option<String>,
+    /// Whether to look for CLIs that run without a wrapper.
+    pub(crate) patrol: bool,
 }
 
 impl Desk {
@@ -252,6 +254,7 @@ mod tests {
             keys: Keys::default(),
             zone: Zone::default(),
             page_host: None,
+            patrol: false,
         };
         let desk = Desk::open(&place, &options, None);
         let mut busy = |at: f64| {

@@ -89,11 +89,13 @@ impl Turn {
             None => (place.wait()?, None),
         };
         let desk = Arc::new(Desk::open(&place, options, own.clone()));
-        let told = Arc::clone(&desk);
-        Patrol::walk(move |n| {
-            told.unwrapped(n);
-            true
-        });
+        if options.patrol {
+            let told = Arc::clone(&desk);
+            Patrol::walk(move |n| {
+                told.unwrapped(n);
+                true
+            });
+        }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
         runtime.block_on(async {
             let told = Arc::clone(&desk);
