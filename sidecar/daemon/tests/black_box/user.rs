@@ -107,6 +107,29 @@ fn a_shim_puts_the_cli_behind_the_same_fence_and_refuses_where_it_cannot() {
 }
 
 #[test]
+fn a_shim_that_cannot_do_its_part_does_not_start_the_cli_as_its_own_user() {
+    if !may_change_users() {
+        return;
+    }
+    let dir = Scratch::new("user", "starved");
+    copy(std::path::Path::new(SIDECAR), &dir.join("claude"));
+    script(&dir.join("claude.sidecar-real"), "id -u");
+    let mut refused = 0;
+    for user in ["65534", "nobody"] {
+        for files in ["4", "5", "6", "7", "8", "10", "12"] {
+            let mut command = Command::new("sh");
+            command.args(["-c", "ulimit -n $1; exec \"$0\" -p hi"]).arg(dir.join("claude")).arg(files);
+            command.env("AGENT_SIDECAR_LISTEN", "off").env("AGENT_SIDECAR_USER", user);
+            let out = command.stdin(Stdio::null()).output().unwrap();
+            let said = String::from_utf8(out.stdout).unwrap();
+            assert!(["", "65534\n"].contains(&said.as_str()), "{files} files: {said}{}", String::from_utf8_lossy(&out.stderr));
+            refused += u32::from(out.status.code() == Some(125));
+        }
+    }
+    assert!(refused > 0, "so few files are enough now: take something else from it");
+}
+
+#[test]
 fn when_we_are_killed_the_cli_of_another_user_dies_with_us() {
     if !may_change_users() {
         return;
