@@ -378,6 +378,10 @@ impl Config {
             config.prices = config.prices.clone().with_discount(None, *factor);
         }
         config.contradictions(&mut mistakes);
+        // What was not understood may have been the token: then no word is right, and not none asked for.
+        if !mistakes.is_empty() && config.switch("hub.control") && !config.has_token() {
+            config.values.get_mut("hub.control_token").expect("it is a setting").value = Some(Value::Token(Token::Lost));
+        }
         mistakes.sort_by(|a, b| a.origin.cmp(&b.origin));
         (config, mistakes)
     }
@@ -426,6 +430,10 @@ impl Config {
         let before = &self.values[setting.key];
         let lowers = (is_limit(setting.key) || setting.key == "limits.max_sessions") && setting.key != "limits.memory_horizon";
         let well = match (value, &before.value) {
+            // A key has no business in a file that all can read, and control is less without than with.
+            (Some(Value::Token(_)), None) => !self.has_token(),
+            (Some(Value::Headers(_) | Value::Secret(_)), None) => true,
+            (Some(Value::Switch(false)), _) if setting.key == "hub.control" => true,
             (Some(Value::Mode(new)), Some(Value::Mode(old))) => new >= old,
             (Some(new), Some(old)) if lowers => new.number() <= old.number(),
             (Some(_), None) if lowers => true,
@@ -688,6 +696,10 @@ impl Config {
         Keys { control, tcp: self.switch("hub.control_tcp"), token }
     }
 
+    fn has_token(&self) -> bool {
+        self.value("hub.control_token").is_some() || self.value("hub.control_token_file").is_some()
+    }
+
     /// # Errors
     /// There should be one, and it cannot be read.
     pub(crate) fn token(&self) -> Result<Token, String> {
@@ -804,6 +816,19 @@ impl Config {
     /// The variables of ours that hold keys: nobody below us needs them.
     pub(crate) fn secrets() -> impl Iterator<Item = String> {
         SETTINGS.iter().filter(|setting| matches!(setting.kind, Kind::Headers | Kind::Token | Kind::Secret)).map(variable)
+    }
+
+    /// What agents that tools start are to be told otherwise than we were: nobody there has the keys, and where we ask for one, no
+    /// hub of theirs is to go without.
+    pub(crate) fn for_those_below(&self) -> Vec<(String, String)> {
+        let given = |key: &str| matches!(self.values[key].origin, Origin::Environment(_) | Origin::Flag(_));
+        let mut told = Vec::new();
+        let lost = matches!(self.value("hub.control_token"), Some(Value::Token(Token::Lost)));
+        let flag = matches!(self.values["hub.control_token_file"].origin, Origin::Flag(_));
+        if lost || given("hub.control_token") || flag {
+            told.push((name_of("hub.control"), String::from("false")));
+        }
+        told
     }
 
     pub(crate) fn shim_cli(&self) -> Option<PathBuf> {
@@ -950,6 +975,10 @@ impl Config {
 /// A setting's name in the environment.
 pub(crate) fn variable(setting: &Setting) -> String {
     format!("{PREFIX}{}", setting.flag.replace('-', "_").to_uppercase())
+}
+
+fn name_of(key: &str) -> String {
+    SETTINGS.iter().find(|setting| setting.key == key).map(variable).expect("it is a setting")
 }
 
 /// What was called otherwise once, and what is set instead now.

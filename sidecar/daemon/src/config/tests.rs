@@ -280,6 +280,38 @@ fn a_token_is_nobodys_to_see() {
 }
 
 #[test]
+fn where_a_token_was_meant_none_is_not_enough() {
+    let read = |file: &str, environment: &[(&str, &str)]| {
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let sources = Sources { file: Some((PathBuf::from("c.toml"), file.to_owned())), environment, ..Sources::default() };
+        let (config, mistakes) = Config::read(&sources);
+        (config.keys().token, mistakes.len(), config.for_those_below())
+    };
+    let (control, word) = (("AGENT_SIDECAR_HUB_CONTROL", "true"), ("AGENT_SIDECAR_CONTROL_TOKEN", "geheim-geheim-geheim"));
+    let is = |word: &str| Token::of(word).unwrap();
+    let closed = vec![(String::from("AGENT_SIDECAR_HUB_CONTROL"), String::from("false"))];
+    assert_eq!(read("", &[control]), (Token::None, 0, vec![]));
+    assert_eq!(read("", &[control, word]), (is(word.1), 0, closed.clone()));
+    // Too short, another name, a file that is no TOML.
+    for (file, name, value) in [
+        ("", "AGENT_SIDECAR_CONTROL_TOKEN", "short"),
+        ("[hub]\ncontrol_tokn = \"geheim-geheim-geheim\"\n", "AGENT_SIDECAR_TEAM", "x"),
+        ("[hub\ncontrol_token_file = \"/token\"\n", "AGENT_SIDECAR_TEAM", "x"),
+    ] {
+        let (token, mistakes, below) = read(file, &[control, (name, value)]);
+        assert!(token == Token::Lost && mistakes > 0 && below == closed, "{name}={value}: {token:?} {mistakes} {below:?}");
+    }
+    // What is final has no token: then one may be given. Control may be less, and no second token be put before the first.
+    let policy = "[policy]\nfinal = [\"*\"]\n[hub]\ncontrol = true\n";
+    assert_eq!(read(policy, &[word]), (is(word.1), 0, closed));
+    assert_eq!(read(policy, &[("AGENT_SIDECAR_HUB_CONTROL", "false")]), (Token::None, 0, vec![]));
+    let another = format!("{policy}control_token = \"another-token-of-theirs\"\n");
+    assert_eq!(read(&another, &[word]), (is("another-token-of-theirs"), 1, vec![]));
+    let file = format!("{policy}control_token_file = \"/no/such/file\"\n");
+    assert_eq!(read(&file, &[word]), (Token::Lost, 1, vec![]));
+}
+
+#[test]
 fn what_is_final_can_be_tightened_and_nothing_else() {
     let text = "[policy]\nfinal = [\"limits.*\", \"hub.control\", \"run.user\", \"labels.tenant\"]\n[limits]\nmax_cost_usd = 5\nmode = \"shadow\"\n[run]\nuser = \"agent\"\n";
     let read = |name: &str, value: &str| {

@@ -107,3 +107,18 @@ fn a_token_that_others_can_read_opens_to_nobody() {
     let hub = hub("readable", |dir| vec![String::from("--control-token-file"), token(dir, 0o644)]);
     assert_eq!(hub.both(&format!("Authorization: Bearer {WORD}\r\n")), ["401", "405"]);
 }
+
+#[test]
+fn a_shim_whose_token_is_mistaken_opens_to_nobody() {
+    let dir = Scratch::new("gate", "mistaken");
+    std::os::unix::fs::symlink(SIDECAR, dir.join("claude")).unwrap();
+    script(&dir.join("claude.sidecar-real"), "read -r _");
+    let mut command = Command::new(dir.join("claude"));
+    command.args(STREAM_JSON).env("AGENT_SIDECAR_LISTEN", "off").env("AGENT_SIDECAR_SOCKET", dir.join("hub.sock"));
+    command.env("AGENT_SIDECAR_HUB_CONTROL", "true").env("AGENT_SIDECAR_CONTROL_TOKEN", "short");
+    let mut running = Running::start(command);
+    let socket = wait_for("the hub", || UnixStream::connect(dir.join("hub.sock")).ok());
+    assert_eq!(code(socket, "POST /v1/pause", ""), "401");
+    running.close_stdin();
+    assert_eq!(running.code(), Some(1), "the end of what is read ends the CLI");
+}
