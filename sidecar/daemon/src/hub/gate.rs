@@ -68,7 +68,7 @@ impl Token {
         }
     }
 
-    /// From a file that nobody else can read.
+    /// From a file that nobody else can read, but root's group where root owns it and we are in that group.
     ///
     /// # Errors
     /// Why no token can be had of it.
@@ -82,7 +82,7 @@ impl Token {
             if !found.is_file() || found.uid() != us && found.uid() != 0 {
                 return Err(io::Error::other("it is no file of this user's or root's"));
             }
-            if found.mode() & 0o077 != 0 {
+            if found.mode() & readers(found.uid(), us) != 0 {
                 return Err(io::Error::other("others may read it: take that from them (chmod 600)"));
             }
             let mut text = String::new();
@@ -91,6 +91,12 @@ impl Token {
         };
         read().map_err(|error| error.to_string()).and_then(|text| Token::of(&text))
     }
+}
+
+/// What nobody may be allowed in a token's file. Where it is root's, and we are not, we read it as its group: so Kubernetes mounts a
+/// secret for an `fsGroup`.
+fn readers(owner: u32, us: u32) -> u32 {
+    if owner == 0 && us != 0 { 0o037 } else { 0o077 }
 }
 
 impl std::fmt::Debug for Token {
@@ -292,6 +298,11 @@ mod tests {
             mode(open);
             assert!(Token::read(&path).unwrap_err().contains("chmod 600"));
         }
+        assert_eq!(
+            [readers(0, 1000), readers(0, 0), readers(1000, 1000)].map(|others| 0o440 & others == 0),
+            [true, false, false]
+        );
+        assert_eq!([0o444, 0o460, 0o441].map(|mode| mode & readers(0, 1000) == 0), [false; 3]);
         assert!(Token::of("short").is_err() && Token::of("with a space in the middle").is_err());
         assert!(Token::read(Path::new("/dev/null")).is_err() && Token::read(Path::new("/no/such/file")).is_err());
         std::fs::remove_file(path).unwrap();

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -121,4 +122,25 @@ fn a_shim_whose_token_is_mistaken_opens_to_nobody() {
     assert_eq!(code(socket, "POST /v1/pause", ""), "401");
     running.close_stdin();
     assert_eq!(running.code(), Some(1), "the end of what is read ends the CLI");
+}
+
+#[test]
+fn a_secret_that_is_roots_and_our_groups_is_a_token() {
+    if !crate::user::may_change_users() {
+        return;
+    }
+    let dir = Scratch::new("gate", "secret");
+    std::os::unix::fs::chown(&*dir, Some(crate::user::NOBODY), None).unwrap();
+    let right = format!("Authorization: Bearer {WORD}\r\n");
+    for (mode, expected) in [(0o440, "200"), (0o460, "401"), (0o444, "401")] {
+        let file = token(&dir, mode);
+        std::os::unix::fs::chown(&file, Some(0), Some(crate::user::NOBODY)).unwrap();
+        let socket = dir.join(format!("{mode:o}.sock"));
+        let mut command = Command::new(SIDECAR);
+        command.args(["hub", "--listen", "off", "--hub-control", "--control-token-file", &file, "--socket"]).arg(&socket);
+        command.uid(crate::user::NOBODY).gid(crate::user::NOBODY).current_dir("/");
+        let _running = Running::start(command);
+        let stream = wait_for("the hub", || UnixStream::connect(&socket).ok());
+        assert_eq!(code(stream, RAISE, &right), expected, "{mode:o}");
+    }
 }
