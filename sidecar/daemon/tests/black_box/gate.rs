@@ -144,3 +144,28 @@ fn a_secret_that_is_roots_and_our_groups_is_a_token() {
         assert_eq!(code(stream, RAISE, &right), expected, "{mode:o}");
     }
 }
+
+#[test]
+fn control_tells_the_token_to_nobody_but_its_own_user_and_root() {
+    if !crate::user::may_change_users() {
+        return;
+    }
+    let dir = Scratch::new("gate", "stranger");
+    let file = token(&dir, 0o600);
+    // A hub of ours was here; who owns the directory can put another socket in the place of its own.
+    std::fs::create_dir(dir.join("hub.state")).unwrap();
+    std::fs::set_permissions(dir.join("hub.state"), std::fs::Permissions::from_mode(0o700)).unwrap();
+    std::os::unix::fs::chown(&*dir, Some(crate::user::NOBODY), None).unwrap();
+    let mut command = Command::new("python3");
+    let listen = "import socket,sys; s=socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print('up', flush=True); c=s.accept()[0]; print(c.recv(9999), flush=True)";
+    command.args(["-c", listen]).arg(dir.join("hub.sock"));
+    command.uid(crate::user::NOBODY).gid(crate::user::NOBODY).current_dir("/");
+    let mut fake = Running::start(command);
+    assert_eq!(fake.line(), "up");
+    let mut control = Command::new(SIDECAR);
+    control.args(["control", "pause", "--control-token-file", &file, "--socket"]).arg(dir.join("hub.sock"));
+    let out = control.output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("is user 65534, who is not told the control token"), "{said}");
+    assert_eq!(fake.line(), "b''");
+}
