@@ -161,7 +161,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("labels.pod_labels", "pod-labels", Kind::Path, "/etc/podinfo/labels", "the file of the pod's labels, as the downward API makes it"),
     setting("labels.pod_annotations", "pod-annotations", Kind::Path, "/etc/podinfo/annotations", "the same of its annotations"),
     setting("labels.user_hash", "end-user-hash", Kind::Switch, "false", "tell a hash of the user (HMAC-SHA-256, 16 bytes) instead of the user"),
-    setting("labels.user_hash_key", "end-user-hash-key", Kind::Secret, "", "its key: without one, whoever guesses a user can prove it; never shown"),
+    setting("labels.user_hash_key", "end-user-hash-key", Kind::Secret, "", "its key: without one, whoever guesses a user can prove it; never shown. `withheld` tells no user: so agents that tools start, who have no key"),
     setting("tenants.guard", "tenant-guard", Kind::Mode, "shadow", "what is done when agents of different tenants would share a config directory, a working directory, a memory file or a session: off, shadow (tells) or enforce (is not started: exit code 125)"),
     setting("tenants.agent_dirs", "agent-dirs", Kind::Path, "", "give each agent a directory of its own below this one: config (CLAUDE_CONFIG_DIR), tmp (TMPDIR), workspace (working directory); what the app has set stays"),
     setting("tenants.agent_from", "agent-from", Kind::Sources, "", "where the name of that directory is read from, as `labels.tenant_from`; unset, the lowest number that is free"),
@@ -828,6 +828,13 @@ impl Config {
         if lost || given("hub.control_token") || flag {
             told.push((name_of("hub.control"), String::from("false")));
         }
+        if self.switch("labels.user_hash") && given("labels.user_hash_key") {
+            told.push((name_of("labels.user_hash_key"), String::from(WITHHELD)));
+            // Not everybody inherits a flag.
+            if matches!(self.values["labels.user_hash"].origin, Origin::Flag(_)) {
+                told.push((name_of("labels.user_hash"), String::from("true")));
+            }
+        }
         told
     }
 
@@ -867,7 +874,7 @@ impl Config {
         let mut who = Who::default();
         for name in Name::ALL {
             let key = format!("labels.{}", name.as_str());
-            if self.value(&key).is_some() {
+            if !(*name == Name::User && self.withholds_user()) && self.value(&key).is_some() {
                 who.set(*name, self.text(&key).to_owned());
             }
         }
@@ -876,7 +883,12 @@ impl Config {
 
     /// Where else that is asked for, if anywhere.
     pub(crate) fn sources_of(&self, name: Name) -> Option<&who::Sources> {
-        self.sources(&format!("labels.{}_from", name.as_str()))
+        self.sources(&format!("labels.{}_from", name.as_str())).filter(|_| name != Name::User || !self.withholds_user())
+    }
+
+    /// Whether users are hashed, with a key that is not here: with another, or none, the hash would tell who they are, or of two.
+    fn withholds_user(&self) -> bool {
+        matches!(self.value("labels.user_hash_key"), Some(Value::Secret(key)) if key.0 == WITHHELD)
     }
 
     fn sources(&self, key: &str) -> Option<&who::Sources> {
@@ -976,6 +988,9 @@ impl Config {
 pub(crate) fn variable(setting: &Setting) -> String {
     format!("{PREFIX}{}", setting.flag.replace('-', "_").to_uppercase())
 }
+
+/// Stands for a key that is not told.
+const WITHHELD: &str = "withheld";
 
 fn name_of(key: &str) -> String {
     SETTINGS.iter().find(|setting| setting.key == key).map(variable).expect("it is a setting")

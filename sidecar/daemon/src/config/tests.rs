@@ -249,6 +249,27 @@ fn whom_an_agent_works_for_is_read_from_several_places_and_keys_do_not_print() {
 }
 
 #[test]
+fn who_has_no_key_tells_no_user() {
+    let file = "[labels]\nuser_from = \"env:USER_ID\"\nuser = \"anna\"\nteam = \"blue\"\n";
+    let (hash, key) = (("AGENT_SIDECAR_END_USER_HASH", "true"), "AGENT_SIDECAR_END_USER_HASH_KEY");
+    let below = |config: &Config| config.for_those_below();
+    assert_eq!(below(&load(file, &[hash], &[]).unwrap()), []);
+    let hashed = load(file, &[hash, (key, "geheim")], &[]).unwrap();
+    assert_eq!(below(&hashed), [(key.to_owned(), String::from("withheld"))]);
+    assert!(hashed.fixed_who().user.is_some() && hashed.sources_of(Name::User).is_some());
+    let flags = load(file, &[], &[("end-user-hash", "true"), ("end-user-hash-key", "geheim")]).unwrap();
+    let told = below(&flags);
+    assert_eq!(told.len(), 2);
+    let told: Vec<(&str, &str)> = told.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    for file in [file.to_owned(), format!("[policy]\nfinal = [\"labels.*\"]\n{file}user_hash = true\n")] {
+        let nested = load(&file, &told, &[]).unwrap();
+        let who = nested.fixed_who();
+        assert_eq!((who.user, who.team.as_deref(), nested.sources_of(Name::User)), (None, Some("blue"), None));
+        assert_eq!(below(&nested), [told[0]].map(|(name, value)| (name.to_owned(), value.to_owned())));
+    }
+}
+
+#[test]
 fn what_is_wrong_with_tenants_is_said() {
     let file = "listen = \"off\"\n[labels]\ntenant_from = \"header:x\"\nuser_hash_key = \"geheim\"\n[tenants]\nguard = \"enforce\"\nagent_from = \"message:name\"\n[limits]\ntenant_max_cost_usd = 1\n";
     let text = load(file, &[], &[]).unwrap_err().to_string();

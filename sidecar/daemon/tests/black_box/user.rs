@@ -181,9 +181,10 @@ fn keys_of_ours_do_not_reach_the_cli_and_limits_do() {
         command.env_remove("AGENT_SIDECAR_BIN").env("AGENT_SIDECAR_OTLP_HEADERS", "authorization=Bearer%20secret");
         command.env("AGENT_SIDECAR_BUSY_WEBHOOK_HEADERS", "x-key=secret").env("AGENT_SIDECAR_MAX_COST_USD", "5");
         command.env("AGENT_SIDECAR_HUB_CONTROL", "true").env("AGENT_SIDECAR_CONTROL_TOKEN", "0123456789abcdef0123456789abcdef");
+        command.env("AGENT_SIDECAR_END_USER_HASH", "true").env("AGENT_SIDECAR_END_USER_HASH_KEY", "secret");
         let out = command.stdin(Stdio::null()).output().unwrap();
-        // Whoever is hub after us, without the token, is none that can be told to change something.
-        let expected = "AGENT_SIDECAR_HUB_CONTROL=false\nAGENT_SIDECAR_MAX_COST_USD=5\n";
+        // Whoever is hub after us, without the token, is none that can be told to change something; who has no key tells no user.
+        let expected = "AGENT_SIDECAR_END_USER_HASH=true\nAGENT_SIDECAR_END_USER_HASH_KEY=withheld\nAGENT_SIDECAR_HUB_CONTROL=false\nAGENT_SIDECAR_MAX_COST_USD=5\n";
         assert_eq!(String::from_utf8(out.stdout).unwrap(), expected);
     }
 }
