@@ -109,7 +109,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("hub.socket", "socket", Kind::Path, "", "where that one is asked; who names the same socket belongs together, whatever its `listen`; unset, hub.sock (hub-PORT.sock for another port) in /run/agent-sidecar, or in agent-sidecar below $XDG_RUNTIME_DIR, or in /tmp/agent-sidecar-UID"),
     setting("hub.state_dir", "hub-state-dir", Kind::Path, "", "where the totals of those that ended are kept, and the journals of those that run; unset, beside the socket; name a volume to have counters outlive the container"),
     setting("hub.control", "hub-control", Kind::Switch, "false", "whether shared budgets can be raised at the socket, by this user and root: an agent that runs under the same user can, too"),
-    setting("hub.control_token_file", "control-token-file", Kind::Path, "", "a file with a token (16 letters or more) that whoever changes something has to say, as `Authorization: Bearer …`; of this user or root, and readable by nobody else"),
+    setting("hub.control_token_file", "control-token-file", Kind::Path, "", "a file with a token (16 letters or more) that whoever changes something has to say, as `Authorization: Bearer …`; of this user or root, and readable by nobody else; by the group of a file of root's, where we are not root"),
     setting("hub.control_token", "control-token", Kind::Token, "", "the token itself; never shown; others can read a flag, so better in a file or the environment"),
     setting("hub.control_tcp", "control-tcp", Kind::Switch, "false", "whether who knows the token may change something over TCP, too"),
     setting("hub.slots", "hub-slots", Kind::Count, "8", "agents at once that have a `slot` of their own in the metrics; the others share `other`"),
