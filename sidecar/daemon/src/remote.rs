@@ -40,6 +40,10 @@ pub(crate) enum NoAnswer {
         #[source]
         source: io::Error,
     },
+    #[error(
+        "who listens at {path} is user {uid}, who is not told the control token; ask as that user, or see that the socket is the hub's"
+    )]
+    Stranger { path: PathBuf, uid: u32 },
     #[error("{0}")]
     Refused(String),
 }
@@ -50,6 +54,12 @@ pub(crate) fn ask(config: &Config, method: &str, target: &str) -> Result<String,
     Place::look(&meeting).map_err(NoAnswer::NoPlace)?;
     let (mut stream, path) = connect(&meeting)?;
     let token = config.token().map_err(NoAnswer::NoToken)?;
+    if token.word().is_some() {
+        let uid = stranger(&stream).map_err(|source| NoAnswer::Silent { path: path.clone(), source })?;
+        if let Some(uid) = uid {
+            return Err(NoAnswer::Stranger { path, uid });
+        }
+    }
     let answer =
         talk(&mut stream, method, target, token.word()).map_err(|source| NoAnswer::Silent { path: path.clone(), source })?;
     let mut answer = answer.splitn(2, "\r\n\r\n");
@@ -71,6 +81,12 @@ fn connect(meeting: &Meeting) -> Result<(UnixStream, PathBuf), NoAnswer> {
         }
     }
     Err(last.unwrap_or(NoAnswer::NoMeeting))
+}
+
+/// The user who listens there, if it is neither us nor root: the path may be anybody's.
+fn stranger(stream: &UnixStream) -> io::Result<Option<u32>> {
+    let uid = rustix::net::sockopt::socket_peercred(stream)?.uid;
+    Ok((uid != rustix::process::geteuid() && !uid.is_root()).then(|| uid.as_raw()))
 }
 
 fn talk(stream: &mut UnixStream, method: &str, target: &str, token: Option<&str>) -> io::Result<String> {

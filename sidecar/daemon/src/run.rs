@@ -167,7 +167,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let more = env.chain(telemetry.variables()).chain(own_env).chain(agent.env);
     // What is not there need not be taken out: an environment that nobody changes keeps its order.
     let without = Config::secrets().filter(|name| std::env::var_os(name).is_some()).map(|name| (name.into(), None));
-    let env = whose.into_iter().chain(more.map(|(name, value)| (name, Some(value)))).chain(without).collect();
+    let told = config.for_those_below().into_iter().map(|(name, value)| (name.into(), Some(value.into())));
+    let env = whose.into_iter().chain(more.map(|(name, value)| (name, Some(value)))).chain(without).chain(told).collect();
     let mut lines = |what, path: PathBuf| LineFile::open(what, path.clone(), may_lead_on(user.as_ref(), &path), meters);
     let mut ledger = config.ledger().map(|path| lines(Use::Ledger, path));
     let mut events = config.events().map(|path| lines(Use::Events, path));

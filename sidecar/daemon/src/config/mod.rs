@@ -110,7 +110,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("hub.socket", "socket", Kind::Path, "", "where that one is asked; who names the same socket belongs together, whatever its `listen`; unset, hub.sock (hub-PORT.sock for another port) in /run/agent-sidecar, or in agent-sidecar below $XDG_RUNTIME_DIR, or in /tmp/agent-sidecar-UID"),
     setting("hub.state_dir", "hub-state-dir", Kind::Path, "", "where the totals of those that ended are kept, and the journals of those that run; unset, beside the socket; name a volume to have counters outlive the container"),
     setting("hub.control", "hub-control", Kind::Switch, "false", "whether shared budgets can be raised at the socket, by this user and root: an agent that runs under the same user can, too"),
-    setting("hub.control_token_file", "control-token-file", Kind::Path, "", "a file with a token (16 letters or more) that whoever changes something has to say, as `Authorization: Bearer …`; of this user or root, and readable by nobody else"),
+    setting("hub.control_token_file", "control-token-file", Kind::Path, "", "a file with a token (16 letters or more) that whoever changes something has to say, as `Authorization: Bearer …`; of this user or root, and readable by nobody else; by the group of a file of root's, where we are not root"),
     setting("hub.control_token", "control-token", Kind::Token, "", "the token itself; never shown; others can read a flag, so better in a file or the environment"),
     setting("hub.control_tcp", "control-tcp", Kind::Switch, "false", "whether who knows the token may change something over TCP, too"),
     setting("hub.slots", "hub-slots", Kind::Count, "8", "agents at once that have a `slot` of their own in the metrics; the others share `other`"),
@@ -162,7 +162,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("labels.pod_labels", "pod-labels", Kind::Path, "/etc/podinfo/labels", "the file of the pod's labels, as the downward API makes it"),
     setting("labels.pod_annotations", "pod-annotations", Kind::Path, "/etc/podinfo/annotations", "the same of its annotations"),
     setting("labels.user_hash", "end-user-hash", Kind::Switch, "false", "tell a hash of the user (HMAC-SHA-256, 16 bytes) instead of the user"),
-    setting("labels.user_hash_key", "end-user-hash-key", Kind::Secret, "", "its key: without one, whoever guesses a user can prove it; never shown"),
+    setting("labels.user_hash_key", "end-user-hash-key", Kind::Secret, "", "its key: without one, whoever guesses a user can prove it; never shown. `withheld` tells no user: so agents that tools start, who have no key"),
     setting("tenants.guard", "tenant-guard", Kind::Mode, "shadow", "what is done when agents of different tenants would share a config directory, a working directory, a memory file or a session: off, shadow (tells) or enforce (is not started: exit code 125)"),
     setting("tenants.agent_dirs", "agent-dirs", Kind::Path, "", "give each agent a directory of its own below this one: config (CLAUDE_CONFIG_DIR), tmp (TMPDIR), workspace (working directory); what the app has set stays"),
     setting("tenants.agent_from", "agent-from", Kind::Sources, "", "where the name of that directory is read from, as `labels.tenant_from`; unset, the lowest number that is free"),
@@ -379,6 +379,10 @@ impl Config {
             config.prices = config.prices.clone().with_discount(None, *factor);
         }
         config.contradictions(&mut mistakes);
+        // What was not understood may have been the token: then no word is right, and not none asked for.
+        if !mistakes.is_empty() && config.switch("hub.control") && !config.has_token() {
+            config.values.get_mut("hub.control_token").expect("it is a setting").value = Some(Value::Token(Token::Lost));
+        }
         mistakes.sort_by(|a, b| a.origin.cmp(&b.origin));
         (config, mistakes)
     }
@@ -427,6 +431,10 @@ impl Config {
         let before = &self.values[setting.key];
         let lowers = (is_limit(setting.key) || setting.key == "limits.max_sessions") && setting.key != "limits.memory_horizon";
         let well = match (value, &before.value) {
+            // A key has no business in a file that all can read, and control is less without than with.
+            (Some(Value::Token(_)), None) => !self.has_token(),
+            (Some(Value::Headers(_) | Value::Secret(_)), None) => true,
+            (Some(Value::Switch(false)), _) if setting.key == "hub.control" => true,
             (Some(Value::Mode(new)), Some(Value::Mode(old))) => new >= old,
             (Some(new), Some(old)) if lowers => new.number() <= old.number(),
             (Some(_), None) if lowers => true,
@@ -694,6 +702,10 @@ impl Config {
         Keys { control, tcp: self.switch("hub.control_tcp"), token }
     }
 
+    fn has_token(&self) -> bool {
+        self.value("hub.control_token").is_some() || self.value("hub.control_token_file").is_some()
+    }
+
     /// # Errors
     /// There should be one, and it cannot be read.
     pub(crate) fn token(&self) -> Result<Token, String> {
@@ -812,6 +824,26 @@ impl Config {
         SETTINGS.iter().filter(|setting| matches!(setting.kind, Kind::Headers | Kind::Token | Kind::Secret)).map(variable)
     }
 
+    /// What agents that tools start are to be told otherwise than we were: nobody there has the keys, and where we ask for one, no
+    /// hub of theirs is to go without.
+    pub(crate) fn for_those_below(&self) -> Vec<(String, String)> {
+        let given = |key: &str| matches!(self.values[key].origin, Origin::Environment(_) | Origin::Flag(_));
+        let mut told = Vec::new();
+        let lost = matches!(self.value("hub.control_token"), Some(Value::Token(Token::Lost)));
+        let flag = matches!(self.values["hub.control_token_file"].origin, Origin::Flag(_));
+        if lost || given("hub.control_token") || flag {
+            told.push((name_of("hub.control"), String::from("false")));
+        }
+        if self.switch("labels.user_hash") && given("labels.user_hash_key") {
+            told.push((name_of("labels.user_hash_key"), String::from(WITHHELD)));
+            // Not everybody inherits a flag.
+            if matches!(self.values["labels.user_hash"].origin, Origin::Flag(_)) {
+                told.push((name_of("labels.user_hash"), String::from("true")));
+            }
+        }
+        told
+    }
+
     pub(crate) fn shim_cli(&self) -> Option<PathBuf> {
         self.path("shim.cli")
     }
@@ -848,7 +880,7 @@ impl Config {
         let mut who = Who::default();
         for name in Name::ALL {
             let key = format!("labels.{}", name.as_str());
-            if self.value(&key).is_some() {
+            if !(*name == Name::User && self.withholds_user()) && self.value(&key).is_some() {
                 who.set(*name, self.text(&key).to_owned());
             }
         }
@@ -857,7 +889,12 @@ impl Config {
 
     /// Where else that is asked for, if anywhere.
     pub(crate) fn sources_of(&self, name: Name) -> Option<&who::Sources> {
-        self.sources(&format!("labels.{}_from", name.as_str()))
+        self.sources(&format!("labels.{}_from", name.as_str())).filter(|_| name != Name::User || !self.withholds_user())
+    }
+
+    /// Whether users are hashed, with a key that is not here: with another, or none, the hash would tell who they are, or of two.
+    fn withholds_user(&self) -> bool {
+        matches!(self.value("labels.user_hash_key"), Some(Value::Secret(key)) if key.0 == WITHHELD)
     }
 
     fn sources(&self, key: &str) -> Option<&who::Sources> {
@@ -956,6 +993,13 @@ impl Config {
 /// A setting's name in the environment.
 pub(crate) fn variable(setting: &Setting) -> String {
     format!("{PREFIX}{}", setting.flag.replace('-', "_").to_uppercase())
+}
+
+/// Stands for a key that is not told.
+const WITHHELD: &str = "withheld";
+
+fn name_of(key: &str) -> String {
+    SETTINGS.iter().find(|setting| setting.key == key).map(variable).expect("it is a setting")
 }
 
 /// What was called otherwise once, and what is set instead now.

@@ -249,6 +249,27 @@ fn whom_an_agent_works_for_is_read_from_several_places_and_keys_do_not_print() {
 }
 
 #[test]
+fn who_has_no_key_tells_no_user() {
+    let file = "[labels]\nuser_from = \"env:USER_ID\"\nuser = \"anna\"\nteam = \"blue\"\n";
+    let (hash, key) = (("AGENT_SIDECAR_END_USER_HASH", "true"), "AGENT_SIDECAR_END_USER_HASH_KEY");
+    let below = |config: &Config| config.for_those_below();
+    assert_eq!(below(&load(file, &[hash], &[]).unwrap()), []);
+    let hashed = load(file, &[hash, (key, "geheim")], &[]).unwrap();
+    assert_eq!(below(&hashed), [(key.to_owned(), String::from("withheld"))]);
+    assert!(hashed.fixed_who().user.is_some() && hashed.sources_of(Name::User).is_some());
+    let flags = load(file, &[], &[("end-user-hash", "true"), ("end-user-hash-key", "geheim")]).unwrap();
+    let told = below(&flags);
+    assert_eq!(told.len(), 2);
+    let told: Vec<(&str, &str)> = told.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    for file in [file.to_owned(), format!("[policy]\nfinal = [\"labels.*\"]\n{file}user_hash = true\n")] {
+        let nested = load(&file, &told, &[]).unwrap();
+        let who = nested.fixed_who();
+        assert_eq!((who.user, who.team.as_deref(), nested.sources_of(Name::User)), (None, Some("blue"), None));
+        assert_eq!(below(&nested), [told[0]].map(|(name, value)| (name.to_owned(), value.to_owned())));
+    }
+}
+
+#[test]
 fn what_is_wrong_with_tenants_is_said() {
     let file = "listen = \"off\"\n[labels]\ntenant_from = \"header:x\"\nuser_hash_key = \"geheim\"\n[tenants]\nguard = \"enforce\"\nagent_from = \"message:name\"\n[limits]\ntenant_max_cost_usd = 1\n";
     let text = load(file, &[], &[]).unwrap_err().to_string();
@@ -277,6 +298,38 @@ fn a_token_is_nobodys_to_see() {
     let mistakes = load("[hub]\ncontrol_token = \"geheim\"\n", &[], &[]).unwrap_err().to_string();
     assert!(mistakes.contains("at least 16") && !mistakes.contains("geheim"), "{mistakes}");
     assert!(Config::secrets().any(|name| name == "AGENT_SIDECAR_CONTROL_TOKEN"));
+}
+
+#[test]
+fn where_a_token_was_meant_none_is_not_enough() {
+    let read = |file: &str, environment: &[(&str, &str)]| {
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let sources = Sources { file: Some((PathBuf::from("c.toml"), file.to_owned())), environment, ..Sources::default() };
+        let (config, mistakes) = Config::read(&sources);
+        (config.keys().token, mistakes.len(), config.for_those_below())
+    };
+    let (control, word) = (("AGENT_SIDECAR_HUB_CONTROL", "true"), ("AGENT_SIDECAR_CONTROL_TOKEN", "geheim-geheim-geheim"));
+    let is = |word: &str| Token::of(word).unwrap();
+    let closed = vec![(String::from("AGENT_SIDECAR_HUB_CONTROL"), String::from("false"))];
+    assert_eq!(read("", &[control]), (Token::None, 0, vec![]));
+    assert_eq!(read("", &[control, word]), (is(word.1), 0, closed.clone()));
+    // Too short, another name, a file that is no TOML.
+    for (file, name, value) in [
+        ("", "AGENT_SIDECAR_CONTROL_TOKEN", "short"),
+        ("[hub]\ncontrol_tokn = \"geheim-geheim-geheim\"\n", "AGENT_SIDECAR_TEAM", "x"),
+        ("[hub\ncontrol_token_file = \"/token\"\n", "AGENT_SIDECAR_TEAM", "x"),
+    ] {
+        let (token, mistakes, below) = read(file, &[control, (name, value)]);
+        assert!(token == Token::Lost && mistakes > 0 && below == closed, "{name}={value}: {token:?} {mistakes} {below:?}");
+    }
+    // What is final has no token: then one may be given. Control may be less, and no second token be put before the first.
+    let policy = "[policy]\nfinal = [\"*\"]\n[hub]\ncontrol = true\n";
+    assert_eq!(read(policy, &[word]), (is(word.1), 0, closed));
+    assert_eq!(read(policy, &[("AGENT_SIDECAR_HUB_CONTROL", "false")]), (Token::None, 0, vec![]));
+    let another = format!("{policy}control_token = \"another-token-of-theirs\"\n");
+    assert_eq!(read(&another, &[word]), (is("another-token-of-theirs"), 1, vec![]));
+    let file = format!("{policy}control_token_file = \"/no/such/file\"\n");
+    assert_eq!(read(&file, &[word]), (Token::Lost, 1, vec![]));
 }
 
 #[test]

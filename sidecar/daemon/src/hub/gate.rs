@@ -23,10 +23,11 @@ use subtle::ConstantTimeEq;
 const SHORTEST: usize = 16;
 /// A token is no document.
 const LONGEST: u64 = 4 * 1024;
-/// So many wrong words within so long from one place, and the next ones are not even looked at.
+/// So many wrong words within so long from one place, and the next ones are told apart. The right one is heard from anywhere: it is
+/// too long to be guessed at any speed.
 const GUESSES: u32 = 10;
 const WITHIN: Duration = Duration::from_secs(60);
-/// Places that are remembered. From more than that at once, somebody guesses in earnest, and nobody is listened to.
+/// Places that are remembered. From more than that at once, somebody guesses in earnest.
 const PLACES: usize = 256;
 
 /// Where a request came from.
@@ -67,7 +68,7 @@ impl Token {
         }
     }
 
-    /// From a file that nobody else can read.
+    /// From a file that nobody else can read, but root's group where root owns it and we are in that group.
     ///
     /// # Errors
     /// Why no token can be had of it.
@@ -81,7 +82,7 @@ impl Token {
             if !found.is_file() || found.uid() != us && found.uid() != 0 {
                 return Err(io::Error::other("it is no file of this user's or root's"));
             }
-            if found.mode() & 0o077 != 0 {
+            if found.mode() & readers(found.uid(), us) != 0 {
                 return Err(io::Error::other("others may read it: take that from them (chmod 600)"));
             }
             let mut text = String::new();
@@ -90,6 +91,12 @@ impl Token {
         };
         read().map_err(|error| error.to_string()).and_then(|text| Token::of(&text))
     }
+}
+
+/// What nobody may be allowed in a token's file. Where it is root's, and we are not, we read it as its group: so Kubernetes mounts a
+/// secret for an `fsGroup`.
+fn readers(owner: u32, us: u32) -> u32 {
+    if owner == 0 && us != 0 { 0o037 } else { 0o077 }
 }
 
 impl std::fmt::Debug for Token {
@@ -182,19 +189,20 @@ impl Gate {
             Token::Is(token) => token.as_slice(),
             Token::Lost => &[],
         };
-        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        failures.retain(|_, (_, since)| now.saturating_duration_since(*since) < WITHIN);
-        let full = failures.len() >= PLACES && !failures.contains_key(&peer);
-        if full || failures.get(&peer).is_some_and(|(n, _)| *n >= GUESSES) {
-            return Judged::Limited;
-        }
         let said = headers.get(AUTHORIZATION).map_or(&b""[..], |value| value.as_bytes());
         let said = match said.split_at_checked(7) {
             Some((scheme, word)) if scheme.eq_ignore_ascii_case(b"bearer ") => word.trim_ascii(),
             _ => b"",
         };
+        // First: who knows it shares a place with those who guess, and is not to be shut out by them.
         if !token.is_empty() && bool::from(said.ct_eq(token)) {
             return Judged::Allowed;
+        }
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        failures.retain(|_, (_, since)| now.saturating_duration_since(*since) < WITHIN);
+        let full = failures.len() >= PLACES && !failures.contains_key(&peer);
+        if full || failures.get(&peer).is_some_and(|(n, _)| *n >= GUESSES) {
+            return Judged::Limited;
         }
         failures.entry(peer).or_insert((0, now)).0 += 1;
         Judged::Unauthorized
@@ -259,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn who_guesses_is_not_listened_to_for_a_minute_and_others_are() {
+    fn who_guesses_is_told_to_wait_and_who_knows_is_let_in_from_there() {
         let gate = gate(true, true, Some(WORD));
         let (wrong, right) =
             (headers(&[("authorization", "Bearer no")]), headers(&[("authorization", &format!("Bearer {WORD}"))]));
@@ -267,13 +275,16 @@ mod tests {
         for _ in 0..GUESSES {
             assert_eq!(gate.judge(TCP, &wrong, now), Judged::Unauthorized);
         }
-        assert_eq!(gate.judge(TCP, &right, now), Judged::Limited);
-        assert_eq!(gate.judge(Peer::Socket, &right, now), Judged::Allowed);
-        assert_eq!(gate.judge(TCP, &right, now + WITHIN), Judged::Allowed);
+        assert_eq!(gate.judge(TCP, &wrong, now), Judged::Limited);
+        assert_eq!(gate.judge(TCP, &right, now), Judged::Allowed);
+        assert_eq!(gate.judge(TCP, &wrong, now), Judged::Limited);
+        assert_eq!(gate.judge(Peer::Socket, &wrong, now), Judged::Unauthorized);
+        assert_eq!(gate.judge(TCP, &wrong, now + WITHIN), Judged::Unauthorized);
         for n in 0..u32::try_from(PLACES).unwrap() {
             gate.judge(Peer::Tcp(std::net::Ipv4Addr::from(n).into()), &wrong, now);
         }
         assert!(gate.failures.lock().unwrap().len() <= PLACES);
+        assert_eq!(gate.judge(Peer::Socket, &right, now), Judged::Allowed, "and where no place is left");
     }
 
     #[test]
@@ -287,6 +298,11 @@ mod tests {
             mode(open);
             assert!(Token::read(&path).unwrap_err().contains("chmod 600"));
         }
+        assert_eq!(
+            [readers(0, 1000), readers(0, 0), readers(1000, 1000)].map(|others| 0o440 & others == 0),
+            [true, false, false]
+        );
+        assert_eq!([0o444, 0o460, 0o441].map(|mode| mode & readers(0, 1000) == 0), [false; 3]);
         assert!(Token::of("short").is_err() && Token::of("with a space in the middle").is_err());
         assert!(Token::read(Path::new("/dev/null")).is_err() && Token::read(Path::new("/no/such/file")).is_err());
         std::fs::remove_file(path).unwrap();

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Every word of the command line belongs to the CLI; the configuration is the file's and the environment's alone. Whoever starts the
-//! agent did not choose to have us: where we cannot do our part, the agent runs without it. What the configuration refuses is refused.
+//! agent did not choose to have us: where we cannot do our part, the agent runs without it. What the configuration refuses is refused,
+//! and what is to run as another user (`run.user`) does not run as us.
 
 mod find;
 pub(crate) mod install;
@@ -101,7 +102,7 @@ impl Shim {
         };
         match run::run(&config, agent) {
             Ok(code) => Ok(code.into()),
-            Err(refused) if refused.exit_code == OWN_FAILURE && !refused.meant => {
+            Err(refused) if refused.exit_code == OWN_FAILURE && !refused.meant && !is_fenced(&config) => {
                 tracing::error!(error = %refused.source, "the agent runs without the sidecar");
                 // It outlives exec, and nobody there reaps.
                 rustix::process::set_child_subreaper(None).ok();
@@ -121,6 +122,11 @@ impl Shim {
         let refused = supervise::refused(real.as_os_str(), command.exec());
         Failure { code: refused.exit_code.into(), error: Box::new(refused) }
     }
+}
+
+/// Whether the CLI is to be somebody else: then the agent would run with our rights where it ran without us. Who cannot find out is.
+fn is_fenced(config: &Config) -> bool {
+    config.user().map_or(true, |user| user.is_some_and(|user| !user.is_us()))
 }
 
 /// A file of this name is a CLI, or the shim before it.

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -106,4 +107,65 @@ fn control_says_the_token_that_it_is_given() {
 fn a_token_that_others_can_read_opens_to_nobody() {
     let hub = hub("readable", |dir| vec![String::from("--control-token-file"), token(dir, 0o644)]);
     assert_eq!(hub.both(&format!("Authorization: Bearer {WORD}\r\n")), ["401", "405"]);
+}
+
+#[test]
+fn a_shim_whose_token_is_mistaken_opens_to_nobody() {
+    let dir = Scratch::new("gate", "mistaken");
+    std::os::unix::fs::symlink(SIDECAR, dir.join("claude")).unwrap();
+    script(&dir.join("claude.sidecar-real"), "read -r _");
+    let mut command = Command::new(dir.join("claude"));
+    command.args(STREAM_JSON).env("AGENT_SIDECAR_LISTEN", "off").env("AGENT_SIDECAR_SOCKET", dir.join("hub.sock"));
+    command.env("AGENT_SIDECAR_HUB_CONTROL", "true").env("AGENT_SIDECAR_CONTROL_TOKEN", "short");
+    let mut running = Running::start(command);
+    let socket = wait_for("the hub", || UnixStream::connect(dir.join("hub.sock")).ok());
+    assert_eq!(code(socket, "POST /v1/pause", ""), "401");
+    running.close_stdin();
+    assert_eq!(running.code(), Some(1), "the end of what is read ends the CLI");
+}
+
+#[test]
+fn a_secret_that_is_roots_and_our_groups_is_a_token() {
+    if !crate::user::may_change_users() {
+        return;
+    }
+    let dir = Scratch::new("gate", "secret");
+    std::os::unix::fs::chown(&*dir, Some(crate::user::NOBODY), None).unwrap();
+    let right = format!("Authorization: Bearer {WORD}\r\n");
+    for (mode, expected) in [(0o440, "200"), (0o460, "401"), (0o444, "401")] {
+        let file = token(&dir, mode);
+        std::os::unix::fs::chown(&file, Some(0), Some(crate::user::NOBODY)).unwrap();
+        let socket = dir.join(format!("{mode:o}.sock"));
+        let mut command = Command::new(SIDECAR);
+        command.args(["hub", "--listen", "off", "--hub-control", "--control-token-file", &file, "--socket"]).arg(&socket);
+        command.uid(crate::user::NOBODY).gid(crate::user::NOBODY).current_dir("/");
+        let _running = Running::start(command);
+        let stream = wait_for("the hub", || UnixStream::connect(&socket).ok());
+        assert_eq!(code(stream, RAISE, &right), expected, "{mode:o}");
+    }
+}
+
+#[test]
+fn control_tells_the_token_to_nobody_but_its_own_user_and_root() {
+    if !crate::user::may_change_users() {
+        return;
+    }
+    let dir = Scratch::new("gate", "stranger");
+    let file = token(&dir, 0o600);
+    // A hub of ours was here; who owns the directory can put another socket in the place of its own.
+    std::fs::create_dir(dir.join("hub.state")).unwrap();
+    std::fs::set_permissions(dir.join("hub.state"), std::fs::Permissions::from_mode(0o700)).unwrap();
+    std::os::unix::fs::chown(&*dir, Some(crate::user::NOBODY), None).unwrap();
+    let mut command = Command::new("python3");
+    let listen = "import socket,sys; s=socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print('up', flush=True); c=s.accept()[0]; print(c.recv(9999), flush=True)";
+    command.args(["-c", listen]).arg(dir.join("hub.sock"));
+    command.uid(crate::user::NOBODY).gid(crate::user::NOBODY).current_dir("/");
+    let mut fake = Running::start(command);
+    assert_eq!(fake.line(), "up");
+    let mut control = Command::new(SIDECAR);
+    control.args(["control", "pause", "--control-token-file", &file, "--socket"]).arg(dir.join("hub.sock"));
+    let out = control.output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("is user 65534, who is not told the control token"), "{said}");
+    assert_eq!(fake.line(), "b''");
 }

@@ -107,6 +107,29 @@ fn a_shim_puts_the_cli_behind_the_same_fence_and_refuses_where_it_cannot() {
 }
 
 #[test]
+fn a_shim_that_cannot_do_its_part_does_not_start_the_cli_as_its_own_user() {
+    if !may_change_users() {
+        return;
+    }
+    let dir = Scratch::new("user", "starved");
+    copy(std::path::Path::new(SIDECAR), &dir.join("claude"));
+    script(&dir.join("claude.sidecar-real"), "id -u");
+    let mut refused = 0;
+    for user in ["65534", "nobody"] {
+        for files in (4..20).map(|n: u32| n.to_string()) {
+            let mut command = Command::new("sh");
+            command.args(["-c", "ulimit -n $1; exec \"$0\" -p hi"]).arg(dir.join("claude")).arg(&files);
+            command.env("AGENT_SIDECAR_LISTEN", "off").env("AGENT_SIDECAR_USER", user);
+            let out = command.stdin(Stdio::null()).output().unwrap();
+            let said = String::from_utf8(out.stdout).unwrap();
+            assert!(["", "65534\n"].contains(&said.as_str()), "{files} files: {said}{}", String::from_utf8_lossy(&out.stderr));
+            refused += u32::from(out.status.code() == Some(125));
+        }
+    }
+    assert!(refused > 0, "so few files are enough now: take something else from it");
+}
+
+#[test]
 fn when_we_are_killed_the_cli_of_another_user_dies_with_us() {
     if !may_change_users() {
         return;
@@ -157,8 +180,12 @@ fn keys_of_ours_do_not_reach_the_cli_and_limits_do() {
         command.args(["run", "--listen", "off", "--user", user, "--", "sh", "-c", program]).current_dir("/");
         command.env_remove("AGENT_SIDECAR_BIN").env("AGENT_SIDECAR_OTLP_HEADERS", "authorization=Bearer%20secret");
         command.env("AGENT_SIDECAR_BUSY_WEBHOOK_HEADERS", "x-key=secret").env("AGENT_SIDECAR_MAX_COST_USD", "5");
+        command.env("AGENT_SIDECAR_HUB_CONTROL", "true").env("AGENT_SIDECAR_CONTROL_TOKEN", "0123456789abcdef0123456789abcdef");
+        command.env("AGENT_SIDECAR_END_USER_HASH", "true").env("AGENT_SIDECAR_END_USER_HASH_KEY", "secret");
         let out = command.stdin(Stdio::null()).output().unwrap();
-        assert_eq!(String::from_utf8(out.stdout).unwrap(), "AGENT_SIDECAR_MAX_COST_USD=5\n");
+        // Whoever is hub after us, without the token, is none that can be told to change something; who has no key tells no user.
+        let expected = "AGENT_SIDECAR_END_USER_HASH=true\nAGENT_SIDECAR_END_USER_HASH_KEY=withheld\nAGENT_SIDECAR_HUB_CONTROL=false\nAGENT_SIDECAR_MAX_COST_USD=5\n";
+        assert_eq!(String::from_utf8(out.stdout).unwrap(), expected);
     }
 }
 
