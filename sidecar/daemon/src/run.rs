@@ -134,7 +134,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     meters.set(&metric::CONFIG_INFO, &[&config.fingerprint()], 1.0);
     meters.set(&metric::IDLE_TIMEOUT, &[], config.idle_timeout().unwrap_or_default().as_secs_f64());
 
-    meters.set(&metric::DEGRADED, &["tenants"], f64::from(u8::from(homeless)));
+    let blind = guard.as_ref().is_some_and(|(guard, _)| guard.is_blind());
+    meters.set(&metric::DEGRADED, &["tenants"], f64::from(u8::from(homeless || blind)));
     meters.set(&metric::DEGRADED, &["hub"], f64::from(u8::from(matches!(turn, Meet::Nowhere))));
     let alone = !matches!(turn, Meet::At(_));
     let bound = config.listen().filter(|_| alone).and_then(|address| match http::bind(address) {
