@@ -1,11 +1,11 @@
 //! What stands between the agent and us where the CLI runs as another user, and what it leaves open.
 
-use std::fs::{self, DirBuilder, File, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, OFlags};
 
 use crate::config::Config;
 use crate::supervise::User;
@@ -36,6 +36,8 @@ pub(crate) struct HoldDir {
 }
 
 const HOLD: &str = "agent-sidecar-hold-";
+/// Whoever else uses such a place may have filled it: no more of it is looked at.
+const LOOKED_AT: usize = 10_000;
 
 impl HoldDir {
     /// `/run` first: in the others anybody may be in the way, though nobody can take away what is ours.
@@ -55,7 +57,7 @@ impl HoldDir {
         let path = place.join(format!("{HOLD}{run}"));
         // Made by nobody else, and no link: it must not have been there.
         DirBuilder::new().mode(0o700).create(&path)?;
-        let lock = File::open(&path)?;
+        let lock = directory(&path)?;
         rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
         // Others may look only now, when nobody who tidies can take it for left.
         fs::set_permissions(&path, Permissions::from_mode(0o755))?;
@@ -70,17 +72,23 @@ impl HoldDir {
 /// Removes what others of this user have left here who were killed.
 fn tidy(place: &Path) {
     let us = rustix::process::geteuid().as_raw();
-    for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+    for entry in fs::read_dir(place).into_iter().flatten().flatten().take(LOOKED_AT) {
         if !entry.file_name().to_str().is_some_and(|name| name.starts_with(HOLD)) {
             continue;
         }
         // One that is not open to others yet is being made.
         let left = entry.metadata().is_ok_and(|dir| dir.is_dir() && dir.uid() == us && dir.mode() & 0o777 == 0o755);
-        let lock = File::open(entry.path()).ok().filter(|_| left);
+        // What is not ours is not opened: it may be a pipe that nobody writes to.
+        let lock = if left { directory(&entry.path()).ok() } else { None };
         if lock.is_some_and(|lock| rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()) {
             fs::remove_dir_all(entry.path()).ok();
         }
     }
+}
+
+fn directory(path: &Path) -> io::Result<File> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path)
 }
 
 impl Drop for HoldDir {
@@ -105,7 +113,12 @@ mod tests {
             fs::set_permissions(dir, Permissions::from_mode(mode)).unwrap();
         }
         fs::write(left.join("hold"), "").unwrap();
+        // Anybody can leave one in /tmp; whoever opened it would wait for ever.
+        let pipe = root.join(format!("{HOLD}zz"));
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+        fs::set_permissions(&pipe, Permissions::from_mode(0o755)).unwrap();
         tidy(&root);
+        assert!(pipe.exists());
         assert!(lives.path.exists() && fresh.exists() && !left.exists());
         assert!(HoldDir::at(&root, "a").is_err(), "it must not have been there");
         let file = lives.file();

@@ -301,7 +301,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             }
         }));
     }
-    last.push(Box::new(move |_| drop(hold_dir)));
+    if let Some(hold_dir) = hold_dir {
+        last.push(Box::new(move |_| drop(within(Duration::ZERO, move || drop(hold_dir)))));
+    }
     if let Some(bound) = bound {
         let scrapes = Arc::new(Scrapes::default());
         if let Err(error) = http::serve(
@@ -459,7 +461,9 @@ fn user(config: &Config) -> Result<Option<User>, Failure> {
 /// Where the CLI is told to turn messages away, if it cannot look where we meet.
 fn hold_dir(user: Option<&User>, nonce: &str) -> Option<HoldDir> {
     user.filter(|user| !user.is_us())?;
-    HoldDir::make(nonce)
+    let run = nonce.to_owned();
+    within(Duration::ZERO, move || HoldDir::make(&run))
+        .flatten()
         .inspect_err(|error| tracing::warn!(%error, "the CLI cannot be told to wait; turns are interrupted instead"))
         .ok()
 }
@@ -526,7 +530,7 @@ fn seat(config: &Config, place: Option<&std::io::Result<Place>>, run: &str, who:
 fn within<T: Send + 'static>(takes: Duration, what: impl FnOnce() -> T + Send + 'static) -> std::io::Result<T> {
     let (say, hear) = mpsc::channel();
     std::thread::Builder::new().name(String::from("start")).stack_size(256 * 1024).spawn(move || drop(say.send(what())))?;
-    let hangs = |_| std::io::Error::new(std::io::ErrorKind::TimedOut, "the hub's state directory does not answer");
+    let hangs = |_| std::io::Error::new(std::io::ErrorKind::TimedOut, "its file system does not answer");
     hear.recv_timeout(takes + HANGS).map_err(hangs)
 }
 
