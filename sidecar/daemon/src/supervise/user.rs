@@ -120,6 +120,19 @@ impl User {
         needed.into_iter().filter(|(_, one)| !ours.contains(*one)).map(|(name, _)| name).collect()
     }
 
+    /// What we lack to give it directories of its own and to find its sessions there; and to remove what it has made there, if we are to.
+    pub(crate) fn missing_for_dirs(&self, remove: bool) -> Vec<&'static str> {
+        if self.is_us() {
+            return Vec::new();
+        }
+        let ours = rustix::thread::capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
+        let all = ours.contains(CapabilitySet::DAC_OVERRIDE);
+        let looks = if remove { all } else { all || ours.contains(CapabilitySet::DAC_READ_SEARCH) };
+        let look = if remove { "CAP_DAC_OVERRIDE" } else { "CAP_DAC_READ_SEARCH" };
+        let needed = [("CAP_CHOWN", ours.contains(CapabilitySet::CHOWN)), (look, looks)];
+        needed.into_iter().filter(|(_, there)| !there).map(|(name, _)| name).collect()
+    }
+
     /// Makes the calling thread this user's, for good: between fork and exec.
     pub(super) fn assume(&self) -> io::Result<()> {
         if !self.is_us() {

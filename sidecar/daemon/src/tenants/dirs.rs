@@ -74,6 +74,11 @@ impl Home {
         let name = dirs.name.as_ref().and_then(|sources| super::known::first(config, argv, sources));
         let (tenant, start, resume) = (who.tenant.clone(), launch.start, launch.resume.clone());
         let user = user.filter(|user| !user.is_us()).cloned();
+        let missing = user.as_ref().map_or(Vec::new(), |user| user.missing_for_dirs(dirs.remove));
+        if !missing.is_empty() {
+            let what = format!("directories of another user cannot be made and looked into without {}", missing.join(", "));
+            return Some(Err(io::Error::new(io::ErrorKind::PermissionDenied, what)));
+        }
         let make = move || Home::make(&dirs, tenant.as_deref(), name.as_deref(), start, resume.as_deref(), user.as_ref());
         let made = within(ANSWER, make);
         Some(made.unwrap_or_else(|| Err(io::Error::new(io::ErrorKind::TimedOut, "the file system does not answer"))))

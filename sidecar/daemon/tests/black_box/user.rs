@@ -235,6 +235,36 @@ fn nothing_that_we_write_is_the_other_users_to_read_or_change() {
 }
 
 #[test]
+fn without_the_right_to_give_directories_away_that_is_said_and_tenants_are_not_mixed() {
+    if !may_change_users() {
+        return;
+    }
+    let root = scratch("dirs-powerless");
+    std::fs::set_permissions(&root, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let run = |capabilities: &str, more: &[&str]| {
+        let (dirs, socket) = (root.join("agents"), root.join("hub.sock"));
+        let flags = ["--agent-dirs", dirs.to_str().unwrap(), "--agent-workspace", "always", "--tenant-guard", "enforce"];
+        let flags = [&flags[..], &["--socket", socket.to_str().unwrap()]].concat();
+        let inner =
+            sh_as_nobody(&[&flags[..], more].concat(), "pwd; touch $CLAUDE_CONFIG_DIR/mine && echo written", &STREAM_JSON);
+        let mut command = Command::new("setpriv");
+        command.args(["--bounding-set", capabilities, "--inh-caps", capabilities, SIDECAR]).args(inner.get_args());
+        let out = command.current_dir("/").stdin(Stdio::null()).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (out.status.code(), text(out.stdout), text(out.stderr))
+    };
+    let (code, _, said) = run("-all,+setuid,+setgid,+kill", &[]);
+    assert_eq!(code, Some(125), "{said}");
+    assert!(said.contains("without CAP_CHOWN, CAP_DAC_READ_SEARCH"), "{said}");
+    let enough = "-all,+setuid,+setgid,+kill,+chown,+dac_read_search";
+    let (code, wrote, said) = run(enough, &[]);
+    assert_eq!((code, wrote), (Some(0), format!("{}/agents/_/_1/workspace\nwritten\n", root.display())), "{said}");
+    let (code, _, said) = run(enough, &["--agent-dirs-at-end", "remove"]);
+    assert_eq!(code, Some(125), "{said}");
+    assert!(said.contains("without CAP_DAC_OVERRIDE"), "{said}");
+}
+
+#[test]
 fn the_directories_of_an_agent_are_its_users_and_what_is_above_them_is_not() {
     if !may_change_users() {
         return;
