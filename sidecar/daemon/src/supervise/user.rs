@@ -197,8 +197,22 @@ impl User {
     }
 
     fn may_write(&self, file: &fs::Metadata) -> bool {
-        let bit = if self.gid == file.gid() || self.groups.contains(&file.gid()) { 0o020 } else { 0o002 };
+        let bit = if self.is_of(file.gid()) { 0o020 } else { 0o002 };
         file.mode() & bit != 0
+    }
+
+    /// Whether it may go through a directory.
+    pub(crate) fn may_pass(&self, dir: &fs::Metadata) -> bool {
+        let bit = match () {
+            () if self.uid == dir.uid() => 0o100,
+            () if self.is_of(dir.gid()) => 0o010,
+            () => 0o001,
+        };
+        dir.mode() & bit != 0
+    }
+
+    fn is_of(&self, gid: u32) -> bool {
+        self.gid == gid || self.groups.contains(&gid)
     }
 }
 

@@ -94,19 +94,26 @@ impl Home {
     ) -> io::Result<Home> {
         // A link below the root is somebody's idea; the root's own place is the operator's.
         let root = std::path::absolute(&dirs.root)?;
-        fs::create_dir_all(&root)?;
-        let tenant = root.join(tenant.map_or_else(|| NOBODY.to_owned(), safe));
         let way = if user.is_some() { Reach::Through } else { Reach::Ours };
+        make_root(&root, way)?;
+        let tenant = root.join(tenant.map_or_else(|| NOBODY.to_owned(), safe));
         private(&tenant, way)?;
         tidy(&tenant);
         let (dir, lock) = match resume.and_then(|id| with_session(&tenant, id)) {
             // Where its session is, there it has to be.
             Some(dir) => {
+                private(&dir, way)?;
                 let lock = take(&dir)?;
                 (dir, lock)
             }
             None => free(&tenant, name, start, way)?,
         };
+        if let Some(shut) = user.and_then(|user| shut(&dir, user)) {
+            tracing::warn!(
+                dir = %shut.display(),
+                "the agent's user cannot pass through this directory to its own; let others pass (chmod o+x), or choose another --agent-dirs"
+            );
+        }
         let parts = ["config", "tmp", "workspace"].map(|part| dir.join(part));
         for part in &parts {
             // One that was killed could not clear up.
@@ -144,6 +151,24 @@ impl Home {
         }
         drop(self.lock);
     }
+}
+
+/// Makes what is not there of the way to the root. A umask that lets nobody through would shut the agent out.
+fn make_root(root: &Path, way: Reach<'_>) -> io::Result<()> {
+    let missing: Vec<&Path> = root.ancestors().take_while(|part| !part.exists()).collect();
+    for dir in missing.into_iter().rev() {
+        if fs::create_dir(dir).is_ok() && matches!(way, Reach::Through) {
+            let mode = fs::symlink_metadata(dir)?.mode() & 0o777;
+            fs::set_permissions(dir, fs::Permissions::from_mode(mode | 0o711))?;
+        }
+    }
+    fs::create_dir_all(root)
+}
+
+/// Where this user gets no further on the way to a directory.
+fn shut(dir: &Path, user: &User) -> Option<PathBuf> {
+    let dir = dir.canonicalize().ok()?;
+    dir.ancestors().find(|part| fs::metadata(part).is_ok_and(|found| !user.may_pass(&found))).map(Path::to_owned)
 }
 
 /// The first of a name that nobody has. Who goes on without saying with what, goes on where an agent last was.

@@ -265,6 +265,36 @@ fn without_the_right_to_give_directories_away_that_is_said_and_tenants_are_not_m
 }
 
 #[test]
+fn an_agent_reaches_its_directories_whatever_the_umask_and_whoever_made_them() {
+    if !may_change_users() {
+        return;
+    }
+    let root = scratch("dirs-umask");
+    std::fs::set_permissions(&root, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let run = |dirs: &std::path::Path, user: &[&str], cli: &str, more: &[&str]| {
+        let mut command = Command::new("sh");
+        command.args(["-c", "umask 077; exec \"$@\"", "sh", SIDECAR, "run", "--listen", "off", "--agent-dirs"]).arg(dirs);
+        command.args(["--agent-workspace", "always"]).args(user).args(["--", "sh", "-c", cli, "sh"]).args(STREAM_JSON).args(more);
+        let out = command.current_dir("/").stdin(Stdio::null()).output().unwrap();
+        (String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap())
+    };
+    let (nobody, writes) = (["--user", "65534"], "touch $CLAUDE_CONFIG_DIR/mine && echo written");
+    let (wrote, said) = run(&root.join("new/agents"), &nobody, writes, &[]);
+    assert_eq!(wrote, "written\n", "{said}");
+    assert!(!said.contains("cannot pass"), "{said}");
+    // One that was made before there was another user.
+    let old = root.join("new/old");
+    std::fs::create_dir(&old).unwrap();
+    run(&old, &[], "mkdir -p $CLAUDE_CONFIG_DIR/projects/-w; echo {} >$CLAUDE_CONFIG_DIR/projects/-w/0b-1.jsonl", &[]);
+    std::fs::set_permissions(&old, std::fs::Permissions::from_mode(0o711)).unwrap();
+    let (wrote, said) = run(&old, &nobody, writes, &["--resume", "0b-1"]);
+    assert_eq!(wrote, "written\n", "{said}");
+    std::fs::set_permissions(&old, std::fs::Permissions::from_mode(0o700)).unwrap();
+    let (_, said) = run(&old, &nobody, writes, &[]);
+    assert!(said.contains("the agent's user cannot pass through this directory"), "{said}");
+}
+
+#[test]
 fn the_directories_of_an_agent_are_its_users_and_what_is_above_them_is_not() {
     if !may_change_users() {
         return;
