@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::StatVfsMountFlags;
 use rustix::process::{Gid, Uid};
 use rustix::thread::CapabilitySet;
 
@@ -186,11 +187,11 @@ impl User {
             path.ancestors().enumerate().any(|(n, part)| {
                 let Ok(found) = part.symlink_metadata() else { return false };
                 if found.is_symlink() {
-                    return found.uid() == self.uid;
+                    return found.uid() == self.uid && !part.parent().is_some_and(read_only);
                 }
                 // What others own in a sticky directory stays theirs.
                 let sticky = n > 0 && found.mode() & 0o1000 != 0;
-                found.uid() == self.uid || !sticky && self.may_write(&found)
+                (found.uid() == self.uid || !sticky && self.may_write(&found)) && !read_only(part)
             })
         };
         changes(&path) || real.is_some_and(|real| changes(&real))
@@ -214,6 +215,11 @@ impl User {
     fn is_of(&self, gid: u32) -> bool {
         self.gid == gid || self.groups.contains(&gid)
     }
+}
+
+/// Whether nobody can write there, whatever its mode says: directories of a ConfigMap are open to all, and mounted read-only.
+fn read_only(path: &Path) -> bool {
+    rustix::fs::statvfs(path).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
 }
 
 fn set_groups(groups: &[u32]) -> io::Result<()> {

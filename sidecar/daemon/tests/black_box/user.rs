@@ -265,6 +265,32 @@ fn without_the_right_to_give_directories_away_that_is_said_and_tenants_are_not_m
 }
 
 #[test]
+fn what_is_mounted_read_only_the_agent_cannot_change_whatever_its_mode() {
+    let mount = || Command::new("unshare").args(["-m", "true"]).status().is_ok_and(|status| status.success());
+    if !may_change_users() || !mount() {
+        return;
+    }
+    let root = scratch("read-only");
+    std::fs::set_permissions(&root, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let volume = root.join("volume");
+    std::fs::create_dir(&volume).unwrap();
+    std::fs::set_permissions(&volume, std::fs::Permissions::from_mode(0o777)).unwrap();
+    let file = volume.join("config.toml");
+    std::fs::write(&file, "").unwrap();
+    let run = |first: &str| {
+        let mut command = Command::new("unshare");
+        let program = format!("{first} && exec \"$@\"");
+        command.args(["-m", "sh", "-c", &program, "sh", SIDECAR, "run", "--listen", "off", "--user", "65534", "--config"]);
+        command.arg(&file).args(["--", "echo", "up"]).env("VOLUME", &volume).current_dir("/");
+        let out = command.stdin(Stdio::null()).output().unwrap();
+        assert_eq!(String::from_utf8(out.stdout).unwrap(), "up\n");
+        String::from_utf8(out.stderr).unwrap().contains("the agent may change the file")
+    };
+    assert!(run("true"));
+    assert!(!run("mount --bind $VOLUME $VOLUME && mount -o remount,bind,ro $VOLUME"));
+}
+
+#[test]
 fn an_agent_reaches_its_directories_whatever_the_umask_and_whoever_made_them() {
     if !may_change_users() {
         return;
