@@ -95,7 +95,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         whose.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))).chain(own_env.clone()).collect();
     let places = Places::of(&at_home, cwd.as_deref());
     let tmp = own_env.iter().find(|(name, _)| name == "TMPDIR").map_or_else(std::env::temp_dir, |(_, path)| path.into());
-    let guard = guard(config, place.as_ref(), &nonce, &who, learn.is_over(), &launch, &places)?;
+    let guard = guard(config, place.as_ref(), &nonce, &who, learn.is_over(), &launch, &places, &agent_user)?;
     // Only now: who waits for a seat serves nobody.
     let turn = turn(config, place);
     let hold_dir = if turn.hold_file(&nonce).is_some() { hold_dir(user.as_ref(), &nonce) } else { None };
@@ -396,6 +396,7 @@ fn home(
 /// What the guard knows, and what it has found.
 type Guarding = Option<(Guard, Vec<(Shared, String)>)>;
 
+#[expect(clippy::too_many_arguments, reason = "called once, with all of it")]
 /// Looks whether the agent would share anything with another tenant's.
 fn guard(
     config: &Config,
@@ -405,13 +406,14 @@ fn guard(
     known: bool,
     launch: &Launch,
     places: &Places,
+    agent: &User,
 ) -> Result<Guarding, Failure> {
     let (mode, Some(Ok(place))) = (config.guard(), place) else { return Ok(None) };
     if mode == LimitMode::Off || !launch.asks_model || !config.has_tenants() {
         return Ok(None);
     }
     let owner = known.then(|| who.tenant.clone().unwrap_or_default());
-    match Guard::begin(place, nonce, mode, owner, launch, places) {
+    match Guard::begin(place, nonce, mode, owner, launch, places, agent) {
         Ok(guard) => Ok(Some(guard)),
         Err(refused) => {
             say_refused(config, place, nonce, who, &refused);

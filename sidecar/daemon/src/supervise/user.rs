@@ -197,6 +197,15 @@ impl User {
         changes(&path) || real.is_some_and(|real| changes(&real))
     }
 
+    /// Whether this user may write to what is there already.
+    pub(crate) fn may_write_to(&self, path: &Path) -> bool {
+        if self.is_us() || self.is_root() {
+            return rustix::fs::access(path, rustix::fs::Access::WRITE_OK).is_ok();
+        }
+        let may = |found: &fs::Metadata| found.uid() == self.uid || self.may_write(found);
+        fs::metadata(path).is_ok_and(|found| may(&found)) && !read_only(path)
+    }
+
     fn may_write(&self, file: &fs::Metadata) -> bool {
         let bit = if self.is_of(file.gid()) { 0o020 } else { 0o002 };
         file.mode() & bit != 0

@@ -18,14 +18,13 @@ use agent_sidecar_core::metric;
 use agent_sidecar_core::update::Start;
 use agent_sidecar_core::who::{Guarded, Shared};
 use agent_sidecar_core::{Input, Stop};
-use rustix::fs::Access;
 
 use super::book::{Book, Claim, Claimant, Conflict, Identity};
 use super::{ANSWER, within};
-use crate::http::visit_blocking;
 use crate::files;
+use crate::http::visit_blocking;
 use crate::hub::{Place, lives, lock_named};
-use crate::supervise::{Handle, TERM, unix};
+use crate::supervise::{Handle, TERM, User, unix};
 
 /// Transcripts that are looked at for the one that would be continued.
 const TRANSCRIPTS: usize = 10_000;
@@ -129,7 +128,7 @@ struct Inner {
 }
 
 impl Guard {
-    /// Looks at what the agent is going to use; claims it where its tenant is known already.
+    /// Looks at what the agent is going to use, as whom it runs; claims it where its tenant is known already.
     ///
     /// # Errors
     /// It is not to be started.
@@ -140,9 +139,10 @@ impl Guard {
         owner: Option<String>,
         launch: &Launch,
         places: &Places,
+        agent: &User,
     ) -> Result<(Guard, Vec<(Shared, String)>), TenantsShare> {
-        let (launch, places) = (launch.clone(), places.clone());
-        let claims = within(ANSWER, move || claims(&launch, &places)).unwrap_or_else(|| {
+        let (launch, places, agent) = (launch.clone(), places.clone(), agent.clone());
+        let claims = within(ANSWER, move || claims(&launch, &places, &agent)).unwrap_or_else(|| {
             tracing::warn!("a file system does not answer: whether tenants share directories on it is not known");
             Vec::new()
         });
@@ -306,7 +306,7 @@ impl Guard {
 }
 
 /// What an agent is going to use, before it does.
-fn claims(launch: &Launch, places: &Places) -> Vec<Claim> {
+fn claims(launch: &Launch, places: &Places, agent: &User) -> Vec<Claim> {
     let mut claims = Vec::new();
     let mut path = |kind: Shared, path: &Path| {
         let claim = Claim { kind, key: path.display().to_string(), file: identity(path) };
@@ -324,7 +324,7 @@ fn claims(launch: &Launch, places: &Places) -> Vec<Claim> {
         path(Shared::Cwd, &cwd);
     }
     // What is within these two is told with them.
-    for file in memory(&cwd, config.as_deref(), places) {
+    for file in memory(&cwd, config.as_deref(), places, agent) {
         let within = |dir: &Path| file.starts_with(dir);
         if !within(&cwd) && !config.as_deref().is_some_and(within) {
             path(Shared::Memory, &file);
@@ -336,14 +336,14 @@ fn claims(launch: &Launch, places: &Places) -> Vec<Claim> {
     claims
 }
 
-/// What the CLI reads as the agent's memory, and this user could write: an operator's file is for all.
-fn memory(cwd: &Path, config: Option<&Path>, places: &Places) -> Vec<PathBuf> {
+/// What the CLI reads as the agent's memory, and its user could write: an operator's file is for all.
+fn memory(cwd: &Path, config: Option<&Path>, places: &Places, agent: &User) -> Vec<PathBuf> {
     let of_project =
         cwd.ancestors().flat_map(|dir| ["CLAUDE.md", "CLAUDE.local.md", ".claude/CLAUDE.md"].map(|name| dir.join(name)));
     let of_user = config.map(|config| config.join("CLAUDE.md"));
     let learnt = places.project().map(|project| project.join("memory"));
     let files = of_project.chain(of_user).chain(learnt).filter_map(|file| fs::canonicalize(file).ok());
-    files.filter(|file| rustix::fs::access(file, Access::WRITE_OK).is_ok()).collect()
+    files.filter(|file| agent.may_write_to(file)).collect()
 }
 
 /// The sessions that it would go on with, or take the name of.
@@ -390,7 +390,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
 
@@ -406,9 +406,16 @@ mod tests {
     }
 
     fn said(root: &Path, line: &str, cwd: &str, config: &str) -> Vec<String> {
+        said_of(root, line, cwd, config, &User::ours())
+    }
+
+    fn said_of(root: &Path, line: &str, cwd: &str, config: &str, agent: &User) -> Vec<String> {
         let places = Places { cwd: root.join(cwd), config: Some(root.join(config)) };
         let below = |key: String| key.strip_prefix(&root.display().to_string()).map_or(key.clone(), str::to_owned);
-        claims(&launch(line), &places).into_iter().map(|claim| format!("{} {}", claim.kind.as_str(), below(claim.key))).collect()
+        claims(&launch(line), &places, agent)
+            .into_iter()
+            .map(|claim| format!("{} {}", claim.kind.as_str(), below(claim.key)))
+            .collect()
     }
 
     #[test]
@@ -437,6 +444,12 @@ mod tests {
         let expected = ["config_dir /config", "cwd /work/acme", "memory /common.md", "memory /work/CLAUDE.md"];
         let memory = said(&root, "claude -p hi", "work/acme", "config");
         assert_eq!(memory, expected);
+        // What another user may only read is the operator's.
+        for (name, mode) in [("common.md", 0o644), ("work/CLAUDE.md", 0o666)] {
+            fs::set_permissions(root.join(name), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let others = said_of(&root, "claude -p hi", "work/acme", "config", &User::stranger());
+        assert_eq!(others, ["config_dir /config", "cwd /work/acme", "memory /work/CLAUDE.md"]);
         let sessions = |line: &str| -> Vec<String> {
             let all = said(&root, line, "work/acme", "config");
             all.into_iter().filter_map(|one| one.strip_prefix("session ").map(str::to_owned)).collect()
