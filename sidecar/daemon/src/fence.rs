@@ -7,20 +7,19 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, OFlags};
 
-use crate::config::Config;
 use crate::supervise::User;
 
 /// Whether whoever must not can change the file that our settings come from: the agent, or everybody. An agent that runs as root can
 /// change everything, and then it is no news.
-pub(crate) fn config_is_open(config: &Config, agent: &User) -> bool {
+pub(crate) fn is_open(file: &Path, agent: &User) -> bool {
     let stranger = User::stranger();
     let reader = if agent.is_root() { &stranger } else { agent };
-    config.file().is_some_and(|file| reader.may_change(file))
+    reader.may_change(file)
 }
 
 /// Says what of ours an agent of another user could change all the same.
-pub(crate) fn check(config: &Config, agent: &User) {
-    for (key, path) in config.own_paths().into_iter().filter(|(_, path)| agent.may_change(path)) {
+pub(crate) fn check(paths: Vec<(&'static str, PathBuf)>, agent: &User) {
+    for (key, path) in paths.into_iter().filter(|(_, path)| agent.may_change(path)) {
         tracing::warn!(
             path = %path.display(),
             "the agent's user may change or replace what `{key}` names; choose a place where only the sidecar's user may write"

@@ -73,7 +73,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     supervise::hide();
     let user = user(config)?;
     let agent_user = user.clone().unwrap_or_else(User::ours);
-    let open = fence::config_is_open(config, &agent_user);
+    let open = is_open(config, &agent_user);
     let argv = agent.argv;
     let launch = Launch::of(&argv, std::io::stdin().is_terminal(), std::io::stdout().is_terminal());
     let rules = judged(config.rules(), &launch);
@@ -126,7 +126,10 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         tracing::warn!(file = ?config.file(), "the agent may change the file that its limits come from; give it and its directories to root, and take the write permission from others");
     }
     if let Some(user) = user.as_ref().filter(|user| !user.is_us()) {
-        fence::check(config, user);
+        let (paths, user) = (config.own_paths(), user.clone());
+        if let Err(error) = within(Duration::ZERO, move || fence::check(paths, &user)) {
+            tracing::warn!(%error, "whether the agent may change what is the sidecar's is not known");
+        }
     }
     if agent.mistaken || open {
         meters.set(&metric::DEGRADED, &["config"], 1.0);
@@ -420,6 +423,16 @@ fn guard(
             Err(Failure { exit_code: supervise::OWN_FAILURE, meant: true, source: Box::new(refused) })
         }
     }
+}
+
+/// Whether the agent may change the file that its limits come from, as far as the disk says.
+fn is_open(config: &Config, agent: &User) -> bool {
+    let Some(file) = config.file().map(Path::to_owned) else { return false };
+    let agent = agent.clone();
+    within(Duration::ZERO, move || fence::is_open(&file, &agent)).unwrap_or_else(|error| {
+        tracing::warn!(%error, "whether the agent may change the configuration is not known");
+        false
+    })
 }
 
 /// Whether a link in a file's place is followed: not one that the agent could have put there.
