@@ -140,16 +140,23 @@ impl Home {
         Ok(Home { dir, remove: dirs.remove && lock.is_some(), lock, env, cwd: moves.then_some(workspace) })
     }
 
-    /// Whether it goes with the agent; if so, it has to be called when nothing of the agent is left.
+    /// When nothing of the agent is left, or it was never started.
     pub(crate) fn close(self) {
-        if !self.remove {
-            return;
+        drop(self);
+    }
+}
+
+/// Whoever is not started leaves nothing, either.
+impl Drop for Home {
+    fn drop(&mut self) {
+        if self.remove {
+            let removed = self.dir.parent().map_or(Ok(()), |tenant| discard(&self.dir, tenant));
+            if let Err(error) = removed {
+                tracing::warn!(dir = %self.dir.display(), %error, "the agent's own directory is not wholly removed");
+            }
         }
-        let removed = self.dir.parent().map_or(Ok(()), |tenant| discard(&self.dir, tenant));
-        if let Err(error) = removed {
-            tracing::warn!(dir = %self.dir.display(), %error, "the agent's own directory is not wholly removed");
-        }
-        drop(self.lock);
+        // Only now may the next one have it.
+        drop(self.lock.take());
     }
 }
 
@@ -404,14 +411,17 @@ mod tests {
         fs::create_dir(root.join(format!("acme/{GONE}1"))).unwrap();
         home.close();
         assert!(!dir.exists() && outside.exists());
-        let killed = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap();
+        let mut killed = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap();
         fs::write(dir.join("workspace/secret"), "").unwrap();
+        killed.remove = false;
         drop(killed);
-        drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap());
+        let mut next = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap();
+        next.remove = false;
         assert!(
             dir.join("workspace").exists() && !dir.join("workspace/secret").exists(),
             "whoever comes next finds nothing of it"
         );
+        drop(next);
         drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap());
         assert!(!root.join(format!("acme/{GONE}1")).exists(), "what a kill has left is cleared away");
         fs::remove_dir_all(root).unwrap();
