@@ -144,7 +144,7 @@ fn configuration(patient: &Patient<'_>, report: &mut Report) {
         None
     });
     let agent = agent.unwrap_or_else(User::ours);
-    if fence::config_is_open(&patient.config, &agent) {
+    if patient.config.file().is_some_and(|file| fence::is_open(file, &agent)) {
         report.warning(
             patient.config.file().unwrap_or(file).display(),
             "an agent may change it, or put another in its place",

@@ -1,26 +1,25 @@
 //! What stands between the agent and us where the CLI runs as another user, and what it leaves open.
 
-use std::fs::{self, DirBuilder, File, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, OFlags};
 
-use crate::config::Config;
 use crate::supervise::User;
 
 /// Whether whoever must not can change the file that our settings come from: the agent, or everybody. An agent that runs as root can
 /// change everything, and then it is no news.
-pub(crate) fn config_is_open(config: &Config, agent: &User) -> bool {
+pub(crate) fn is_open(file: &Path, agent: &User) -> bool {
     let stranger = User::stranger();
     let reader = if agent.is_root() { &stranger } else { agent };
-    config.file().is_some_and(|file| reader.may_change(file))
+    reader.may_change(file)
 }
 
 /// Says what of ours an agent of another user could change all the same.
-pub(crate) fn check(config: &Config, agent: &User) {
-    for (key, path) in config.own_paths().into_iter().filter(|(_, path)| agent.may_change(path)) {
+pub(crate) fn check(paths: Vec<(&'static str, PathBuf)>, agent: &User) {
+    for (key, path) in paths.into_iter().filter(|(_, path)| agent.may_change(path)) {
         tracing::warn!(
             path = %path.display(),
             "the agent's user may change or replace what `{key}` names; choose a place where only the sidecar's user may write"
@@ -36,6 +35,8 @@ pub(crate) struct HoldDir {
 }
 
 const HOLD: &str = "agent-sidecar-hold-";
+/// Whoever else uses such a place may have filled it: no more of it is looked at.
+const LOOKED_AT: usize = 10_000;
 
 impl HoldDir {
     /// `/run` first: in the others anybody may be in the way, though nobody can take away what is ours.
@@ -55,7 +56,7 @@ impl HoldDir {
         let path = place.join(format!("{HOLD}{run}"));
         // Made by nobody else, and no link: it must not have been there.
         DirBuilder::new().mode(0o700).create(&path)?;
-        let lock = File::open(&path)?;
+        let lock = directory(&path)?;
         rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
         // Others may look only now, when nobody who tidies can take it for left.
         fs::set_permissions(&path, Permissions::from_mode(0o755))?;
@@ -70,17 +71,23 @@ impl HoldDir {
 /// Removes what others of this user have left here who were killed.
 fn tidy(place: &Path) {
     let us = rustix::process::geteuid().as_raw();
-    for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+    for entry in fs::read_dir(place).into_iter().flatten().flatten().take(LOOKED_AT) {
         if !entry.file_name().to_str().is_some_and(|name| name.starts_with(HOLD)) {
             continue;
         }
         // One that is not open to others yet is being made.
         let left = entry.metadata().is_ok_and(|dir| dir.is_dir() && dir.uid() == us && dir.mode() & 0o777 == 0o755);
-        let lock = File::open(entry.path()).ok().filter(|_| left);
+        // What is not ours is not opened: it may be a pipe that nobody writes to.
+        let lock = if left { directory(&entry.path()).ok() } else { None };
         if lock.is_some_and(|lock| rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()) {
             fs::remove_dir_all(entry.path()).ok();
         }
     }
+}
+
+fn directory(path: &Path) -> io::Result<File> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path)
 }
 
 impl Drop for HoldDir {
@@ -105,7 +112,12 @@ mod tests {
             fs::set_permissions(dir, Permissions::from_mode(mode)).unwrap();
         }
         fs::write(left.join("hold"), "").unwrap();
+        // Anybody can leave one in /tmp; whoever opened it would wait for ever.
+        let pipe = root.join(format!("{HOLD}zz"));
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+        fs::set_permissions(&pipe, Permissions::from_mode(0o755)).unwrap();
         tidy(&root);
+        assert!(pipe.exists());
         assert!(lives.path.exists() && fresh.exists() && !left.exists());
         assert!(HoldDir::at(&root, "a").is_err(), "it must not have been there");
         let file = lives.file();

@@ -73,7 +73,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     supervise::hide();
     let user = user(config)?;
     let agent_user = user.clone().unwrap_or_else(User::ours);
-    let open = fence::config_is_open(config, &agent_user);
+    let open = is_open(config, &agent_user);
     let argv = agent.argv;
     let launch = Launch::of(&argv, std::io::stdin().is_terminal(), std::io::stdout().is_terminal());
     let rules = judged(config.rules(), &launch);
@@ -95,7 +95,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         whose.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))).chain(own_env.clone()).collect();
     let places = Places::of(&at_home, cwd.as_deref());
     let tmp = own_env.iter().find(|(name, _)| name == "TMPDIR").map_or_else(std::env::temp_dir, |(_, path)| path.into());
-    let guard = guard(config, place.as_ref(), &nonce, &who, learn.is_over(), &launch, &places)?;
+    let guard = guard(config, place.as_ref(), &nonce, &who, learn.is_over(), &launch, &places, &agent_user)?;
     // Only now: who waits for a seat serves nobody.
     let turn = turn(config, place);
     let hold_dir = if turn.hold_file(&nonce).is_some() { hold_dir(user.as_ref(), &nonce) } else { None };
@@ -126,7 +126,10 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         tracing::warn!(file = ?config.file(), "the agent may change the file that its limits come from; give it and its directories to root, and take the write permission from others");
     }
     if let Some(user) = user.as_ref().filter(|user| !user.is_us()) {
-        fence::check(config, user);
+        let (paths, user) = (config.own_paths(), user.clone());
+        if let Err(error) = within(Duration::ZERO, move || fence::check(paths, &user)) {
+            tracing::warn!(%error, "whether the agent may change what is the sidecar's is not known");
+        }
     }
     if agent.mistaken || open {
         meters.set(&metric::DEGRADED, &["config"], 1.0);
@@ -134,7 +137,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     meters.set(&metric::CONFIG_INFO, &[&config.fingerprint()], 1.0);
     meters.set(&metric::IDLE_TIMEOUT, &[], config.idle_timeout().unwrap_or_default().as_secs_f64());
 
-    meters.set(&metric::DEGRADED, &["tenants"], f64::from(u8::from(homeless)));
+    let blind = guard.as_ref().is_some_and(|(guard, _)| guard.is_blind());
+    meters.set(&metric::DEGRADED, &["tenants"], f64::from(u8::from(homeless || blind)));
     meters.set(&metric::DEGRADED, &["hub"], f64::from(u8::from(matches!(turn, Meet::Nowhere))));
     let alone = !matches!(turn, Meet::At(_));
     let bound = config.listen().filter(|_| alone).and_then(|address| match http::bind(address) {
@@ -301,7 +305,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             }
         }));
     }
-    last.push(Box::new(move |_| drop(hold_dir)));
+    if let Some(hold_dir) = hold_dir {
+        last.push(Box::new(move |_| drop(within(Duration::ZERO, move || drop(hold_dir)))));
+    }
     if let Some(bound) = bound {
         let scrapes = Arc::new(Scrapes::default());
         if let Err(error) = http::serve(
@@ -394,6 +400,7 @@ fn home(
 /// What the guard knows, and what it has found.
 type Guarding = Option<(Guard, Vec<(Shared, String)>)>;
 
+#[expect(clippy::too_many_arguments, reason = "called once, with all of it")]
 /// Looks whether the agent would share anything with another tenant's.
 fn guard(
     config: &Config,
@@ -403,19 +410,30 @@ fn guard(
     known: bool,
     launch: &Launch,
     places: &Places,
+    agent: &User,
 ) -> Result<Guarding, Failure> {
     let (mode, Some(Ok(place))) = (config.guard(), place) else { return Ok(None) };
     if mode == LimitMode::Off || !launch.asks_model || !config.has_tenants() {
         return Ok(None);
     }
     let owner = known.then(|| who.tenant.clone().unwrap_or_default());
-    match Guard::begin(place, nonce, mode, owner, launch, places) {
+    match Guard::begin(place, nonce, mode, owner, launch, places, agent) {
         Ok(guard) => Ok(Some(guard)),
         Err(refused) => {
             say_refused(config, place, nonce, who, &refused);
             Err(Failure { exit_code: supervise::OWN_FAILURE, meant: true, source: Box::new(refused) })
         }
     }
+}
+
+/// Whether the agent may change the file that its limits come from, as far as the disk says.
+fn is_open(config: &Config, agent: &User) -> bool {
+    let Some(file) = config.file().map(Path::to_owned) else { return false };
+    let agent = agent.clone();
+    within(Duration::ZERO, move || fence::is_open(&file, &agent)).unwrap_or_else(|error| {
+        tracing::warn!(%error, "whether the agent may change the configuration is not known");
+        false
+    })
 }
 
 /// Whether a link in a file's place is followed: not one that the agent could have put there.
@@ -459,7 +477,9 @@ fn user(config: &Config) -> Result<Option<User>, Failure> {
 /// Where the CLI is told to turn messages away, if it cannot look where we meet.
 fn hold_dir(user: Option<&User>, nonce: &str) -> Option<HoldDir> {
     user.filter(|user| !user.is_us())?;
-    HoldDir::make(nonce)
+    let run = nonce.to_owned();
+    within(Duration::ZERO, move || HoldDir::make(&run))
+        .flatten()
         .inspect_err(|error| tracing::warn!(%error, "the CLI cannot be told to wait; turns are interrupted instead"))
         .ok()
 }
@@ -526,7 +546,7 @@ fn seat(config: &Config, place: Option<&std::io::Result<Place>>, run: &str, who:
 fn within<T: Send + 'static>(takes: Duration, what: impl FnOnce() -> T + Send + 'static) -> std::io::Result<T> {
     let (say, hear) = mpsc::channel();
     std::thread::Builder::new().name(String::from("start")).stack_size(256 * 1024).spawn(move || drop(say.send(what())))?;
-    let hangs = |_| std::io::Error::new(std::io::ErrorKind::TimedOut, "the hub's state directory does not answer");
+    let hangs = |_| std::io::Error::new(std::io::ErrorKind::TimedOut, "its file system does not answer");
     hear.recv_timeout(takes + HANGS).map_err(hangs)
 }
 

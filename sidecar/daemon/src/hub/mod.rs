@@ -29,5 +29,5 @@ pub(crate) use place::{Meeting, Place, try_lock};
 pub(crate) use seat::{Guest, NoSeat, Seat};
 pub(crate) use serve::{Turn, alone};
 pub(crate) use share::{Share, Teller, testify};
-pub(crate) use till::Payer;
+pub(crate) use till::{Payer, lock_named};
 pub(crate) use zone::Zone;

@@ -128,7 +128,7 @@ fn lock(dir: &Path) -> io::Result<File> {
 }
 
 /// A lock that is held for moments.
-pub(super) fn lock_named(dir: &Path, name: &str) -> io::Result<File> {
+pub(crate) fn lock_named(dir: &Path, name: &str) -> io::Result<File> {
     let path = dir.join(name);
     let file = files::open(&path, OpenOptions::new().write(true).create(true).truncate(false).mode(0o600))?;
     for _ in 0..TRIES {

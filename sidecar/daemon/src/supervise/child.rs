@@ -2,9 +2,10 @@
 //! numbers of signals that have no name.
 #![expect(unsafe_code, reason = "pre_exec, dispositions of signals and real-time signals have no safe form; all of it is here")]
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -77,9 +78,6 @@ pub(crate) fn spawn(
             None => command.env_remove(name),
         };
     }
-    if let Some(cwd) = cwd {
-        command.current_dir(cwd);
-    }
     if let Some(arg0) = arg0 {
         command.arg0(arg0);
     }
@@ -93,11 +91,17 @@ pub(crate) fn spawn(
         command.process_group(0);
     }
     let user = user.cloned();
+    let nul = |error: std::ffi::NulError| refused(program, error.into());
+    let cwd = cwd.map(|cwd| CString::new(cwd.as_os_str().as_bytes())).transpose().map_err(nul)?;
     let between = move || {
         ignored.restore()?;
         // Before the promise below: whoever changes users loses it.
         if let Some(user) = &user {
             user.assume()?;
+        }
+        // As that user: what is its own need not be open to us.
+        if let Some(cwd) = &cwd {
+            rustix::process::chdir(cwd.as_c_str())?;
         }
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
         // Died before the line above: then nobody will ever tell us.

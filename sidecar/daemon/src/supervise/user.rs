@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::StatVfsMountFlags;
 use rustix::process::{Gid, Uid};
 use rustix::thread::CapabilitySet;
 
@@ -120,6 +121,19 @@ impl User {
         needed.into_iter().filter(|(_, one)| !ours.contains(*one)).map(|(name, _)| name).collect()
     }
 
+    /// What we lack to give it directories of its own and to find its sessions there; and to remove what it has made there, if we are to.
+    pub(crate) fn missing_for_dirs(&self, remove: bool) -> Vec<&'static str> {
+        if self.is_us() {
+            return Vec::new();
+        }
+        let ours = rustix::thread::capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
+        let all = ours.contains(CapabilitySet::DAC_OVERRIDE);
+        let looks = if remove { all } else { all || ours.contains(CapabilitySet::DAC_READ_SEARCH) };
+        let look = if remove { "CAP_DAC_OVERRIDE" } else { "CAP_DAC_READ_SEARCH" };
+        let needed = [("CAP_CHOWN", ours.contains(CapabilitySet::CHOWN)), (look, looks)];
+        needed.into_iter().filter(|(_, there)| !there).map(|(name, _)| name).collect()
+    }
+
     /// Makes the calling thread this user's, for good: between fork and exec.
     pub(super) fn assume(&self) -> io::Result<()> {
         if !self.is_us() {
@@ -173,20 +187,48 @@ impl User {
             path.ancestors().enumerate().any(|(n, part)| {
                 let Ok(found) = part.symlink_metadata() else { return false };
                 if found.is_symlink() {
-                    return found.uid() == self.uid;
+                    return found.uid() == self.uid && !part.parent().is_some_and(read_only);
                 }
                 // What others own in a sticky directory stays theirs.
                 let sticky = n > 0 && found.mode() & 0o1000 != 0;
-                found.uid() == self.uid || !sticky && self.may_write(&found)
+                (found.uid() == self.uid || !sticky && self.may_write(&found)) && !read_only(part)
             })
         };
         changes(&path) || real.is_some_and(|real| changes(&real))
     }
 
+    /// Whether this user may write to what is there already.
+    pub(crate) fn may_write_to(&self, path: &Path) -> bool {
+        if self.is_us() || self.is_root() {
+            return rustix::fs::access(path, rustix::fs::Access::WRITE_OK).is_ok();
+        }
+        let may = |found: &fs::Metadata| found.uid() == self.uid || self.may_write(found);
+        fs::metadata(path).is_ok_and(|found| may(&found)) && !read_only(path)
+    }
+
     fn may_write(&self, file: &fs::Metadata) -> bool {
-        let bit = if self.gid == file.gid() || self.groups.contains(&file.gid()) { 0o020 } else { 0o002 };
+        let bit = if self.is_of(file.gid()) { 0o020 } else { 0o002 };
         file.mode() & bit != 0
     }
+
+    /// Whether it may go through a directory.
+    pub(crate) fn may_pass(&self, dir: &fs::Metadata) -> bool {
+        let bit = match () {
+            () if self.uid == dir.uid() => 0o100,
+            () if self.is_of(dir.gid()) => 0o010,
+            () => 0o001,
+        };
+        dir.mode() & bit != 0
+    }
+
+    fn is_of(&self, gid: u32) -> bool {
+        self.gid == gid || self.groups.contains(&gid)
+    }
+}
+
+/// Whether nobody can write there, whatever its mode says: directories of a ConfigMap are open to all, and mounted read-only.
+fn read_only(path: &Path) -> bool {
+    rustix::fs::statvfs(path).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
 }
 
 fn set_groups(groups: &[u32]) -> io::Result<()> {

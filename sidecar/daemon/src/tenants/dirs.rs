@@ -74,6 +74,11 @@ impl Home {
         let name = dirs.name.as_ref().and_then(|sources| super::known::first(config, argv, sources));
         let (tenant, start, resume) = (who.tenant.clone(), launch.start, launch.resume.clone());
         let user = user.filter(|user| !user.is_us()).cloned();
+        let missing = user.as_ref().map_or(Vec::new(), |user| user.missing_for_dirs(dirs.remove));
+        if !missing.is_empty() {
+            let what = format!("directories of another user cannot be made and looked into without {}", missing.join(", "));
+            return Some(Err(io::Error::new(io::ErrorKind::PermissionDenied, what)));
+        }
         let make = move || Home::make(&dirs, tenant.as_deref(), name.as_deref(), start, resume.as_deref(), user.as_ref());
         let made = within(ANSWER, make);
         Some(made.unwrap_or_else(|| Err(io::Error::new(io::ErrorKind::TimedOut, "the file system does not answer"))))
@@ -89,19 +94,26 @@ impl Home {
     ) -> io::Result<Home> {
         // A link below the root is somebody's idea; the root's own place is the operator's.
         let root = std::path::absolute(&dirs.root)?;
-        fs::create_dir_all(&root)?;
-        let tenant = root.join(tenant.map_or_else(|| NOBODY.to_owned(), safe));
         let way = if user.is_some() { Reach::Through } else { Reach::Ours };
+        make_root(&root, way)?;
+        let tenant = root.join(tenant.map_or_else(|| NOBODY.to_owned(), safe));
         private(&tenant, way)?;
         tidy(&tenant);
         let (dir, lock) = match resume.and_then(|id| with_session(&tenant, id)) {
             // Where its session is, there it has to be.
             Some(dir) => {
+                private(&dir, way)?;
                 let lock = take(&dir)?;
                 (dir, lock)
             }
             None => free(&tenant, name, start, way)?,
         };
+        if let Some(shut) = user.and_then(|user| shut(&dir, user)) {
+            tracing::warn!(
+                dir = %shut.display(),
+                "the agent's user cannot pass through this directory to its own; let others pass (chmod o+x), or choose another --agent-dirs"
+            );
+        }
         let parts = ["config", "tmp", "workspace"].map(|part| dir.join(part));
         for part in &parts {
             // One that was killed could not clear up.
@@ -128,17 +140,42 @@ impl Home {
         Ok(Home { dir, remove: dirs.remove && lock.is_some(), lock, env, cwd: moves.then_some(workspace) })
     }
 
-    /// Whether it goes with the agent; if so, it has to be called when nothing of the agent is left.
+    /// When nothing of the agent is left, or it was never started.
     pub(crate) fn close(self) {
-        if !self.remove {
-            return;
-        }
-        let removed = self.dir.parent().map_or(Ok(()), |tenant| discard(&self.dir, tenant));
-        if let Err(error) = removed {
-            tracing::warn!(dir = %self.dir.display(), %error, "the agent's own directory is not wholly removed");
-        }
-        drop(self.lock);
+        drop(self);
     }
+}
+
+/// Whoever is not started leaves nothing, either.
+impl Drop for Home {
+    fn drop(&mut self) {
+        if self.remove {
+            let removed = self.dir.parent().map_or(Ok(()), |tenant| discard(&self.dir, tenant));
+            if let Err(error) = removed {
+                tracing::warn!(dir = %self.dir.display(), %error, "the agent's own directory is not wholly removed");
+            }
+        }
+        // Only now may the next one have it.
+        drop(self.lock.take());
+    }
+}
+
+/// Makes what is not there of the way to the root. A umask that lets nobody through would shut the agent out.
+fn make_root(root: &Path, way: Reach<'_>) -> io::Result<()> {
+    let missing: Vec<&Path> = root.ancestors().take_while(|part| !part.exists()).collect();
+    for dir in missing.into_iter().rev() {
+        if fs::create_dir(dir).is_ok() && matches!(way, Reach::Through) {
+            let mode = fs::symlink_metadata(dir)?.mode() & 0o777;
+            fs::set_permissions(dir, fs::Permissions::from_mode(mode | 0o711))?;
+        }
+    }
+    fs::create_dir_all(root)
+}
+
+/// Where this user gets no further on the way to a directory.
+fn shut(dir: &Path, user: &User) -> Option<PathBuf> {
+    let dir = dir.canonicalize().ok()?;
+    dir.ancestors().find(|part| fs::metadata(part).is_ok_and(|found| !user.may_pass(&found))).map(Path::to_owned)
 }
 
 /// The first of a name that nobody has. Who goes on without saying with what, goes on where an agent last was.
@@ -374,14 +411,17 @@ mod tests {
         fs::create_dir(root.join(format!("acme/{GONE}1"))).unwrap();
         home.close();
         assert!(!dir.exists() && outside.exists());
-        let killed = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap();
+        let mut killed = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap();
         fs::write(dir.join("workspace/secret"), "").unwrap();
+        killed.remove = false;
         drop(killed);
-        drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap());
+        let mut next = Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap();
+        next.remove = false;
         assert!(
             dir.join("workspace").exists() && !dir.join("workspace/secret").exists(),
             "whoever comes next finds nothing of it"
         );
+        drop(next);
         drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap());
         assert!(!root.join(format!("acme/{GONE}1")).exists(), "what a kill has left is cleared away");
         fs::remove_dir_all(root).unwrap();

@@ -7,26 +7,25 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
 use agent_sidecar_core::launch::Launch;
 use agent_sidecar_core::limit::Mode;
+use agent_sidecar_core::metric;
 use agent_sidecar_core::update::Start;
 use agent_sidecar_core::who::{Guarded, Shared};
 use agent_sidecar_core::{Input, Stop};
-use rustix::fs::Access;
 
 use super::book::{Book, Claim, Claimant, Conflict, Identity};
 use super::{ANSWER, within};
+use crate::files;
 use crate::http::visit_blocking;
-use crate::hub::{Place, lives, try_lock};
-use crate::supervise::{Handle, TERM, unix};
+use crate::hub::{Place, lives, lock_named};
+use crate::supervise::{Handle, TERM, User, unix};
 
-/// Others hold the lock for a few milliseconds.
-const TRIES: u32 = 250;
-const AGAIN: Duration = Duration::from_millis(2);
 /// Transcripts that are looked at for the one that would be continued.
 const TRANSCRIPTS: usize = 10_000;
 /// What is still to be written down when the agent has ended is waited for so long.
@@ -124,10 +123,12 @@ struct Inner {
     owner: Mutex<Option<String>>,
     letters: SyncSender<Letter>,
     received: Mutex<Option<Receiver<Letter>>>,
+    /// What belongs to whom could not be looked up before the start.
+    blind: AtomicBool,
 }
 
 impl Guard {
-    /// Looks at what the agent is going to use; claims it where its tenant is known already.
+    /// Looks at what the agent is going to use, as whom it runs; claims it where its tenant is known already.
     ///
     /// # Errors
     /// It is not to be started.
@@ -138,9 +139,10 @@ impl Guard {
         owner: Option<String>,
         launch: &Launch,
         places: &Places,
+        agent: &User,
     ) -> Result<(Guard, Vec<(Shared, String)>), TenantsShare> {
-        let (launch, places) = (launch.clone(), places.clone());
-        let claims = within(ANSWER, move || claims(&launch, &places)).unwrap_or_else(|| {
+        let (launch, places, agent) = (launch.clone(), places.clone(), agent.clone());
+        let claims = within(ANSWER, move || claims(&launch, &places, &agent)).unwrap_or_else(|| {
             tracing::warn!("a file system does not answer: whether tenants share directories on it is not known");
             Vec::new()
         });
@@ -153,10 +155,14 @@ impl Guard {
             owner: Mutex::new(owner.clone()),
             letters,
             received: Mutex::new(Some(received)),
+            blind: AtomicBool::new(false),
         };
         let guard = Guard { inner: Arc::new(inner) };
         let Some(owner) = owner else { return Ok((guard, Vec::new())) };
-        let mut conflicts = guard.claim(&owner, &guard.inner.claims);
+        let (claimant, by) = (guard.clone(), owner.clone());
+        let known = within(ANSWER, move || claimant.claim(&by, &claimant.inner.claims)).flatten();
+        guard.inner.blind.store(known.is_none(), Relaxed);
+        let mut conflicts = known.unwrap_or_default();
         if mode == Mode::Enforce && !conflicts.is_empty() {
             let first = conflicts.remove(0);
             return Err(TenantsShare { owner, first, more: conflicts });
@@ -167,6 +173,11 @@ impl Guard {
         }
         let told = conflicts.into_iter().map(|conflict| (conflict.kind, conflict.owner)).collect();
         Ok((guard, told))
+    }
+
+    /// Whether it was started without anybody knowing what is whose.
+    pub(crate) fn is_blind(&self) -> bool {
+        self.inner.blind.load(Relaxed)
     }
 
     /// Writes down what the agent's sessions are called, and looks at it when it is known for whom it works.
@@ -221,14 +232,19 @@ impl Guard {
         if self.inner.letters.try_send(Letter::End(done)).is_ok() {
             all.recv_timeout(LAST).ok();
         }
-        let now = unix().as_secs_f64();
-        if let Err(error) = self.write(|book| book.touch(&self.inner.run, now)) {
-            tracing::debug!(%error, "when this tenant was last here is not written down");
+        let (guard, now) = (self.clone(), unix().as_secs_f64());
+        let written = within(ANSWER, move || guard.write(|book| book.touch(&guard.inner.run, now)));
+        if !matches!(written, Some(Ok(()))) {
+            tracing::debug!(?written, "when this tenant was last here is not written down");
         }
     }
 
     /// Found out while the agent runs.
-    fn told(&self, handle: &Handle, conflicts: Vec<Conflict>) {
+    fn told(&self, handle: &Handle, conflicts: Option<Vec<Conflict>>) {
+        let Some(conflicts) = conflicts else {
+            handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["tenants"], 1.0));
+            return;
+        };
         let enforced = self.inner.mode == Mode::Enforce;
         for conflict in &conflicts {
             let end = if enforced { "; it is ended" } else { "" };
@@ -247,8 +263,8 @@ impl Guard {
         }
     }
 
-    /// What of it is another's. Where that cannot be known, the agent matters more.
-    fn claim(&self, owner: &str, claims: &[Claim]) -> Vec<Conflict> {
+    /// What of it is another's. Where that cannot be known (none), the agent matters more.
+    fn claim(&self, owner: &str, claims: &[Claim]) -> Option<Vec<Conflict>> {
         let inner = &self.inner;
         let now = unix().as_secs_f64();
         let lives = |run: &str| run == inner.run || lives(&inner.place, run);
@@ -261,25 +277,14 @@ impl Guard {
             book.touch(&inner.run, now);
             conflicts
         });
-        claimed.unwrap_or_else(|error| {
-            tracing::warn!(%error, "whether tenants share anything is not known");
-            Vec::new()
-        })
+        claimed.inspect_err(|error| tracing::warn!(%error, "whether tenants share anything is not known")).ok()
     }
 
     fn write<T>(&self, change: impl FnOnce(&mut Book) -> T) -> io::Result<T> {
         let dir = &self.inner.place.dir;
-        let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(dir.join("tenants.lock"))?;
-        let mut tries = 0;
-        while !try_lock(&lock)? {
-            tries += 1;
-            if tries == TRIES {
-                return Err(io::Error::new(io::ErrorKind::WouldBlock, "somebody does not let go of the tenants' book"));
-            }
-            std::thread::sleep(AGAIN);
-        }
+        let _locked = lock_named(dir, "tenants.lock")?;
         let path = dir.join("tenants.json");
-        let before = match fs::read(&path) {
+        let before = match files::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
                 tracing::error!(path = %path.display(), %error, "what belongs to which tenant cannot be read: it is learnt anew");
                 // For people to look at.
@@ -292,7 +297,7 @@ impl Guard {
         let changed = change(&mut book);
         if book != before {
             let new = path.with_extension("tmp");
-            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+            let mut file = files::open(&new, OpenOptions::new().write(true).create(true).truncate(true).mode(0o600))?;
             file.write_all(&serde_json::to_vec(&book)?)?;
             fs::rename(&new, &path)?;
         }
@@ -301,7 +306,7 @@ impl Guard {
 }
 
 /// What an agent is going to use, before it does.
-fn claims(launch: &Launch, places: &Places) -> Vec<Claim> {
+fn claims(launch: &Launch, places: &Places, agent: &User) -> Vec<Claim> {
     let mut claims = Vec::new();
     let mut path = |kind: Shared, path: &Path| {
         let claim = Claim { kind, key: path.display().to_string(), file: identity(path) };
@@ -319,7 +324,7 @@ fn claims(launch: &Launch, places: &Places) -> Vec<Claim> {
         path(Shared::Cwd, &cwd);
     }
     // What is within these two is told with them.
-    for file in memory(&cwd, config.as_deref(), places) {
+    for file in memory(&cwd, config.as_deref(), places, agent) {
         let within = |dir: &Path| file.starts_with(dir);
         if !within(&cwd) && !config.as_deref().is_some_and(within) {
             path(Shared::Memory, &file);
@@ -331,14 +336,14 @@ fn claims(launch: &Launch, places: &Places) -> Vec<Claim> {
     claims
 }
 
-/// What the CLI reads as the agent's memory, and this user could write: an operator's file is for all.
-fn memory(cwd: &Path, config: Option<&Path>, places: &Places) -> Vec<PathBuf> {
+/// What the CLI reads as the agent's memory, and its user could write: an operator's file is for all.
+fn memory(cwd: &Path, config: Option<&Path>, places: &Places, agent: &User) -> Vec<PathBuf> {
     let of_project =
         cwd.ancestors().flat_map(|dir| ["CLAUDE.md", "CLAUDE.local.md", ".claude/CLAUDE.md"].map(|name| dir.join(name)));
     let of_user = config.map(|config| config.join("CLAUDE.md"));
     let learnt = places.project().map(|project| project.join("memory"));
     let files = of_project.chain(of_user).chain(learnt).filter_map(|file| fs::canonicalize(file).ok());
-    files.filter(|file| rustix::fs::access(file, Access::WRITE_OK).is_ok()).collect()
+    files.filter(|file| agent.may_write_to(file)).collect()
 }
 
 /// The sessions that it would go on with, or take the name of.
@@ -385,7 +390,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
 
@@ -401,9 +406,16 @@ mod tests {
     }
 
     fn said(root: &Path, line: &str, cwd: &str, config: &str) -> Vec<String> {
+        said_of(root, line, cwd, config, &User::ours())
+    }
+
+    fn said_of(root: &Path, line: &str, cwd: &str, config: &str, agent: &User) -> Vec<String> {
         let places = Places { cwd: root.join(cwd), config: Some(root.join(config)) };
         let below = |key: String| key.strip_prefix(&root.display().to_string()).map_or(key.clone(), str::to_owned);
-        claims(&launch(line), &places).into_iter().map(|claim| format!("{} {}", claim.kind.as_str(), below(claim.key))).collect()
+        claims(&launch(line), &places, agent)
+            .into_iter()
+            .map(|claim| format!("{} {}", claim.kind.as_str(), below(claim.key)))
+            .collect()
     }
 
     #[test]
@@ -432,6 +444,12 @@ mod tests {
         let expected = ["config_dir /config", "cwd /work/acme", "memory /common.md", "memory /work/CLAUDE.md"];
         let memory = said(&root, "claude -p hi", "work/acme", "config");
         assert_eq!(memory, expected);
+        // What another user may only read is the operator's.
+        for (name, mode) in [("common.md", 0o644), ("work/CLAUDE.md", 0o666)] {
+            fs::set_permissions(root.join(name), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let others = said_of(&root, "claude -p hi", "work/acme", "config", &User::stranger());
+        assert_eq!(others, ["config_dir /config", "cwd /work/acme", "memory /work/CLAUDE.md"]);
         let sessions = |line: &str| -> Vec<String> {
             let all = said(&root, line, "work/acme", "config");
             all.into_iter().filter_map(|one| one.strip_prefix("session ").map(str::to_owned)).collect()

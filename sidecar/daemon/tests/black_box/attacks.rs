@@ -436,8 +436,9 @@ fn filling_the_disk_of_the_ledger() {
 fn leaving_pipes_where_files_are() {
     each("pipes", |cell| {
         let (ledger, home) = (cell.at("ledger"), cell.lair());
-        let flags =
-            ["--ledger", &ledger, "--container-max-cost-usd", "5", "--max-sessions", "3", "--busy-file", &cell.at("busy")];
+        let busy = cell.at("busy");
+        let flags = ["--ledger", &ledger, "--container-max-cost-usd", "5", "--max-sessions", "3", "--busy-file", &busy];
+        let flags = [&flags[..], &["--tenant", "acme"]].concat();
         let agent = |script: &str| {
             let mut command = cell.agent(&flags, script);
             command.env("HOME", &home);
@@ -449,7 +450,7 @@ fn leaving_pipes_where_files_are() {
         first.close_stdin();
         first.code();
         // When nobody is there who would put things right: somebody of that user has waited for it.
-        let files = "totals.json budgets.json budgets.lock budgets.tmp address kept scraped lock seat0 0.jsonl ../ledger";
+        let files = "totals.json budgets.json budgets.lock budgets.tmp tenants.json tenants.lock address kept scraped lock seat0 0.jsonl ../ledger";
         let plant = format!("cd hub.state && for file in {files}; do rm -f $file; mkfifo $file || exit 9; done");
         let planted = Command::new("sh")
             .args(["-c", &plant])

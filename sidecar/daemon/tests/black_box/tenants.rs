@@ -355,6 +355,23 @@ fn each_agent_finds_a_directory_of_its_own() {
 }
 
 #[test]
+fn whoever_is_not_started_leaves_no_directory() {
+    let yard = Yard::new("not-started");
+    let agents = yard.at("agents");
+    let flags = ["--agent-dirs", agents.to_str().unwrap(), "--agent-dirs-at-end", "remove", "--tenant-guard", "enforce"];
+    let left = |tenant: &str| std::fs::read_dir(agents.join(tenant)).unwrap().count();
+    let mut missing = Command::new(SIDECAR);
+    missing.args(["run", "--listen", "off", "--socket"]).arg(yard.at("hub.sock")).args(["--tenant", "acme"]).args(flags);
+    yard.settle(missing.args(["--", "/nowhere/claude"]).args(STREAM_JSON));
+    let out = missing.stdin(std::process::Stdio::null()).output().unwrap();
+    assert_eq!((out.status.code(), left("acme")), (Some(127), 0), "{}", String::from_utf8_lossy(&out.stderr));
+    // The working directory is another's.
+    yard.run(&["--tenant", "acme"], &[]);
+    let (code, said) = yard.refused(&[&flags[..], &["--tenant", "globex", "--agent-workspace", "never"]].concat(), &[]);
+    assert_eq!((code, left("globex")), (Some(125), 0), "{said}");
+}
+
+#[test]
 fn without_room_for_directories_the_agent_runs_unless_tenants_must_be_apart() {
     let yard = Yard::new("no-dirs");
     let file = yard.at("file");

@@ -262,6 +262,92 @@ fn nothing_that_we_write_is_the_other_users_to_read_or_change() {
 }
 
 #[test]
+fn without_the_right_to_give_directories_away_that_is_said_and_tenants_are_not_mixed() {
+    if !may_change_users() {
+        return;
+    }
+    let root = scratch("dirs-powerless");
+    std::fs::set_permissions(&root, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let run = |capabilities: &str, more: &[&str]| {
+        let (dirs, socket) = (root.join("agents"), root.join("hub.sock"));
+        let flags = ["--agent-dirs", dirs.to_str().unwrap(), "--agent-workspace", "always", "--tenant-guard", "enforce"];
+        let flags = [&flags[..], &["--socket", socket.to_str().unwrap()]].concat();
+        let inner =
+            sh_as_nobody(&[&flags[..], more].concat(), "pwd; touch $CLAUDE_CONFIG_DIR/mine && echo written", &STREAM_JSON);
+        let mut command = Command::new("setpriv");
+        command.args(["--bounding-set", capabilities, "--inh-caps", capabilities, SIDECAR]).args(inner.get_args());
+        let out = command.current_dir("/").stdin(Stdio::null()).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (out.status.code(), text(out.stdout), text(out.stderr))
+    };
+    let (code, _, said) = run("-all,+setuid,+setgid,+kill", &[]);
+    assert_eq!(code, Some(125), "{said}");
+    assert!(said.contains("without CAP_CHOWN, CAP_DAC_READ_SEARCH"), "{said}");
+    let enough = "-all,+setuid,+setgid,+kill,+chown,+dac_read_search";
+    let (code, wrote, said) = run(enough, &[]);
+    assert_eq!((code, wrote), (Some(0), format!("{}/agents/_/_1/workspace\nwritten\n", root.display())), "{said}");
+    let (code, _, said) = run(enough, &["--agent-dirs-at-end", "remove"]);
+    assert_eq!(code, Some(125), "{said}");
+    assert!(said.contains("without CAP_DAC_OVERRIDE"), "{said}");
+}
+
+#[test]
+fn what_is_mounted_read_only_the_agent_cannot_change_whatever_its_mode() {
+    let mount = || Command::new("unshare").args(["-m", "true"]).status().is_ok_and(|status| status.success());
+    if !may_change_users() || !mount() {
+        return;
+    }
+    let root = scratch("read-only");
+    std::fs::set_permissions(&root, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let volume = root.join("volume");
+    std::fs::create_dir(&volume).unwrap();
+    std::fs::set_permissions(&volume, std::fs::Permissions::from_mode(0o777)).unwrap();
+    let file = volume.join("config.toml");
+    std::fs::write(&file, "").unwrap();
+    let run = |first: &str| {
+        let mut command = Command::new("unshare");
+        let program = format!("{first} && exec \"$@\"");
+        command.args(["-m", "sh", "-c", &program, "sh", SIDECAR, "run", "--listen", "off", "--user", "65534", "--config"]);
+        command.arg(&file).args(["--", "echo", "up"]).env("VOLUME", &volume).current_dir("/");
+        let out = command.stdin(Stdio::null()).output().unwrap();
+        assert_eq!(String::from_utf8(out.stdout).unwrap(), "up\n");
+        String::from_utf8(out.stderr).unwrap().contains("the agent may change the file")
+    };
+    assert!(run("true"));
+    assert!(!run("mount --bind $VOLUME $VOLUME && mount -o remount,bind,ro $VOLUME"));
+}
+
+#[test]
+fn an_agent_reaches_its_directories_whatever_the_umask_and_whoever_made_them() {
+    if !may_change_users() {
+        return;
+    }
+    let root = scratch("dirs-umask");
+    std::fs::set_permissions(&root, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let run = |dirs: &std::path::Path, user: &[&str], cli: &str, more: &[&str]| {
+        let mut command = Command::new("sh");
+        command.args(["-c", "umask 077; exec \"$@\"", "sh", SIDECAR, "run", "--listen", "off", "--agent-dirs"]).arg(dirs);
+        command.args(["--agent-workspace", "always"]).args(user).args(["--", "sh", "-c", cli, "sh"]).args(STREAM_JSON).args(more);
+        let out = command.current_dir("/").stdin(Stdio::null()).output().unwrap();
+        (String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap())
+    };
+    let (nobody, writes) = (["--user", "65534"], "touch $CLAUDE_CONFIG_DIR/mine && echo written");
+    let (wrote, said) = run(&root.join("new/agents"), &nobody, writes, &[]);
+    assert_eq!(wrote, "written\n", "{said}");
+    assert!(!said.contains("cannot pass"), "{said}");
+    // One that was made before there was another user.
+    let old = root.join("new/old");
+    std::fs::create_dir(&old).unwrap();
+    run(&old, &[], "mkdir -p $CLAUDE_CONFIG_DIR/projects/-w; echo {} >$CLAUDE_CONFIG_DIR/projects/-w/0b-1.jsonl", &[]);
+    std::fs::set_permissions(&old, std::fs::Permissions::from_mode(0o711)).unwrap();
+    let (wrote, said) = run(&old, &nobody, writes, &["--resume", "0b-1"]);
+    assert_eq!(wrote, "written\n", "{said}");
+    std::fs::set_permissions(&old, std::fs::Permissions::from_mode(0o700)).unwrap();
+    let (_, said) = run(&old, &nobody, writes, &[]);
+    assert!(said.contains("the agent's user cannot pass through this directory"), "{said}");
+}
+
+#[test]
 fn the_directories_of_an_agent_are_its_users_and_what_is_above_them_is_not() {
     if !may_change_users() {
         return;
