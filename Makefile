@@ -8,7 +8,7 @@ export CARGO_BUILD_TARGET := $(TARGET)
 export RUSTFLAGS := -C target-feature=+crt-static
 export AGENT_SIDECAR_BIN := $(CURDIR)/$(BIN)
 
-.PHONY: demo test build install lint unit live containers docs bench clean
+.PHONY: demo test build install lint unit live containers alerts docs bench clean
 
 ## The real CLI under the sidecar, on a scripted API on loopback: `make demo`, or with a key `make demo LIVE=1`.
 demo: build
@@ -16,7 +16,7 @@ demo: build
 	$(if $(LIVE),$(BIN) demo --live --cli $(CLI),tests/loopback $(BIN) demo --cli $(CLI))
 
 ## Every test.
-test: lint unit live containers
+test: lint unit live containers alerts
 
 build:
 	cargo build --release --locked
@@ -37,6 +37,9 @@ live: build install
 
 containers: build install
 	tests/containers/run -n 2 --reruns 1 -q
+
+alerts: build install
+	tests/alerts/run -q
 
 ## The generated pages.
 docs: build
