@@ -26,7 +26,12 @@ fn python3() -> PathBuf {
 
 fn shim(path: &Path) -> Command {
     let mut command = Command::new(path);
-    command.env("AGENT_SIDECAR_LISTEN", "off").env("AGENT_SIDECAR_NATIVE_TELEMETRY", "off").stdin(Stdio::null());
+    // Other tests have CLIs without a sidecar.
+    command
+        .env("AGENT_SIDECAR_PATROL", "false")
+        .env("AGENT_SIDECAR_LISTEN", "off")
+        .env("AGENT_SIDECAR_NATIVE_TELEMETRY", "off")
+        .stdin(Stdio::null());
     command
 }
 
