@@ -290,7 +290,7 @@ class Scene:
     def shell(self, command: str) -> subprocess.CompletedProcess:
         """Once each: `doctor` looks through every directory there is."""
         if command not in self.ran:
-            how = {"env": self.env, "cwd": self.directory, "capture_output": True, "text": True, "timeout": 120}
+            how = {"env": self.env, "cwd": self.directory, "capture_output": True, "text": True, "timeout": 600}
             self.ran[command] = subprocess.run(["sh", "-c", command], **how)
         return self.ran[command]
 
