@@ -111,7 +111,7 @@ def may_be(metric: str, label: str, value: str) -> bool:
 @pytest.fixture(scope="module", autouse=True)
 def promtool():
     """It has its minute while the other tests have theirs; what it says is looked at last."""
-    asked = {"check": ["check", "rules", "agent-sidecar.rules.yaml"]} | {path.name: ["test", "rules", path.name] for path in TESTS}
+    asked = {"check": ["check", "rules", "--lint=all", "--lint-fatal", "agent-sidecar.rules.yaml"]} | {path.name: ["test", "rules", path.name] for path in TESTS}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running = {name: subprocess.Popen(["promtool", *argv], cwd=ALERTS, **pipes) for name, argv in asked.items()}
     yield running
@@ -170,6 +170,37 @@ def test_an_alert_says_what_is_to_be_done(alert: str):
     assert page and page[1] == f"docs/runbooks/{alert}.md" and (ROOT / page[1]).is_file()
     listed = f"| [{alert}]({alert}.md) | {rule['labels']['severity']} | {rule.get('for', '–')} |"
     assert listed in (RUNBOOKS / "README.md").read_text()
+
+
+def test_the_page_says_how_long_each_takes():
+    """Who adds an alert has a fault for it, and has measured (AGENT_SIDECAR_WRITE_DOCS=1 tests/alerts/run test_live.py)."""
+    assert re.findall(r"^\| (\w+) \| .* s / .* s \|", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE) == list(ALERT_RULES)
+
+
+@cache
+def dashboards() -> dict[str, set[str]]:
+    """The variables of each, by uid."""
+    read = [json.loads(path.read_text()) for path in sorted((ROOT / "dashboards").glob("*.json"))]
+    return {one["uid"]: {variable["name"] for variable in one["templating"]["list"]} for one in read if "templating" in one}
+
+
+@pytest.mark.parametrize("alert", ALERT_RULES)
+def test_an_alert_leads_to_a_dashboard_of_what_it_is_about(alert: str):
+    link = ALERT_RULES[alert]["annotations"]["dashboard_url"]
+    if not (ROOT / "dashboards").is_dir():
+        pytest.skip("this tree has no dashboards")
+    uid = re.match(r"http://localhost:3000/d/([\w-]+)\?from=now-6h", link)[1]
+    assert uid in dashboards(), f"no dashboard has the uid {uid}"
+    asked = re.findall(r"(?:(?:with )?\$labels\.(\w+) \}\})?&var-(\w+)=\{\{ urlquery (\S+) \}\}", link)
+    assert asked and {variable for _, variable, _ in asked} <= dashboards()[uid]
+    found = promql.names(ALERT_RULES[alert]["expr"])
+    labels = {label for what, labels, _ in found.lists if what == "by" for label in labels}
+    labels = labels.union(*(labels_of(one.metric) for one in found.selectors if one.metric in RECORDED))
+    for where, variable, value in asked:
+        # What may be absent is left out with its name: an empty variable would find nothing.
+        assert (where or value.removeprefix("$labels.")) == variable and value == ("." if where else "$labels.instance")
+        assert variable in labels, f"{alert} has no label {variable}"
+    assert {label for label in labels & {"namespace", "pod", "instance", "tenant"} & dashboards()[uid]} <= {variable for _, variable, _ in asked}
 
 
 def test_every_runbook_is_an_alerts():
@@ -259,7 +290,7 @@ class Scene:
     def shell(self, command: str) -> subprocess.CompletedProcess:
         """Once each: `doctor` looks through every directory there is."""
         if command not in self.ran:
-            how = {"env": self.env, "cwd": self.directory, "capture_output": True, "text": True, "timeout": 120}
+            how = {"env": self.env, "cwd": self.directory, "capture_output": True, "text": True, "timeout": 600}
             self.ran[command] = subprocess.run(["sh", "-c", command], **how)
         return self.ran[command]
 
@@ -319,5 +350,5 @@ def test_commands_say_something(command: str, said: str, scene: Scene):
 
 @pytest.mark.parametrize("what", ["check", *(path.name for path in TESTS)])
 def test_promtool_is_content(what: str, promtool: dict[str, subprocess.Popen]):
-    said, _ = promtool[what].communicate(timeout=300)
+    said, _ = promtool[what].communicate(timeout=900)
     assert promtool[what].returncode == 0, said
