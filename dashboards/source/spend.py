@@ -85,7 +85,7 @@ def budgets() -> Row:
             "{{pod}} {{instance}} {{tenant}} {{scope}} ({{limit}})", limits=below(threshold("ClaudeAgentBudgetNearlyUsed"), 0.25), runbook="ClaudeAgentBudgetNearlyUsed"),
         graph("Left over time", "Below the line agents will soon refuse messages. A line that falls steeply: see the forecast.",
             (LEFT, "{{instance}} {{tenant}} {{scope}} ({{limit}})"), unit="percentunit", high=1,
-            limits=below(threshold("ClaudeAgentBudgetNearlyUsed")), runbook="ClaudeAgentBudgetForecast", link=True),
+            limits=below(threshold("ClaudeAgentBudgetNearlyUsed")), runbook="ClaudeAgentBudgetNearlyUsed", link=True),
         listing("Budgets in dollars", "As raised; reserved is what answers may cost that are waited for. Of one container each: other containers have their own.", {
             "Budget": (once("claude_agent_budget_limit_usd"), "currencyUSD"),
             "Spent": (once("claude_agent_budget_spent_usd"), "currencyUSD"),

@@ -13,6 +13,8 @@ FILES = sorted((ROOT / "dashboards").glob("*.json"))
 BOARDS = {path.stem: json.loads(path.read_text()) for path in FILES}
 # Scraped every second: what Grafana makes of that for some minutes on a screen.
 INTERVAL, STEP = "15s", 5
+# As if a day were on the screen, of which the first hours have nothing.
+RANGE = 86400
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,10 @@ def everything(board: dict) -> dict[str, str]:
     return {one["name"]: one["allValue"] for one in variables(board, "query")}
 
 
-def put_in(expr: str, values: dict[str, str], seconds: int) -> str:
+def put_in(expr: str, values: dict[str, str]) -> str:
     """A query as Grafana sends it."""
     builtin = {"__rate_interval": INTERVAL, "__interval_ms": str(int(INTERVAL[:-1]) * 1000), "__interval": INTERVAL,
-               "__range_s": str(seconds), "__range_ms": str(seconds * 1000), "__range": f"{seconds}s"}  # fmt: skip
+               "__range_s": str(RANGE), "__range_ms": str(RANGE * 1000), "__range": f"{RANGE}s"}  # fmt: skip
     for name, value in (builtin | values).items():
         expr = re.sub(rf"\$(?:{name}\b|{{{name}}})", lambda _, value=value: value, expr)
     assert "$" not in expr, f"a variable is not defined: {expr}"

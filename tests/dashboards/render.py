@@ -1,6 +1,6 @@
 """Pictures of the dashboards' data: each panel in its place with what its queries gave, drawn plainly. It is not Grafana, and does not look like it.
 
-For eyes, and for the picture in the docs: `tests/dashboards/run -q --pictures DIR`.
+For eyes, and for the picture in the docs: `PICTURES=/DIR tests/dashboards/run -q`.
 """
 
 from __future__ import annotations
