@@ -14,7 +14,7 @@ def fine() -> Row:
     return Row("Is it fine?", [
         number("State", "Of each agent. Red: stuck; the runbook says what to do. `agent-sidecar top` shows the same with its tool and its message.",
             f"max by (instance, slot) ({STATE})", legend="{{instance}} {{slot}}", mappings=states(STATES), unit="none", runbook="ClaudeAgentStuck", w=6, name=True),
-        number("Held up by", "Agents past a time limit or held up, by all kinds. Bad: any for five minutes.",
+        number("Stuck", "Agents past a time limit, or held up by something; by what, see below. Bad: any for five minutes.",
             "sum(max by (@where, slot) (claude_agent_stalled{@} > bool 0))", limits=over("ClaudeAgentStuck"), runbook="ClaudeAgentStuck"),
         number("Quiet for", "Since the agent or its app last said anything. Bad: more than twice the idle timeout while it is idle: it should have been ended.",
             "time() - max(claude_agent_last_activity_timestamp_seconds{@})", "s", runbook="ClaudeAgentIdleWaste", decimals=0),
@@ -33,7 +33,7 @@ def doing() -> Row:
         timeline("States", "Each agent of the container on a line. Much yellow: it waits for a person; orange: for the API; red: stuck.",
             f"max by (instance, slot) ({STATE})", "{{instance}} {{slot}}", states(STATES), runbook="ClaudeAgentWaitsForPerson"),
         graph("Time in each state", "Agents in it, on average of the interval. Adds up to the agents that run.",
-            ("sum by (state) (rate(claude_agent_time_seconds_total{@}[$__rate_interval])) > 0", "{{state}}"), stack=True),
+            ("sum by (state) (rate(claude_agent_time_seconds_total{@}[$__rate_interval]))", "{{state}}"), stack=True),
         graph("Window used", "How full the model's window was at the last answer. Bad: near the top; it will be compacted, which costs, and forgets.",
             ("max by (instance, slot) (claude_agent_context_used_ratio{@})", "{{instance}} {{slot}}"), unit="percentunit", high=1, limits=above(0.95, 0.8)),
         graph("Compactions", "Per interval. Bad: one after the other: the work does not fit into the window.",

@@ -36,7 +36,7 @@ def fine() -> Row:
 def agents() -> Row:
     return Row("Agents", [
         graph("What agents do", "Each agent is in one state. Bad: many stuck, in permission or in retry_backoff.",
-            ("sum by (state) (claude_agent_process_state{@}) > 0", "{{state}}"), stack=True, w=10),
+            ("sum by (state) (claude_agent_process_state{@})", "{{state}}"), stack=True, w=10),
         listing("Containers, the dearest first", """The twenty that spent most in this time. Bad: stuck agents, failed turns, a full window. The name leads to the
             container's own dashboard.""", {
             "Spent": ("topk(20, sum by (@where) (grown(claude_agent_cost_usd_total{@}[$__range])))", "currencyUSD"),

@@ -29,7 +29,7 @@ def reading() -> Row:
             ("sum by (@where) (agent_sidecar_backlog_bytes{@})", "{{pod}} {{instance}}"), unit="bytes", link=True),
         graph("Spilled, and held back", "Output through a file, per second; and how often the CLI had to wait because there was no room left. Bad: held back.",
             ("sum(rate(agent_sidecar_spilled_bytes_total{@}[$__rate_interval]))", "spilled"), ("sum(rate(agent_sidecar_backpressure_total{@}[$__rate_interval]))", "held back, times"), unit="Bps"),
-        graph("Lines by type", "A minute.", ("sum by (type) (rate(agent_sidecar_events_total{@}[$__rate_interval])) * 60 > 0", "{{type}}"), unit="cpm", stack=True),
+        graph("Lines by type", "A minute.", ("sum by (type) (rate(agent_sidecar_events_total{@}[$__rate_interval])) * 60", "{{type}}"), unit="cpm", stack=True),
         graph("Lines not understood", "Per interval, by reason. Bad: any.", ("sum by (reason) (grown(agent_sidecar_parse_errors_total{@}[$__interval]))", "{{reason}}"), bars=True, every="1m", runbook="AgentSidecarBlind"),
         graph("Longest line", "So far, of each container. Above 1 MiB they are cut for reading, never for the app.", ("max by (@where) (agent_sidecar_line_bytes_max{@})", "{{pod}} {{instance}}"), unit="bytes", link=True),
         graph("Questions to the CLI", "A minute, by what was asked and how it went. Bad: not answered: costs between results are estimates.",

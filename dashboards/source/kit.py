@@ -239,7 +239,7 @@ def variable(name: str, metric: str, matched: list[str], *, all_value: str, incl
     matchers = ", ".join(f'{label}=~"${label}"' for label in matched)
     query = f"label_values({metric}{{{matchers}}}, {name})" if matchers else f"label_values({metric}, {name})"
     one = dashboard.QueryVariable(name).label(name.title()).datasource(DATASOURCE).multi(True).refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
-    one = one.query({"qryType": 1, "query": query, "refId": f"variable-{name}"}).definition(query).sort(models.VariableSort.ALPHABETICAL_ASC)
+    one = one.query(query).definition(query).sort(models.VariableSort.ALPHABETICAL_ASC)
     if include_all:
         one = one.include_all(True).all_value(all_value).current(models.VariableOption(selected=True, text=["All"], value=["$__all"]))
     else:

@@ -54,7 +54,7 @@ def stops() -> Row:
         quantiles("Steps of a stop", "p95 of each phase.", "claude_agent_shutdown_seconds{@}", "phase", shares=(0.95,)),
         graph("Ends", "CLIs that ended, per interval, by reason. limit, idle and stuck are ours.",
             ("sum by (reason) (grown(claude_agent_process_exits_total{@}[$__interval])) > 0", "{{reason}}"), bars=True, every="1m"),
-        graph("Ended because idle", "Per interval; and the most overdue agent, in seconds beyond its idle timeout. Bad: long overdue: shadow mode, or the stop does not work.",
+        graph("Ended because idle", "Per interval. Bad: none, where agents are idle for long: shadow mode, or the stop does not work.",
             ("sum(grown(claude_agent_idle_shutdowns_total{@}[$__interval]))", "ended"), bars=True, every="1m", runbook="ClaudeAgentIdleWaste"),
     ])  # fmt: skip
 

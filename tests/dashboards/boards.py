@@ -54,7 +54,7 @@ def variables(board: dict, kind: str) -> list[dict]:
 
 def label_values(variable: dict) -> tuple[str, str]:
     """The selector and the label that a variable is read from."""
-    selector, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"]).groups()
+    selector, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]).groups()
     return selector, label
 
 

@@ -41,7 +41,7 @@ def of_board(board: dict) -> Iterator[tuple[str, str, str]]:
     for name, one in queried.items():
         if one["refresh"] != 2:
             yield "template-on-time-change-reload-rule", "", name
-        if not re.fullmatch(r"(label_names|label_values|metrics|query_result)\(.*\)", one["query"]["query"]):
+        if not re.fullmatch(r"(label_names|label_values|metrics|query_result)\(.*\)", one["query"]):
             yield "template-label-promql-rule", "", name
 
 
