@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "dashboards").glob("*.json"))
 BOARDS = {path.stem: json.loads(path.read_text()) for path in FILES}
-# Scraped every second: what Grafana makes of that for some minutes on a screen.
+# Scraped every two seconds: what Grafana makes of that for some minutes on a screen.
 INTERVAL, STEP = "15s", 5
 # As if a day were on the screen, of which the first hours have nothing.
 RANGE = 86400

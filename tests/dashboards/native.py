@@ -94,4 +94,4 @@ def start(stage, rules: list[dict], script) -> None:
         cli = harness.Session(argv, api, home, **env)
         stage.closing.callback(cli.kill)
         for text in ("edit", "agents", "commit"):
-            cli.ask(text, timeout=90)
+            cli.ask(text, timeout=240)
