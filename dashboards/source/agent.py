@@ -39,7 +39,7 @@ def doing() -> Row:
         graph("Compactions", "Per interval. Bad: one after the other: the work does not fit into the window.",
             ("sum by (trigger) (grown(claude_agent_compactions_total{@}[$__interval]))", "{{trigger}}"), bars=True, every="1m"),
         graph("Held up by", "Agents, by what holds them up. Bad: any for five minutes.", ("sum by (kind) (claude_agent_stalled{@})", "{{kind}}"), stack=True, runbook="ClaudeAgentStuck"),
-        graph("Tool calls", "A minute, by tool and outcome.", ("sum by (tool, outcome) (rate(claude_agent_tool_calls_total{@}[$__rate_interval])) * 60 > 0", "{{tool}} {{outcome}}"), unit="cpm", bars=True),
+        graph("Tool calls", "Per interval, by tool and outcome.", ("sum by (tool, outcome) (grown(claude_agent_tool_calls_total{@}[$__interval])) > 0", "{{tool}} {{outcome}}"), bars=True, every="1m"),
         quantiles("Duration of tool calls", "p95, the wait for a permission included.", "claude_agent_tool_duration_seconds{@}", "tool_class", shares=(0.95,)),
         graph("Turns", "Per interval, by how they ended.", ("sum by (outcome) (grown(claude_agent_turns_total{@}[$__interval])) > 0", "{{outcome}}"), bars=True, every="1m"),
         graph("Retries and errors of the API", "Per interval. Bad: errors: those were given up.",

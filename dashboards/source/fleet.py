@@ -50,16 +50,16 @@ def agents() -> Row:
 
 def turns() -> Row:
     return Row("Turns", [
-        graph("Turns by outcome", "Turns a minute. Bad: no_result, crashed, stuck_killed and the errors. Neutral: interrupted, limit_stopped and the limits that were reached.",
-            ("sum by (outcome) (rate(claude_agent_turns_total{@}[$__rate_interval])) * 60 > 0", "{{outcome}}"), unit="cpm", bars=True),
+        graph("Turns by outcome", "Per interval. Bad: no_result, crashed, stuck_killed and the errors. Neutral: interrupted, limit_stopped and the limits that were reached.",
+            ("sum by (outcome) (grown(claude_agent_turns_total{@}[$__interval])) > 0", "{{outcome}}"), bars=True, every="1m"),
         graph("Turns that fail, of the last hour", "The lower line is what was promised, the upper one where the alert fires.",
             (f"sum(increase({BAD}[1h])) / (sum(increase({ALL}[1h])) > 0)", "failed"), unit="percentunit",
             limits=above(threshold("ClaudeAgentTurnErrorsFast"), GOAL), runbook="ClaudeAgentTurnErrorsFast"),
         heat("How long turns take", "Darker: more turns. Bad: a band that moves up. With metrics by OTLP and exemplars kept, a point leads to the turn's trace.",
             "claude_agent_turn_duration_seconds{@}"),
         quantiles("Turn duration", "Bad: p95 that grows while requests per turn do not: the provider or the tools are slower.", "claude_agent_turn_duration_seconds{@}"),
-        graph("Why turns end", "The reason that the CLI gave, a minute. Bad: api_error, prompt_too_long, malformed_tool_use_exhausted.",
-            ("sum by (reason) (rate(claude_agent_turn_terminations_total{@}[$__rate_interval])) * 60 > 0", "{{reason}}"), unit="cpm", bars=True),
+        graph("Why turns end", "The reason that the CLI gave, per interval. Bad: api_error, prompt_too_long, malformed_tool_use_exhausted.",
+            ("sum by (reason) (grown(claude_agent_turn_terminations_total{@}[$__interval])) > 0", "{{reason}}"), bars=True, every="1m"),
         quantiles("Model requests per turn", "Bad: p95 that grows: agents need more steps, or go round in circles. Bounded by max_turns.",
             "claude_agent_turn_model_requests{@}", unit="short"),
     ])  # fmt: skip
@@ -78,9 +78,9 @@ def provider() -> Row:
         graph("Requests that had to be repeated", "Of all, in ten minutes. Bad: above the line: the API is overloaded, fails, or the rate limit is reached.",
             (f"sum(increase({RETRIED}[10m])) / (sum(increase(claude_agent_model_requests_total{{@}}[10m])) + sum(increase({RETRIED}[10m])) > 0)", "repeated"),
             unit="percentunit", limits=over("ClaudeAgentProviderDegraded", 1), runbook="ClaudeAgentProviderDegraded"),
-        graph("Retries and errors", "A minute, by what the API said. Bad: any error: those were given up. authentication_failed and billing_error stop every agent with that key.",
-            ("sum by (error) (rate(claude_agent_api_retries_total{@}[$__rate_interval])) * 60 > 0", "retry: {{error}}"),
-            ("sum by (error) (rate(claude_agent_api_errors_total{@}[$__rate_interval])) * 60 > 0", "error: {{error}}"), unit="cpm", bars=True, runbook="ClaudeAgentAuthFailure"),
+        graph("Retries and errors", "Per interval, by what the API said. Bad: any error: those were given up. authentication_failed and billing_error stop every agent with that key.",
+            ("sum by (error) (grown(claude_agent_api_retries_total{@}[$__interval])) > 0", "retry: {{error}}"),
+            ("sum by (error) (grown(claude_agent_api_errors_total{@}[$__interval])) > 0", "error: {{error}}"), bars=True, every="1m", runbook="ClaudeAgentAuthFailure"),
         graph("Subscription windows used", "Told with a subscription's login only, not with an API key. Bad: near 100 %: agents will be turned away until the window starts again.",
             ("max by (window) (claude_agent_rate_limit_utilization_ratio{@})", "{{window}}"), unit="percentunit", high=1),
     ])  # fmt: skip
@@ -89,17 +89,17 @@ def provider() -> Row:
 def tools() -> Row:
     up = states({"not connected": (0, "red"), "connected": (1, "green")})
     return Row("Tools and MCP", [
-        graph("Tool calls", "A minute, by tool.", ("sum by (tool) (rate(claude_agent_tool_calls_total{@}[$__rate_interval])) * 60 > 0", "{{tool}}"), unit="cpm", bars=True),
+        graph("Tool calls", "Per interval, by tool.", ("sum by (tool) (grown(claude_agent_tool_calls_total{@}[$__interval])) > 0", "{{tool}}"), bars=True, every="1m"),
         graph("Tool calls that fail", "Of each tool's calls. Some failing is an agent's daily work; bad: a tool that always fails.",
-            ('sum by (tool) (rate(claude_agent_tool_calls_total{@, outcome!="ok"}[$__rate_interval])) / (sum by (tool) (rate(claude_agent_tool_calls_total{@}[$__rate_interval])) > 0)', "{{tool}}"),
-            unit="percentunit", high=1),
+            ('sum by (tool) (grown(claude_agent_tool_calls_total{@, outcome!="ok"}[$__interval])) / (sum by (tool) (grown(claude_agent_tool_calls_total{@}[$__interval])) > 0)', "{{tool}}"),
+            unit="percentunit", high=1, every="5m"),
         quantiles("Duration of tool calls", "p95, the wait for a permission included. Bad: a class that grows without a new kind of work.",
             "claude_agent_tool_duration_seconds{@}", "tool_class", shares=(0.95,)),
         timeline("MCP servers", "As the CLI reports them. Bad: red for five minutes: the agent works without that server's tools.",
             "min by (@where, server) (claude_agent_mcp_server_up{@})", "{{pod}} {{instance}} {{server}}", up, w=8, h=8, runbook="ClaudeAgentMcpServerDown", link=True),
         quantiles("Duration of MCP calls", "p95 by server.", "claude_agent_mcp_tool_duration_seconds{@}", "server", shares=(0.95,)),
-        graph("Hooks", "A minute, by event and outcome. Bad: errors; a hook that fails may let through what it should have held.",
-            ("sum by (event, outcome) (rate(claude_agent_hook_executions_total{@}[$__rate_interval])) * 60 > 0", "{{event}} {{outcome}}"), unit="cpm", bars=True),
+        graph("Hooks", "Per interval, by event and outcome. Bad: errors; a hook that fails may let through what it should have held.",
+            ("sum by (event, outcome) (grown(claude_agent_hook_executions_total{@}[$__interval])) > 0", "{{event}} {{outcome}}"), bars=True, every="1m"),
     ])  # fmt: skip
 
 

@@ -43,11 +43,11 @@ def where() -> Row:
             (f'label_replace(sum by (agent_name) (grown({COST}[$__interval])) > 0, "agent_name", "(main)", "agent_name", "")', "{{agent_name}}"), unit="currencyUSD", **bars),
         graph("Tokens by kind", "Per interval. Input excludes what was cached.", (f'sum by (type) (grown({tokens(".+")}[$__interval])) > 0', "{{type}}"), **bars),
         graph("Read from the cache", "Of all tokens that were sent, by model, in the last hour.",
-            (f'sum by (model) (grown({tokens("cacheRead")}[1h])) / (sum by (model) (grown({tokens("input|cacheRead|cacheCreation")}[1h])) > 0)', "{{model}}"), unit="percentunit", high=1),
+            (f'sum by (model) (grown({tokens("cacheRead")}[1h])) / (sum by (model) (grown({tokens("input|cacheRead|cacheCreation")}[1h])) > 0)', "{{model}}"), unit="percentunit", high=1, w=16),
         listing("Users", "Who spent most in this time. A login has an e-mail address; an API key only the CLI's own id of the machine's user.", {
             "Spent": (f"topk(20, sum by (user_email, user_id) (grown({COST}[$__range])))", "currencyUSD"),
             "Sessions": (f"sum by (user_email, user_id) (grown({SESSIONS}[$__range]))", "short"),
-        }, w=16, sort="Spent"),
+        }, w=24, h=6, sort="Spent"),
     ])  # fmt: skip
 
 

@@ -188,7 +188,8 @@ class Picture:
         for n, (_, lower, upper) in enumerate(shapes):
             color = PALETTE[n % len(PALETTE)]
             if bars:
-                step = max(2.0, self.x(self.span[0] + 15, wide) - 2)
+                every = min((b[0] - a[0] for _, _, one in shapes for a, b in zip(one, one[1:])), default=15)
+                step = max(2.0, self.x(self.span[0] + every, wide) - 2)
                 out += [f"<rect x={left + self.x(at, wide) - step / 2:.1f} width={step:.1f} y={y(value):.1f} height={max(0, y(under) - y(value)):.1f} fill='{color}' opacity=.8 />" for (at, under), (_, value) in zip(lower, upper)]
             for lower, upper in [] if bars else unbroken(lower, upper):
                 path = " ".join(f"{left + self.x(at, wide):.1f},{y(value):.1f}" for at, value in upper)

@@ -36,7 +36,7 @@ INSIDE = {"input_tokens": 300, "output_tokens": 400, "cache_read_input_tokens": 
 SEARCHED = {**USAGE, "server_tool_use": {"web_search_requests": 2}}
 TOOLS = ["--allowedTools", "Bash,Agent,Task,WebSearch,mcp__shelf"]
 # The CLI refuses to sleep for long.
-FOREVER = "tail -f /dev/null"
+FOREVER = "timeout 600 tail -f /dev/null"
 # Seconds for whatever takes one, on a machine that has much else to do.
 PATIENCE = 240
 TOKEN = "sixteen-letters-0r-more"
@@ -145,7 +145,7 @@ class Stage:
     def cli(self, name: str, api: harness.Api, *args: str, wrapper: harness.Sidecar, home: Path | None = None, bare: bool = False, **env: str) -> harness.Session:
         form = [] if bare else STREAM_JSON
         one = harness.Session([*wrapper.argv, harness.cli("new"), *form, *args], api, home or self.directory / name / "home", **env)
-        self.closing.callback(one.kill)
+        self.closing.callback(end, one)
         return one
 
     def sees(self, expression: str) -> None:
@@ -336,6 +336,18 @@ class Stage:
 
     def close(self) -> None:
         self.closing.close()
+
+
+def end(session: harness.Session) -> None:
+    """At once, and its tools with it: to their own devices they would go on."""
+    below = [session.process.pid]
+    for pid in below:
+        with contextlib.suppress(OSError):
+            below += children(pid)
+    session.kill()
+    for pid in below[1:]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def children(pid: int) -> list[int]:
