@@ -8,15 +8,16 @@ export CARGO_BUILD_TARGET := $(TARGET)
 export RUSTFLAGS := -C target-feature=+crt-static
 export AGENT_SIDECAR_BIN := $(CURDIR)/$(BIN)
 
-.PHONY: demo test build install lint unit live containers alerts docs bench clean
+.PHONY: demo test build install lint unit live containers alerts dashboards docs bench clean
 
-## The real CLI under the sidecar, on a scripted API on loopback: `make demo`, or with a key `make demo LIVE=1`.
+## The real CLI under the sidecar, on a scripted API on loopback: `make demo`, or with a key `make demo LIVE=1`. `make demo STACK=1` leaves agents
+## running, and a Prometheus with the alerts' rules that scrapes them.
 demo: build
-	tests/install cli
-	$(if $(LIVE),$(BIN) demo --live --cli $(CLI),tests/loopback $(BIN) demo --cli $(CLI))
+	tests/install $(if $(STACK),stack,cli)
+	$(if $(STACK),tests/stack start $(CLI) $(BIN),$(if $(LIVE),$(BIN) demo --live --cli $(CLI),tests/loopback $(BIN) demo --cli $(CLI)))
 
 ## Every test.
-test: lint unit live containers alerts
+test: lint unit live containers alerts dashboards
 
 build:
 	cargo build --release --locked
@@ -41,6 +42,9 @@ containers: build install
 alerts: build install
 # The live run mostly waits; what is checked without it goes on beside.
 	tests/alerts/run -n 2 --dist loadfile -q
+
+dashboards: build install
+	tests/dashboards/run -q
 
 ## The generated pages.
 docs: build

@@ -1,0 +1,49 @@
+"""What `make demo STACK=1` starts runs with nothing but a PATH, has data and rules, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import test_alerts as alerts
+from stage import harness
+
+STACK = Path(__file__).resolve().parents[1] / "stack"
+
+
+def get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return answer.read()
+
+
+def test_the_stack_runs_and_ends(tmp_path):
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "none"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([STACK, "start", harness.cli("new"), alerts.binary()], env=env, capture_output=True, text=True, timeout=200)
+    place = next(tmp_path.glob("agent-sidecar-stack-*"))
+    try:
+        assert done.returncode == 0, done.stdout + done.stderr
+        server = re.search(r"(http://127\.0\.0\.1:\d+)/alerts", done.stdout)[1]
+        page = re.search(r"agents\s+(\S+)", done.stdout)[1]
+        assert f"tests/stack stop {place}" in done.stdout
+        groups = json.loads(get(f"{server}/api/v1/rules"))["data"]["groups"]
+        assert sum(rule["type"] == "alerting" for group in groups for rule in group["rules"]) == len(alerts.ALERT_RULES)
+        assert b"claude_agent_cost_usd_total" in get(f"{page}metrics") and b"sessions" in get(f"{page}status")
+        (cost,) = json.loads(get(f"{server}/api/v1/query?query=sum(claude_agent_cost_usd_total)"))["data"]["result"]
+        assert float(cost["value"][1]) > 0
+    finally:
+        pid = int((place / "pid").read_text())
+        subprocess.run([STACK, "stop", place], env=env, check=True, timeout=60)
+    assert not place.exists() and not Path(f"/proc/{pid}").exists()
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(place).encode() in read(path)]
+    assert left == []
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""  # It has ended.
