@@ -8,7 +8,7 @@ export CARGO_BUILD_TARGET := $(TARGET)
 export RUSTFLAGS := -C target-feature=+crt-static
 export AGENT_SIDECAR_BIN := $(CURDIR)/$(BIN)
 
-.PHONY: demo test build install lint unit live containers alerts docs bench clean
+.PHONY: demo test build install lint unit live containers deploy alerts docs bench clean
 
 ## The real CLI under the sidecar, on a scripted API on loopback: `make demo`, or with a key `make demo LIVE=1`.
 demo: build
@@ -16,7 +16,7 @@ demo: build
 	$(if $(LIVE),$(BIN) demo --live --cli $(CLI),tests/loopback $(BIN) demo --cli $(CLI))
 
 ## Every test.
-test: lint unit live containers alerts
+test: lint unit live containers deploy alerts
 
 build:
 	cargo build --release --locked
@@ -38,6 +38,10 @@ live: build install
 containers: build install
 	tests/containers/run -n 2 --reruns 1 -q
 
+# What is in deploy/, as far as it can be tried on one machine.
+deploy: build install
+	tests/deploy/run -n 2 --dist loadfile --reruns 1 -q
+
 alerts: build install
 	tests/alerts/run -q
 
@@ -45,6 +49,7 @@ alerts: build install
 docs: build
 	$(BIN) catalog --format markdown > docs/metrics.md
 	$(BIN) check --format markdown > docs/settings.md
+	deploy/kubernetes/components/monitoring/prometheusrule > deploy/kubernetes/components/monitoring/prometheusrule.yaml
 	cargo run -q -p agent-sidecar-core --example detectors < docs/detectors.md > docs/detectors.new && mv docs/detectors.new docs/detectors.md
 
 bench: build

@@ -10,6 +10,8 @@ RUN pip install --no-cache-dir claude-agent-sdk==0.2.187 && agent-sidecar instal
 RUN mkdir -p -m 700 /home/agent /run/agent-sidecar /var/lib/agent-sidecar \
     && chown 10001:10001 /home/agent /run/agent-sidecar /var/lib/agent-sidecar
 COPY app.py /app/app.py
+# With a read-only root these stay writable, whoever starts it.
+VOLUME ["/home/agent", "/run/agent-sidecar", "/var/lib/agent-sidecar"]
 ENV HOME=/home/agent PYTHONUNBUFFERED=1
 WORKDIR /home/agent
 USER 10001:10001

@@ -1,4 +1,4 @@
-"""One dockerd and its images for the tests that want containers; a pod for each of those that start one."""
+"""One dockerd and its images for all workers, as the container tests have it; not started where no test asks for it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,35 @@ import images
 import pytest
 
 LEFT_OUT = os.environ.get("AGENT_SIDECAR_TESTS_NO_DOCKER") == "1"
+WITH_CONTAINERS = {"test_images.py", "test_compose.py", "test_pods.py"}
+daemon = pytest.StashKey[engine.Dockerd]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The workers inherit our environment, and leave the daemon to us.
+    if LEFT_OUT or config.option.collectonly or hasattr(config, "workerinput"):
+        return
+    files = {Path(word.split("::")[0]).name for word in config.args}
+    if all(name.endswith(".py") for name in files) and not files & WITH_CONTAINERS:
+        return
+    if not images.is_static():
+        pytest.exit("the sidecar's image is the binary alone, which has to be static: `make build`, or AGENT_SIDECAR_BIN", returncode=4)
+    try:
+        config.stash[daemon] = engine.Dockerd(bridges=True)
+        os.environ["DOCKER_HOST"] = config.stash[daemon].host
+        images.stand_ins()
+        images.ours()
+    except (RuntimeError, OSError, AssertionError) as error:
+        pytest_unconfigure(config)
+        pytest.exit(f"no containers to test with: {error}", returncode=4)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if started := config.stash.get(daemon, None):
+        started.stop()
 
 
 @pytest.fixture(scope="session")
-def dockerd():
+def dockerd() -> None:
     if LEFT_OUT:
         pytest.skip("AGENT_SIDECAR_TESTS_NO_DOCKER=1")
-    assert images.is_static(), "the image of the sidecar has nothing but the binary, which has to be static: `make build`, or AGENT_SIDECAR_BIN"
-    if os.environ.get("DEV_DOCKER"):
-        os.environ["DOCKER_HOST"] = os.environ["DEV_DOCKER"]
-        yield None
-        return
-    daemon = engine.Dockerd(bridges=True)
-    try:
-        os.environ["DOCKER_HOST"] = daemon.host
-        images.stand_ins()
-        images.ours()
-        yield daemon
-    finally:
-        daemon.stop()

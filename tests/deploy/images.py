@@ -76,8 +76,8 @@ def build(tag: str, dockerfile: str, *flags: object, **files: str | Path) -> Non
         engine.docker("build", "--network", "none", "--tag", tag, *flags, context, timeout=300)
 
 
-def served(name: str, program: str, entry: str, owner: int, *directories: str) -> None:
-    """An image of one program of Debian's."""
+def served(name: str, program: str, entry: str, owner: int, directory: str) -> None:
+    """An image of one program of Debian's, with what that reads of its own."""
 
     def write(out) -> None:
         root = engine.Root(out)
@@ -85,8 +85,9 @@ def served(name: str, program: str, entry: str, owner: int, *directories: str) -
         root.link("/lib", "usr/lib")
         root.put(Path(shutil.which(program)), entry)
         root.directory("/tmp", 0o1777)
-        for directory in directories:
-            root.directory(directory, owner=owner)
+        root.directory(directory, owner=owner)
+        own = Path("/usr/share/prometheus/alertmanager")
+        root.tree(own, str(own), lambda path: path.suffix != ".tmpl")
         root.tar.close()
 
     engine.import_root(name, write, f'ENTRYPOINT ["{entry}"]')

