@@ -82,7 +82,9 @@ class Stack:
 
     @functools.cache
     def id(self, service: str) -> str:
-        return self.compose("ps", "--quiet", service).strip()
+        labels = {"project": "deploy", "service": service}
+        filters = [word for key, value in labels.items() for word in ("--filter", f"label=com.docker.compose.{key}={value}")]
+        return engine.docker("ps", "--all", "--quiet", *filters).stdout.strip()
 
     def state(self, service: str) -> dict:
         return config(self.id(service))["State"]
@@ -126,6 +128,18 @@ def test_the_sidecar_understands_the_file_and_the_grace_is_written(tmp_path: Pat
     assert said["otlp"]["endpoint"] == "http://otel-collector:4318"
 
 
+def test_grafana_is_given_what_its_provisioning_names():
+    service = images.COMPOSE["services"]["grafana"]
+    mounted = {volume.split(":")[0]: volume.split(":")[1] for volume in service["volumes"]}
+    provisioning = images.ROOT / "dashboards/provisioning"
+    (dashboards,) = [yaml.safe_load(file.read_text())["providers"] for file in provisioning.glob("dashboards/*.yaml")]
+    assert [provider["options"]["path"] for provider in dashboards] == [mounted["../../dashboards"]]
+    assert mounted["../../dashboards/provisioning"] == "/etc/grafana/provisioning"
+    (sources,) = [yaml.safe_load(file.read_text())["datasources"] for file in provisioning.glob("datasources/*.yaml")]
+    assert [source["url"] for source in sources] == ["${PROMETHEUS_URL}"]
+    assert service["environment"]["PROMETHEUS_URL"] == "http://prometheus:9090"
+
+
 def test_the_collectors_file_names_what_it_has():
     collector = yaml.safe_load((COMPOSE / "otel-collector.yaml").read_text())
     for pipeline in collector["service"]["pipelines"].values():
@@ -165,11 +179,12 @@ def test_an_agent_works_under_all_that_hardening(stack: Stack, worked: dict):
 
 def test_every_container_may_as_little_as_is_written(stack: Stack):
     for name in RUN:
-        host, service = config(stack.id(name))["HostConfig"], images.COMPOSE["services"][name]
+        known, service = config(stack.id(name)), images.COMPOSE["services"][name]
+        host = known["HostConfig"]
         assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"], name
         assert host["SecurityOpt"] == ["no-new-privileges:true"] and 0 < host["PidsLimit"] <= 1024, name
         assert host["Memory"] and host["NanoCpus"], name
-        assert config(stack.id(name))["Config"]["User"] == service["user"] != "0:0", name
+        assert known["Config"]["User"] == service["user"] != "0:0", name
         assert all(port[0]["HostIp"] == "127.0.0.1" for port in host["PortBindings"].values()), name
 
 
@@ -213,7 +228,7 @@ def test_a_limit_that_is_reached_is_told_to_alertmanager(stack: Stack, worked: d
 
 def test_its_traces_and_events_reach_the_collector(stack: Stack, worked: dict):
     def got() -> set[str]:
-        return set(re.findall(r"/v1/\w+", stack.compose("logs", "--no-color", "otel-collector")))
+        return set(re.findall(r"/v1/\w+", engine.docker("logs", stack.id("otel-collector")).stdout))
 
     wait_for("traces and logs", lambda: {"/v1/traces", "/v1/logs"} <= got(), 120)
     assert "/v1/metrics" not in got(), "they are scraped"
