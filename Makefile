@@ -8,7 +8,7 @@ export CARGO_BUILD_TARGET := $(TARGET)
 export RUSTFLAGS := -C target-feature=+crt-static
 export AGENT_SIDECAR_BIN := $(CURDIR)/$(BIN)
 
-.PHONY: demo test build install lint unit live containers alerts dashboards docs bench clean
+.PHONY: demo test build install lint unit live containers deploy alerts dashboards docs bench clean
 
 ## The real CLI under the sidecar, on a scripted API on loopback: `make demo`, or with a key `make demo LIVE=1`. `make demo STACK=1` leaves agents
 ## running, and a Prometheus with the alerts' rules that scrapes them.
@@ -17,7 +17,7 @@ demo: build
 	$(if $(STACK),tests/stack start $(CLI) $(BIN),$(if $(LIVE),$(BIN) demo --live --cli $(CLI),tests/loopback $(BIN) demo --cli $(CLI)))
 
 ## Every test.
-test: lint unit live containers alerts dashboards
+test: lint unit live containers deploy alerts dashboards
 
 build:
 	cargo build --release --locked
@@ -39,6 +39,10 @@ live: build install
 containers: build install
 	tests/containers/run -n 2 --reruns 1 -q
 
+# What is in deploy/, as far as it can be tried on one machine.
+deploy: build install
+	tests/deploy/run -n 2 --dist loadfile --reruns 1 -q
+
 alerts: build install
 # The live run mostly waits; what is checked without it goes on beside.
 	tests/alerts/run -n 2 --dist loadfile -q
@@ -50,6 +54,7 @@ dashboards: build install
 docs: build
 	$(BIN) catalog --format markdown > docs/metrics.md
 	$(BIN) check --format markdown > docs/settings.md
+	deploy/kubernetes/components/monitoring/prometheusrule > deploy/kubernetes/components/monitoring/prometheusrule.yaml
 	cargo run -q -p agent-sidecar-core --example detectors < docs/detectors.md > docs/detectors.new && mv docs/detectors.new docs/detectors.md
 
 bench: build

@@ -38,9 +38,9 @@ GRACE = 30
 
 
 class Dockerd:
-    """The daemon, for the whole run."""
+    """The daemon, for the whole run. With `bridges` containers may have networks of their own, as far as the namespace goes that we are in."""
 
-    def __init__(self):
+    def __init__(self, bridges: bool = False):
         self.directory = Path(tempfile.mkdtemp(prefix="dockerd-"))
         self.host = f"unix://{self.directory}/docker.sock"
         self.log = self.directory / "log"
@@ -48,7 +48,8 @@ class Dockerd:
         flags = [word for name, path in paths.items() for word in (f"--{name}", self.directory / path)]
         # The daemon goes with us, even if we are killed.
         argv = ["setpriv", "--pdeathsig", "TERM", "dockerd", "--host", self.host, *flags]
-        argv += ["--bridge", "none", "--iptables=false", "--ip-forward=false", "--ip-masq=false", "--shutdown-timeout", "5"]
+        argv += ["--bridge", "none", "--shutdown-timeout", "5"]
+        argv += [] if bridges else ["--iptables=false", "--ip-forward=false", "--ip-masq=false"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(list(map(str, argv)), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
@@ -180,17 +181,25 @@ def write_root(out) -> None:
     root.tar.close()
 
 
-def make_images() -> None:
-    environment = [f"ENV PYTHONPATH={PYTHON_LIB}/site-packages", "ENV PATH=/usr/local/bin:/usr/bin"]
-    changes = [word for change in environment for word in ("--change", change)]
-    importing = subprocess.Popen(["docker", "import", *changes, "-", BARE], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+def import_root(image: str, write: Callable, *changes: str) -> None:
+    """An image of the files that `write` puts into its tar."""
+    words = [word for change in changes for word in ("--change", change)]
+    importing = subprocess.Popen(["docker", "import", *words, "-", image], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     with importing.stdin as out:
-        write_root(out)
+        write(out)
     assert importing.wait(120) == 0, "docker import"
+
+
+def make_bare() -> None:
+    import_root(BARE, write_root, f"ENV PYTHONPATH={PYTHON_LIB}/site-packages", "ENV PATH=/usr/local/bin:/usr/bin")
+    os.environ["DOCKER_BUILDKIT"] = "0"  # What builds there is would have to be pulled.
+
+
+def make_images() -> None:
+    make_bare()
     with tempfile.TemporaryDirectory() as context:
         shutil.copy2(harness.binary(), Path(context) / "agent-sidecar")
         (Path(context) / "Dockerfile").write_text(DOCKERFILE)
-        os.environ["DOCKER_BUILDKIT"] = "0"  # What builds there is would have to be pulled.
         docker("build", "--network", "none", "--tag", WRAPPED, context, timeout=300)
 
 

@@ -1,0 +1,76 @@
+"""The images of deploy/docker."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import tarfile
+
+import engine
+import images
+import pytest
+from harness import wait_for
+
+pytestmark = pytest.mark.usefixtures("dockerd")
+
+
+def config(image: str) -> dict:
+    return json.loads(engine.docker("inspect", image).stdout)[0]
+
+
+def files(image: str) -> list[tarfile.TarInfo]:
+    """What a container of it has."""
+    name = engine.docker("create", image).stdout.strip()
+    try:
+        exported = subprocess.run(["docker", "export", name], capture_output=True, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(exported)) as tar:
+            return tar.getmembers()
+    finally:
+        engine.docker("rm", name)
+
+
+def test_the_sidecars_image_is_the_binary_and_nothing_else():
+    # What docker itself lays into every container.
+    dockers = re.compile(r"(\.dockerenv|dev|etc|proc|sys)(/.*)?")
+    ours = {file.name: file for file in files(images.SIDECAR) if not dockers.fullmatch(file.name)}
+    assert {name for name, file in ours.items() if file.isfile()} == {"agent-sidecar"}
+    for directory in ("run/agent-sidecar", "var/lib/agent-sidecar"):
+        assert (ours[directory].uid, ours[directory].mode & 0o777) == (10001, 0o700)
+
+
+@pytest.mark.parametrize("image", [images.SIDECAR, images.AGENT])
+def test_an_image_is_nobody_privileged(image: str):
+    assert config(image)["Config"]["User"] == "10001:10001"
+
+
+def test_the_sidecars_image_says_what_it_is():
+    labels = config(images.SIDECAR)["Config"]["Labels"]
+    version = engine.docker("run", "--rm", "--network", "none", images.SIDECAR, "version").stdout
+    assert labels["org.opencontainers.image.version"] in version
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+
+
+def test_the_sidecar_runs_where_nothing_can_be_written():
+    flags = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--network", "none", "--tmpfs", "/run/agent-sidecar:uid=10001"]
+    name = engine.docker("run", "--detach", *flags, images.SIDECAR).stdout.strip()
+    try:
+        wait_for("health", lambda: config(name)["State"]["Health"]["Status"] == "healthy", 120)
+        engine.docker("stop", "--time", engine.GRACE, name)
+        assert config(name)["State"]["ExitCode"] == 0
+    finally:
+        engine.docker("rm", "--force", name)
+
+
+def test_a_sidecar_that_does_not_answer_is_unhealthy():
+    said = engine.docker("run", "--rm", "--network", "none", images.SIDECAR, *config(images.SIDECAR)["Config"]["Healthcheck"]["Test"][2:], check=False)
+    assert said.returncode == 1, said.stdout + said.stderr
+
+
+def test_every_cli_of_the_agents_image_is_behind_the_sidecar():
+    flags = ["--rm", "--network", "none", "--entrypoint", "agent-sidecar"]
+    said = json.loads(engine.docker("run", *flags, images.AGENT, "doctor", "--format", "json", timeout=300).stdout)
+    assert said["broken"] == 0, said
+    clis = [finding for finding in said["findings"] if finding["check"] == "cli"]
+    assert [finding["level"] for finding in clis] == ["fine"] and "a shim" in clis[0]["what"], clis
