@@ -12,6 +12,7 @@ mod export;
 mod feed;
 mod fence;
 mod files;
+mod hang;
 mod http;
 mod hub;
 mod lines;

@@ -387,6 +387,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "here is no reaper: the test owns the process")]
     fn a_victim_that_dies_slowly_is_waited_for() {
         let cgroup = fixture("slow", &[("cgroup.controllers", "memory\n"), ("memory.events", "oom_kill 4\n")]);
         let mut agent = std::process::Command::new("sleep").arg("600").spawn().unwrap();
