@@ -94,6 +94,22 @@ fn a_ledger_on_a_disk_that_hangs_holds_up_no_agent() {
 }
 
 #[test]
+fn whether_the_agent_may_change_what_hangs_is_not_waited_for() {
+    if !disks_may_hang("fence") {
+        return;
+    }
+    let yard = Yard::new("fence");
+    let files = yard.files();
+    let flags: Vec<&str> = ["--user", "65534"].into_iter().chain(files.iter().map(String::as_str)).collect();
+    let mut command = where_it_hangs(Some(&yard.hung), &yard.command(&flags, ECHO));
+    command.current_dir("/");
+    let mut agent = Running::start(command);
+    assert!(agent.line().contains("init"));
+    agent.close_stdin();
+    assert_eq!(agent.code(), Some(3));
+}
+
+#[test]
 fn who_is_refused_hears_of_it_where_the_ledger_hangs() {
     if !disks_may_hang("refused") {
         return;
