@@ -20,6 +20,7 @@ mod logging;
 mod messages_api;
 mod page;
 mod patrol;
+mod proxy;
 mod receive;
 mod reference;
 mod remote;
