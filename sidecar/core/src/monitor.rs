@@ -480,10 +480,11 @@ impl Monitor {
     /// What would have to be told if we ended here, without a word: what is open, closed by whoever comes after us. Nothing if nothing
     /// is under way. What is kept of it must be replaced as things go on.
     pub fn last_words(&self, now: Now) -> (Vec<Span>, Vec<LogEvent>) {
-        let mut spans = self.spans.clone();
-        if self.exited || self.session.turn().is_none() && spans.as_ref().is_none_or(|spans| spans.is_idle()) {
+        let at_rest = self.session.turn().is_none() && self.spans.as_ref().is_none_or(|spans| spans.is_idle());
+        if self.exited || at_rest {
             return Default::default();
         }
+        let mut spans = self.spans.clone();
         let now = Now { mono: now.mono.max(self.now.mono), unix: now.unix };
         let (mut session, mut logs, mut events) = (self.session.clone(), self.logs.clone(), Vec::new());
         // If we are killed, the CLI dies with us.

@@ -263,7 +263,7 @@ impl Session {
         }
         let parent = message.parent.as_deref();
         if let Event::Init(init) = &message.event {
-            self.note_pid(init.pid, now);
+            self.note_process(init.pid, init.version.as_deref(), message.session_id.as_deref(), now);
         }
         if let Some(id) = &message.session_id {
             self.note_session(id, &message.event, now);
@@ -557,11 +557,18 @@ impl Session {
         self.out.push(Update::SessionStarted { from: Some(session.clone()), session, start: Start::Resume });
     }
 
-    /// Another pid is another process, even in the same session.
-    fn note_pid(&mut self, pid: Option<u32>, now: Now) {
-        if self.pid.is_some_and(|old| pid.is_some_and(|new| new != old)) {
+    /// Another pid is another process, even in the same session; so is another version, where an older one tells no pid.
+    fn note_process(&mut self, pid: Option<u32>, version: Option<&str>, session: Option<&str>, now: Now) {
+        let other_pid = self.pid.is_some_and(|old| pid.is_some_and(|new| new != old));
+        let other_version = self.version.as_deref().is_some_and(|old| version.is_some_and(|new| new != old));
+        if other_pid || other_version && !self.live {
             self.restart(now);
-            self.again();
+            if session.is_none_or(|session| session == self.id) {
+                self.again();
+            } else {
+                // It goes on with nothing.
+                self.id.clear();
+            }
         }
         self.pid = pid.or(self.pid);
     }
@@ -634,7 +641,7 @@ impl Session {
                 self.flush();
             }
             Answer::Initialized { pid, version } => {
-                self.note_pid(pid, now);
+                self.note_process(pid, version.as_deref(), None, now);
                 self.version = version.or(self.version.take());
             }
             Answer::Permission { .. } | Answer::Other => {}

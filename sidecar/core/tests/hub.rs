@@ -420,3 +420,18 @@ fn who_learns_late_for_whom_it_works_is_counted_there_alone() {
     let again = Registry::new(SLOTS, metric::MAX_SERIES, &[], &registry.stored());
     assert_eq!(turns(&again), [(String::from("acme"), 2)]);
 }
+
+#[test]
+fn a_pid_that_two_wrappers_have_names_neither() {
+    // In containers that share a hub, many begin as PID 1.
+    let mut registry = Registry::new(SLOTS, metric::MAX_SERIES, &[], &Stored::default());
+    for (run, pid) in [("a", 1), ("b", 1), ("c", 7)] {
+        registry.join(Hello { hub: VERSION, run: run.to_owned(), pid, started: 0.0, world: String::new(), labels: Vec::new() });
+    }
+    registry.update("b", Line { sessions: vec![serde_json::json!({"session_id": "7"})], ..Line::default() });
+    assert_eq!(registry.find("1"), None);
+    assert_eq!(registry.find("7"), Some(("b", 1)), "a session's name goes before a pid");
+    registry.retire("b");
+    registry.forget("b");
+    assert_eq!((registry.find("1"), registry.find("7")), (Some(("a", 1)), Some(("c", 7))));
+}

@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use agent_sidecar_core::metric::{self, Cell};
 use agent_sidecar_core::report::Report;
 use agent_sidecar_core::tokens::{Tokens, Usd};
 use agent_sidecar_core::{Exit, Input, Monitor, Now, Settings};
@@ -285,6 +286,30 @@ fn processes_one_after_another_add_up() {
         (cost + totals.cost_usd, tokens + totals.tokens, turns + totals.turns)
     });
     assert_eq!((joined.cost_usd, joined.tokens, joined.turns), (cost, tokens, turns));
+}
+
+#[test]
+fn a_killed_process_after_an_older_version_is_another() {
+    // The older one tells no pid, the killed one has no result: what tells them apart is the version. The names of their answers are
+    // the same, as they are in any two recordings.
+    for killed in ["09_stream_TERM", "12f_stall6"] {
+        let (first, second) = (lines("01b_basic_old").concat(), lines(killed).concat());
+        let [old, new] = [&first, &second].map(|bytes| replay(&[bytes], 65_536).report().totals());
+        let both = replay(&[&[first, second].concat()], 65_536);
+        let totals = both.report().totals();
+        assert_eq!((totals.cost_usd, totals.tokens), (old.cost_usd + new.cost_usd, old.tokens + new.tokens), "{killed}");
+        assert_eq!(both.report().sessions().len(), 2, "{killed}");
+    }
+}
+
+#[test]
+fn another_process_with_another_name_is_one_session_more() {
+    for names in [["01_basic_text", "09_stream_TERM"], ["01b_basic_old", "01_basic_text"]] {
+        let bytes = names.map(|name| lines(name).concat()).concat();
+        let monitor = replay(&[&bytes], 65_536);
+        let began = |start| monitor.meters().get(&metric::SESSIONS, &[start]).map_or(0.0, Cell::to_f64);
+        assert_eq!(["fresh", "clear", "resume"].map(began), [2.0, 0.0, 0.0], "{names:?}");
+    }
 }
 
 proptest! {

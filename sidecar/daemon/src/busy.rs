@@ -26,6 +26,7 @@ use serde::Serialize;
 use crate::export::otlp::environment::Headers;
 use crate::http::visit_blocking;
 use crate::hub::Share;
+use crate::proxy::Way;
 use crate::supervise::{BeforeExit, Handle};
 
 /// How often the agent is looked at. Short beside every lease, and nothing beside the agent's own work.
@@ -196,7 +197,8 @@ fn post(uri: &Uri, headers: &Headers, json: Vec<u8>) -> Result<(), String> {
         .map_err(|error| error.to_string())?
         .with_root_certificates(roots)
         .with_no_client_auth();
-    let connector = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1().build();
+    let connector =
+        HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1().wrap_connector(Way::out(ANSWER));
     let mut request = Request::new(Full::new(Bytes::from(json)));
     *request.method_mut() = Method::POST;
     *request.uri_mut() = uri.clone();

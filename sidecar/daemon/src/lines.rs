@@ -4,12 +4,14 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use agent_sidecar_core::metric::{self, Meters};
 use rustix::fs::OFlags;
 use serde::Serialize;
 
-use crate::supervise::Handle;
+use crate::hang::{Begun, HANGS};
+use crate::supervise::{Handle, User};
 
 /// What a file is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,28 +36,44 @@ impl Use {
     }
 }
 
+/// A disk that hangs keeps the monitor so long, and once.
+const SOON: Duration = Duration::from_millis(500);
+
 /// See the module's head.
 pub(crate) struct LineFile {
     what: Use,
     path: PathBuf,
-    /// A link at its place is followed.
-    links: bool,
+    /// As whom the agent runs, if not as we do.
+    user: Option<User>,
     file: Option<File>,
+    /// The disk has not answered yet.
+    opening: Option<Begun<io::Result<File>>>,
     /// The last line was written in part: the next one starts on a line of its own.
     torn: bool,
     warned: bool,
 }
 
 impl LineFile {
-    /// Opens or makes it, for the owner only. A file that cannot be opened is tried again with each line.
-    /// `links` is false where others could make one, to have us write elsewhere.
-    pub(crate) fn open(what: Use, path: PathBuf, links: bool, meters: &mut Meters) -> LineFile {
-        let mut lines = LineFile { what, path, links, file: None, torn: false, warned: false };
-        if let Err(error) = lines.ready() {
-            lines.warn(&error);
-            meters.set(&metric::DEGRADED, &[what.component()], 1.0);
-        }
+    /// Begins to open or make it, for the owner only. A file that cannot be opened is tried again with each line.
+    /// `user`: as whom the agent runs. A link in the file's place is not followed if that one could have put it there.
+    pub(crate) fn open(what: Use, path: PathBuf, user: Option<&User>) -> LineFile {
+        let user = user.filter(|user| !user.is_us()).cloned();
+        let mut lines = LineFile { what, path, user, file: None, opening: None, torn: false, warned: false };
+        lines.opening = lines.begin().ok();
         lines
+    }
+
+    /// Waits until these are open, all of them together no longer than for a disk that hangs.
+    pub(crate) fn wait<'a>(files: impl Iterator<Item = &'a mut LineFile>, meters: &mut Meters) {
+        let until = Instant::now() + HANGS;
+        for lines in files {
+            let opening = lines.opening.take().map_or_else(|| lines.begin(), Ok);
+            let opened = opening.and_then(|opening| lines.finish(opening, until.saturating_duration_since(Instant::now())));
+            if let Err(error) = opened {
+                lines.warn(&error);
+                meters.set(&metric::DEGRADED, &[lines.what.component()], 1.0);
+            }
+        }
     }
 
     /// Appends a line where no agent runs that could count what cannot be written.
@@ -97,19 +115,35 @@ impl LineFile {
 
     fn ready(&mut self) -> io::Result<&mut File> {
         if self.file.is_none() {
-            // What it says is money and ids: for the owner.
-            // A pipe that nobody reads keeps nobody waiting.
-            let pipe = OFlags::NONBLOCK | if self.links { OFlags::empty() } else { OFlags::NOFOLLOW };
-            self.file = Some(
-                OpenOptions::new()
-                    .append(true)
-                    .create(true)
-                    .mode(0o600)
-                    .custom_flags(pipe.bits().cast_signed())
-                    .open(&self.path)?,
-            );
+            let (opening, patience) = match self.opening.take() {
+                Some(late) => (late, Duration::ZERO),
+                None => (self.begin()?, SOON),
+            };
+            self.finish(opening, patience)?;
         }
         self.file.as_mut().ok_or_else(|| io::Error::other("no file"))
+    }
+
+    fn begin(&self) -> io::Result<Begun<io::Result<File>>> {
+        let (path, user) = (self.path.clone(), self.user.clone());
+        Begun::begin(move || {
+            let links = user.is_none_or(|user| !user.may_change(&path));
+            // What it says is money and ids: for the owner.
+            // A pipe that nobody reads keeps nobody waiting.
+            let pipe = OFlags::NONBLOCK | if links { OFlags::empty() } else { OFlags::NOFOLLOW };
+            OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(pipe.bits().cast_signed()).open(&path)
+        })
+    }
+
+    fn finish(&mut self, opening: Begun<io::Result<File>>, patience: Duration) -> io::Result<()> {
+        match opening.wait(patience) {
+            Ok(opened) => self.file = Some(opened?),
+            Err(hangs) => {
+                self.opening = Some(opening);
+                return Err(hangs);
+            }
+        }
+        Ok(())
     }
 
     fn warn(&mut self, error: &io::Error) {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_sidecar_core::ask::ID_PREFIX;
@@ -25,6 +25,7 @@ use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
 use crate::feed::Feed;
 use crate::fence::{self, HoldDir};
+use crate::hang::within;
 use crate::http::{self, Scrapes, Site};
 use crate::hub::{self, Guest, NoSeat, Payer, Place, Seat, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
@@ -41,9 +42,6 @@ const CUT_SHORT: u8 = 1;
 const SETTLE: Duration = Duration::from_millis(250);
 /// What is still to be forwarded then has this long: less than the CLI itself would wait for a collector that hangs.
 const FORWARD: Duration = Duration::from_secs(1);
-
-/// A disk that has not answered for so long hangs; on a machine that does much else, one that does not may take seconds.
-const HANGS: Duration = Duration::from_secs(5);
 
 /// What to start.
 pub(crate) struct Agent {
@@ -173,9 +171,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let without = Config::secrets().filter(|name| std::env::var_os(name).is_some()).map(|name| (name.into(), None));
     let told = config.for_those_below().into_iter().map(|(name, value)| (name.into(), Some(value.into())));
     let env = whose.into_iter().chain(more.map(|(name, value)| (name, Some(value)))).chain(without).chain(told).collect();
-    let mut lines = |what, path: PathBuf| LineFile::open(what, path.clone(), may_lead_on(user.as_ref(), &path), meters);
-    let mut ledger = config.ledger().map(|path| lines(Use::Ledger, path));
-    let mut events = config.events().map(|path| lines(Use::Events, path));
+    let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, user.as_ref()));
+    let mut events = config.events().map(|path| LineFile::open(Use::Events, path, user.as_ref()));
+    LineFile::wait(ledger.iter_mut().chain(&mut events), meters);
 
     let job = Job {
         program: agent.program,
@@ -420,7 +418,11 @@ fn guard(
     match Guard::begin(place, nonce, mode, owner, launch, places, agent) {
         Ok(guard) => Ok(Some(guard)),
         Err(refused) => {
-            say_refused(config, place, nonce, who, &refused);
+            let (told, config, place) = (refused.clone(), config.clone(), place.clone());
+            let (run, who) = (nonce.to_owned(), who.clone());
+            if let Err(error) = within(Duration::ZERO, move || say_refused(&config, &place, &run, &who, &told)) {
+                tracing::warn!(%error, "that this agent was refused is not written down");
+            }
             Err(Failure { exit_code: supervise::OWN_FAILURE, meant: true, source: Box::new(refused) })
         }
     }
@@ -436,18 +438,13 @@ fn is_open(config: &Config, agent: &User) -> bool {
     })
 }
 
-/// Whether a link in a file's place is followed: not one that the agent could have put there.
-fn may_lead_on(user: Option<&User>, path: &Path) -> bool {
-    user.is_none_or(|user| user.is_us() || !user.may_change(path))
-}
-
 /// An agent that never runs has no numbers of its own to be read.
 fn say_refused(config: &Config, place: &Place, nonce: &str, who: &Who, refused: &TenantsShare) {
     let mut meters = metric::Meters::new(config.max_series());
     let user = config.user().ok().flatten();
-    let mut lines = |what, path: PathBuf| LineFile::open(what, path.clone(), may_lead_on(user.as_ref(), &path), &mut meters);
-    let mut ledger = config.ledger().map(|path| lines(Use::Ledger, path));
-    let mut events = config.events().map(|path| lines(Use::Events, path));
+    let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, user.as_ref()));
+    let mut events = config.events().map(|path| LineFile::open(Use::Events, path, user.as_ref()));
+    LineFile::wait(ledger.iter_mut().chain(&mut events), &mut meters);
     let (action, now) = (Guarded::Refused, Clock::start().now());
     let mut logs = Logs::of(who.clone());
     for (seq, (kind, owner)) in (0..).zip(refused.kinds()) {
@@ -540,14 +537,6 @@ fn seat(config: &Config, place: Option<&std::io::Result<Place>>, run: &str, who:
             Ok(None)
         }
     }
-}
-
-/// What is to be done before the agent starts, on a disk that may hang: that is not waited for, beyond what it takes anyhow.
-fn within<T: Send + 'static>(takes: Duration, what: impl FnOnce() -> T + Send + 'static) -> std::io::Result<T> {
-    let (say, hear) = mpsc::channel();
-    std::thread::Builder::new().name(String::from("start")).stack_size(256 * 1024).spawn(move || drop(say.send(what())))?;
-    let hangs = |_| std::io::Error::new(std::io::ErrorKind::TimedOut, "its file system does not answer");
-    hear.recv_timeout(takes + HANGS).map_err(hangs)
 }
 
 /// Has our numbers served by the hub, and the hub by us when it is our turn.

@@ -29,6 +29,13 @@ pub(crate) struct Sampler {
     gone: BTreeMap<&'static str, Duration>,
     seen: HashMap<Pid, Seen>,
     oom_kills: Option<u64>,
+    undecided: Option<Undecided>,
+}
+
+/// The kernel has killed somebody, and the largest was still there when we looked: it takes its time to be gone.
+struct Undecided {
+    kills: u64,
+    gone: Vec<Seen>,
 }
 
 /// A process at the reading before.
@@ -52,12 +59,13 @@ impl Sampler {
             gone: BTreeMap::new(),
             seen: HashMap::new(),
             oom_kills: oom_kills(cgroup),
+            undecided: None,
         })
     }
 
     /// Whether the kernel has killed somebody for memory since the last reading: then it is worth another.
     pub(crate) fn oom_killed(&self) -> bool {
-        oom_kills(&self.cgroup) > self.oom_kills
+        oom_kills(&self.cgroup) > self.oom_kills || self.undecided.is_some()
     }
 
     /// The reading after the CLI's end.
@@ -72,11 +80,15 @@ impl Sampler {
                 seen.role != "cli"
             });
         }
-        self.read(None, false)
+        self.look(None, false, Some(exit))
     }
 
     /// One reading; `cli` is the CLI's pid, `works` whether its connections are of interest. What cannot be read is absent.
     pub(crate) fn read(&mut self, cli: Option<u32>, works: bool) -> Sample {
+        self.look(cli, works, None)
+    }
+
+    fn look(&mut self, cli: Option<u32>, works: bool, exit: Option<Exit>) -> Sample {
         let kind = ProcessRefreshKind::nothing().with_memory().with_cpu();
         let us = Pid::from_u32(std::process::id());
         // Others may live here by the hundred: looking at each of them would cost more than all else that we do.
@@ -104,17 +116,16 @@ impl Sampler {
                 }
             }
         }
-        let mut vanished: Vec<Seen> = self.seen.iter().filter(|(pid, _)| !now.contains_key(pid)).map(|(_, seen)| *seen).collect();
+        let vanished: Vec<Seen> = self.seen.iter().filter(|(pid, _)| !now.contains_key(pid)).map(|(_, seen)| *seen).collect();
         for seen in &vanished {
             *self.gone.entry(seen.role).or_default() += seen.cpu;
         }
-        self.seen = now;
+        let before = std::mem::replace(&mut self.seen, now);
         for (role, cpu) in &self.gone {
             if let Some(sum) = roles.get_mut(role) {
                 sum.cpu += *cpu;
             }
         }
-        let own = self.system.process(us);
         let mut container = container(&self.cgroup);
         let cli = cli.and_then(|pid| {
             let process = self.proc.join(pid.to_string());
@@ -124,18 +135,47 @@ impl Sampler {
         });
         let killed = container.oom_kills.unwrap_or_default().saturating_sub(self.oom_kills.unwrap_or_default());
         self.oom_kills = container.oom_kills.or(self.oom_kills);
-        // The kernel takes the largest; who is gone and was large is who it took.
-        vanished.sort_by_key(|seen| std::cmp::Reverse(seen.memory_bytes));
-        vanished.truncate(usize::try_from(killed).unwrap_or(usize::MAX));
+        let (killed, victims) = self.victims(killed, vanished, &before, exit);
+        let own = self.system.process(us);
         Sample {
             roles: roles.into_values().collect(),
             cli,
-            oom_unknown: killed.saturating_sub(vanished.len() as u64),
-            oom_victims: vanished.iter().map(|seen| OomVictim { role: seen.role, memory_bytes: seen.memory_bytes }).collect(),
+            oom_unknown: killed.saturating_sub(victims.len() as u64),
+            oom_victims: victims.iter().map(|seen| OomVictim { role: seen.role, memory_bytes: seen.memory_bytes }).collect(),
             container,
             sidecar_cpu: own.map(|process| Duration::from_millis(process.accumulated_cpu_time())),
             sidecar_memory_bytes: own.map(Process::memory),
         }
+    }
+
+    /// How many were killed, and who: the kernel takes the largest; who is gone and was large is who it took.
+    fn victims(&mut self, killed: u64, mut gone: Vec<Seen>, before: &HashMap<Pid, Seen>, exit: Option<Exit>) -> (u64, Vec<Seen>) {
+        let waited = self.undecided.take();
+        let last_look = exit.is_some() || waited.is_some();
+        let earlier = waited.unwrap_or(Undecided { kills: 0, gone: Vec::new() });
+        let killed = killed + earlier.kills;
+        if killed == 0 {
+            return (0, Vec::new());
+        }
+        gone.extend(earlier.gone);
+        // Of the CLI we know that it was killed; a tool that ended beside it may have been larger.
+        let taken = exit == Some(Exit::Signal(KILL));
+        gone.sort_by_key(|seen| std::cmp::Reverse((taken && seen.role == "cli", seen.memory_bytes)));
+        let found = gone.get(..usize::try_from(killed).unwrap_or(usize::MAX)).and_then(<[Seen]>::last);
+        let smallest = found.map_or(0, |seen| seen.memory_bytes);
+        let mut larger = false;
+        for (pid, seen) in &mut self.seen {
+            // Who is dying has given back what it had.
+            let was = before.get(pid).map_or(0, |seen| seen.memory_bytes);
+            seen.memory_bytes = seen.memory_bytes.max(was);
+            larger |= seen.memory_bytes > smallest;
+        }
+        if larger && !last_look {
+            self.undecided = Some(Undecided { kills: killed, gone });
+            return (0, Vec::new());
+        }
+        gone.truncate(usize::try_from(killed).unwrap_or(usize::MAX));
+        (killed, gone)
     }
 
     /// What a process is to the agent: the CLI, a server in its group, or a tool, which has a session of its own. And whether it is a
@@ -343,6 +383,49 @@ mod tests {
         fs::write(cgroup.join("memory.events"), "oom_kill 6\n").unwrap();
         let sample = sampler.read(None, false);
         assert_eq!((sample.oom_victims, sample.oom_unknown), (Vec::new(), 1));
+        fs::remove_dir_all(cgroup).unwrap();
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "here is no reaper: the test owns the process")]
+    fn a_victim_that_dies_slowly_is_waited_for() {
+        let cgroup = fixture("slow", &[("cgroup.controllers", "memory\n"), ("memory.events", "oom_kill 4\n")]);
+        let mut agent = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let mut sampler = Sampler::at(&cgroup, Path::new("/proc")).unwrap();
+        let (large, small) = (9 << 40, 5 << 40);
+        // The kernel has counted its kill, the largest still dies, and a tool has ended by itself.
+        let killed = |sampler: &mut Sampler, n: u32| {
+            let seen = |role, memory_bytes| Seen { role, cpu: Duration::ZERO, memory_bytes };
+            sampler.seen.insert(Pid::from_u32(agent.id()), seen("cli", large));
+            sampler.seen.insert(Pid::from_u32(u32::MAX - n), seen("tool", small));
+            fs::write(cgroup.join("memory.events"), format!("oom_kill {n}\n")).unwrap();
+            let sample = sampler.read(Some(agent.id()), false);
+            assert_eq!((sample.oom_victims, sample.oom_unknown), (Vec::new(), 0));
+            assert!(sampler.oom_killed(), "there is something to say yet");
+        };
+        let victim = |role, memory_bytes| OomVictim { role, memory_bytes };
+        // Who is still there at the next look was not it.
+        killed(&mut sampler, 5);
+        let sample = sampler.read(Some(agent.id()), false);
+        assert_eq!((sample.oom_victims, sample.oom_unknown), (vec![victim("tool", small)], 0));
+        assert!(!sampler.oom_killed());
+        killed(&mut sampler, 6);
+        agent.kill().unwrap();
+        agent.wait().unwrap();
+        assert_eq!(sampler.last(Exit::Signal(KILL)).oom_victims, [victim("cli", large)]);
+        fs::remove_dir_all(cgroup).unwrap();
+    }
+
+    #[test]
+    fn of_two_that_are_gone_the_one_that_was_killed_is_the_victim() {
+        let cgroup = fixture("two", &[("cgroup.controllers", "memory\n"), ("memory.events", "oom_kill 4\n")]);
+        let mut sampler = Sampler::at(&cgroup, Path::new("/proc")).unwrap();
+        // It has grown since it was looked at.
+        for (n, role, memory_bytes) in [(1, "tool", 9 << 40), (2, "cli", 5 << 40)] {
+            sampler.seen.insert(Pid::from_u32(u32::MAX - n), Seen { role, cpu: Duration::ZERO, memory_bytes });
+        }
+        fs::write(cgroup.join("memory.events"), "oom_kill 5\n").unwrap();
+        assert_eq!(sampler.last(Exit::Signal(KILL)).oom_victims, [OomVictim { role: "cli", memory_bytes: 5 << 40 }]);
         fs::remove_dir_all(cgroup).unwrap();
     }
 }

@@ -371,6 +371,23 @@ mod tests {
     }
 
     #[test]
+    fn of_agents_that_are_taken_in_together_the_last_to_end_is_remembered_last() {
+        let place = place("last", "");
+        for (ended, (run, pid)) in (1..).zip([("z", 1), ("a", 2), ("m", 3)]) {
+            let hello = Hello { hub: VERSION, run: run.to_owned(), pid, started: 0.0, world: String::new(), labels: Vec::new() };
+            let (mut journal, mut meters) = (Journal::new(&place.dir, hello), Meters::default());
+            turns(&mut journal, &mut meters, 1);
+            fs::write(story::path(&place.dir, run), "").unwrap();
+            journal.end();
+            let file = OpenOptions::new().write(true).open(place.dir.join(format!("{run}{ENDING}"))).unwrap();
+            file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(ended)).unwrap();
+        }
+        let ended: Vec<u32> = shelf(&place).ended.iter().map(|ended| ended.pid).collect();
+        assert_eq!(ended, [1, 2, 3]);
+        fs::remove_dir_all(&place.dir).unwrap();
+    }
+
+    #[test]
     fn what_an_earlier_container_has_left_is_not_ours() {
         let before = place("world", "before");
         for run in ["a", "b"] {

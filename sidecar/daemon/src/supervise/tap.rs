@@ -91,6 +91,8 @@ struct State<M> {
     shut: bool,
     /// Bytes taken so far: the sign of life of the other side.
     taken: u64,
+    /// The end, while something urgent came before it: a block may hold what was handed in later.
+    end: Option<[u8; HEAD]>,
 }
 
 impl<M> Tap<M> {
@@ -105,6 +107,7 @@ impl<M> Tap<M> {
             flood: Flood::default(),
             shut: false,
             taken: 0,
+            end: None,
         };
         Self { state: Mutex::new(state), more: Condvar::new() }
     }
@@ -149,7 +152,12 @@ impl<M> Tap<M> {
             Mark::Exited(Exit::Code(n)) => head(EXITED, n.cast_unsigned().into()),
             Mark::Exited(Exit::Signal(n)) => head(KILLED, n.cast_unsigned().into()),
         };
-        state.frames.push_always(&head);
+        // What was found out about the end is known before it.
+        if matches!(mark, Mark::Exited(_)) && !state.urgent.is_empty() {
+            state.end = Some(head);
+        } else {
+            state.frames.push_always(&head);
+        }
         self.wake(state);
     }
 
@@ -171,6 +179,7 @@ impl<M> Tap<M> {
         state.shut = true;
         state.urgent.clear();
         state.frames.clear();
+        state.end = None;
     }
 
     pub(crate) fn is_shut(&self) -> bool {
@@ -186,6 +195,11 @@ impl<M> Tap<M> {
     /// Waits until there is something, or for so long. Either gives an urgent one, or fills `portion`.
     pub(crate) fn take(&self, now: Duration, portion: &mut Portion, timeout: Option<Duration>) -> Option<Urgent<M>> {
         let mut state = self.lock();
+        if state.urgent.is_empty()
+            && let Some(end) = state.end.take()
+        {
+            state.frames.push_always(&end);
+        }
         let (waiting, handed) = (state.frames.len(), state.taken + state.frames.len());
         if state.urgent.is_empty() && state.flood.rises(now, waiting, handed) {
             // Not asleep: bytes do not wake it. What is urgent waits for a few milliseconds.
@@ -465,6 +479,22 @@ mod tests {
         tap.bytes(Duration::ZERO, Stream::Stdout, &vec![b'x'; 300_000]);
         tap.urgent(Urgent::Spawned { pid: 2 });
         assert!(matches!(tap.take(Duration::ZERO, &mut portion, None), Some(Urgent::Spawned { pid: 2 })));
+    }
+
+    #[test]
+    fn what_was_said_before_the_end_is_heard_before_it() {
+        let tap = tap(1000, 1000);
+        let mut portion = Portion::default();
+        tap.bytes(Duration::ZERO, Stream::Stdout, b"killed");
+        tap.urgent(Urgent::Visit(Box::new(|(), _| {})));
+        tap.mark(Mark::StdoutEnd);
+        tap.mark(Mark::Exited(Exit::Signal(9)));
+        assert!(tap.take(Duration::ZERO, &mut portion, None).is_none());
+        assert_eq!(portion.next(), Some(Piece::Bytes(Stream::Stdout, b"killed")));
+        assert_eq!(portion.next(), Some(Piece::Mark(Mark::StdoutEnd)));
+        assert_eq!(portion.next(), None);
+        assert!(matches!(tap.take(Duration::ZERO, &mut portion, None), Some(Urgent::Visit(_))));
+        assert_eq!(drain(&tap), "[Exited(Signal(9))]");
     }
 
     proptest! {

@@ -8,7 +8,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use agent_sidecar_core::launch::Launch;
 use agent_sidecar_core::update::Start;
@@ -25,6 +25,8 @@ const MANY: usize = 1_024;
 const NAME: usize = 48;
 /// Whose agents nobody knows. Like the numbers of those without a name, no name begins with it.
 const NOBODY: &str = "_";
+/// What an agent has left is removed in this time, or the exit waits no longer.
+const REMOVAL: Duration = Duration::from_secs(20);
 /// What is being removed.
 const GONE: &str = ".gone~";
 
@@ -98,7 +100,6 @@ impl Home {
         make_root(&root, way)?;
         let tenant = root.join(tenant.map_or_else(|| NOBODY.to_owned(), safe));
         private(&tenant, way)?;
-        tidy(&tenant);
         let (dir, lock) = match resume.and_then(|id| with_session(&tenant, id)) {
             // Where its session is, there it has to be.
             Some(dir) => {
@@ -122,6 +123,7 @@ impl Home {
             }
             private(part, user.map_or(Reach::Ours, Reach::Of))?;
         }
+        tidy(tenant);
         let [config, tmp, workspace] = parts;
         let unset = |name: &str| std::env::var_os(name).is_none_or(|value| value.is_empty());
         let mut env: Vec<(OsString, OsString)> = [("CLAUDE_CONFIG_DIR", config), ("TMPDIR", tmp)]
@@ -149,14 +151,21 @@ impl Home {
 /// Whoever is not started leaves nothing, either.
 impl Drop for Home {
     fn drop(&mut self) {
-        if self.remove {
-            let removed = self.dir.parent().map_or(Ok(()), |tenant| discard(&self.dir, tenant));
-            if let Err(error) = removed {
-                tracing::warn!(dir = %self.dir.display(), %error, "the agent's own directory is not wholly removed");
-            }
+        let (dir, lock) = (self.dir.clone(), self.lock.take());
+        if !self.remove {
+            return;
         }
-        // Only now may the next one have it.
-        drop(self.lock.take());
+        let remove = move || {
+            let removed = dir.parent().map_or(Ok(()), |tenant| discard(&dir, tenant).and_then(|gone| clear(&gone)));
+            if let Err(error) = removed {
+                tracing::warn!(dir = %dir.display(), %error, "the agent's own directory is not wholly removed");
+            }
+            // Only now may the next one have it.
+            drop(lock);
+        };
+        if within(REMOVAL, remove).is_none() {
+            tracing::warn!(dir = %self.dir.display(), "the agent's own directory is not removed in time; the next agent goes on with that");
+        }
     }
 }
 
@@ -281,27 +290,32 @@ fn private(dir: &Path, reach: Reach<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes it, in one step for whoever comes next; a kill in the middle leaves what the next one clears away.
-fn discard(dir: &Path, tenant: &Path) -> io::Result<()> {
+/// Removes it for whoever comes next, in one step; to be cleared away. A kill in between leaves that to the next one.
+fn discard(dir: &Path, tenant: &Path) -> io::Result<PathBuf> {
     let gone = tenant.join(format!("{GONE}{:016x}", crate::supervise::random()));
     fs::rename(dir, &gone)?;
-    match fs::remove_dir_all(&gone) {
-        // Another agent tidies up at the same time.
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!(dir = %gone.display(), %error, "what an agent has left is not wholly removed");
-        }
-        _ => {}
-    }
-    Ok(())
+    Ok(gone)
 }
 
-/// Clears away what somebody was killed over.
-fn tidy(tenant: &Path) {
-    for entry in fs::read_dir(tenant).into_iter().flatten().flatten().take(MANY) {
-        if entry.file_name().as_encoded_bytes().starts_with(GONE.as_bytes()) {
-            fs::remove_dir_all(entry.path()).ok();
-        }
+fn clear(gone: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(gone) {
+        // Another agent tidies up at the same time.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        cleared => cleared,
     }
+}
+
+/// Clears away what somebody was killed over. That may be much: no agent waits for it.
+fn tidy(tenant: PathBuf) {
+    let tidy = move || {
+        for entry in fs::read_dir(tenant).into_iter().flatten().flatten().take(MANY) {
+            if entry.file_name().as_encoded_bytes().starts_with(GONE.as_bytes()) {
+                clear(&entry.path()).ok();
+            }
+        }
+    };
+    // Without a thread the next agent tidies up.
+    std::thread::Builder::new().name(String::from("tidy")).spawn(tidy).ok();
 }
 
 /// Whether we were started by an agent with a directory of its own, which a tool of it finds in its environment.
@@ -423,7 +437,11 @@ mod tests {
         );
         drop(next);
         drop(Home::make(&dirs(&root, true), Some("acme"), None, Start::Fresh, None, None).unwrap());
-        assert!(!root.join(format!("acme/{GONE}1")).exists(), "what a kill has left is cleared away");
+        let cleared = (0..3_000).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            !root.join(format!("acme/{GONE}1")).exists()
+        });
+        assert!(cleared, "what a kill has left is cleared away");
         fs::remove_dir_all(root).unwrap();
     }
 

@@ -63,7 +63,7 @@ impl Places {
 }
 
 /// An agent that was not started.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error(
     "the agent of {} was not started: {} {}; give each tenant its own (CLAUDE_CONFIG_DIR and a working directory, or --agent-dirs), or set `tenants.guard` to shadow",
     tenant(.owner), what(.first), also(.more)

@@ -14,8 +14,13 @@ const WORD: &str = "0123456789abcdef0123456789abcdef";
 const RAISE: &str = "POST /v1/budgets/container?usd=9";
 
 /// The code that a request with these headers is answered with.
-fn code(mut stream: impl Read + Write, request: &str, headers: &str) -> String {
-    write!(stream, "{request} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n{headers}\r\n").unwrap();
+fn code(stream: impl Read + Write, request: &str, headers: &str) -> String {
+    code_at("here", stream, request, headers)
+}
+
+/// The same under another name.
+fn code_at(host: &str, mut stream: impl Read + Write, request: &str, headers: &str) -> String {
+    write!(stream, "{request} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer.split(' ').nth(1).unwrap().to_owned()
@@ -46,6 +51,16 @@ impl Hub {
         let socket = UnixStream::connect(self.dir.join("hub.sock")).unwrap();
         [code(socket, RAISE, headers), code(self.tcp().unwrap(), RAISE, headers)]
     }
+}
+
+#[test]
+fn what_a_page_of_somebody_elses_name_asks_is_not_answered() {
+    // A name that its owner points at us when the browser has his page already.
+    let hub = hub("rebound", |_| Vec::new());
+    for (host, expected) in [("rebound.example", "421"), ("localhost", "200"), ("127.0.0.1:9477", "200")] {
+        assert_eq!(code_at(host, hub.tcp().unwrap(), "GET /v1/budgets", ""), expected, "{host}");
+    }
+    assert_eq!(code_at("rebound.example", hub.tcp().unwrap(), "GET /metrics", ""), "200", "scrapers use any name");
 }
 
 fn token(dir: &Path, mode: u32) -> String {

@@ -9,6 +9,7 @@ mod doctor;
 mod exit_codes;
 mod explain;
 mod gate;
+mod hang;
 mod http;
 mod hub;
 mod inherited;

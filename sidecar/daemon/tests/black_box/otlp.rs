@@ -55,7 +55,7 @@ fn post(stream: &mut impl BufRead) -> Option<(String, Vec<u8>)> {
         stream.read_line(&mut line).ok().filter(|n| *n > 0)?;
         match line.trim_end().split_once(' ') {
             None => break,
-            Some(("POST", rest)) => path = rest.split(' ').next().unwrap().to_owned(),
+            Some(("POST" | "CONNECT", rest)) => path = rest.split(' ').next().unwrap().to_owned(),
             Some((name, value)) if name.eq_ignore_ascii_case("content-length:") => length = value.parse().unwrap(),
             Some(_) => {}
         }
@@ -70,7 +70,8 @@ fn run(dir: &Path, collector: &str, program: &str) -> Command {
     let mut command = Command::new(SIDECAR);
     command.args(["run", "--listen", "off", "--otlp-endpoint", collector, "--otlp-queue-dir"]).arg(dir.join("queue"));
     command.args(["--", "sh", "-c", program, "sh"]).args(ONE_SHOT);
-    for (variable, _) in std::env::vars().filter(|(name, _)| name.starts_with("OTEL_") || name.starts_with("TRACE")) {
+    let ours = |name: &str| name.starts_with("OTEL_") || name.starts_with("TRACE") || name.to_uppercase().ends_with("_PROXY");
+    for (variable, _) in std::env::vars().filter(|(name, _)| ours(name)) {
         command.env_remove(variable);
     }
     command
@@ -170,4 +171,33 @@ fn content_leaves_only_by_the_gate_that_was_opened_and_without_its_secrets() {
         }
         assert_eq!(collector.told("/v1/traces", "[scrubbed]"), usize::from(gate.is_some()));
     }
+}
+
+#[test]
+fn a_collector_beyond_a_proxy_is_reached_through_it_and_one_beside_us_is_not() {
+    // It says yes to whoever wants through, and then is the collector itself. The name leads nowhere but there.
+    let beyond = "http://collector.invalid:4318";
+    let traced = |name: &str, endpoint: &str, variables: &[(&str, &str)]| {
+        let mut command = run(&fresh(name), endpoint, &format!("echo '{INIT}'; echo '{CALL}'"));
+        let done = command.envs(variables.iter().copied()).stdin(Stdio::null()).output().unwrap();
+        assert!(done.status.success(), "{done:?}");
+    };
+    let proxy = Collector::start();
+    let with_key = proxy.url.replace("http://", "http://user:secret@");
+    traced("otlp-proxy", beyond, &[("HTTP_PROXY", &with_key), ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")]);
+    assert!(proxy.told("/v1/traces", "execute_tool Bash") == 1);
+    let asked = |proxy: &Collector| proxy.posts.lock().unwrap().iter().filter(|(to, _)| to == "collector.invalid:4318").count();
+    assert!(asked(&proxy) > 0, "by CONNECT");
+    // What is not to go through it does not.
+    let shunned = Collector::start();
+    traced(
+        "otlp-no-proxy",
+        beyond,
+        &[("HTTP_PROXY", &shunned.url), ("NO_PROXY", "other.invalid,.invalid"), ("OTEL_BSP_EXPORT_TIMEOUT", "500")],
+    );
+    assert!(shunned.posts.lock().unwrap().is_empty());
+    let collector = Collector::start();
+    traced("otlp-here", &collector.url, &[("HTTP_PROXY", &shunned.url), ("ALL_PROXY", &shunned.url)]);
+    assert_eq!(collector.told("/v1/traces", "execute_tool Bash"), 1);
+    assert!(shunned.posts.lock().unwrap().is_empty());
 }

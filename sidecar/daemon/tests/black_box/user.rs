@@ -329,7 +329,7 @@ fn an_agent_reaches_its_directories_whatever_the_umask_and_whoever_made_them() {
         command.args(["-c", "umask 077; exec \"$@\"", "sh", SIDECAR, "run", "--listen", "off", "--agent-dirs"]).arg(dirs);
         command.args(["--agent-workspace", "always"]).args(user).args(["--", "sh", "-c", cli, "sh"]).args(STREAM_JSON).args(more);
         let out = command.current_dir("/").stdin(Stdio::null()).output().unwrap();
-        (String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap())
+        (String::from_utf8(out.stdout).unwrap(), format!("{:?} {}", out.status.code(), String::from_utf8(out.stderr).unwrap()))
     };
     let (nobody, writes) = (["--user", "65534"], "touch $CLAUDE_CONFIG_DIR/mine && echo written");
     let (wrote, said) = run(&root.join("new/agents"), &nobody, writes, &[]);
@@ -343,8 +343,10 @@ fn an_agent_reaches_its_directories_whatever_the_umask_and_whoever_made_them() {
     let (wrote, said) = run(&old, &nobody, writes, &["--resume", "0b-1"]);
     assert_eq!(wrote, "written\n", "{said}");
     std::fs::set_permissions(&old, std::fs::Permissions::from_mode(0o700)).unwrap();
-    let (_, said) = run(&old, &nobody, writes, &[]);
+    let (wrote, said) = run(&old, &nobody, "pwd", &[]);
     assert!(said.contains("the agent's user cannot pass through this directory"), "{said}");
+    // It is that user who goes to where it is to work, not we, who could.
+    assert!(wrote.is_empty() && said.starts_with("Some(126)"), "{wrote} {said}");
 }
 
 #[test]

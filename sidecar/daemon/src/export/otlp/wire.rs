@@ -14,7 +14,6 @@ use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Method, Request, StatusCode, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use opentelemetry_proto::tonic::collector::logs::v1::ExportLogsServiceRequest;
 use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
@@ -26,6 +25,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use super::Signal;
 use super::answer::{self, Answer, Blame};
 use super::environment::{Protocol, Target};
+use crate::proxy::Way;
 
 /// An answer says "taken", and perhaps how much was not. Longer ones are not read.
 const ANSWER_BYTES: usize = 64 * 1024;
@@ -41,7 +41,7 @@ pub(super) trait Wire {
     async fn send(&mut self, payload: &Bytes) -> Answer;
 }
 
-type Http = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+type Http = Client<HttpsConnector<Way>, Full<Bytes>>;
 
 /// The client for one target; made when it is first needed, and again after a failure, with the files as they are then.
 pub(super) struct Collector {
@@ -236,15 +236,12 @@ fn frame(payload: &[u8], compress: bool) -> Bytes {
 }
 
 fn client(target: &Target) -> Result<Http, String> {
-    let mut tcp = HttpConnector::new();
-    tcp.enforce_http(false);
-    tcp.set_nodelay(true);
-    tcp.set_connect_timeout(Some(target.timeout));
+    let way = Way::out(target.timeout);
     let tls = tls(target)?;
     let connector = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http();
     let connector = match target.protocol {
-        Protocol::Http | Protocol::Json => connector.enable_http1().wrap_connector(tcp),
-        Protocol::Grpc => connector.enable_http2().wrap_connector(tcp),
+        Protocol::Http | Protocol::Json => connector.enable_http1().wrap_connector(way),
+        Protocol::Grpc => connector.enable_http2().wrap_connector(way),
     };
     let client = Client::builder(TokioExecutor::new())
         .timer(TokioTimer::new())
