@@ -4,7 +4,7 @@
 //! division leaves over goes to the largest part: rows add up to the lines, to the last picodollar. Sums may fall below zero where a
 //! confirmation took back on one day what was counted on another.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -129,6 +129,8 @@ struct Place {
     model: Option<Arc<str>>,
 }
 
+type Waiting = Vec<(Place, Sum)>;
+
 /// See the module's head.
 #[derive(Debug)]
 pub struct Bill {
@@ -136,13 +138,13 @@ pub struct Bill {
     prices: PriceTable,
     sums: HashMap<(Place, bool), Sum>,
     /// What was counted early and waits for the end of its turn, by run and session.
-    unconfirmed: HashMap<(Arc<str>, Arc<str>), Vec<(Place, Sum)>>,
+    unconfirmed: HashMap<(Arc<str>, Arc<str>), Waiting>,
     /// The container's time of runs whose session has no name yet.
-    nameless: HashMap<Arc<str>, Vec<(Place, Sum)>>,
+    nameless: HashMap<Arc<str>, Waiting>,
     /// The session of a run's last line.
     current: HashMap<Arc<str>, Arc<str>>,
     /// Each text once, however many lines have it.
-    texts: HashMap<Arc<str>, ()>,
+    texts: HashSet<Arc<str>>,
 }
 
 impl Bill {
@@ -155,7 +157,7 @@ impl Bill {
             unconfirmed: HashMap::new(),
             nameless: HashMap::new(),
             current: HashMap::new(),
-            texts: HashMap::new(),
+            texts: HashSet::new(),
         }
     }
 
@@ -269,11 +271,11 @@ impl Bill {
     }
 
     fn text(&mut self, text: &str) -> Arc<str> {
-        if let Some((known, ())) = self.texts.get_key_value(text) {
+        if let Some(known) = self.texts.get(text) {
             return Arc::clone(known);
         }
         let new: Arc<str> = text.into();
-        self.texts.insert(Arc::clone(&new), ());
+        self.texts.insert(Arc::clone(&new));
         new
     }
 

@@ -692,6 +692,10 @@ fn book_hours(hours: &Meter, handle: &Handle, end: bool) -> bool {
     match hours.take(end) {
         Ok(Some(time)) => handle.visit(move |monitor, now| monitor.handle(now, Input::ContainerUsed(time))),
         Ok(None) => false,
+        Err(error) if end => {
+            tracing::warn!(%error, "the last of the container's hours are not booked");
+            false
+        }
         Err(error) => {
             // What is not taken now is taken next time.
             tracing::debug!(%error, "the container's hours cannot be divided");
