@@ -28,10 +28,10 @@ COST = "sum(last_over_time(claude_agent_cost_usd_total[5m]))"
 
 
 class Prometheus:
-    def __init__(self, directory, target: int):
+    def __init__(self, directory, target: int = 0, targets: list[dict] | None = None):
         self.port = harness.free_port()
         config = directory / "prometheus.yml"
-        scrape = {"job_name": "agent", "scrape_interval": "1s", "static_configs": [{"targets": [f"127.0.0.1:{target}"]}]}
+        scrape = {"job_name": "agent", "scrape_interval": "1s", "static_configs": targets or [{"targets": [f"127.0.0.1:{target}"]}]}
         config.write_text(json.dumps({"scrape_configs": [scrape]}))  # JSON is YAML.
         flags = [f"--config.file={config}", f"--storage.tsdb.path={directory / 'tsdb'}", f"--web.listen-address=127.0.0.1:{self.port}"]
         self.log = (directory / "prometheus.log").open("wb")

@@ -2,10 +2,12 @@
 //! ledger's own: what no turn explains stands beside the turns.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::record::{Fact, Record};
+use crate::report::Container;
 use crate::tokens::{Tokens, Usd};
 use crate::update::{Activity, Basis, ExitReason, MissingCause, Outcome, Source, Start, ToolOutcome, Wish};
 
@@ -190,6 +192,9 @@ pub struct Session {
     pub estimated_usd: Usd,
     pub unpriced: bool,
     pub web_searches: u64,
+    /// No part of what was spent.
+    #[serde(skip_serializing_if = "Container::is_zero")]
+    pub container: Container,
     pub turns: Vec<Turn>,
     /// Spent while no turn was going on: background agents, suggestions.
     pub between_turns: Spend,
@@ -354,6 +359,9 @@ impl Session {
                 for (state, seconds) in seconds {
                     *self.time.entry(*state).or_default() += seconds;
                 }
+            }
+            Fact::ContainerUsed { seconds, cost_usd, .. } => {
+                self.container.add(Duration::try_from_secs_f64(*seconds).unwrap_or_default(), *cost_usd);
             }
             Fact::LimitDecided { limit, scope, mode, action, observed, ceiling, why, .. } => self.limits.push(Limit {
                 time,

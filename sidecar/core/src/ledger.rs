@@ -332,13 +332,16 @@ impl Ledger {
 
     fn count_early(&mut self, id: &str, at: Duration) {
         let Some(open) = self.open.get_mut(id) else { return };
-        let Some(usd) = self.prices.answer(&open.model, at, &open.usage) else { return };
-        let book = Book { tokens: open.usage.tokens, usd, searches: open.usage.web_searches };
+        let prices = &self.prices;
+        let priced = prices.answer(&open.model, at, &open.usage).zip(prices.list(&open.model, at, &open.usage));
+        let Some((usd, list)) = priced else { return };
+        let book = Book { tokens: open.usage.tokens, usd: list, searches: open.usage.web_searches };
         if book.is_zero() {
             return;
         }
-        open.counted = book;
+        open.counted = Book { usd, ..book };
         let (model, source) = (open.model.clone(), open.source);
+        // In the money of the confirmation that it will be held against: the CLI's own.
         let ahead = self.ahead.entry(model.clone()).or_default();
         *ahead = ahead.plus(book);
         self.out.push(Update::Spent(Spent {
@@ -348,6 +351,7 @@ impl Ledger {
             basis: Basis::Estimate,
             tokens: book.tokens,
             cost: usd,
+            list,
             reported: Usd::ZERO,
             web_searches: book.searches,
             unpriced: false,
@@ -503,7 +507,19 @@ impl Ledger {
         let unpriced = !self.prices.knows(&new.model, at);
         let Increment { session, model, source, tokens, usd } = new;
         let (basis, reported, web_searches) = (Basis::Confirmed, usd, 0);
-        self.out.push(Update::Spent(Spent { session, model, source, basis, tokens, cost, reported, web_searches, unpriced }));
+        let list = if unpriced { cost } else { usd };
+        self.out.push(Update::Spent(Spent {
+            session,
+            model,
+            source,
+            basis,
+            tokens,
+            cost,
+            list,
+            reported,
+            web_searches,
+            unpriced,
+        }));
     }
 
     /// What is paid for it.
@@ -666,6 +682,7 @@ impl Ledger {
             return;
         }
         let price = self.prices.answer(&model, at, &rest);
+        let list = self.prices.list(&model, at, &rest);
         self.out.push(Update::Spent(Spent {
             session: self.session.clone(),
             model,
@@ -673,6 +690,7 @@ impl Ledger {
             basis: Basis::Estimate,
             tokens: rest.tokens,
             cost: price.unwrap_or_default(),
+            list: list.unwrap_or_default(),
             reported: Usd::ZERO,
             web_searches: rest.web_searches,
             unpriced: price.is_none(),
@@ -692,6 +710,9 @@ impl Ledger {
         let tokens = usage.tokens.saturating_sub(open.counted.tokens);
         let price = self.prices.answer(&open.model, at, &usage);
         let cost = price.unwrap_or_default().saturating_sub(open.counted.usd);
+        let before = Usage { tokens: open.counted.tokens, web_searches: open.counted.searches, ..usage.clone() };
+        let list = |usage| self.prices.list(&open.model, at, usage).unwrap_or_default();
+        let list = list(&usage).saturating_sub(list(&before));
         let searches = usage.web_searches.saturating_sub(open.counted.searches);
         open.counted = Book { tokens: usage.tokens, usd: price.unwrap_or_default(), searches: usage.web_searches };
         if tokens.is_zero() && cost.is_zero() {
@@ -705,6 +726,7 @@ impl Ledger {
             basis: Basis::Estimate,
             tokens,
             cost,
+            list,
             reported: Usd::ZERO,
             web_searches: searches,
             unpriced: price.is_none(),
@@ -747,11 +769,13 @@ impl Ledger {
                 let confirmed = confirmed.get(&model).copied().unwrap_or_default();
                 let over = ahead.minus(confirmed);
                 if !over.is_zero() {
+                    let usd = self.prices.confirmed(&model, at, &over.tokens, over.searches, over.usd);
                     self.out.push(Update::Corrected {
                         session: self.session.clone(),
                         model,
                         direction: Direction::Over,
-                        usd: over.usd,
+                        usd,
+                        list: over.usd,
                         tokens: over.tokens,
                     });
                 }
@@ -784,7 +808,7 @@ impl Ledger {
         } else {
             // The main thread's share by the price table, never more than all; the rest of the money goes with the rest.
             let share = Usage { tokens: main, ..Usage::default() };
-            let main_usd = self.prices.answer(model, at, &share).unwrap_or_default().min(book.usd);
+            let main_usd = self.prices.list(model, at, &share).unwrap_or_default().min(book.usd);
             let main_cost = self.prices.confirmed(model, at, &main, 0, main_usd).min(cost);
             vec![
                 (Source::Main, main, main_cost, main_usd, 0),
@@ -802,6 +826,8 @@ impl Ledger {
                 basis: Basis::Confirmed,
                 tokens,
                 cost,
+                // Nobody has a list where it stands.
+                list: if unpriced { cost } else { reported },
                 reported,
                 web_searches,
                 unpriced,

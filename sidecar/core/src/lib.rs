@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod ask;
+pub mod bill;
 pub mod budget;
 pub mod content;
 pub mod detect;

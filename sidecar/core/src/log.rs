@@ -289,6 +289,7 @@ impl Logs {
             Update::Spent(_)
             | Update::Unknown { .. }
             | Update::Resumed { .. }
+            | Update::ContainerUsed { .. }
             | Update::Stalled { on: false, .. }
             | Update::ProcessStarted
             | Update::Spoke { .. }

@@ -148,6 +148,10 @@ pub fn on(meters: &mut Meters, prices: &PriceTable, update: &Update, unix: std::
         Update::Stalled { kind, on, .. } => meters.set(&STALLED, &[SLOT, kind.as_str()], f64::from(u8::from(*on))),
         Update::TenantConflict { kind, action, .. } => meters.add(&TENANT_CONFLICTS, &[kind.as_str(), action.as_str()], 1),
         Update::OomKilled { role, .. } => meters.add(&OOM_KILLS, &[role], 1),
+        Update::ContainerUsed { time, cost, .. } => {
+            meters.add_time(&CONTAINER_TIME, &[], *time);
+            meters.add_usd(&CONTAINER_COST, &[], *cost);
+        }
         Update::Resumed { outcome } => meters.add(&RESUMES, &[outcome], 1),
         Update::Active { unix } => meters.set(&LAST_ACTIVITY, &[SLOT], unix.as_secs_f64()),
         #[expect(clippy::cast_precision_loss, reason = "a gauge speaks in floats")]

@@ -165,6 +165,8 @@ catalog! { after 0;
     UNPRICED_TOKENS = counter("claude_agent_unpriced_tokens_total", Tokens, &["model", "type"], "Tokens of models that nobody prices.");
     PRICE_TABLE_TIMESTAMP = gauge(Max, "claude_agent_price_table_timestamp_seconds", Seconds, &[], "When the price table was last compared with its source.");
     PRICE_TABLE_INFO = info("claude_agent_price_table_info", &["version", "source"], "Which prices are used.");
+    CONTAINER_COST = counter("claude_agent_container_cost_usd_total", Dollars, &[], "What the container costs by the hour, beside the spend and no part of it; what several agents use is divided among them.");
+    CONTAINER_TIME = counter("claude_agent_container_seconds_total", Seconds, &[], "For how long: of each second that the container was there with several agents, each has its part.");
     CACHE_SAVED = counter("claude_agent_cache_saved_usd_total", Dollars, &["model"], "What reading from the cache cost less than sending the same tokens anew.");
     CACHE_PREMIUM = counter("claude_agent_cache_write_premium_usd_total", Dollars, &["model"], "What writing to the cache cost more than sending the same tokens plain.");
     MODEL_REQUESTS = counter("claude_agent_model_requests_total", Plain, &["model", "source", "stop_reason"], "Model answers that were seen.");

@@ -65,6 +65,8 @@ pub enum Input<'a> {
     Native(&'a native::Report),
     /// What the container and the processes use.
     Sample(&'a Sample),
+    /// The container was there for so long, on this agent's account.
+    ContainerUsed(Duration),
     /// What is left of the budgets that others spend from, too.
     Shared(&'a [Option<Shared>; SHARED]),
     /// The agent shares something with that of another tenant: what, whose it is, and what was done about it.
@@ -163,6 +165,13 @@ const SLEPT: Duration = Duration::from_secs(60);
 const STEPPED: Duration = Duration::from_secs(1);
 /// A process that survives a kill for this long is beyond us.
 const UNKILLABLE: Duration = Duration::from_secs(5);
+
+/// For how long the container was there on this agent's account.
+#[derive(Debug, Default)]
+struct ContainerTime {
+    booked: Duration,
+    waits: Duration,
+}
 
 /// What a wrapper knows before it starts.
 #[derive(Clone, Debug)]
@@ -338,6 +347,7 @@ pub struct Monitor {
     pid: Option<u32>,
     spawned_at: Duration,
     conflicts: Vec<who::Shared>,
+    container: ContainerTime,
     meters: Meters,
     report: Report,
     timeline: Timeline,
@@ -395,6 +405,7 @@ impl Monitor {
             pid: None,
             spawned_at: now.mono,
             conflicts: Vec::new(),
+            container: ContainerTime::default(),
             meters,
             report: Report::default(),
             timeline: Timeline::default(),
@@ -434,6 +445,7 @@ impl Monitor {
             Input::NotInjected { request_id } => self.not_injected(request_id),
             Input::Native(report) => self.native(report),
             Input::Sample(sample) => self.sampled(sample),
+            Input::ContainerUsed(time) => self.container_used(time),
             Input::Shared(shared) => self.shared(shared),
             Input::Ordered(order) => self.ordered(order),
             Input::Conflict { kind, owner, action } => self.conflict(kind, owner, action),
@@ -967,6 +979,26 @@ impl Monitor {
         }
     }
 
+    fn container_used(&mut self, time: Duration) {
+        self.container.waits += time;
+        // Who is still to say for whom it works shall pay for the beginning, too.
+        if self.settings.learn.is_over() {
+            self.book_container();
+        }
+    }
+
+    fn book_container(&mut self) {
+        let time = std::mem::take(&mut self.container.waits);
+        if time.is_zero() {
+            return;
+        }
+        // Of the whole, so that nothing is lost in the rounding.
+        let before = self.settings.prices.container(self.container.booked);
+        self.container.booked += time;
+        let cost = self.settings.prices.container(self.container.booked) - before;
+        self.fold(Update::ContainerUsed { session: self.session.id().to_owned(), time, cost });
+    }
+
     fn shared(&mut self, shared: &[Option<Shared>; SHARED]) {
         let before = std::mem::replace(&mut self.outside.shared, *shared);
         for rule in self.settings.rules.clone().iter().filter(|rule| rule.mode != Mode::Off) {
@@ -1038,6 +1070,7 @@ impl Monitor {
     }
 
     fn exit(&mut self, exit: Exit) {
+        self.book_container();
         let reason = match (&self.ladder, exit) {
             (Some(ladder), _) => ladder.reason,
             // A shell around the CLI says it with a code. That a tool was killed before is no reason to think so of the CLI.

@@ -65,8 +65,11 @@ pub fn as_of() -> Duration {
 }
 /// A web search, on top of its tokens.
 pub const WEB_SEARCH: Usd = Usd::from_pico(10_000_000_000);
+/// A small container, by the hour: what providers ask for one or two cores with some memory.
+pub const CONTAINER: Usd = Usd::from_pico(50_000_000_000);
 /// Inference that has to stay in the United States costs this much more.
 const GEO_US: f64 = 1.1;
+const HOUR_NANOS: u128 = 3_600_000_000_000;
 /// No price is known to have held only before a day.
 const ALWAYS: &str = "1970-01-01";
 
@@ -120,6 +123,8 @@ pub struct PriceTable {
     fallback: Option<Rates>,
     discount: f64,
     discounts: BTreeMap<String, f64>,
+    /// Of the container, by the hour.
+    container: Usd,
 }
 
 impl Default for PriceTable {
@@ -134,7 +139,7 @@ impl Default for PriceTable {
                 fast,
             })
             .collect();
-        PriceTable { rows, own: Vec::new(), fallback: None, discount: 1.0, discounts: BTreeMap::new() }
+        PriceTable { rows, own: Vec::new(), fallback: None, discount: 1.0, discounts: BTreeMap::new(), container: CONTAINER }
     }
 }
 
@@ -166,6 +171,32 @@ impl PriceTable {
         self
     }
 
+    /// What a token of each kind costs on the list, in picodollars: by what a sum is divided among kinds.
+    pub(crate) fn by_kind(&self, model: &str, at: Duration) -> Option<[u64; 5]> {
+        let model = canonical(model);
+        let row = latest(&self.rows, &model, at).or_else(|| self.own_row(&model, at))?;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be positive; saturates")]
+        Some(row.rates.0.map(|per_million| (per_million * 1e6).round() as u64))
+    }
+
+    /// What the container costs by the hour; nothing, and nobody counts its hours.
+    #[must_use]
+    pub fn with_container(mut self, usd_per_hour: Usd) -> PriceTable {
+        self.container = usd_per_hour;
+        self
+    }
+
+    /// Whether the container's time is counted, and costs something.
+    pub fn meters_container(&self) -> bool {
+        !self.container.is_zero()
+    }
+
+    /// What it costs in so much time.
+    pub fn container(&self, time: Duration) -> Usd {
+        let pico = u128::from(self.container.pico()).saturating_mul(time.as_nanos());
+        Usd::from_pico(u64::try_from((pico + HOUR_NANOS / 2) / HOUR_NANOS).unwrap_or(u64::MAX))
+    }
+
     /// Whether a configuration changed anything for this model, so that the CLI's own figure is not what is paid.
     pub fn overrides(&self, model: &str, at: Duration) -> bool {
         let model = canonical(model);
@@ -180,9 +211,19 @@ impl PriceTable {
     /// What one answer costs. `None` where nobody prices the model and no fallback is set.
     pub fn answer(&self, model: &str, at: Duration, usage: &Usage) -> Option<Usd> {
         let model = canonical(model);
+        self.priced(self.row(&model, at), usage, self.discount_of(&model))
+    }
+
+    /// The same at list prices: what the CLI will say that it costs, whatever a configuration makes of it.
+    pub fn list(&self, model: &str, at: Duration, usage: &Usage) -> Option<Usd> {
+        let model = canonical(model);
+        self.priced(latest(&self.rows, &model, at).or_else(|| self.own_row(&model, at)), usage, 1.0)
+    }
+
+    fn priced(&self, row: Option<&Price>, usage: &Usage, factor: f64) -> Option<Usd> {
         let fast = usage.speed.as_deref() == Some("fast");
         let geo = if usage.inference_geo.as_deref() == Some("us") { GEO_US } else { 1.0 };
-        let (rates, speed) = match self.row(&model, at) {
+        let (rates, speed) = match row {
             Some(row) => {
                 let rates = match row.long_prompt {
                     Some((above, long)) if usage.tokens.prompt() > above => long,
@@ -197,7 +238,6 @@ impl PriceTable {
             }
             None => (self.fallback?, 1.0),
         };
-        let factor = self.discount_of(&model);
         Some(rates.cost(&usage.tokens, factor * geo * speed) + scale(searches(usage.web_searches), factor))
     }
 

@@ -48,6 +48,9 @@ pub enum Fact {
         basis: Basis,
         tokens: Tokens,
         cost_usd: Usd,
+        /// At list prices, where that is another sum.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        list_usd: Option<Usd>,
         #[serde(default, skip_serializing_if = "is_zero")]
         web_searches: u64,
         #[serde(default, skip_serializing_if = "is_false")]
@@ -59,6 +62,8 @@ pub enum Fact {
         model: String,
         direction: Direction,
         cost_usd: Usd,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        list_usd: Option<Usd>,
         tokens: Tokens,
     },
     TurnStarted {
@@ -172,6 +177,12 @@ pub enum Fact {
         owner: String,
         action: Guarded,
     },
+    /// The container was there for so long since the last such line, on this agent's account. No part of what it spent.
+    ContainerUsed {
+        session_id: String,
+        seconds: f64,
+        cost_usd: Usd,
+    },
     /// The kernel killed a process for memory.
     OomKilled {
         session_id: String,
@@ -199,6 +210,10 @@ pub enum Fact {
 
 fn is_zero(n: &u64) -> bool {
     *n == 0
+}
+
+fn unlike(list: Usd, cost: Usd) -> Option<Usd> {
+    (list != cost).then_some(list)
 }
 
 fn is_false(b: &bool) -> bool {
@@ -288,11 +303,12 @@ impl Recorder {
                 basis: spent.basis,
                 tokens: spent.tokens,
                 cost_usd: spent.cost,
+                list_usd: unlike(spent.list, spent.cost),
                 web_searches: spent.web_searches,
                 unpriced: spent.unpriced,
             },
-            Update::Corrected { session, model, direction, usd, tokens } => {
-                Fact::Corrected { session_id: session, model, direction, cost_usd: usd, tokens }
+            Update::Corrected { session, model, direction, usd, list, tokens } => {
+                Fact::Corrected { session_id: session, model, direction, cost_usd: usd, list_usd: unlike(list, usd), tokens }
             }
             Update::TurnStarted { session, turn } => Fact::TurnStarted { session_id: session, turn },
             Update::Answered(answered) => {
@@ -369,6 +385,9 @@ impl Recorder {
             Update::TenantConflict { kind, owner, action } => {
                 Fact::TenantConflict { session_id: self.session.clone(), kind, owner, action }
             }
+            Update::ContainerUsed { session, time, cost } => {
+                Fact::ContainerUsed { session_id: session, seconds: time.as_secs_f64(), cost_usd: cost }
+            }
             Update::OomKilled { role, memory_bytes } => {
                 Fact::OomKilled { session_id: self.session.clone(), role: role.to_owned(), memory_bytes }
             }
@@ -406,6 +425,7 @@ impl Fact {
             | Fact::TenantConflict { session_id, .. }
             | Fact::Ordered { session_id, .. }
             | Fact::OomKilled { session_id, .. }
+            | Fact::ContainerUsed { session_id, .. }
             | Fact::ResultMissing { session_id, .. }
             | Fact::SessionEnded { session_id, .. }
             | Fact::ProcessExited { session_id, .. } => Some(session_id),
@@ -417,7 +437,7 @@ impl Fact {
     pub fn to_update(&self) -> Option<Update> {
         Some(match self.clone() {
             Fact::SessionStarted { session_id, start, from } => Update::SessionStarted { session: session_id, start, from },
-            Fact::Spent { session_id, model, source, basis, tokens, cost_usd, web_searches, unpriced } => {
+            Fact::Spent { session_id, model, source, basis, tokens, cost_usd, list_usd, web_searches, unpriced } => {
                 Update::Spent(crate::update::Spent {
                     session: session_id,
                     model,
@@ -425,14 +445,25 @@ impl Fact {
                     basis,
                     tokens,
                     cost: cost_usd,
+                    list: list_usd.unwrap_or(cost_usd),
                     reported: cost_usd,
                     web_searches,
                     unpriced,
                 })
             }
-            Fact::Corrected { session_id, model, direction, cost_usd, tokens } => {
-                Update::Corrected { session: session_id, model, direction, usd: cost_usd, tokens }
-            }
+            Fact::Corrected { session_id, model, direction, cost_usd, list_usd, tokens } => Update::Corrected {
+                session: session_id,
+                model,
+                direction,
+                usd: cost_usd,
+                list: list_usd.unwrap_or(cost_usd),
+                tokens,
+            },
+            Fact::ContainerUsed { session_id, seconds, cost_usd } => Update::ContainerUsed {
+                session: session_id,
+                time: Duration::try_from_secs_f64(seconds).unwrap_or_default(),
+                cost: cost_usd,
+            },
             Fact::TurnEnded { session_id, turn, outcome, cost_usd, duration_seconds, confirmed } => Update::TurnEnded {
                 session: session_id,
                 turn,

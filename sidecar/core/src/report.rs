@@ -1,6 +1,7 @@
 //! The fold from facts to what people and tools ask of a session: `/status`, `replay`, the bill.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +29,39 @@ pub struct Calls {
     pub error: u64,
 }
 
+/// What a container costs by the hour, and for how long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Container {
+    #[serde(with = "seconds")]
+    pub seconds: Duration,
+    pub cost_usd: Usd,
+}
+
+impl Container {
+    pub(crate) fn is_zero(&self) -> bool {
+        *self == Container::default()
+    }
+
+    pub(crate) fn add(&mut self, time: Duration, cost: Usd) {
+        self.seconds = self.seconds.saturating_add(time);
+        self.cost_usd += cost;
+    }
+}
+
+mod seconds {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(time: &Duration, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_f64(time.as_secs_f64())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+        Ok(Duration::try_from_secs_f64(f64::deserialize(d)?).unwrap_or_default())
+    }
+}
+
 /// The sums that sessions have, and all of them together.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sums {
@@ -42,6 +76,9 @@ pub struct Sums {
     pub api_retries: u64,
     pub parse_errors: u64,
     pub unknown_events: u64,
+    /// No part of `cost_usd`.
+    #[serde(default, skip_serializing_if = "Container::is_zero")]
+    pub container: Container,
 }
 
 impl Sums {
@@ -64,6 +101,7 @@ impl Sums {
         self.api_retries += other.api_retries;
         self.parse_errors += other.parse_errors;
         self.unknown_events += other.unknown_events;
+        self.container.add(other.container.seconds, other.container.cost_usd);
     }
 }
 
@@ -154,6 +192,7 @@ impl Report {
                 model.cost_usd = model.cost_usd - *usd;
                 model.tokens = model.tokens.saturating_sub(*tokens);
             }
+            Update::ContainerUsed { session, time, cost } => self.sums(session).container.add(*time, *cost),
             Update::ToolEnded { session, tool, outcome, .. } => {
                 let calls = entry(&mut self.sums(session).tool_calls, tool);
                 match outcome {

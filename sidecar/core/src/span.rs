@@ -502,6 +502,7 @@ impl Spans {
             | Update::Corrected { .. }
             | Update::McpServer { .. }
             | Update::Resumed { .. }
+            | Update::ContainerUsed { .. }
             | Update::SessionEnded { .. }
             | Update::Unknown { .. }
             | Update::Ordered { .. } => self.context(),

@@ -349,6 +349,7 @@ impl Timeline {
             | Update::McpCalled { .. }
             | Update::Was { .. }
             | Update::Resumed { .. }
+            | Update::ContainerUsed { .. }
             | Update::Active { .. }
             | Update::Repeating { .. }
             | Update::LimitUsed { .. }

@@ -178,6 +178,8 @@ pub struct Spent {
     pub tokens: Tokens,
     /// What is paid for it, in dollars.
     pub cost: Usd,
+    /// What it is without discounts and prices of one's own.
+    pub list: Usd,
     /// What the CLI says it costs.
     pub reported: Usd,
     pub web_searches: u64,
@@ -293,6 +295,8 @@ pub enum Update {
         model: String,
         direction: Direction,
         usd: Usd,
+        /// The same at list prices.
+        list: Usd,
         tokens: Tokens,
     },
     /// Of what was spent on a session, this much was never confirmed.
@@ -437,6 +441,12 @@ pub enum Update {
         kind: Shared,
         owner: String,
         action: Guarded,
+    },
+    /// The container was there for so long, on this agent's account, and costs so much.
+    ContainerUsed {
+        session: String,
+        time: Duration,
+        cost: Usd,
     },
     /// The kernel killed a process below us for memory.
     OomKilled {

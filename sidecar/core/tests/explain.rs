@@ -179,6 +179,7 @@ fn a_prompt_that_was_not_read_from_the_cache_has_a_cause() {
 #[test]
 fn what_is_taken_back_later_may_be_more_than_a_turn_had() {
     let spent = |usd: f64, basis| Fact::Spent {
+        list_usd: None,
         session_id: "s".into(),
         model: "m".into(),
         source: Source::Main,
@@ -189,6 +190,7 @@ fn what_is_taken_back_later_may_be_more_than_a_turn_had() {
         unpriced: false,
     };
     let taken = Fact::Corrected {
+        list_usd: None,
         session_id: "s".into(),
         model: "m".into(),
         direction: agent_sidecar_core::update::Direction::Over,

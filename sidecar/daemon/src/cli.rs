@@ -7,13 +7,14 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use agent_sidecar_core::bill::By;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::config::{Config, Kind, Mistakes, SETTINGS, Sources};
 use crate::run::{self, Agent};
 use crate::shim::install;
 use crate::supervise::OWN_FAILURE;
-use crate::{demo, doctor, explain, hub, messages_api, reference, remote, replay, top};
+use crate::{bill, demo, doctor, explain, hub, messages_api, reference, remote, replay, top};
 
 /// A word on the command line that nobody understands.
 const USAGE: u8 = 2;
@@ -111,6 +112,7 @@ fn command() -> Command {
                 .arg(format(&["text", "json"]))
                 .arg(Arg::new("session").value_name("SESSION").help("a session's id or its beginning; not needed if there is only one")),
         )
+        .subcommand(bill_command())
         .subcommand(
             Command::new("check")
                 .about("Find every mistake in the configuration")
@@ -162,6 +164,63 @@ fn command() -> Command {
                 .arg(Arg::new("listen").long("listen").value_name("ADDR").value_parser(value_parser!(SocketAddr)).default_value("127.0.0.1:0"))
                 .arg(Arg::new("log").long("log").value_name("FILE").value_parser(value_parser!(PathBuf)).help("append one JSON line for each request that was served")),
         )
+}
+
+fn bill_command() -> Command {
+    let value =
+        |name: &'static str, value: &'static str, help: &'static str| Arg::new(name).long(name).value_name(value).help(help);
+    let zone = flags().find(|flag| flag.get_id() == "time-zone");
+    Command::new("bill")
+        .about("Make a bill of ledger files, in rows of FOCUS 1.2")
+        .after_help(
+            "Example: agent-sidecar bill /var/log/agents --from 2026-11-01 --to 2026-12-01 --output november.csv\n\
+             A line that is in several files is billed once. Its sums are those of `replay --ledger`.",
+        )
+        .arg(
+            Arg::new("files")
+                .value_name("FILE")
+                .num_args(1..)
+                .value_parser(value_parser!(PathBuf))
+                .help("ledger files, directories with them, or - for standard input; by default the configured one"),
+        )
+        .arg(
+            Arg::new("config")
+                .long("config")
+                .value_name("FILE")
+                .value_parser(value_parser!(PathBuf))
+                .help("read settings from this file"),
+        )
+        .arg(
+            Arg::new("output")
+                .long("output")
+                .value_name("FILE")
+                .value_parser(value_parser!(PathBuf))
+                .help("write the bill there, when it is whole; by default to stdout"),
+        )
+        .arg(
+            Arg::new("format")
+                .long("format")
+                .value_parser(["csv", "json"])
+                .default_value("csv")
+                .help("json: an object in each line"),
+        )
+        .arg(
+            Arg::new("by").long("by").value_parser(["session", "tenant", "model"]).default_value("session").help(
+                "how far rows are apart: each session of a day, each tenant with its teams and cost centres, or models alone",
+            ),
+        )
+        .arg(value("from", "DAY", "leave out what was before this day, like 2026-11-01"))
+        .arg(value("to", "DAY", "leave out this day, and what came after it"))
+        .arg(value("billing-account", "ID", "the account that is charged: BillingAccountId").default_value("claude-agents"))
+        .arg(value("provider", "NAME", "who sells the tokens and sends their invoice").default_value("Anthropic"))
+        .arg(value("container-provider", "NAME", "the same of the container").default_value("Container platform"))
+        .arg(
+            Arg::new("strict")
+                .long("strict")
+                .action(ArgAction::SetTrue)
+                .help("exit with 1 if a line could not be read, or is missing: the bill is written all the same"),
+        )
+        .args(zone)
 }
 
 /// What people can ask of running agents.
@@ -349,6 +408,33 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             let files = if named.is_empty() { config.ledger().into_iter().collect() } else { named };
             let json = matches.get_one::<String>("format").is_some_and(|format| format == "json");
             explain::explain(matches.get_one::<String>("session").map(String::as_str), &files, json, &mut out)?;
+        }
+        Some(("bill", matches)) => {
+            let config = config(matches)?;
+            crate::logging::start(&config);
+            let named: Vec<PathBuf> = matches.get_many("files").into_iter().flatten().cloned().collect();
+            let text = |name: &str| matches.get_one::<String>(name).cloned();
+            let request = bill::Request {
+                files: if named.is_empty() { config.ledger().into_iter().collect() } else { named },
+                output: matches.get_one("output").cloned(),
+                format: if text("format").is_some_and(|format| format == "json") {
+                    bill::Format::Json
+                } else {
+                    bill::Format::Csv
+                },
+                by: match text("by").as_deref() {
+                    Some("tenant") => By::Tenant,
+                    Some("model") => By::Model,
+                    _ => By::Session,
+                },
+                from: text("from"),
+                to: text("to"),
+                account: text("billing-account").unwrap_or_default(),
+                provider: text("provider").unwrap_or_default(),
+                container_provider: text("container-provider").unwrap_or_default(),
+            };
+            let whole = bill::bill(&request, &config, &mut out)?;
+            return Ok(if whole || !matches.get_flag("strict") { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Some(("check", matches)) if matches.contains_id("format") => reference::settings(&mut out)?,
         Some(("check", matches)) => {

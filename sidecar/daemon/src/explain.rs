@@ -4,13 +4,15 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use agent_sidecar_core::explain::{Explainer, Session, Spend};
+use agent_sidecar_core::report::Container;
 
+use crate::books::Unreadable;
 use crate::replay;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(transparent)]
-    Read(#[from] replay::Error),
+    Read(#[from] Unreadable),
     #[error("cannot write the explanation")]
     Write(#[from] io::Error),
     #[error("no ledger is named; give --ledger FILE, or set ledger.path")]
@@ -29,7 +31,7 @@ pub(crate) fn explain(wanted: Option<&str>, files: &[PathBuf], json: bool, out: 
         return Err(Error::NoLedger);
     }
     let mut explainer = Explainer::default();
-    replay::records(files, |record| explainer.on(&record))?;
+    replay::records(files, |record| explainer.on(record))?;
     let sessions = explainer.sessions();
     let known = |sessions: &[&Session]| {
         let more = if sessions.len() > LISTED { " …" } else { "" };
@@ -109,6 +111,10 @@ fn text(session: &Session, out: &mut impl Write) -> io::Result<()> {
     }
     if session.web_searches > 0 {
         writeln!(out, "  {:<34} {:>12}", "web searches", session.web_searches)?;
+    }
+    if session.container != Container::default() {
+        let Container { seconds, cost_usd } = session.container;
+        writeln!(out, "  {:<34} {:>12} for {}", "beside it, the container", usd(cost_usd.to_f64()), time(seconds.as_secs_f64()))?;
     }
 
     heading(out, "turns")?;

@@ -1,5 +1,7 @@
 //! `agent-sidecar`: wraps a Claude agent's CLI, relays it exactly, counts it, limits it, and stops it without losing its last cost.
 
+mod bill;
+mod books;
 mod busy;
 mod cli;
 mod config;

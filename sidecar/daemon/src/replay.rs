@@ -1,15 +1,16 @@
 //! `replay`: what a recorded stream, or a ledger file, would have measured. Reads, sums, prints; nothing is started or sent.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_sidecar_core::limit::{Mode, Rule};
 use agent_sidecar_core::record::Record;
-use agent_sidecar_core::report::{Report, Sums};
+use agent_sidecar_core::report::{Container, Report, Sums};
 use agent_sidecar_core::{Exit, Input, Monitor, Now, Settings};
 
+use crate::books::{Books, Unreadable};
 use crate::config::Config;
 
 /// How the numbers are printed.
@@ -31,6 +32,8 @@ pub(crate) enum Error {
         #[source]
         source: io::Error,
     },
+    #[error(transparent)]
+    Ledger(#[from] Unreadable),
     #[error("cannot write the report")]
     Write(#[from] io::Error),
     #[error("a ledger holds no metrics; ask for --format text or json")]
@@ -87,22 +90,11 @@ pub(crate) fn read_ledgers(files: &[PathBuf]) -> Result<Report, Error> {
     Ok(report)
 }
 
-/// Each line of ledger files.
-pub(crate) fn records(files: &[PathBuf], mut take: impl FnMut(Record)) -> Result<(), Error> {
-    for path in files {
-        let failed = |source| Error::Read { path: path.clone(), source };
-        for (n, line) in BufReader::new(open(path).map_err(failed)?).split(b'\n').enumerate() {
-            let line = line.map_err(failed)?;
-            if line.trim_ascii().is_empty() {
-                continue;
-            }
-            match serde_json::from_slice::<Record>(&line) {
-                Ok(record) => take(record),
-                // A machine that lost power in the middle of a line.
-                Err(error) => tracing::warn!(file = %path.display(), line = n + 1, %error, "not a line of a ledger: left out"),
-            }
-        }
-    }
+/// Each line of ledger files, once.
+pub(crate) fn records(files: &[PathBuf], take: impl FnMut(&Record)) -> Result<(), Unreadable> {
+    let mut books = Books::default();
+    books.read(files, take)?;
+    books.say();
     Ok(())
 }
 
@@ -149,6 +141,11 @@ fn sums(sums: &Sums, out: &mut impl Write) -> io::Result<()> {
     }
     for (model, spend) in &sums.models {
         writeln!(out, "  {model:<28} {:>14} {:>12} tokens", format!("${:.6}", spend.cost_usd.to_f64()), spend.tokens.total())?;
+    }
+    if sums.container != Container::default() {
+        let Container { seconds, cost_usd } = sums.container;
+        let cost = format!("${:.6}", cost_usd.to_f64());
+        writeln!(out, "  {:<28} {cost:>14} {:>10.0} s, beside the cost", "container", seconds.as_secs_f64())?;
     }
     for (tool, calls) in &sums.tool_calls {
         writeln!(out, "  {tool:<28} {:>14} ok {:>9} not", calls.ok, calls.error)?;

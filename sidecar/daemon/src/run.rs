@@ -27,7 +27,7 @@ use crate::feed::Feed;
 use crate::fence::{self, HoldDir};
 use crate::hang::within;
 use crate::http::{self, Scrapes, Site};
-use crate::hub::{self, Guest, NoSeat, Payer, Place, Seat, Share, Teller, Turn};
+use crate::hub::{self, Guest, Hours, NoSeat, Payer, Place, Seat, Share, Teller, Turn};
 use crate::lines::{LineFile, Use};
 use crate::patrol::{Patrol, Seal};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
@@ -195,6 +195,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let counts = Arc::clone(&telemetry.counts);
     let pipeline = telemetry.start(&handle);
     let inlet = pipeline.as_ref().map(Pipeline::inlet);
+    let hours = launch.asks_model.then(|| hours(config, &turn, &nonce)).flatten();
     let share = if let Meet::At(turn) = turn { join(config, turn, &nonce, who, hold_file, &handle, &counts) } else { None };
     let (teller, others) = (share.clone(), share.clone());
     let failures = handle.clone();
@@ -263,6 +264,11 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     if let Some(sampler) = sampler.clone() {
         let handle = handle.clone();
         words.push(Box::new(move |exit| last_reading(&sampler, &handle, exit)));
+    }
+    if let Some(hours) = hours {
+        let (meter, told) = (Arc::clone(&hours), handle.clone());
+        words.push(Box::new(move |_| last_hours(&meter, &told)));
+        meter_for_ever(hours, handle.clone());
     }
     if let Some((guard, _)) = guard {
         last.push(Box::new(move |_| guard.end()));
@@ -635,6 +641,65 @@ fn native_turns(rules: &[Rule]) -> Option<u64> {
     })
 }
 
+/// What counts the container's time, for its own thread and for the end.
+type Meter = Arc<Mutex<Hours>>;
+
+/// How often the container's time is booked: what a killed agent has not booked is lost. Sooner while it is young, so that of a short
+/// life not much is.
+const BOOK: Duration = Duration::from_secs(30);
+const FIRST_BOOK: Duration = Duration::from_secs(1);
+
+fn hours(config: &Config, turn: &Meet, run: &str) -> Option<Meter> {
+    let place = match turn {
+        Meet::At(turn) => Some(turn.place().clone()),
+        // Who meets nobody has the container to itself, as far as it knows.
+        Meet::Alone | Meet::Nowhere => None,
+    };
+    config.prices.meters_container().then(|| Arc::new(Mutex::new(Hours::new(place, run))))
+}
+
+fn meter_for_ever(hours: Meter, handle: Handle) {
+    let started = std::thread::Builder::new().name(String::from("hours")).stack_size(256 * 1024).spawn(move || {
+        let mut pause = FIRST_BOOK;
+        loop {
+            if !book_hours(&hours, &handle, false) {
+                return;
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(BOOK);
+        }
+    });
+    if let Err(error) = started {
+        tracing::warn!(%error, "the container's hours are counted at the end alone");
+    }
+}
+
+/// False if there is no monitor to tell, or nothing more to count.
+fn book_hours(hours: &Meter, handle: &Handle, end: bool) -> bool {
+    // Handed in before anybody takes more: the last time may be the end's.
+    let mut hours = lock(hours);
+    match hours.take(end) {
+        Ok(Some(time)) => handle.visit(move |monitor, now| monitor.handle(now, Input::ContainerUsed(time))),
+        Ok(None) => false,
+        Err(error) if end => {
+            tracing::warn!(%error, "the last of the container's hours are not booked");
+            false
+        }
+        Err(error) => {
+            // What is not taken now is taken next time.
+            tracing::debug!(%error, "the container's hours cannot be divided");
+            true
+        }
+    }
+}
+
+fn last_hours(hours: &Meter, handle: &Handle) {
+    let (hours, handle) = (Arc::clone(hours), handle.clone());
+    if let Err(error) = within(Duration::ZERO, move || book_hours(&hours, &handle, true)) {
+        tracing::warn!(%error, "the last of the container's hours are not booked");
+    }
+}
+
 /// The sampler, for its own thread and for a last reading.
 type Readings = Arc<Mutex<Sampler>>;
 
@@ -692,6 +757,6 @@ fn last_reading(sampler: &Readings, handle: &Handle, exit: Exit) {
     }
 }
 
-fn lock(sampler: &Readings) -> MutexGuard<'_, Sampler> {
-    sampler.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

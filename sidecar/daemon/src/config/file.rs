@@ -239,10 +239,10 @@ fn plain(value: &DeValue<'_>, kind: Kind) -> Option<String> {
     match (value, kind) {
         (DeValue::String(text), _) => Some(text.to_string()),
         (DeValue::Boolean(yes), Kind::Switch) => Some(yes.to_string()),
-        (DeValue::Integer(n), Kind::Count | Kind::Money | Kind::Code | Kind::Factor | Kind::Size) => {
+        (DeValue::Integer(n), Kind::Count | Kind::Money | Kind::Price | Kind::Code | Kind::Factor | Kind::Size) => {
             Some(n.as_str().replace('_', ""))
         }
-        (DeValue::Float(n), Kind::Money | Kind::Factor) => Some(n.as_str().to_owned()),
+        (DeValue::Float(n), Kind::Money | Kind::Price | Kind::Factor) => Some(n.as_str().to_owned()),
         _ => None,
     }
 }

@@ -169,6 +169,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("tenants.agent_workspace", "agent-workspace", Kind::Choice(&["auto", "always", "never"]), "auto", "whether the agent works in it: auto where the app gave it no working directory but its own"),
     setting("tenants.agent_dirs_at_end", "agent-dirs-at-end", Kind::Choice(&["keep", "remove"]), "keep", "what becomes of the directory when the agent has ended"),
     setting("disk.interval", "disk-interval", Kind::Pause, "60s", "how often the sizes of the working and the config directory are measured; 0 for never"),
+    setting("prices.container_usd_per_hour", "container-usd-per-hour", Kind::Price, "0.05", "what the container costs by the hour, metered beside what the agent spends and part of no limit; agents of one container share its hours; 0 counts none"),
     setting("prices.discount", "price-discount", Kind::Factor, "", "what is paid of the list price: 0.8 for twenty percent off"),
 ];
 
@@ -377,6 +378,9 @@ impl Config {
         }
         if let Some(Value::Factor(factor)) = config.value("prices.discount") {
             config.prices = config.prices.clone().with_discount(None, *factor);
+        }
+        if let Some(Value::Money(usd)) = config.value("prices.container_usd_per_hour") {
+            config.prices = config.prices.clone().with_container(Usd::from_f64(*usd));
         }
         config.contradictions(&mut mistakes);
         // What was not understood may have been the token: then no word is right, and not none asked for.

@@ -21,6 +21,8 @@ pub(crate) enum Kind {
     Pause,
     Size,
     Factor,
+    /// Dollars, or nothing.
+    Price,
     Switch,
     Mode,
     /// The value of a label.
@@ -115,6 +117,11 @@ impl Kind {
                 Ok(_) => Err(format!("is an amount above zero and below ten million, not `{text}`")),
                 Err(_) => Err(not(())),
             },
+            Kind::Price => match text.trim_start_matches('$').parse::<f64>() {
+                Ok(usd) if (0.0..1e7).contains(&usd) => Ok(Value::Money(usd)),
+                Ok(_) => Err(format!("is an amount of zero or more and below ten million, not `{text}`")),
+                Err(_) => Err(not(())),
+            },
             Kind::Time => match duration(text) {
                 Some(Duration::ZERO) => Err(String::from("is zero, which would allow nothing")),
                 Some(time) => Ok(Value::Time(time)),
@@ -170,7 +177,7 @@ impl Kind {
     pub(crate) fn noun(self) -> String {
         match self {
             Kind::Count => String::from("a whole number"),
-            Kind::Money => String::from("an amount of dollars"),
+            Kind::Money | Kind::Price => String::from("an amount of dollars"),
             Kind::Time | Kind::Pause => String::from("a duration"),
             Kind::Size => String::from("a size"),
             Kind::Factor => String::from("a factor above 0 and up to 10"),
@@ -196,6 +203,7 @@ impl Kind {
         match self {
             Kind::Count => String::from("write a whole number above zero, like 40"),
             Kind::Money => String::from("write dollars, like 2.50"),
+            Kind::Price => String::from("write dollars, like 0.05, or 0"),
             Kind::Time | Kind::Pause => {
                 String::from("write a number and a unit, like 90s, 10m, 1h30m or 500ms; in a file in quotes")
             }
@@ -225,6 +233,7 @@ impl Kind {
         match self {
             Kind::Count => String::from("count"),
             Kind::Money => String::from("dollars"),
+            Kind::Price => String::from("dollars or 0"),
             Kind::Time => String::from("duration"),
             Kind::Pause => String::from("duration or 0"),
             Kind::Size => String::from("size"),

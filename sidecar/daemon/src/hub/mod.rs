@@ -12,6 +12,7 @@
 
 mod desk;
 pub(crate) mod gate;
+mod hours;
 mod journal;
 mod orders;
 mod place;
@@ -24,10 +25,11 @@ mod till;
 mod zone;
 
 pub(crate) use desk::{Desk, Options};
+pub(crate) use hours::Hours;
 pub(crate) use journal::{lives, pids};
 pub(crate) use place::{Meeting, Place, try_lock};
 pub(crate) use seat::{Guest, NoSeat, Seat};
 pub(crate) use serve::{Turn, alone};
 pub(crate) use share::{Share, Teller, testify};
 pub(crate) use till::{Payer, lock_named};
-pub(crate) use zone::Zone;
+pub(crate) use zone::{Day, Zone};

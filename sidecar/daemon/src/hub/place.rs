@@ -201,6 +201,11 @@ struct World {
     network: String,
 }
 
+/// Tells apart what is paid for on its own: a container, or a pod, for as long as it runs.
+pub(super) fn world_tag() -> String {
+    World::here().tag()
+}
+
 impl World {
     fn here() -> World {
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();

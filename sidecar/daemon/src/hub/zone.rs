@@ -1,9 +1,11 @@
 //! Where the days and months of budgets begin: at midnight there, whatever the clocks do in the night. The rules of all zones are in
 //! the binary.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use agent_sidecar_core::budget::Periods;
+use jiff::civil::Date;
 use jiff::tz::{Offset, TimeZone};
 use jiff::{Timestamp, ZonedDateTime};
 
@@ -27,6 +29,28 @@ impl Zone {
         }
     }
 
+    /// The day on the calendar there.
+    pub(crate) fn day(&self, second: i64) -> Day {
+        let now = Timestamp::from_second(second).unwrap_or(Timestamp::UNIX_EPOCH).to_zoned_datetime(self.0.clone());
+        let begins = |date: Result<Date, jiff::Error>| {
+            let start = date.and_then(|date| date.to_zoned_datetime(self.0.clone())).and_then(|day| day.start_of_day());
+            start.map_or(i64::MAX, |start| start.timestamp().as_second())
+        };
+        let date = now.date();
+        let days = date.duration_since(Date::constant(1970, 1, 1)).as_hours() / 24;
+        Day {
+            number: u32::try_from(days).unwrap_or_default(),
+            hours: begins(Ok(date))..begins(date.tomorrow()),
+            month: begins(Ok(date.first_of_month()))..begins(date.last_of_month().tomorrow()),
+        }
+    }
+
+    /// When a day begins there: `2026-11-23`.
+    pub(crate) fn midnight(&self, date: &str) -> Option<i64> {
+        let start = date.parse::<Date>().ok()?.to_zoned_datetime(self.0.clone()).and_then(|day| day.start_of_day()).ok()?;
+        Some(start.timestamp().as_second())
+    }
+
     /// The day and the month that it is then.
     pub(crate) fn periods(&self, unix: Duration) -> Periods {
         let second = i64::try_from(unix.as_secs()).unwrap_or(i64::MAX);
@@ -41,6 +65,15 @@ impl Zone {
         let day = format!("{:04}-{:02}-{:02}", date.year(), date.month(), date.day());
         Periods::new(day, midnight_after(Ok(now.clone())), midnight_after(now.last_of_month()))
     }
+}
+
+/// A day there, and the month that it is in: each from its beginning to the beginning of the next, in seconds since the Unix epoch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Day {
+    /// Tells days apart, in their order.
+    pub(crate) number: u32,
+    pub(crate) hours: Range<i64>,
+    pub(crate) month: Range<i64>,
 }
 
 /// `UTC`, `+02:00`, `-05:30`.
@@ -91,6 +124,23 @@ mod tests {
         let (day, left, _) = at("America/Santiago", 1_788_661_800);
         assert_eq!((day.as_str(), left), ("2026-09-05", 1));
         assert_eq!(at("America/Santiago", 1_788_661_800 + 2 * HOUR).0, "2026-09-06");
+    }
+
+    #[test]
+    fn days_of_a_bill_follow_each_other_without_a_gap() {
+        for zone in ["UTC", "Europe/Berlin", "America/Santiago", "Pacific/Apia", "-05:30"] {
+            let zone = Zone::of(zone).unwrap();
+            let mut day = zone.day(1_766_000_000);
+            for _ in 0..400 {
+                let next = zone.day(day.hours.end);
+                assert_eq!((next.number, next.hours.start), (day.number + 1, day.hours.end), "{zone:?}");
+                assert_eq!(zone.day(next.hours.end - 1), next);
+                assert!(next.month == day.month || next.month.start == day.month.end, "{zone:?}");
+                assert!(next.month.start <= next.hours.start && next.hours.end <= next.month.end);
+                day = next;
+            }
+        }
+        assert_eq!(Zone::of("Europe/Berlin").unwrap().midnight("2026-11-23"), Some(i64::try_from(DAY).unwrap() - 3_600));
     }
 
     #[test]

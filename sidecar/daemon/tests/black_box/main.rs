@@ -1,6 +1,7 @@
 //! The built binary around real programs. Nothing here sleeps to be in time: it waits for a line, an exit, a process to be gone.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed; helpers are tests, too")]
 mod attacks;
+mod bill;
 mod busy;
 mod bytes;
 mod check;
