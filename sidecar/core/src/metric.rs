@@ -283,7 +283,7 @@ catalog! { after 0;
     EXPORT_LAST_SUCCESS = gauge(Max, "agent_sidecar_export_last_success_timestamp_seconds", Seconds, &["signal"], "When the collector last took something.");
     HUB_WRAPPERS = gauge(Sum, "agent_sidecar_hub_wrappers", Plain, &["state"], "Wrappers that the hub speaks for: those that run, and those that have said nothing for too long.");
     HUB_RETIRED = counter("agent_sidecar_hub_retired_total", Plain, &[], "Wrappers that ended and whose totals the hub keeps.");
-    HUB_REFUSED = from_zero(counter("agent_sidecar_hub_refused_total", Plain, &["reason"], "What wrappers told the hub and it could not take."), &[&["version"], &["shape"], &["room"]]);
+    HUB_REFUSED = from_zero(counter("agent_sidecar_hub_refused_total", Plain, &["reason"], "What wrappers told the hub and it could not take."), &[&["version"], &["shape"], &["room"], &["owner"]]);
     CONTROL_REQUESTS = from_zero(counter("agent_sidecar_control_requests_total", Plain, &["outcome"], "Requests that would change something, by whether they were let in."), &[&["allowed"], &["closed"], &["cross_site"], &["unauthorized"], &["limited"]]);
     UNWRAPPED = from_zero(gauge(Max, "agent_sidecar_unwrapped_processes", Plain, &[], "Claude CLIs in sight that run without a wrapper of their own: neither counted nor limited."), &[&[]]);
     SERIES_LIMIT_HITS = counter("agent_sidecar_series_limit_hits_total", Plain, &["metric"], "Updates that found no room for another series.");

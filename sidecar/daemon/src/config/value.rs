@@ -10,6 +10,7 @@ use agent_sidecar_core::who::Sources;
 use crate::export::otlp::environment::{self, Headers};
 use crate::hub::Zone;
 use crate::hub::gate::Token;
+use crate::hub::users;
 
 /// What a setting takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,8 @@ pub(crate) enum Kind {
     Secret,
     /// As whom a process runs.
     User,
+    /// Whose wrappers a hub serves.
+    Users,
     /// A word that lets in: secret.
     Token,
 }
@@ -161,6 +164,7 @@ impl Kind {
             Kind::Headers => environment::headers(text).map(Value::Headers).map_err(|what| format!("is wrong: {what}")),
             Kind::User if is_user(text) => Ok(Value::Text),
             Kind::User => Err(not(())),
+            Kind::Users => users::split(text).map(|_| Value::Text),
             // Not what it is, either.
             Kind::Token => Token::of(text).map(Value::Token).map_err(|what| format!("is wrong: {what}")),
         }
@@ -187,6 +191,7 @@ impl Kind {
             Kind::Sources => String::from("a list of sources"),
             Kind::Secret => String::from("a text"),
             Kind::User => String::from("a user"),
+            Kind::Users => String::from("a list of users"),
             Kind::Token => String::from("a token"),
         }
     }
@@ -216,6 +221,7 @@ impl Kind {
             Kind::Sources => String::from("write sources in the order in which they are asked, like env:CUSTOMER_ID, pod:tenant"),
             Kind::Secret => String::from("write a text that nobody guesses"),
             Kind::Token => String::from("make one with `openssl rand -hex 32`"),
+            Kind::Users => String::from("write names or numbers, like app, worker=acme, 1003"),
             Kind::User => String::from("write a name or a number, like agent, 1000 or 1000:1000; in a file in quotes"),
         }
     }
@@ -243,6 +249,7 @@ impl Kind {
             Kind::Secret => String::from("text"),
             Kind::Token => String::from("token"),
             Kind::User => String::from("name or uid, and `:group`"),
+            Kind::Users => String::from("user,user=tenant,…"),
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use agent_sidecar_core::hub::{Hello, Line};
@@ -27,6 +27,7 @@ pub(super) const READ: u64 = 16 * 1024 * 1024;
 pub(super) struct Journal {
     path: PathBuf,
     hello: Hello,
+    mode: u32,
     /// Locked.
     file: Option<File>,
     size: u64,
@@ -36,9 +37,9 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    pub(super) fn new(dir: &Path, hello: Hello) -> Journal {
-        let path = dir.join(format!("{}{ENDING}", hello.run));
-        Journal { path, hello, file: None, size: 0, first_size: 0, mark: 0, ended: false }
+    pub(super) fn new(place: &Place, hello: Hello) -> Journal {
+        let path = place.dir.join(format!("{}{ENDING}", hello.run));
+        Journal { path, hello, mode: place.mode(), file: None, size: 0, first_size: 0, mark: 0, ended: false }
     }
 
     /// What the next line has to tell: the changes since this mark.
@@ -104,6 +105,8 @@ impl Journal {
         // Locked before it has its name: a journal without a lock is that of a dead wrapper.
         let ready = try_lock(&file)
             .and_then(|ours| if ours { Ok(()) } else { Err(io::Error::other("somebody has locked our journal")) })
+            // Whatever our umask is.
+            .and_then(|()| file.set_permissions(fs::Permissions::from_mode(self.mode)))
             .and_then(|()| file.set_len(0))
             .and_then(|()| file.write_all(bytes))
             .and_then(|()| fs::rename(&new, &self.path));

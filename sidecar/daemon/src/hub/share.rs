@@ -98,13 +98,13 @@ impl Share {
             world: place.world.clone(),
             labels: labels(&who),
         };
-        let written = Written { journal: Journal::new(&place.dir, hello), last: Line::default(), at: None, failed: false };
+        let written = Written { journal: Journal::new(place, hello), last: Line::default(), at: None, failed: false };
         let inner = Inner {
             // The first line at once.
             poked: Mutex::new(true),
             bell: Condvar::new(),
             written: Mutex::new(written),
-            story: Mutex::new(Story::new(&place.dir, &run)),
+            story: Mutex::new(Story::new(place, &run)),
             purse: payer.map(|payer| {
                 let till = Till::new(&place.dir, &run, payer);
                 Mutex::new(Held { till, last: None, failed: false, closed: false })
@@ -320,7 +320,7 @@ impl Share {
     fn tell(&self) {
         // Refused nowhere, and without it all is as right.
         rustix::process::nice(NICE).ok();
-        let mut look = Look::new(&self.inner.place.dir, &self.inner.run);
+        let mut look = Look::new(&self.inner.place.orders(), &self.inner.run);
         loop {
             self.obey(&mut look);
             let poked = lock(&self.inner.poked);
@@ -379,7 +379,7 @@ pub(crate) fn testify(place: &Place, run: &str, who: &Who, mut meters: metric::M
     };
     let mut line = Line { unix: shelf::unix(), ..Line::default() };
     let mark = agent_sidecar_core::hub::changes(&mut meters, 0, &mut line);
-    let mut journal = Journal::new(&place.dir, hello);
+    let mut journal = Journal::new(place, hello);
     journal.write(&line, mark)?;
     journal.end();
     Ok(())

@@ -24,3 +24,4 @@ mod tenants;
 mod terminal;
 mod top;
 mod user;
+mod users;
