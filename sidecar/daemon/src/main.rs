@@ -14,6 +14,7 @@ mod fence;
 mod files;
 mod http;
 mod hub;
+mod influence;
 mod lines;
 mod logging;
 mod messages_api;

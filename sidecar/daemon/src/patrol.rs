@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use agent_sidecar_core::launch::Launch;
 
+use crate::influence;
 use crate::shim;
 use crate::supervise::NICE;
 
@@ -33,6 +34,8 @@ const SETTLES: Duration = Duration::from_millis(100);
 const PROCESSES: usize = 32_768;
 /// Of a command line; what is longer is cut.
 const WORDS: u64 = 4 * 1024;
+/// Of an environment.
+const ENVIRONMENT: u64 = 256 * 1024;
 /// As deep as processes are nested by anybody who wants them to be found.
 const DEEPEST: usize = 64;
 /// Files that were told apart are remembered, so many.
@@ -87,7 +90,9 @@ impl Patrol {
             found.retain(|process| still.contains(process));
         }
         for (pid, _) in found.difference(&self.told) {
-            tracing::warn!(pid, "a Claude CLI runs without the sidecar: it is neither counted nor limited");
+            let changed = self.changed_by(*pid);
+            let changed = (!changed.is_empty()).then(|| changed.join(", "));
+            tracing::warn!(pid, changed, "a Claude CLI runs without the sidecar: it is neither counted nor limited");
         }
         self.told = found;
         self.told.len() as u64
@@ -106,6 +111,14 @@ impl Patrol {
         if let Err(error) = walks {
             tracing::warn!(%error, "nobody looks for agents without the sidecar");
         }
+    }
+
+    /// The variables of its environment that have code run in it, or have it ask somebody else, where we may look.
+    fn changed_by(&self, pid: i32) -> Vec<String> {
+        let mut environ = Vec::new();
+        let read = File::open(self.proc.join(pid.to_string()).join("environ"))
+            .and_then(|file| file.take(ENVIRONMENT).read_to_end(&mut environ));
+        if read.is_ok() { influence::names(&environ) } else { Vec::new() }
     }
 
     fn unwrapped(&mut self) -> BTreeSet<(i32, u64)> {

@@ -26,6 +26,7 @@ use crate::files;
 use crate::hub::gate::{Keys, Token};
 use crate::hub::users::{self, Member};
 use crate::hub::{Meeting, Zone};
+use crate::influence;
 use crate::supervise::{NoUser, User};
 use crate::tenants::{AgentDirs, Workspace};
 
@@ -150,6 +151,8 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("relay.spill_dir", "spill-dir", Kind::Path, "", "where output waits that the app does not read; before $TMPDIR, /tmp and /dev/shm"),
     setting("relay.spill_max", "spill-max", Kind::Size, "1GiB", "how much may wait there"),
     setting("run.user", "user", Kind::User, "", "start the CLI as this user, NAME or UID and `:GROUP` if it is to be that group alone; the sidecar stays who it is: then the agent can neither end nor change it (docs/security.md)"),
+    setting("policy.environment", "environment-policy", Kind::Choice(&["report", "strip", "refuse"]), "report", "what is done about variables that load code into the CLI (LD_PRELOAD, BUN_OPTIONS, …) and, with `policy.base_urls`, about those that have it ask others: report tells, strip takes them from its environment, refuse starts nothing (exit code 125), also for what settings files say that the agent can write (docs/security.md)"),
+    setting("policy.base_urls", "base-urls", Kind::Urls, "", "whom the CLI may be told to ask, in ANTHROPIC_BASE_URL and others like it, and below these; unset, the app may say anybody, and only what an agent can write is told"),
     setting("shim.cli", "shim-cli", Kind::Path, "", "the real CLI, for the binary under the name `claude`: unset, what `install` put beside it, or else the next `claude` on PATH"),
     setting("shim.strict", "shim-strict", Kind::Switch, "false", "whether a mistake in the configuration keeps `claude` from starting; if not, the agent runs without the settings that cannot be read"),
     setting("usage.poll", "usage-poll", Kind::Switch, "true", "ask the CLI for its running totals between its results"),
@@ -859,6 +862,16 @@ impl Config {
             }
         }
         told
+    }
+
+    /// What is done about what changes the CLI, and whom it may ask.
+    pub(crate) fn influence(&self) -> (influence::Policy, influence::Expected) {
+        let policy = match self.text("policy.environment") {
+            "strip" => influence::Policy::Strip,
+            "refuse" => influence::Policy::Refuse,
+            _ => influence::Policy::Report,
+        };
+        (policy, self.value("policy.base_urls").and_then(|_| value::urls(self.text("policy.base_urls"))))
     }
 
     pub(crate) fn shim_cli(&self) -> Option<PathBuf> {

@@ -35,6 +35,8 @@ pub(crate) enum Kind {
     Choice(&'static [&'static str]),
     /// Of somebody who is told something: a collector, a platform.
     Url,
+    /// Several of those that are asked.
+    Urls,
     /// Of its requests: secret.
     Headers,
     /// Where a label is read from.
@@ -158,6 +160,7 @@ impl Kind {
             Kind::Choice(_) => Err(not(())),
             // Neither says the text: it may hold a key.
             Kind::Url => environment::check_endpoint(text).map(|()| Value::Text).map_err(|what| format!("is wrong: {what}")),
+            Kind::Urls => urls(text).map(|_| Value::Text).ok_or(()).map_err(not),
             Kind::Sources => text.parse().map(Value::Sources).map_err(|wrong| format!("is wrong: {wrong}")),
             Kind::Secret if text.is_empty() => Err(String::from("is empty")),
             Kind::Secret => Ok(Value::Secret(Secret(text.to_owned()))),
@@ -187,6 +190,7 @@ impl Kind {
             Kind::Address => String::from("an address"),
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
             Kind::Url => String::from("a URL"),
+            Kind::Urls => String::from("a list of URLs"),
             Kind::Headers => String::from("a list of headers"),
             Kind::Sources => String::from("a list of sources"),
             Kind::Secret => String::from("a text"),
@@ -216,6 +220,7 @@ impl Kind {
             Kind::Label => String::from("write a name, like \"research\""),
             Kind::Address => String::from("write an address and a port, like 127.0.0.1:9477 or :9477, or off"),
             Kind::Choice(words) => format!("write {}", words.join(" or ")),
+            Kind::Urls => String::from("write them like https://api.anthropic.com, https://gateway.example/claude"),
             Kind::Url => String::from("write it like http://collector:4318"),
             Kind::Headers => String::from(environment::HEADERS_REMEDY),
             Kind::Sources => String::from("write sources in the order in which they are asked, like env:CUSTOMER_ID, pod:tenant"),
@@ -244,6 +249,7 @@ impl Kind {
             Kind::Address => String::from("address or off"),
             Kind::Choice(words) => words.join(" or "),
             Kind::Url => String::from("URL or off"),
+            Kind::Urls => String::from("URL,URL,…"),
             Kind::Headers => String::from("name=value,…"),
             Kind::Sources => String::from("source:key,…"),
             Kind::Secret => String::from("text"),
@@ -299,6 +305,14 @@ fn size(text: &str) -> Option<u64> {
 fn is_user(text: &str) -> bool {
     let name = |text: &str| !text.is_empty() && !text.contains(|c: char| c.is_whitespace() || c.is_control() || c == ':');
     text.split_once(':').map_or_else(|| name(text), |(who, of)| name(who) && name(of))
+}
+
+/// `https://one.example, https://two.example/path`.
+pub(super) fn urls(text: &str) -> Option<Vec<String>> {
+    let one =
+        |url: &str| url.strip_prefix("https://").or_else(|| url.strip_prefix("http://")).is_some_and(|rest| !rest.is_empty());
+    let list: Vec<String> = text.split(',').map(|url| url.trim().to_owned()).collect();
+    list.iter().all(|url| one(url) && !url.contains(char::is_whitespace)).then_some(list)
 }
 
 /// A label is repeated on every series.
