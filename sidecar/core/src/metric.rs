@@ -286,6 +286,7 @@ catalog! { after 0;
     HUB_REFUSED = from_zero(counter("agent_sidecar_hub_refused_total", Plain, &["reason"], "What wrappers told the hub and it could not take."), &[&["version"], &["shape"], &["room"], &["owner"]]);
     CONTROL_REQUESTS = from_zero(counter("agent_sidecar_control_requests_total", Plain, &["outcome"], "Requests that would change something, by whether they were let in."), &[&["allowed"], &["closed"], &["cross_site"], &["unauthorized"], &["limited"]]);
     UNWRAPPED = from_zero(gauge(Max, "agent_sidecar_unwrapped_processes", Plain, &[], "Claude CLIs in sight that run without a wrapper of their own: neither counted nor limited."), &[&[]]);
+    TAMPERED = from_zero(counter("agent_sidecar_tampered_total", Plain, &["file"], "How often a file that only this sidecar, or others like it, should write to was changed, cut short or removed by somebody else."), &[&["ledger"], &["events"], &["journal"], &["budgets"]]);
     INFLUENCES = gauge(Max, "agent_sidecar_cli_influences", Plain, &["kind", "source"], "Variables of the CLI's environment, and entries of settings files that the agent can write, that have code run in the CLI or have it ask somebody else.");
     SERIES_LIMIT_HITS = counter("agent_sidecar_series_limit_hits_total", Plain, &["metric"], "Updates that found no room for another series.");
     EVENTS_FILE_ERRORS = counter("agent_sidecar_events_file_errors_total", Plain, &[], "Lines that could not be written to the file of events.");

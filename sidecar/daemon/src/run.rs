@@ -243,6 +243,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             }
             if let Some(ledger) = &mut ledger {
                 ledger.write(&record, &failures);
+                if matches!(record.fact, Fact::ProcessExited { .. }) {
+                    ledger.verify(&failures);
+                }
             }
             if let Some(share) = &teller {
                 share.poke();

@@ -183,6 +183,10 @@ impl Share {
         purse.till.works_for(who.tenant.clone());
         let settled = purse.till.settle(unix(), errand);
         let failed = settled.is_err();
+        if purse.till.tampered() {
+            self.tampered("budgets");
+            tracing::error!("somebody else has changed the book of shared budgets; what this agent knows of it was put back");
+        }
         let mut held_for = held_for;
         match settled {
             Ok(shared) if purse.last != Some(shared) => {
@@ -250,6 +254,11 @@ impl Share {
         self.inner.handle.visit(move |monitor, _| {
             monitor.meters_mut().set(&metric::DEGRADED, &[what], f64::from(u8::from(on)));
         });
+    }
+
+    /// Somebody else has written where only we and those like us should.
+    fn tampered(&self, file: &'static str) {
+        self.inner.handle.visit(move |monitor, _| monitor.meters_mut().add(&metric::TAMPERED, &[file], 1));
     }
 
     /// The last line. The journal is the hub's from here on. A disk that hangs is waited for so long, and no longer: false
@@ -349,6 +358,9 @@ impl Share {
 
     fn write(&self, written: &mut Written, mut line: Line, mark: u64) {
         let done = written.journal.write(&line, mark);
+        if written.journal.tampered() {
+            self.tampered("journal");
+        }
         line.series.clear();
         line.cleared.clear();
         written.last = line;
