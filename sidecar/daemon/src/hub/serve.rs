@@ -24,6 +24,8 @@ const TIDY: Duration = Duration::from_secs(1);
 const AGAIN: Duration = Duration::from_millis(50);
 /// Later, a port that somebody else has.
 const RARELY: Duration = Duration::from_secs(1);
+/// Threads are kept for as long as anybody serves.
+const FOR_EVER: Duration = Duration::from_hours(24 * 365);
 /// So many looks at its socket, and it does not leave.
 const LEAVES: u32 = 20;
 
@@ -109,7 +111,12 @@ impl Turn {
                 true
             });
         }
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
+        // Once made, they stay: an agent may see to it that no more can be made.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(4)
+            .thread_keep_alive(FOR_EVER)
+            .build()?;
         runtime.block_on(async {
             let told = Arc::clone(&desk);
             tokio::spawn(async move {

@@ -48,6 +48,8 @@ struct Inner {
     bell: Condvar,
     written: Mutex<Written>,
     story: Mutex<Story>,
+    /// Who writes the last of it: there already when nobody can be made any more.
+    finisher: Mutex<Option<mpsc::Sender<mpsc::Sender<()>>>>,
     /// Where budgets are shared.
     purse: Option<Mutex<Held>>,
     /// What the CLI turns messages away for.
@@ -99,7 +101,9 @@ impl Share {
             labels: labels(&who),
         };
         let written = Written { journal: Journal::new(place, hello), last: Line::default(), at: None, failed: false };
+        let (ask, asked) = mpsc::channel::<mpsc::Sender<()>>();
         let inner = Inner {
+            finisher: Mutex::new(Some(ask)),
             // The first line at once.
             poked: Mutex::new(true),
             bell: Condvar::new(),
@@ -117,6 +121,13 @@ impl Share {
             place: place.clone(),
         };
         let share = Share { inner: Arc::new(inner) };
+        let last = share.clone();
+        std::thread::Builder::new().name(String::from("finish")).stack_size(256 * 1024).spawn(move || {
+            if let Ok(said) = asked.recv() {
+                last.say_last();
+                drop(said);
+            }
+        })?;
         let teller = share.clone();
         std::thread::Builder::new().name(String::from("share")).stack_size(256 * 1024).spawn(move || teller.tell())?;
         Ok(share)
@@ -264,12 +275,9 @@ impl Share {
     /// The last line. The journal is the hub's from here on. A disk that hangs is waited for so long, and no longer: false
     /// if it does.
     pub(crate) fn finish(&self) -> bool {
-        let (share, (say, hear)) = (self.clone(), mpsc::channel::<()>());
-        let finishing = std::thread::Builder::new().name(String::from("finish")).stack_size(256 * 1024).spawn(move || {
-            share.say_last();
-            drop(say);
-        });
-        let told = finishing.is_ok() && hear.recv_timeout(FINISH) != Err(mpsc::RecvTimeoutError::Timeout);
+        let (say, hear) = mpsc::channel::<()>();
+        let asked = lock(&self.inner.finisher).take().is_some_and(|finisher| finisher.send(say).is_ok());
+        let told = asked && hear.recv_timeout(FINISH) != Err(mpsc::RecvTimeoutError::Timeout);
         if !told {
             tracing::warn!(dir = %self.inner.place.dir.display(), "the hub was not told of the agent's last numbers; the ledger has them, if one is set");
         }
