@@ -30,6 +30,8 @@ use crate::supervise::NICE;
 const EVERY: Duration = Duration::from_secs(10);
 /// Who has just been forked still looks like its parent.
 const SETTLES: Duration = Duration::from_millis(100);
+/// Every wrapper has these.
+const THREADS: [&str; 2] = ["monitor", "sample"];
 /// More are not looked at. As many as there are pids by default: nobody hides behind the crowd.
 const PROCESSES: usize = 32_768;
 /// Of a command line; what is longer is cut.
@@ -160,8 +162,8 @@ impl Patrol {
     fn role(&mut self, dir: &Path, words: &[OsString]) -> (Role, Option<Print>) {
         let first = words.first().map(|word| file_name(Path::new(word))).unwrap_or_default();
         let Ok(exe) = fs::read_link(dir.join("exe")) else {
-            // Another user's, or one of us, which hides: its own word has to do.
-            let ours = first == "agent-sidecar" || shim::is_cli_name(&first) && has_thread(dir, "monitor");
+            // Another user's, or one of us, which hides: its own word has to do, or what its threads are called, whatever it is.
+            let ours = first == "agent-sidecar" || THREADS.iter().all(|name| has_thread(dir, name));
             let role = if ours { Role::Sidecar } else { self.cli_by(&first, words) };
             return (role, None);
         };
@@ -322,6 +324,15 @@ mod tests {
         assert_eq!(by("/usr/bin/node /x/cli.js"), Role::Other);
         assert_eq!(by("agent-sidecar run -- claude"), Role::Sidecar);
         assert!(!asks("rg", &words("rg pattern")));
+        // Under any name, where its file is not ours to look at.
+        let process = std::env::temp_dir().join(format!("agent-sidecar-patrol-{}", std::process::id()));
+        for (n, thread) in ["wrapper", "monitor", "sample"].iter().enumerate() {
+            assert_eq!(patrol.role(&process, &words("wrapper run -- claude")).0, Role::Other);
+            fs::create_dir_all(process.join(format!("task/{n}"))).unwrap();
+            fs::write(process.join(format!("task/{n}/comm")), format!("{thread}\n")).unwrap();
+        }
+        assert_eq!(patrol.role(&process, &words("wrapper run -- claude")).0, Role::Sidecar);
+        fs::remove_dir_all(process).unwrap();
     }
 
     #[test]
