@@ -167,6 +167,20 @@ impl Spent {
         }
     }
 
+    /// At least as much as another knows, of the same periods or later ones. Whether it was less.
+    fn raise(&mut self, known: &Spent) -> bool {
+        let before = self.clone();
+        self.ever = self.ever.max(known.ever);
+        for (own, known) in [(&mut self.day, &known.day), (&mut self.month, &known.month)] {
+            match own.0.cmp(&known.0) {
+                std::cmp::Ordering::Equal => own.1 = own.1.max(known.1),
+                std::cmp::Ordering::Less => own.clone_from(known),
+                std::cmp::Ordering::Greater => {}
+            }
+        }
+        *self != before
+    }
+
     fn in_period(&self, periods: &Periods) -> [Amount; 3] {
         let of = |(of, sum): &(String, Amount), now: &String| if of == now { *sum } else { Amount::NONE };
         [self.ever, of(&self.day, &periods.day), of(&self.month, &periods.month)]
@@ -236,6 +250,47 @@ pub struct Book {
     /// To what they were raised; of a day or a month, for that one alone.
     #[serde(default)]
     raised: BTreeMap<String, (String, Caps)>,
+}
+
+/// What a wrapper remembers of the book, so that nobody can take from it unseen: what those have spent that are gone, which only grows,
+/// and its own line.
+#[derive(Clone, Debug, Default)]
+pub struct Witness {
+    past: BTreeMap<String, Spent>,
+    own: Option<(String, Spent)>,
+}
+
+impl Witness {
+    /// Puts back what is missing of it. Whether something was; and whether our line was closed by somebody who took us for dead.
+    pub fn mend(&self, book: &mut Book, run: &str) -> (bool, bool) {
+        let mut changed = false;
+        let before = book.past.clone();
+        for (tenant, spent) in &self.past {
+            // Of too many tenants, those that come later are kept as one.
+            if book.past.len() < TENANTS || book.past.contains_key(tenant) {
+                changed |= book.past.entry(tenant.clone()).or_default().raise(spent);
+            }
+        }
+        let Some((tenant, own)) = &self.own else { return (changed, false) };
+        match book.runs.get(run) {
+            Some(entry) => (changed || entry.spent != *own || entry.tenant != *tenant, false),
+            None => {
+                let full = self.past.len() >= TENANTS && !self.past.contains_key(tenant);
+                let tenant = if full { NOBODY } else { tenant };
+                let ever = |past: &BTreeMap<String, Spent>| past.get(tenant).map(|spent| spent.ever).unwrap_or_default();
+                // Whoever closed it has added it.
+                let expected = ever(&self.past) + own.ever;
+                let closed = !changed && ever(&before).max(expected) == ever(&before);
+                (!closed, closed)
+            }
+        }
+    }
+
+    /// The book as it is now.
+    pub fn remember(&mut self, book: &Book, run: &str) {
+        self.past.clone_from(&book.past);
+        self.own = book.runs.get(run).map(|entry| (entry.tenant.clone(), entry.spent.clone()));
+    }
 }
 
 /// How a budget stands.

@@ -79,6 +79,10 @@ pub struct ContainerSample {
     pub cpu: Option<Duration>,
     /// How long it was kept from using the CPU.
     pub throttled: Option<Duration>,
+    /// Processes and threads, how many there may be, and how often that has kept one from being made.
+    pub pids: Option<u64>,
+    pub pids_limit: Option<u64>,
+    pub forks_refused: Option<u64>,
     /// Whether the freezer holds it.
     pub frozen: Option<bool>,
     /// Resource (`cpu`, `memory`, `io`), kind (`some`, `full`), time stalled.
@@ -114,10 +118,15 @@ impl Sample {
             (&CONTAINER_WORKING_SET, container.working_set_bytes),
             (&CONTAINER_LIMIT, container.limit_bytes),
             (&SIDECAR_MEMORY, self.sidecar_memory_bytes),
+            (&CONTAINER_PROCESSES, container.pids),
+            (&CONTAINER_PROCESSES_LIMIT, container.pids_limit),
         ] {
             if let Some(value) = value {
                 meters.set(metric, &[], value as f64);
             }
+        }
+        if let Some(refused) = container.forks_refused {
+            meters.raise(&CONTAINER_FORKS_REFUSED, &[], refused as f64);
         }
         if let Some(kills) = container.oom_kills {
             meters.raise(&CONTAINER_OOM_KILLS, &[], kills as f64);

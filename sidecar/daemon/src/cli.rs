@@ -371,7 +371,15 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             let config = config(matches)?;
             crate::logging::start(&config);
             let meeting = config.meeting().ok_or(NoMeeting)?;
-            hub::alone(hub::Place::find(&meeting)?, config.listen(), &config.hub_options())?;
+            let mut options = config.hub_options();
+            let place = match config.hub_users()? {
+                None => hub::Place::find(&meeting)?,
+                Some((members, user)) => {
+                    options.members.clone_from(&members);
+                    hub::Place::of_users(&meeting, &members, user.as_ref())?
+                }
+            };
+            hub::alone(place, config.listen(), &options)?;
         }
         Some(("top", matches)) => {
             let source = match matches.get_one::<String>("url") {

@@ -19,9 +19,11 @@ use crate::config::{Config, DEFAULT_FILE, Mistake};
 use crate::export::otlp::environment;
 use crate::fence;
 use crate::hub::Place;
+use crate::influence;
 use crate::receive::{self, Decision, Surroundings};
 use crate::shim::install::{self, Standing};
 use crate::supervise::{self, User};
+use crate::tenants::Places;
 
 /// Less than this is gone in a day of busy agents.
 const ROOM: u64 = 64 * 1024 * 1024;
@@ -77,6 +79,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("telemetry", telemetry),
     ("clock", clock),
     ("processes", processes),
+    ("influence", influence),
 ];
 
 struct Report {
@@ -464,6 +467,32 @@ fn processes(_: &Patient<'_>, report: &mut Report) {
             format!("no subreaper: tools that outlive the agent stay ({error})"),
             "make the sidecar PID 1 of the container, or run one that reaps",
         ),
+    }
+}
+
+/// What would change the CLI, here and now.
+fn influence(patient: &Patient<'_>, report: &mut Report) {
+    let (policy, expected) = patient.config.influence();
+    let agent = patient.config.user().ok().flatten().unwrap_or_else(User::ours);
+    let variables: Vec<_> = agent.variables().into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
+    let mut found = influence::in_environment(std::env::vars_os(), &expected);
+    found.extend(influence::Files::of(&Places::of(&variables, None), &agent, &expected).look());
+    for one in &found {
+        let place = one.file.as_ref().map_or_else(|| String::from("environment"), |file| file.display().to_string());
+        let what = match one.kind {
+            influence::Kind::Loader => "has code run in the CLI or its tools",
+            influence::Kind::Endpoint => "has the CLI ask somebody else",
+            influence::Kind::Network => "has somebody between the CLI and whom it asks",
+            influence::Kind::KeyHelper => "is run for the CLI's key",
+        };
+        let remedy = match policy {
+            influence::Policy::Report => "take it out, or set `policy.environment` to strip or refuse",
+            influence::Policy::Strip | influence::Policy::Refuse => "take it out",
+        };
+        report.warning(place, format!("{} {what}", one.name), remedy);
+    }
+    if found.is_empty() {
+        report.fine("environment", "nothing has code run in the CLI, or has it ask somebody else");
     }
 }
 

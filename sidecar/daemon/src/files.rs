@@ -3,7 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::OFlags;
@@ -14,6 +14,15 @@ const LARGEST: u64 = 64 * 1024 * 1024;
 /// A file, and nothing else that has this name.
 pub(crate) fn open(path: &Path, how: &mut OpenOptions) -> io::Result<File> {
     file(how.custom_flags((OFlags::NONBLOCK | OFlags::NOFOLLOW).bits().cast_signed()).open(path)?)
+}
+
+/// That it is this one's own, and not somebody else's by a second name: what was opened where others may write.
+pub(crate) fn check_owner(file: &File, owner: Option<u32>) -> io::Result<()> {
+    let Some(owner) = owner else { return Ok(()) };
+    if file.metadata()?.uid() == owner {
+        return Ok(());
+    }
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, "it is another user's"))
 }
 
 /// All of such a file.

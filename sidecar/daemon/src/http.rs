@@ -30,8 +30,8 @@ use crate::busy::Word;
 use crate::control;
 use crate::export::{otlp, prometheus};
 use crate::feed::Feed;
-use crate::hub::Desk;
 use crate::hub::gate::{Judged, Peer};
+use crate::hub::{Desk, Sees};
 use crate::page;
 use crate::supervise::{Counts, Handle};
 
@@ -231,8 +231,10 @@ pub(crate) async fn serve_socket(listener: UnixListener, desk: Arc<Desk>) -> std
         match listener.accept().await {
             Ok((stream, _)) => {
                 let peer = rustix::net::sockopt::socket_peercred(&stream);
-                if peer.is_ok_and(|peer| peer.uid == us || peer.uid.is_root()) {
-                    open.serve(stream, &pages, Peer::Socket);
+                match peer.map(|peer| peer.uid) {
+                    Ok(uid) if uid == us || uid.is_root() => open.serve(stream, &pages, Peer::Socket),
+                    Ok(uid) if pages.desk.knows(uid.as_raw()) => open.serve(stream, &pages, Peer::User(uid.as_raw())),
+                    _ => {}
                 }
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
@@ -375,6 +377,7 @@ impl Pages for Desk {
         if let Some(refused) = refused(request).or_else(|| page::misdirected(request, self.page_host())) {
             return refused;
         }
+        let sees = self.sees(peer_of(request));
         match request.uri().path() {
             "/metrics" => {
                 let (body, began) = self.metrics();
@@ -398,12 +401,15 @@ impl Pages for Desk {
                 }
                 _ => text(StatusCode::OK, "ok\n"),
             },
-            "/status" | "/sessions" => json(&self.status()),
+            _ if sees != Sees::All && is_of_sessions(request.uri().path(), sees) => text(StatusCode::FORBIDDEN, ASK_THERE),
+            "/status" | "/sessions" => json(&self.status(sees)),
             "/events" => stream(self.feed(), request),
-            path if timeline_of(path).is_some() => match self.timeline(timeline_of(path).unwrap_or_default(), after(request)) {
-                Some(timeline) => reply(StatusCode::OK, JSON, timeline),
-                None => text(StatusCode::NOT_FOUND, NO_SESSION),
-            },
+            path if timeline_of(path).is_some() => {
+                match self.timeline(sees, timeline_of(path).unwrap_or_default(), after(request)) {
+                    Some(timeline) => reply(StatusCode::OK, JSON, timeline),
+                    None => text(StatusCode::NOT_FOUND, NO_SESSION),
+                }
+            }
             "/busy" => reply(StatusCode::OK, JSON, self.busy().json()),
             _ => page::answer(request),
         }
@@ -426,6 +432,19 @@ impl Site {
         Some(status)
     }
 }
+
+/// Who asks.
+fn peer_of(request: &Request<Incoming>) -> Peer {
+    request.extensions().get::<Peer>().copied().unwrap_or(Peer::Tcp(Ipv4Addr::UNSPECIFIED.into()))
+}
+
+/// Whether a page says anything of sessions that is not for whoever sees only these.
+fn is_of_sessions(path: &str, sees: Sees) -> bool {
+    let own = matches!(path, "/status" | "/sessions") || timeline_of(path).is_some();
+    path == "/events" || path == "/" || own && sees == Sees::Nothing
+}
+
+const ASK_THERE: &str = "this hub serves several users: sessions are shown at its socket, to each user its own\n";
 
 const NO_SESSION: &str = "no session of this id or pid runs here\n";
 
@@ -489,7 +508,7 @@ impl Pages for Hub {
     async fn answer(&self, request: &Request<Incoming>) -> Answer {
         let uri = request.uri();
         if request.method() == Method::POST && uri.path().starts_with("/v1/") {
-            let peer = request.extensions().get::<Peer>().copied().unwrap_or(Peer::Tcp(Ipv4Addr::UNSPECIFIED.into()));
+            let peer = peer_of(request);
             match self.desk.judge(peer, request.headers()) {
                 // As everything else there.
                 Judged::Closed if peer != Peer::Socket => return self.desk.answer(request).await,

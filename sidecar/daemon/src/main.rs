@@ -17,6 +17,7 @@ mod files;
 mod hang;
 mod http;
 mod hub;
+mod influence;
 mod lines;
 mod logging;
 mod messages_api;

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use agent_sidecar_core::launch::Launch;
 
+use crate::influence;
 use crate::shim;
 use crate::supervise::NICE;
 
@@ -29,10 +30,14 @@ use crate::supervise::NICE;
 const EVERY: Duration = Duration::from_secs(10);
 /// Who has just been forked still looks like its parent.
 const SETTLES: Duration = Duration::from_millis(100);
+/// Every wrapper has these.
+const THREADS: [&str; 2] = ["monitor", "sample"];
 /// More are not looked at. As many as there are pids by default: nobody hides behind the crowd.
 const PROCESSES: usize = 32_768;
 /// Of a command line; what is longer is cut.
 const WORDS: u64 = 4 * 1024;
+/// Of an environment.
+const ENVIRONMENT: u64 = 256 * 1024;
 /// As deep as processes are nested by anybody who wants them to be found.
 const DEEPEST: usize = 64;
 /// Files that were told apart are remembered, so many.
@@ -87,7 +92,9 @@ impl Patrol {
             found.retain(|process| still.contains(process));
         }
         for (pid, _) in found.difference(&self.told) {
-            tracing::warn!(pid, "a Claude CLI runs without the sidecar: it is neither counted nor limited");
+            let changed = self.changed_by(*pid);
+            let changed = (!changed.is_empty()).then(|| changed.join(", "));
+            tracing::warn!(pid, changed, "a Claude CLI runs without the sidecar: it is neither counted nor limited");
         }
         self.told = found;
         self.told.len() as u64
@@ -106,6 +113,14 @@ impl Patrol {
         if let Err(error) = walks {
             tracing::warn!(%error, "nobody looks for agents without the sidecar");
         }
+    }
+
+    /// The variables of its environment that have code run in it, or have it ask somebody else, where we may look.
+    fn changed_by(&self, pid: i32) -> Vec<String> {
+        let mut environ = Vec::new();
+        let read = File::open(self.proc.join(pid.to_string()).join("environ"))
+            .and_then(|file| file.take(ENVIRONMENT).read_to_end(&mut environ));
+        if read.is_ok() { influence::names(&environ) } else { Vec::new() }
     }
 
     fn unwrapped(&mut self) -> BTreeSet<(i32, u64)> {
@@ -147,8 +162,8 @@ impl Patrol {
     fn role(&mut self, dir: &Path, words: &[OsString]) -> (Role, Option<Print>) {
         let first = words.first().map(|word| file_name(Path::new(word))).unwrap_or_default();
         let Ok(exe) = fs::read_link(dir.join("exe")) else {
-            // Another user's, or one of us, which hides: its own word has to do.
-            let ours = first == "agent-sidecar" || shim::is_cli_name(&first) && has_thread(dir, "monitor");
+            // Another user's, or one of us, which hides: its own word has to do, or what its threads are called, whatever it is.
+            let ours = first == "agent-sidecar" || THREADS.iter().all(|name| has_thread(dir, name));
             let role = if ours { Role::Sidecar } else { self.cli_by(&first, words) };
             return (role, None);
         };
@@ -309,6 +324,15 @@ mod tests {
         assert_eq!(by("/usr/bin/node /x/cli.js"), Role::Other);
         assert_eq!(by("agent-sidecar run -- claude"), Role::Sidecar);
         assert!(!asks("rg", &words("rg pattern")));
+        // Under any name, where its file is not ours to look at.
+        let process = std::env::temp_dir().join(format!("agent-sidecar-patrol-{}", std::process::id()));
+        for (n, thread) in ["wrapper", "monitor", "sample"].iter().enumerate() {
+            assert_eq!(patrol.role(&process, &words("wrapper run -- claude")).0, Role::Other);
+            fs::create_dir_all(process.join(format!("task/{n}"))).unwrap();
+            fs::write(process.join(format!("task/{n}/comm")), format!("{thread}\n")).unwrap();
+        }
+        assert_eq!(patrol.role(&process, &words("wrapper run -- claude")).0, Role::Sidecar);
+        fs::remove_dir_all(process).unwrap();
     }
 
     #[test]

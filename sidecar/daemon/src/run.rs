@@ -28,6 +28,7 @@ use crate::fence::{self, HoldDir};
 use crate::hang::within;
 use crate::http::{self, Scrapes, Site};
 use crate::hub::{self, Guest, Hours, NoSeat, Payer, Place, Seat, Share, Teller, Turn};
+use crate::influence;
 use crate::lines::{LineFile, Use};
 use crate::patrol::{Patrol, Seal};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
@@ -93,6 +94,19 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         whose.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))).chain(own_env.clone()).collect();
     let places = Places::of(&at_home, cwd.as_deref());
     let tmp = own_env.iter().find(|(name, _)| name == "TMPDIR").map_or_else(std::env::temp_dir, |(_, path)| path.into());
+    let (policy, expected) = config.influence();
+    let influenced = if launch.asks_model { influences(&places, &agent_user, &expected) } else { Influenced::default() };
+    if policy == influence::Policy::Refuse && launch.asks_model && influenced.files.is_none() {
+        let source =
+            std::io::Error::other("what the CLI's settings files say is not known, and `policy.environment` is `refuse`");
+        return Err(Failure { exit_code: supervise::OWN_FAILURE, meant: true, source: source.into() });
+    }
+    let stripped = influence::judge(policy, &influenced.found, &expected).map_err(|refused| Failure {
+        exit_code: supervise::OWN_FAILURE,
+        meant: true,
+        source: Box::new(refused),
+    })?;
+    say_stripped(&influenced.found, &stripped);
     let guard = guard(config, place.as_ref(), &nonce, &who, learn.is_over(), &launch, &places, &agent_user)?;
     // Only now: who waits for a seat serves nobody.
     let turn = turn(config, place);
@@ -169,8 +183,15 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let more = env.chain(telemetry.variables()).chain(own_env).chain(agent.env);
     // What is not there need not be taken out: an environment that nobody changes keeps its order.
     let without = Config::secrets().filter(|name| std::env::var_os(name).is_some()).map(|name| (name.into(), None));
+    let stripped = stripped.into_iter().map(|name| (name, None));
     let told = config.for_those_below().into_iter().map(|(name, value)| (name.into(), Some(value.into())));
-    let env = whose.into_iter().chain(more.map(|(name, value)| (name, Some(value)))).chain(without).chain(told).collect();
+    let env = whose
+        .into_iter()
+        .chain(more.map(|(name, value)| (name, Some(value))))
+        .chain(without)
+        .chain(stripped)
+        .chain(told)
+        .collect();
     let mut ledger = config.ledger().map(|path| LineFile::open(Use::Ledger, path, user.as_ref()));
     let mut events = config.events().map(|path| LineFile::open(Use::Events, path, user.as_ref()));
     LineFile::wait(ledger.iter_mut().chain(&mut events), meters);
@@ -221,6 +242,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             }
             if let Some(ledger) = &mut ledger {
                 ledger.write(&record, &failures);
+                if matches!(record.fact, Fact::ProcessExited { .. }) {
+                    ledger.verify(&failures);
+                }
             }
             if let Some(share) = &teller {
                 share.poke();
@@ -349,6 +373,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     if let Some(sampler) = sampler {
         sample_for_ever(sampler, handle.clone(), agent.shim.as_deref().map(Seal::of));
     }
+    if let Some(files) = influenced.files {
+        files.watch(influenced.found, &handle);
+    }
     if launch.asks_model {
         disk::measure_for_ever(&places, tmp, config.disk_interval(), &handle);
     }
@@ -364,6 +391,48 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         None if code == 0 && without_result.load(Relaxed) => CUT_SHORT,
         None => code,
     })
+}
+
+/// What changes the CLI, as far as the disk says.
+#[derive(Default)]
+struct Influenced {
+    found: Vec<influence::Finding>,
+    files: Option<influence::Files>,
+}
+
+fn influences(places: &Places, agent: &User, expected: &influence::Expected) -> Influenced {
+    let mut found = influence::in_environment(std::env::vars_os(), expected);
+    let mut files = influence::Files::of(places, agent, expected);
+    let looked = within(Duration::ZERO, move || {
+        let found = files.look();
+        (files, found)
+    });
+    match looked {
+        Ok((files, more)) => {
+            found.extend(more);
+            Influenced { found, files: Some(files) }
+        }
+        Err(error) => {
+            tracing::warn!(%error, "what the CLI's settings files say is not known");
+            Influenced { found, files: None }
+        }
+    }
+}
+
+fn say_stripped(found: &[influence::Finding], stripped: &[OsString]) {
+    for one in found.iter().filter(|one| one.file.is_none()) {
+        let taken = stripped.iter().any(|name| *name == *one.name);
+        match one.kind {
+            _ if taken => {
+                tracing::warn!(name = one.name, "a variable was taken from the CLI's environment (`policy.environment`)")
+            }
+            // Somebody has said whom it may ask.
+            influence::Kind::Endpoint => {
+                tracing::warn!(name = one.name, "the CLI is told to ask somebody whom `policy.base_urls` does not name")
+            }
+            _ => tracing::info!(name = one.name, "a variable has code run in the CLI"),
+        }
+    }
 }
 
 /// For whom the agent works, and what the app is still to say about it.

@@ -235,6 +235,9 @@ fn container(root: &Path) -> ContainerSample {
             oom_kills: oom_kills(root),
             cpu: field(&root.join("cpu.stat"), "usage_usec").map(Duration::from_micros),
             throttled: field(&root.join("cpu.stat"), "throttled_usec").map(Duration::from_micros),
+            pids: number(&root.join("pids.current")),
+            pids_limit: number(&root.join("pids.max")),
+            forks_refused: field(&root.join("pids.events"), "max"),
             frozen: None,
             pressure,
         };
@@ -247,6 +250,9 @@ fn container(root: &Path) -> ContainerSample {
         oom_kills: oom_kills(root),
         cpu: number(&root.join("cpuacct/cpuacct.usage")).map(Duration::from_nanos),
         throttled: field(&root.join("cpu/cpu.stat"), "throttled_time").map(Duration::from_nanos),
+        pids: number(&root.join("pids/pids.current")),
+        pids_limit: number(&root.join("pids/pids.max")),
+        forks_refused: field(&root.join("pids/pids.events"), "max"),
         frozen: None,
         pressure: Vec::new(),
     }
@@ -305,6 +311,9 @@ mod tests {
                 ("memory.stat", "anon 600\ninactive_file 300\n"),
                 ("memory.events", "low 0\noom 1\noom_kill 2\n"),
                 ("cpu.stat", "usage_usec 5000000\nthrottled_usec 3000000\n"),
+                ("pids.current", "17\n"),
+                ("pids.max", "max\n"),
+                ("pids.events", "max 5\n"),
                 ("agent/cgroup.events", "populated 1\nfrozen 1\n"),
                 ("7/cgroup", "0::/agent\n"),
                 (
@@ -317,6 +326,7 @@ mod tests {
         assert_eq!((sample.working_set_bytes, sample.limit_bytes, sample.oom_kills), (Some(700), None, Some(2)));
         assert_eq!((sample.cpu, sample.throttled), (Some(Duration::from_secs(5)), Some(Duration::from_secs(3))));
         assert_eq!((frozen(&v2, &v2.join("7")), frozen(&v2, &v2.join("8"))), (Some(true), None));
+        assert_eq!((sample.pids, sample.pids_limit, sample.forks_refused), (Some(17), None, Some(5)));
         assert_eq!(sample.pressure[0], ("memory", "some", Duration::from_millis(250)));
 
         let v1 = fixture(
@@ -331,11 +341,13 @@ mod tests {
                 ("memory/memory.stat", "cache 1\ntotal_inactive_file 100\n"),
                 ("memory/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"),
                 ("cpuacct/cpuacct.usage", "2000000000\n"),
+                ("pids/pids.max", "100\n"),
             ],
         );
         let sample = container(&v1);
         assert_eq!((sample.working_set_bytes, sample.limit_bytes, sample.oom_kills), (Some(900), Some(4096), Some(3)));
         assert_eq!(sample.cpu, Some(Duration::from_secs(2)));
+        assert_eq!((sample.pids, sample.pids_limit, sample.forks_refused), (None, Some(100), None));
         assert_eq!((frozen(&v1, &v1.join("7")), frozen(&v1, &v1.join("8"))), (Some(true), Some(false)));
         for root in [v1, v2] {
             fs::remove_dir_all(root).unwrap();

@@ -162,3 +162,43 @@ proptest! {
         prop_assert!(shared.spent.tokens < CEILING + MOST, "{:?} with {} reserved", shared.spent, reserved);
     }
 }
+
+#[test]
+fn what_is_taken_from_the_book_is_put_back_by_who_has_seen_it() {
+    let now = at(DAY);
+    let mut purse = Purse::default();
+    purse.spent(amount(0.5), &now);
+    let mut before = Book::default().checked();
+    let mut past = Purse::default();
+    past.spent(amount(2.0), &now);
+    before.write("gone", &past, &claim(Some("t"), None), &now);
+    before.close("gone");
+    before.write("a", &purse, &claim(Some("t"), None), &now);
+    let mut witness = Witness::default();
+    witness.remember(&before, "a");
+
+    let mended = |mut book: Book| {
+        let said = witness.mend(&mut book, "a");
+        let shared = book.write("a", &purse, &claim(Some("t"), None), &now);
+        (said, shared[0].unwrap().spent, shared[4].unwrap().spent)
+    };
+    let whole = (amount(2.5), amount(2.5));
+    let (said, ever, day) = mended(before.clone());
+    assert_eq!((said, (ever, day)), ((false, false), whole));
+    // Emptied; the dead taken out; our own line made smaller.
+    let mut smaller = before.clone();
+    smaller.runs.get_mut("a").unwrap().spent = Spent::default();
+    for book in [Book::default().checked(), Book { past: BTreeMap::new(), ..before.clone() }, smaller] {
+        let (said, ever, day) = mended(book);
+        assert_eq!((said, (ever, day)), ((true, false), whole));
+    }
+    // Somebody has taken us for dead: then it is there already, and is not told twice.
+    let mut closed = before.clone();
+    closed.close("a");
+    assert_eq!(witness.mend(&mut closed, "a"), (false, true));
+    // What others do is theirs.
+    let mut more = before;
+    more.write("b", &past, &claim(Some("t"), None), &now);
+    more.close("b");
+    assert_eq!(witness.mend(&mut more, "a"), (false, false));
+}

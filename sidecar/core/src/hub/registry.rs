@@ -17,6 +17,8 @@ const GROUPS: usize = 50;
 /// Those labels, and how long a value may be.
 const LABELS: [&str; 3] = ["tenant", "team", "cost_center"];
 const MAX_LABEL: usize = 64;
+/// Of a series: several times what a wrapper writes.
+const MAX_VALUE: usize = 512;
 /// Series of one wrapper: more than its own bound ever lets through.
 const SERIES: usize = 4_096;
 /// A wrapper writes every five seconds if it can. One that has not for so long does not answer.
@@ -160,6 +162,13 @@ impl Registry {
         self.folded.remove(run);
     }
 
+    /// The same of all but these, where more than so many are remembered.
+    pub fn forget_but(&mut self, runs: &BTreeSet<String>, most: usize) {
+        if self.folded.len() > most {
+            self.folded.retain(|run| runs.contains(run));
+        }
+    }
+
     pub fn runs(&self) -> impl Iterator<Item = &str> {
         self.live.keys().map(String::as_str)
     }
@@ -215,7 +224,8 @@ impl Registry {
             live.held.retain(|(metric, _), _| metric != name);
         }
         for (name, source, number) in line.series.drain(..) {
-            let metric = metric::named(&name).filter(|metric| metric.labels.len() == source.len());
+            let short = source.iter().all(|value| value.len() <= MAX_VALUE);
+            let metric = metric::named(&name).filter(|metric| short && metric.labels.len() == source.len());
             let Some((metric, cell)) = metric.and_then(|metric| Some((metric, number.cell(metric)?))) else {
                 self.house.add(&HUB_REFUSED, &["shape"], 1);
                 continue;
@@ -312,6 +322,12 @@ impl Registry {
 
     /// What `/status` says of all of them: the object that a wrapper alone has, with every live session.
     pub fn status(&self, unix: f64) -> Value {
+        let (sessions, totals) = self.sessions(unix);
+        json!({ "sessions": sessions, "totals": totals })
+    }
+
+    /// The same in parts.
+    pub fn sessions(&self, unix: f64) -> (Vec<Value>, Sums) {
         let mut totals = self.totals.clone();
         let mut live: Vec<&Live> = self.live.values().collect();
         live.sort_by(|a, b| a.hello.started.total_cmp(&b.hello.started));
@@ -332,7 +348,7 @@ impl Registry {
                 sessions.push(session);
             }
         }
-        json!({ "sessions": sessions, "totals": totals })
+        (sessions, totals)
     }
 
     /// Who runs a session, by its id, or by the wrapper's pid if one alone has it: its run and its pid.

@@ -24,7 +24,9 @@ use crate::busy::{self, Lease};
 use crate::export::otlp::environment::{Headers, Own};
 use crate::files;
 use crate::hub::gate::{Keys, Token};
+use crate::hub::users::{self, Member};
 use crate::hub::{Meeting, Zone};
+use crate::influence;
 use crate::supervise::{NoUser, User};
 use crate::tenants::{AgentDirs, Workspace};
 
@@ -114,6 +116,9 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("hub.control_token", "control-token", Kind::Token, "", "the token itself; never shown; others can read a flag, so better in a file or the environment"),
     setting("hub.control_tcp", "control-tcp", Kind::Switch, "false", "whether who knows the token may change something over TCP, too"),
     setting("hub.slots", "hub-slots", Kind::Count, "8", "agents at once that have a `slot` of their own in the metrics; the others share `other`"),
+    setting("hub.users", "hub-users", Kind::Users, "", "users whose wrappers `agent-sidecar hub`, started by root, serves together; `=tenant` behind one says for whom all its agents work (docs/hub.md)"),
+    setting("hub.user", "hub-user", Kind::User, "", "who that hub becomes when root has made the directories of these users: a user with a group of its own"),
+    setting("hub.users_dir", "hub-users-dir", Kind::Path, "/run/agent-sidecar-users", "where these directories are, and where wrappers look for one of theirs"),
     setting("ledger.path", "ledger", Kind::Path, "", "append one JSON line for each accounting fact to this file"),
     setting("events.path", "events", Kind::Path, "", "append one JSON line for each event (turns, requests, tools, limits, ends) to this file"),
     setting("otlp.endpoint", "otlp-endpoint", Kind::Url, "", "where spans, metrics and logs are sent, like http://collector:4318; unset, the OTEL_EXPORTER_OTLP_* variables say it, and without them nothing is sent; off sends nothing whatever they say"),
@@ -146,6 +151,8 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("relay.spill_dir", "spill-dir", Kind::Path, "", "where output waits that the app does not read; before $TMPDIR, /tmp and /dev/shm"),
     setting("relay.spill_max", "spill-max", Kind::Size, "1GiB", "how much may wait there"),
     setting("run.user", "user", Kind::User, "", "start the CLI as this user, NAME or UID and `:GROUP` if it is to be that group alone; the sidecar stays who it is: then the agent can neither end nor change it (docs/security.md)"),
+    setting("policy.environment", "environment-policy", Kind::Choice(&["report", "strip", "refuse"]), "report", "what is done about variables that load code into the CLI (LD_PRELOAD, BUN_OPTIONS, …) and, with `policy.base_urls`, about those that have it ask others: report tells, strip takes them from its environment, refuse starts nothing (exit code 125), also for what settings files say that the agent can write (docs/security.md)"),
+    setting("policy.base_urls", "base-urls", Kind::Urls, "", "whom the CLI may be told to ask, in ANTHROPIC_BASE_URL and others like it, and below these; unset, the app may say anybody, and only what an agent can write is told"),
     setting("shim.cli", "shim-cli", Kind::Path, "", "the real CLI, for the binary under the name `claude`: unset, what `install` put beside it, or else the next `claude` on PATH"),
     setting("shim.strict", "shim-strict", Kind::Switch, "false", "whether a mistake in the configuration keeps `claude` from starting; if not, the agent runs without the settings that cannot be read"),
     setting("usage.poll", "usage-poll", Kind::Switch, "true", "ask the CLI for its running totals between its results"),
@@ -670,7 +677,8 @@ impl Config {
         let socket = self.path("hub.socket");
         // Nobody can know the port that will be picked: whoever asks for one asks for it alone.
         let port = self.listen().map(|address| address.port()).filter(|port| *port != 0);
-        (socket.is_some() || port.is_some()).then(|| Meeting { socket, port, state_dir: self.path("hub.state_dir") })
+        let (state_dir, users_dir) = (self.path("hub.state_dir"), self.path("hub.users_dir"));
+        (socket.is_some() || port.is_some()).then_some(Meeting { socket, port, state_dir, users_dir })
     }
 
     pub(crate) fn hub_options(&self) -> crate::hub::Options {
@@ -684,7 +692,19 @@ impl Config {
             lease: self.busy().length,
             page_host: self.page_host(),
             patrol: self.patrol(),
+            members: Vec::new(),
         }
+    }
+
+    /// The users that a hub serves, and who it is to become.
+    ///
+    /// # Errors
+    /// One of them is not there, or is not kept apart from the hub.
+    pub(crate) fn hub_users(&self) -> std::io::Result<Option<(Vec<Member>, Option<User>)>> {
+        let Some(_) = self.value("hub.users") else { return Ok(None) };
+        let hub = self.value("hub.user").map(|_| User::named(self.text("hub.user"))).transpose();
+        let hub = hub.map_err(std::io::Error::other)?;
+        Ok(Some((users::members(self.text("hub.users"), hub.as_ref())?, hub)))
     }
 
     pub(crate) fn patrol(&self) -> bool {
@@ -846,6 +866,16 @@ impl Config {
             }
         }
         told
+    }
+
+    /// What is done about what changes the CLI, and whom it may ask.
+    pub(crate) fn influence(&self) -> (influence::Policy, influence::Expected) {
+        let policy = match self.text("policy.environment") {
+            "strip" => influence::Policy::Strip,
+            "refuse" => influence::Policy::Refuse,
+            _ => influence::Policy::Report,
+        };
+        (policy, self.value("policy.base_urls").and_then(|_| value::urls(self.text("policy.base_urls"))))
     }
 
     pub(crate) fn shim_cli(&self) -> Option<PathBuf> {

@@ -10,6 +10,7 @@ use agent_sidecar_core::who::Sources;
 use crate::export::otlp::environment::{self, Headers};
 use crate::hub::Zone;
 use crate::hub::gate::Token;
+use crate::hub::users;
 
 /// What a setting takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +37,8 @@ pub(crate) enum Kind {
     Choice(&'static [&'static str]),
     /// Of somebody who is told something: a collector, a platform.
     Url,
+    /// Several of those that are asked.
+    Urls,
     /// Of its requests: secret.
     Headers,
     /// Where a label is read from.
@@ -44,6 +47,8 @@ pub(crate) enum Kind {
     Secret,
     /// As whom a process runs.
     User,
+    /// Whose wrappers a hub serves.
+    Users,
     /// A word that lets in: secret.
     Token,
 }
@@ -162,12 +167,14 @@ impl Kind {
             Kind::Choice(_) => Err(not(())),
             // Neither says the text: it may hold a key.
             Kind::Url => environment::check_endpoint(text).map(|()| Value::Text).map_err(|what| format!("is wrong: {what}")),
+            Kind::Urls => urls(text).map(|_| Value::Text).ok_or(()).map_err(not),
             Kind::Sources => text.parse().map(Value::Sources).map_err(|wrong| format!("is wrong: {wrong}")),
             Kind::Secret if text.is_empty() => Err(String::from("is empty")),
             Kind::Secret => Ok(Value::Secret(Secret(text.to_owned()))),
             Kind::Headers => environment::headers(text).map(Value::Headers).map_err(|what| format!("is wrong: {what}")),
             Kind::User if is_user(text) => Ok(Value::Text),
             Kind::User => Err(not(())),
+            Kind::Users => users::split(text).map(|_| Value::Text),
             // Not what it is, either.
             Kind::Token => Token::of(text).map(Value::Token).map_err(|what| format!("is wrong: {what}")),
         }
@@ -190,10 +197,12 @@ impl Kind {
             Kind::Address => String::from("an address"),
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
             Kind::Url => String::from("a URL"),
+            Kind::Urls => String::from("a list of URLs"),
             Kind::Headers => String::from("a list of headers"),
             Kind::Sources => String::from("a list of sources"),
             Kind::Secret => String::from("a text"),
             Kind::User => String::from("a user"),
+            Kind::Users => String::from("a list of users"),
             Kind::Token => String::from("a token"),
         }
     }
@@ -219,11 +228,13 @@ impl Kind {
             Kind::Label => String::from("write a name, like \"research\""),
             Kind::Address => String::from("write an address and a port, like 127.0.0.1:9477 or :9477, or off"),
             Kind::Choice(words) => format!("write {}", words.join(" or ")),
+            Kind::Urls => String::from("write them like https://api.anthropic.com, https://gateway.example/claude"),
             Kind::Url => String::from("write it like http://collector:4318"),
             Kind::Headers => String::from(environment::HEADERS_REMEDY),
             Kind::Sources => String::from("write sources in the order in which they are asked, like env:CUSTOMER_ID, pod:tenant"),
             Kind::Secret => String::from("write a text that nobody guesses"),
             Kind::Token => String::from("make one with `openssl rand -hex 32`"),
+            Kind::Users => String::from("write names or numbers, like app, worker=acme, 1003"),
             Kind::User => String::from("write a name or a number, like agent, 1000 or 1000:1000; in a file in quotes"),
         }
     }
@@ -247,11 +258,13 @@ impl Kind {
             Kind::Address => String::from("address or off"),
             Kind::Choice(words) => words.join(" or "),
             Kind::Url => String::from("URL or off"),
+            Kind::Urls => String::from("URL,URL,…"),
             Kind::Headers => String::from("name=value,…"),
             Kind::Sources => String::from("source:key,…"),
             Kind::Secret => String::from("text"),
             Kind::Token => String::from("token"),
             Kind::User => String::from("name or uid, and `:group`"),
+            Kind::Users => String::from("user,user=tenant,…"),
         }
     }
 }
@@ -301,6 +314,14 @@ fn size(text: &str) -> Option<u64> {
 fn is_user(text: &str) -> bool {
     let name = |text: &str| !text.is_empty() && !text.contains(|c: char| c.is_whitespace() || c.is_control() || c == ':');
     text.split_once(':').map_or_else(|| name(text), |(who, of)| name(who) && name(of))
+}
+
+/// `https://one.example, https://two.example/path`.
+pub(super) fn urls(text: &str) -> Option<Vec<String>> {
+    let one =
+        |url: &str| url.strip_prefix("https://").or_else(|| url.strip_prefix("http://")).is_some_and(|rest| !rest.is_empty());
+    let list: Vec<String> = text.split(',').map(|url| url.trim().to_owned()).collect();
+    list.iter().all(|url| one(url) && !url.contains(char::is_whitespace)).then_some(list)
 }
 
 /// A label is repeated on every series.

@@ -21,16 +21,50 @@ fn write(families: impl Iterator<Item = proto::MetricFamily>) -> String {
     String::from_utf8(text).expect("labels and help are text")
 }
 
-/// What a hub exposes: the agents' series by the labels of those they work for, and the sidecars' own.
-pub(crate) fn hub_text(groups: &[(Vec<(String, String)>, Meters)], house: &Meters) -> String {
-    write(house.families().enumerate().map(|(i, own)| {
+/// What a hub exposes: the agents' series by the labels of those they work for, and the sidecars' own. All of it under the labels of
+/// whose it is, where several users' are served.
+pub(crate) struct Exposed {
+    pub(crate) labels: Vec<(String, String)>,
+    pub(crate) groups: Vec<(Vec<(String, String)>, Meters)>,
+    pub(crate) house: Meters,
+}
+
+pub(crate) fn hub_text(all: &[Exposed]) -> String {
+    let Some(first) = all.first() else { return String::new() };
+    write(first.house.families().enumerate().map(|(i, own)| {
         let mut whole = family::<String>(own, &[]);
-        if own.metric.name.starts_with("claude_agent_") {
-            let of_group = groups.iter().filter_map(|(labels, meters)| Some(family(meters.families().nth(i)?, labels)));
-            whole.set_metric(of_group.flat_map(|mut one| one.take_metric()).collect());
-        }
+        let agents = own.metric.name.starts_with("claude_agent_");
+        let of = |one: &Exposed| -> Vec<proto::Metric> {
+            let labelled = |meters: &Meters, more: &[(String, String)]| {
+                let labels: Vec<(String, String)> = more.iter().chain(&one.labels).cloned().collect();
+                meters.families().nth(i).map(|found| with(found, &labels)).unwrap_or_default()
+            };
+            if agents {
+                one.groups.iter().flat_map(|(labels, meters)| labelled(meters, labels)).collect()
+            } else {
+                labelled(&one.house, &[])
+            }
+        };
+        whole.set_metric(all.iter().flat_map(of).collect());
         whole
     }))
+}
+
+/// A family's series, with these labels.
+fn with(found: &Family, labels: &[(String, String)]) -> Vec<proto::Metric> {
+    let mut series = family::<String>(found, &[]).take_metric();
+    for one in &mut series {
+        let more = labels.iter().map(|(name, value)| {
+            let mut label = proto::LabelPair::default();
+            label.set_name(name.clone());
+            label.set_value(value.clone());
+            label
+        });
+        let mut all = one.take_label();
+        all.extend(more);
+        one.set_label(all);
+    }
+    series
 }
 
 fn family<L: AsRef<str>>(family: &Family, constant: &[(L, String)]) -> proto::MetricFamily {

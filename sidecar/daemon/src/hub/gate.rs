@@ -35,6 +35,8 @@ const PLACES: usize = 256;
 pub(crate) enum Peer {
     /// At the socket, which lets nobody in but this user and root.
     Socket,
+    /// At the socket, one of the users whose wrappers are served.
+    User(u32),
     Tcp(IpAddr),
 }
 
@@ -176,7 +178,7 @@ impl Gate {
     pub(crate) fn judge(&self, peer: Peer, headers: &HeaderMap, now: Instant) -> Judged {
         let Keys { control, tcp, token } = &self.keys;
         let over_tcp = matches!(peer, Peer::Tcp(_));
-        if !control || over_tcp && (!tcp || matches!(token, Token::None)) {
+        if !control || matches!(peer, Peer::User(_)) || over_tcp && (!tcp || matches!(token, Token::None)) {
             return Judged::Closed;
         }
         // A browser says where a page is from whenever it sends what could change something, and cannot send a token without asking

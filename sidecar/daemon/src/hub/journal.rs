@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use agent_sidecar_core::hub::{Hello, Line};
@@ -27,18 +27,41 @@ pub(super) const READ: u64 = 16 * 1024 * 1024;
 pub(super) struct Journal {
     path: PathBuf,
     hello: Hello,
+    mode: u32,
     /// Locked.
     file: Option<File>,
     size: u64,
     first_size: u64,
     mark: u64,
     ended: bool,
+    /// The file as we have left it.
+    left: Option<Look>,
+    /// Somebody else has changed it, since this was last asked.
+    tampered: bool,
+}
+
+/// Nobody can change a file, or what the file system says of it, without its last change moving.
+type Look = (u64, u64, i64, i64);
+
+fn look(found: &fs::Metadata) -> Look {
+    (found.ino(), found.len(), found.ctime(), found.ctime_nsec())
 }
 
 impl Journal {
-    pub(super) fn new(dir: &Path, hello: Hello) -> Journal {
-        let path = dir.join(format!("{}{ENDING}", hello.run));
-        Journal { path, hello, file: None, size: 0, first_size: 0, mark: 0, ended: false }
+    pub(super) fn new(place: &Place, hello: Hello) -> Journal {
+        let path = place.dir.join(format!("{}{ENDING}", hello.run));
+        Journal {
+            path,
+            hello,
+            mode: place.mode(),
+            file: None,
+            size: 0,
+            first_size: 0,
+            mark: 0,
+            ended: false,
+            left: None,
+            tampered: false,
+        }
     }
 
     /// What the next line has to tell: the changes since this mark.
@@ -79,6 +102,11 @@ impl Journal {
         news
     }
 
+    /// Whether somebody else has changed it since this was last asked. The next line begins it anew, with everything.
+    pub(super) fn tampered(&mut self) -> bool {
+        std::mem::take(&mut self.tampered)
+    }
+
     /// No line follows. The journal is for the hub to take.
     pub(super) fn end(&mut self) {
         self.ended = true;
@@ -87,14 +115,19 @@ impl Journal {
 
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         let Some(file) = &mut self.file else { return Err(io::Error::other("no file")) };
-        if file.metadata()?.nlink() == 0 {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "somebody has removed our journal"));
+        // Whoever reads it by its name reads this one.
+        let found = fs::symlink_metadata(&self.path).ok();
+        if self.left.is_some() && found.as_ref().map(look) != self.left {
+            self.tampered = true;
+            let what = if found.is_none() { "somebody has removed our journal" } else { "somebody has changed our journal" };
+            return Err(io::Error::other(format!("{what}; it is written anew")));
         }
         let n = file.write(bytes)?;
         if n < bytes.len() {
             return Err(io::Error::new(io::ErrorKind::StorageFull, "the line was written in part"));
         }
         self.size += n as u64;
+        self.left = file.metadata().ok().as_ref().map(look);
         Ok(())
     }
 
@@ -104,6 +137,8 @@ impl Journal {
         // Locked before it has its name: a journal without a lock is that of a dead wrapper.
         let ready = try_lock(&file)
             .and_then(|ours| if ours { Ok(()) } else { Err(io::Error::other("somebody has locked our journal")) })
+            // Whatever our umask is.
+            .and_then(|()| file.set_permissions(fs::Permissions::from_mode(self.mode)))
             .and_then(|()| file.set_len(0))
             .and_then(|()| file.write_all(bytes))
             .and_then(|()| fs::rename(&new, &self.path));
@@ -113,6 +148,7 @@ impl Journal {
         }
         self.size = bytes.len() as u64;
         self.first_size = self.size;
+        self.left = file.metadata().ok().as_ref().map(look);
         // The old one is given up only now.
         self.file = Some(file);
         Ok(())

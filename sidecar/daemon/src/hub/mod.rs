@@ -22,9 +22,10 @@ mod share;
 mod shelf;
 mod story;
 mod till;
+pub(crate) mod users;
 mod zone;
 
-pub(crate) use desk::{Desk, Options};
+pub(crate) use desk::{Desk, Options, Sees};
 pub(crate) use hours::Hours;
 pub(crate) use journal::{lives, pids};
 pub(crate) use place::{Meeting, Place, try_lock};

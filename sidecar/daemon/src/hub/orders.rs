@@ -3,7 +3,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use agent_sidecar_core::order::{Order, Orders};
@@ -11,8 +11,8 @@ use agent_sidecar_core::order::{Order, Orders};
 use super::till::lock_named;
 use crate::files;
 
-/// Changes the list, and forgets what was asked of those that are gone.
-pub(super) fn change(dir: &Path, lives: impl Fn(&str) -> bool, change: impl FnOnce(&mut Orders)) -> io::Result<()> {
+/// Changes the list, and forgets what was asked of those that are gone. `mode` says who may look at it.
+pub(super) fn change(dir: &Path, mode: u32, lives: impl Fn(&str) -> bool, change: impl FnOnce(&mut Orders)) -> io::Result<()> {
     let _locked = lock_named(dir, "orders.lock")?;
     let before = read(dir)?;
     let mut orders = before.clone();
@@ -23,6 +23,7 @@ pub(super) fn change(dir: &Path, lives: impl Fn(&str) -> bool, change: impl FnOn
     }
     let new = path(dir).with_extension("tmp");
     let mut file = files::open(&new, OpenOptions::new().write(true).create(true).truncate(true).mode(0o600))?;
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
     file.write_all(&serde_json::to_vec(&orders)?)?;
     fs::rename(&new, path(dir))
 }
@@ -100,7 +101,7 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("agent-sidecar-orders-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let a = [String::from("a")];
-        let give = |what| change(&dir, |_| true, |orders| orders.give(&a, what)).unwrap();
+        let give = |what| change(&dir, 0o600, |_| true, |orders| orders.give(&a, what)).unwrap();
         give(What::Interrupt);
         let mut look = Look::new(&dir, "a");
         assert_eq!(look.changed().unwrap(), None, "that was before its time");
@@ -114,11 +115,11 @@ mod tests {
         assert!(Look::new(&dir, "a").changed().unwrap().unwrap().paused, "a state is one for those who come later, too");
         fs::write(path(&dir), b"{torn").unwrap();
         assert!(look.changed().is_err() && look.told.paused, "what cannot be read changes nothing");
-        assert!(change(&dir, |_| true, |_| ()).is_err());
+        assert!(change(&dir, 0o600, |_| true, |_| ()).is_err());
         fs::remove_file(path(&dir)).unwrap();
         assert_eq!(look.changed().unwrap().map(|order| order.paused), Some(false));
         give(What::Stop);
-        change(&dir, |run| run != "a", |_| ()).unwrap();
+        change(&dir, 0o600, |run| run != "a", |_| ()).unwrap();
         assert_eq!(read(&dir).unwrap().of("a"), Order::default(), "it is gone, and with it what was asked of it");
         fs::remove_dir_all(dir).unwrap();
     }

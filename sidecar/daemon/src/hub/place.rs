@@ -11,6 +11,9 @@ use std::time::Duration;
 use rustix::fs::FlockOperation;
 
 use crate::files;
+use crate::supervise::User;
+
+use super::users::{self, Member};
 
 /// Where `:9477` meets; other ports meet elsewhere.
 const USUAL_PORT: u16 = 9477;
@@ -25,6 +28,8 @@ pub(crate) struct Meeting {
     pub(crate) socket: Option<PathBuf>,
     pub(crate) port: Option<u16>,
     pub(crate) state_dir: Option<PathBuf>,
+    /// Where wrappers of several users meet one hub.
+    pub(crate) users_dir: Option<PathBuf>,
 }
 
 /// See the module's head.
@@ -33,12 +38,16 @@ pub(crate) struct Place {
     pub(crate) socket: PathBuf,
     /// Where to be asked when another container, which sees the same files, has that one.
     pub(super) spare: Option<PathBuf>,
-    /// Journals, the lock and the totals; ours alone.
+    /// Journals, the lock and the totals; ours alone, or the hub's group's, too.
     pub(crate) dir: PathBuf,
     /// Which container this is, where nobody has said where the state is to be kept: what another has left there is not ours.
     pub(crate) world: String,
     /// What ended agents have counted stays, also when nobody runs any more.
     pub(crate) keep: bool,
+    /// Where a hub of several users says something to them.
+    pub(super) door: Option<PathBuf>,
+    /// We are one of those users: the hub alone serves.
+    pub(super) guest: bool,
 }
 
 impl Place {
@@ -76,10 +85,10 @@ impl Place {
     }
 
     fn at(meeting: &Meeting, make: bool) -> io::Result<Place> {
-        let name = match meeting.port {
-            None | Some(USUAL_PORT) => String::from("hub"),
-            Some(port) => format!("hub-{port}"),
-        };
+        let name = name_of(meeting);
+        if let Some(place) = Place::guest(meeting, &name)? {
+            return Ok(place);
+        }
         if meeting.socket.is_none() && meeting.state_dir.is_none() {
             let place = Place::usual(&usual_dir(make)?, &name, &World::here());
             private(&place.dir, make)?;
@@ -99,7 +108,48 @@ impl Place {
             None => socket.with_extension("state"),
         };
         made_private(&dir, make)?;
-        Ok(Place { socket, spare: None, dir, world: String::new(), keep: meeting.state_dir.is_some() })
+        let keep = meeting.state_dir.is_some();
+        Ok(Place { socket, spare: None, dir, world: String::new(), keep, door: None, guest: false })
+    }
+
+    /// Where a hub of several users expects us, if one does. Who keeps state elsewhere is not among them.
+    fn guest(meeting: &Meeting, name: &str) -> io::Result<Option<Place>> {
+        let Some(root) = meeting.users_dir.as_ref().filter(|_| meeting.state_dir.is_none()) else { return Ok(None) };
+        let (key, world) = together(meeting, name);
+        let found = users::find(root, &key)?;
+        Ok(found.map(|(dir, door)| Place {
+            socket: door.join("hub.sock"),
+            spare: None,
+            dir,
+            world,
+            keep: true,
+            door: Some(door),
+            guest: true,
+        }))
+    }
+
+    /// The place of a hub that serves several users, made by root. Then we are the hub's user, for good.
+    pub(crate) fn of_users(meeting: &Meeting, members: &[Member], hub: Option<&User>) -> io::Result<Place> {
+        let name = name_of(meeting);
+        let Some(root) = &meeting.users_dir else { return Err(io::ErrorKind::InvalidInput.into()) };
+        if !rustix::process::geteuid().is_root() {
+            let what = "only root can give directories to the users of `hub.users`: start it as root, and say in `hub.user` who it is to become";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
+        }
+        let (key, world) = together(meeting, &name);
+        let ours = User::ours();
+        let door = users::make(root, &key, members, hub.unwrap_or(&ours))?;
+        if let Some(hub) = hub {
+            hub.become_for_good()?;
+        }
+        users::make_orders(&door, members)?;
+        let dir = match &meeting.state_dir {
+            Some(volume) => volume.join("hub"),
+            None => door.join("state"),
+        };
+        made_private(&dir, true)?;
+        let socket = door.join("hub.sock");
+        Ok(Place { socket, spare: None, dir, world, keep: true, door: Some(door), guest: false })
     }
 
     /// Containers may see the same files, and yet each has a port of its own: each has state of its own.
@@ -111,6 +161,8 @@ impl Place {
             dir: dir.join(&ours).with_extension("state"),
             world: world.text(),
             keep: false,
+            door: None,
+            guest: false,
         }
     }
 
@@ -135,7 +187,7 @@ impl Place {
 
     /// Where it stands when somebody has last read everything.
     pub(super) fn scraped(&self) -> PathBuf {
-        self.dir.join("scraped")
+        self.told().join("scraped")
     }
 
     /// There when a hub without an agent serves here, or will again: with what it counts, counters go on.
@@ -155,7 +207,33 @@ impl Place {
 
     /// Where the hub before this one was served, for a port that was picked.
     pub(super) fn address(&self) -> PathBuf {
-        self.dir.join("address")
+        self.told().join("address")
+    }
+
+    /// What the hub tells the wrappers.
+    fn told(&self) -> &Path {
+        self.door.as_ref().unwrap_or(&self.dir)
+    }
+
+    /// Writes what wrappers may look at, if they are another user's, too. Whoever waits for it waits for nothing else.
+    pub(super) fn tell(&self, file: &Path, text: &str) {
+        let told = files::write(file, text.as_bytes());
+        if told.is_ok() && self.door.is_some() {
+            fs::set_permissions(file, fs::Permissions::from_mode(0o644)).ok();
+        }
+    }
+
+    /// Where what people ask of us is written: where we could not have written it, if the hub is another user.
+    pub(super) fn orders(&self) -> PathBuf {
+        match &self.door {
+            Some(door) if self.guest => users::orders_of(door, rustix::process::geteuid().as_raw()),
+            _ => self.dir.clone(),
+        }
+    }
+
+    /// What others may do with files that are for the hub.
+    pub(super) fn mode(&self) -> u32 {
+        if self.guest { 0o640 } else { 0o600 }
     }
 
     /// The hub's lock, if nobody has it.
@@ -192,6 +270,24 @@ pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
         Ok(()) => Ok(true),
         Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => Ok(false),
         Err(error) => Err(error.into()),
+    }
+}
+
+fn name_of(meeting: &Meeting) -> String {
+    match meeting.port {
+        None | Some(USUAL_PORT) => String::from("hub"),
+        Some(port) => format!("hub-{port}"),
+    }
+}
+
+/// What those that belong together call their directory, and their world: a port's is its network's, a socket's its own.
+fn together(meeting: &Meeting, name: &str) -> (String, String) {
+    match &meeting.socket {
+        Some(socket) => (format!("socket-{}", short(&socket.display().to_string())), String::new()),
+        None => {
+            let world = World::here();
+            (format!("{name}-{}", world.tag()), world.text())
+        }
     }
 }
 
@@ -320,7 +416,7 @@ mod tests {
     #[test]
     fn a_directory_that_others_can_write_to_will_not_do() {
         let root = scratch("private");
-        let meeting = |name: &str| Meeting { socket: Some(root.join(name)), port: None, state_dir: None };
+        let meeting = |name: &str| Meeting { socket: Some(root.join(name)), port: None, state_dir: None, users_dir: None };
         let place = Place::find(&meeting("a.sock")).unwrap();
         assert_eq!(fs::metadata(&place.dir).unwrap().mode() & 0o777, 0o700);
         assert!(Place::find(&meeting("a.sock")).is_ok(), "it is there already, and ours");
@@ -339,7 +435,7 @@ mod tests {
         fs::create_dir(&dir).unwrap();
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o2770)).unwrap();
         assert!(private(&dir, true).is_err());
-        Place::find(&Meeting { socket: None, port: None, state_dir: Some(root.clone()) }).unwrap();
+        Place::find(&Meeting { socket: None, port: None, state_dir: Some(root.clone()), users_dir: None }).unwrap();
         assert_eq!(fs::metadata(&dir).unwrap().mode() & 0o777, 0o700);
         fs::remove_dir_all(root).unwrap();
     }
@@ -397,7 +493,8 @@ mod tests {
     #[test]
     fn there_is_one_hub_at_a_time() {
         let root = scratch("lock");
-        let place = Place::find(&Meeting { socket: Some(root.join("a.sock")), port: None, state_dir: None }).unwrap();
+        let place =
+            Place::find(&Meeting { socket: Some(root.join("a.sock")), port: None, state_dir: None, users_dir: None }).unwrap();
         let first = place.lock().unwrap();
         assert!(first.is_some());
         assert!(place.lock().unwrap().is_none());

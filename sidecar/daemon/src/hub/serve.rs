@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::process::WaitOptions;
 
-use super::desk::{Desk, Options};
+use super::desk::{Desk, Options, Sees};
 use super::share::Share;
 use super::{Place, shelf};
 use crate::files;
@@ -24,6 +24,8 @@ const TIDY: Duration = Duration::from_secs(1);
 const AGAIN: Duration = Duration::from_millis(50);
 /// Later, a port that somebody else has.
 const RARELY: Duration = Duration::from_secs(1);
+/// Threads are kept for as long as anybody serves.
+const FOR_EVER: Duration = Duration::from_hours(24 * 365);
 /// So many looks at its socket, and it does not leave.
 const LEAVES: u32 = 20;
 
@@ -37,6 +39,15 @@ pub(crate) struct Turn {
 impl Turn {
     /// Takes the lock if it is free, and then binds the address. What cannot be bound is said, and tried again later.
     pub(crate) fn take(place: Place, address: Option<SocketAddr>) -> std::io::Result<Turn> {
+        if place.guest {
+            if std::os::unix::net::UnixStream::connect(&place.socket).is_err() {
+                tracing::warn!(
+                    socket = %place.socket.display(),
+                    "the hub that serves several users does not answer; it shows what was counted when it is back"
+                );
+            }
+            return Ok(Turn { place, address: None, now: None });
+        }
         let lock = place.lock()?;
         if lock.is_some() {
             shelf::begin_anew(&place)?;
@@ -71,6 +82,10 @@ impl Turn {
 
     /// Serves as soon as it is our turn, on a thread of its own, until the process ends.
     pub(crate) fn attend(self, options: Options, own: Share) -> std::io::Result<()> {
+        // Nobody serves what is another user's.
+        if self.place.guest {
+            return Ok(());
+        }
         std::thread::Builder::new().name(String::from("hub")).stack_size(512 * 1024).spawn(move || {
             // The start of the agent goes first: refused nowhere, and without it all is as right.
             rustix::process::nice(NICE).ok();
@@ -96,13 +111,18 @@ impl Turn {
                 true
             });
         }
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
+        // Once made, they stay: an agent may see to it that no more can be made.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(4)
+            .thread_keep_alive(FOR_EVER)
+            .build()?;
         runtime.block_on(async {
             let told = Arc::clone(&desk);
             tokio::spawn(async move {
                 let look = || {
                     let desk = Arc::clone(&told);
-                    async move { tokio::task::spawn_blocking(move || desk.status()).await.ok() }
+                    async move { tokio::task::spawn_blocking(move || desk.status(Sees::All)).await.ok() }
                 };
                 told.feed().tell(look).await;
             });
@@ -171,7 +191,7 @@ fn bind(place: &Place, address: SocketAddr) -> std::io::Result<Bound> {
         None => http::bind(address)?,
     };
     tracing::info!(address = %bound.address, "serving metrics");
-    files::write(&place.address(), bound.address.to_string().as_bytes()).ok();
+    place.tell(&place.address(), &bound.address.to_string());
     Ok(bound)
 }
 
@@ -193,14 +213,14 @@ async fn bind_at_last(place: &Place, address: SocketAddr) -> Bound {
 /// Ours, or the spare one where somebody else is asked at it.
 async fn socket(place: &Place) -> std::io::Result<UnixListener> {
     if !answers(&place.socket).await {
-        return listen(&place.socket);
+        return listen(&place.socket, place.door.is_some());
     }
     let Some(spare) = &place.spare else {
         let what = "a hub with another state directory has it; name another --socket";
         return Err(std::io::Error::new(std::io::ErrorKind::AddrInUse, what));
     };
     tracing::warn!(socket = %spare.display(), "the hub of another container has the usual socket; this one is asked here");
-    listen(spare)
+    listen(spare, false)
 }
 
 /// Whether somebody is there, and stays: the hub before us may still be on its way out.
@@ -215,14 +235,15 @@ async fn answers(socket: &Path) -> bool {
     true
 }
 
-fn listen(path: &Path) -> std::io::Result<UnixListener> {
+/// `known`: others may ask, too, and are told by the kernel's word what is theirs.
+fn listen(path: &Path, known: bool) -> std::io::Result<UnixListener> {
     // Nobody answers: whatever is there is a dead hub's.
     match fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let listener = UnixListener::bind(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(if known { 0o666 } else { 0o600 }))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
 }
@@ -243,6 +264,8 @@ mod tests {
             dir: dir.clone(),
             world: String::new(),
             keep: false,
+            door: None,
+            guest: false,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let other = UnixListener::bind(dir.join("hub.sock")).unwrap();

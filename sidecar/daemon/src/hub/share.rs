@@ -48,6 +48,8 @@ struct Inner {
     bell: Condvar,
     written: Mutex<Written>,
     story: Mutex<Story>,
+    /// Who writes the last of it: there already when nobody can be made any more.
+    finisher: Mutex<Option<mpsc::Sender<mpsc::Sender<()>>>>,
     /// Where budgets are shared.
     purse: Option<Mutex<Held>>,
     /// What the CLI turns messages away for.
@@ -98,13 +100,15 @@ impl Share {
             world: place.world.clone(),
             labels: labels(&who),
         };
-        let written = Written { journal: Journal::new(&place.dir, hello), last: Line::default(), at: None, failed: false };
+        let written = Written { journal: Journal::new(place, hello), last: Line::default(), at: None, failed: false };
+        let (ask, asked) = mpsc::channel::<mpsc::Sender<()>>();
         let inner = Inner {
+            finisher: Mutex::new(Some(ask)),
             // The first line at once.
             poked: Mutex::new(true),
             bell: Condvar::new(),
             written: Mutex::new(written),
-            story: Mutex::new(Story::new(&place.dir, &run)),
+            story: Mutex::new(Story::new(place, &run)),
             purse: payer.map(|payer| {
                 let till = Till::new(&place.dir, &run, payer);
                 Mutex::new(Held { till, last: None, failed: false, closed: false })
@@ -117,6 +121,13 @@ impl Share {
             place: place.clone(),
         };
         let share = Share { inner: Arc::new(inner) };
+        let last = share.clone();
+        std::thread::Builder::new().name(String::from("finish")).stack_size(256 * 1024).spawn(move || {
+            if let Ok(said) = asked.recv() {
+                last.say_last();
+                drop(said);
+            }
+        })?;
         let teller = share.clone();
         std::thread::Builder::new().name(String::from("share")).stack_size(256 * 1024).spawn(move || teller.tell())?;
         Ok(share)
@@ -183,6 +194,10 @@ impl Share {
         purse.till.works_for(who.tenant.clone());
         let settled = purse.till.settle(unix(), errand);
         let failed = settled.is_err();
+        if purse.till.tampered() {
+            self.tampered("budgets");
+            tracing::error!("somebody else has changed the book of shared budgets; what this agent knows of it was put back");
+        }
         let mut held_for = held_for;
         match settled {
             Ok(shared) if purse.last != Some(shared) => {
@@ -252,15 +267,17 @@ impl Share {
         });
     }
 
+    /// Somebody else has written where only we and those like us should.
+    fn tampered(&self, file: &'static str) {
+        self.inner.handle.visit(move |monitor, _| monitor.meters_mut().add(&metric::TAMPERED, &[file], 1));
+    }
+
     /// The last line. The journal is the hub's from here on. A disk that hangs is waited for so long, and no longer: false
     /// if it does.
     pub(crate) fn finish(&self) -> bool {
-        let (share, (say, hear)) = (self.clone(), mpsc::channel::<()>());
-        let finishing = std::thread::Builder::new().name(String::from("finish")).stack_size(256 * 1024).spawn(move || {
-            share.say_last();
-            drop(say);
-        });
-        let told = finishing.is_ok() && hear.recv_timeout(FINISH) != Err(mpsc::RecvTimeoutError::Timeout);
+        let (say, hear) = mpsc::channel::<()>();
+        let asked = lock(&self.inner.finisher).take().is_some_and(|finisher| finisher.send(say).is_ok());
+        let told = asked && hear.recv_timeout(FINISH) != Err(mpsc::RecvTimeoutError::Timeout);
         if !told {
             tracing::warn!(dir = %self.inner.place.dir.display(), "the hub was not told of the agent's last numbers; the ledger has them, if one is set");
         }
@@ -320,7 +337,7 @@ impl Share {
     fn tell(&self) {
         // Refused nowhere, and without it all is as right.
         rustix::process::nice(NICE).ok();
-        let mut look = Look::new(&self.inner.place.dir, &self.inner.run);
+        let mut look = Look::new(&self.inner.place.orders(), &self.inner.run);
         loop {
             self.obey(&mut look);
             let poked = lock(&self.inner.poked);
@@ -349,6 +366,9 @@ impl Share {
 
     fn write(&self, written: &mut Written, mut line: Line, mark: u64) {
         let done = written.journal.write(&line, mark);
+        if written.journal.tampered() {
+            self.tampered("journal");
+        }
         line.series.clear();
         line.cleared.clear();
         written.last = line;
@@ -379,7 +399,7 @@ pub(crate) fn testify(place: &Place, run: &str, who: &Who, mut meters: metric::M
     };
     let mut line = Line { unix: shelf::unix(), ..Line::default() };
     let mark = agent_sidecar_core::hub::changes(&mut meters, 0, &mut line);
-    let mut journal = Journal::new(&place.dir, hello);
+    let mut journal = Journal::new(place, hello);
     journal.write(&line, mark)?;
     journal.end();
     Ok(())

@@ -20,11 +20,28 @@ use super::Place;
 use super::journal::{ENDING, READ, UNFINISHED};
 use super::place::lock_of_dead;
 use super::story;
+use super::users::{self, Member};
 use crate::files;
 
 const TOTALS: &str = "totals.json";
-/// Wrappers at a time. A container that has more has other worries.
-const JOURNALS: usize = 2_048;
+/// How much is looked at.
+#[derive(Clone, Copy, Debug)]
+struct Bounds {
+    /// Wrappers at a time.
+    journals: usize,
+    /// Files in the directory, journals or not.
+    entries: usize,
+    /// Of one journal in one reading, and of all.
+    read: u64,
+    scan: u64,
+}
+
+/// Our own. A container that has more has other worries.
+const OURS: Bounds = Bounds { journals: 2_048, entries: usize::MAX, read: READ, scan: u64::MAX };
+/// Another user's, who may want the hub to have no time and no room for the others: several times what a wrapper writes at once.
+const THEIRS: Bounds = Bounds { journals: 64, entries: 4_096, read: 1024 * 1024, scan: 4 * 1024 * 1024 };
+/// Of another user's, so many names of those that ended are remembered though their journals are gone.
+const FOLDED: usize = 1_024;
 /// What is unfinished for so long is nobody's.
 const ABANDONED: Duration = Duration::from_secs(60);
 
@@ -94,6 +111,12 @@ pub(super) fn begin_anew(place: &Place) -> io::Result<()> {
 /// See the module's head.
 pub(super) struct Shelf {
     dir: PathBuf,
+    totals: PathBuf,
+    /// Another user, whose alone everything in it is; and for whom all of that one's agents work, if that was said.
+    owner: Option<Member>,
+    bounds: Bounds,
+    /// What may still be read in this scan.
+    left: u64,
     world: String,
     pub(super) registry: Registry,
     tails: BTreeMap<String, Tail>,
@@ -106,7 +129,24 @@ pub(super) struct Shelf {
 impl Shelf {
     /// With what earlier hubs have kept.
     pub(super) fn open(place: &Place, slots: usize, max_series: usize, labels: &[(String, String)]) -> Shelf {
-        let path = place.dir.join(TOTALS);
+        Shelf::of(place, place.dir.clone(), place.dir.join(TOTALS), None, (slots, max_series, labels))
+    }
+
+    /// Another user's.
+    pub(super) fn of_member(place: &Place, member: &Member, slots: usize, max_series: usize) -> Option<Shelf> {
+        let dir = users::dir_of(place.door.as_ref()?, member.uid);
+        let totals = place.dir.join(format!("totals-{}.json", member.uid));
+        let labels: Vec<(String, String)> = member.tenant.iter().map(|tenant| (String::from("tenant"), tenant.clone())).collect();
+        Some(Shelf::of(place, dir, totals, Some(member.clone()), (slots, max_series, &labels)))
+    }
+
+    fn of(
+        place: &Place,
+        dir: PathBuf,
+        path: PathBuf,
+        owner: Option<Member>,
+        (slots, max_series, labels): (usize, usize, &[(String, String)]),
+    ) -> Shelf {
         let stored = match files::read(&path) {
             Ok(bytes) => serde_json::from_slice::<Stored>(&bytes).unwrap_or_else(|error| {
                 tracing::error!(path = %path.display(), %error, "the totals of ended agents cannot be read: counters start again");
@@ -119,7 +159,11 @@ impl Shelf {
         // Those of a container that was here before start again with this one, as every counter does.
         let stored = if stored.world == place.world { stored } else { Stored::default() };
         Shelf {
-            dir: place.dir.clone(),
+            dir,
+            totals: path,
+            bounds: if owner.is_some() { THEIRS } else { OURS },
+            owner,
+            left: 0,
             world: place.world.clone(),
             registry: Registry::new(slots, max_series, labels, &stored),
             tails: BTreeMap::new(),
@@ -135,6 +179,7 @@ impl Shelf {
             Ok(runs) => runs,
             Err(error) => return self.warn(&error),
         };
+        self.left = self.bounds.scan;
         // Locked until they are removed.
         let mut ended: Vec<(String, File)> = Vec::new();
         for run in &runs {
@@ -143,6 +188,8 @@ impl Shelf {
                 Ok(None) => {}
                 // It was removed or replaced meanwhile: next time.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                // Not what a wrapper of that user has written.
+                Err(_) if self.owner.is_some() => self.registry.house_mut().add(&HUB_REFUSED, &["owner"], 1),
                 Err(error) => self.warn(&error),
             }
         }
@@ -161,6 +208,9 @@ impl Shelf {
                 self.registry.retire(run);
                 self.unstored = true;
             }
+        }
+        if self.owner.is_some() {
+            self.registry.forget_but(&runs, FOLDED);
         }
         if self.unstored {
             match self.store() {
@@ -185,10 +235,10 @@ impl Shelf {
 
     fn list(&self) -> io::Result<BTreeSet<String>> {
         let mut runs = BTreeSet::new();
-        for entry in fs::read_dir(&self.dir)? {
+        for entry in fs::read_dir(&self.dir)?.take(self.bounds.entries) {
             let entry = entry?;
             let Ok(name) = entry.file_name().into_string() else { continue };
-            if let Some(run) = name.strip_suffix(ENDING).filter(|_| runs.len() < JOURNALS) {
+            if let Some(run) = name.strip_suffix(ENDING).filter(|_| runs.len() < self.bounds.journals) {
                 runs.insert(run.to_owned());
             } else if (name.ends_with(UNFINISHED) || self.is_orphan(&name))
                 && entry.metadata()?.modified()?.elapsed().is_ok_and(|age| age > ABANDONED)
@@ -201,7 +251,7 @@ impl Shelf {
 
     fn remember(&mut self, run: &str) {
         let Some((pid, session)) = self.registry.who(run) else { return };
-        let Ok(entries) = story::read(&self.dir, run, 0) else { return };
+        let Ok(entries) = story::read(&self.dir, run, 0, self.uid()) else { return };
         // One that was soon over may never have been live for us.
         let session = story::session(&entries).or_else(|| session.map(str::to_owned));
         self.ended.push_back(Ended { pid, session, entries });
@@ -214,7 +264,7 @@ impl Shelf {
     pub(super) fn timeline(&self, key: &str, after: u64) -> Option<(u32, String)> {
         if let Some((run, pid)) = self.registry.find(key) {
             // Where nothing is written, nothing has happened yet.
-            return Some((pid, story::read(&self.dir, run, after).unwrap_or_default()));
+            return Some((pid, story::read(&self.dir, run, after, self.uid()).unwrap_or_default()));
         }
         let is = |ended: &&Ended| ended.session.as_deref() == Some(key) || ended.pid.to_string() == key;
         let ended = self.ended.iter().rev().find(is)?;
@@ -229,7 +279,9 @@ impl Shelf {
     /// Reads what is new in a journal. The file, locked by us, if its wrapper is gone.
     fn read(&mut self, run: &str) -> io::Result<Option<File>> {
         let path = self.path(run);
-        let mut file = files::open(&path, OpenOptions::new().read(true).write(true))?;
+        // What is another's is not written to.
+        let mut file = files::open(&path, OpenOptions::new().read(true).write(self.owner.is_none()))?;
+        files::check_owner(&file, self.uid())?;
         let gone = lock_of_dead(&path, &file)?;
         let found = file.metadata()?;
         // Replaced since it was opened: the new one says all of it.
@@ -240,33 +292,42 @@ impl Shelf {
         if tail.inode != found.ino() || found.len() < tail.at && tail.at != u64::MAX {
             *tail = Tail { inode: found.ino(), ..Tail::default() };
         }
+        let mut all = true;
         if found.len() > tail.at {
             file.seek(SeekFrom::Start(tail.at))?;
             let mut bytes = Vec::new();
-            (&mut file).take(READ).read_to_end(&mut bytes)?;
+            let limit = self.bounds.read.min(self.left);
+            (&mut file).take(limit).read_to_end(&mut bytes)?;
+            self.left -= bytes.len() as u64;
+            all = (bytes.len() as u64) < limit;
             // A wrapper in the middle of a line has not said it yet.
             let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
             for line in bytes[..whole].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-                take(&mut self.registry, &self.world, run, tail, line);
+                take(&mut self.registry, &self.world, run, tail, line, self.owner.as_ref());
             }
             tail.at += whole as u64;
-            if whole == 0 && bytes.len() as u64 == READ {
+            if whole == 0 && bytes.len() as u64 == self.bounds.read {
                 // No wrapper says that much at once.
                 tail.who = Who::Foreign;
                 tail.at = u64::MAX;
             }
         }
-        Ok(Some(file).filter(|_| gone && tail.who != Who::Foreign))
+        Ok(Some(file).filter(|_| gone && all && tail.who != Who::Foreign))
+    }
+
+    /// Whose everything here is, if not ours.
+    pub(super) fn uid(&self) -> Option<u32> {
+        self.owner.as_ref().map(|owner| owner.uid)
     }
 
     fn store(&self) -> io::Result<()> {
-        let path = self.dir.join(TOTALS);
+        let path = &self.totals;
         let new = path.with_extension("json.tmp");
         let mut file = files::open(&new, OpenOptions::new().write(true).create(true).truncate(true).mode(0o600))?;
         let mut stored = self.registry.stored();
         stored.world.clone_from(&self.world);
         file.write_all(&serde_json::to_vec(&stored)?)?;
-        fs::rename(&new, &path)
+        fs::rename(&new, path)
     }
 
     fn warn(&mut self, error: &io::Error) {
@@ -276,11 +337,16 @@ impl Shelf {
     }
 }
 
-fn take(registry: &mut Registry, world: &str, run: &str, tail: &mut Tail, line: &[u8]) {
+fn take(registry: &mut Registry, world: &str, run: &str, tail: &mut Tail, line: &[u8], owner: Option<&Member>) {
     match tail.who {
         Who::Unread if registry.is_folded(run) => tail.who = Who::Folded,
         Who::Unread => {
-            let hello = serde_json::from_slice::<Hello>(line).ok().filter(|hello| hello.run == run);
+            let mut hello = serde_json::from_slice::<Hello>(line).ok().filter(|hello| hello.run == run);
+            if let (Some(tenant), Some(hello)) = (owner.and_then(|owner| owner.tenant.clone()), &mut hello) {
+                // Whatever it says itself.
+                hello.labels.retain(|(label, _)| label != "tenant");
+                hello.labels.push((String::from("tenant"), tenant));
+            }
             tail.who = match hello {
                 Some(hello) if hello.world != world => Who::Past,
                 Some(hello) if registry.join(hello.clone()) => Who::Known,
@@ -311,13 +377,13 @@ mod tests {
     fn place(name: &str, world: &str) -> Place {
         let dir = std::env::temp_dir().join(format!("agent-sidecar-shelf-{name}-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
-        Place { socket: dir.join("hub.sock"), spare: None, dir, world: world.to_owned(), keep: true }
+        Place { socket: dir.join("hub.sock"), spare: None, dir, world: world.to_owned(), keep: true, door: None, guest: false }
     }
 
     fn journal(place: &Place, run: &str) -> Journal {
         let hello =
             Hello { hub: VERSION, run: run.to_owned(), pid: 1, started: 0.0, world: place.world.clone(), labels: Vec::new() };
-        Journal::new(&place.dir, hello)
+        Journal::new(place, hello)
     }
 
     /// Says that there were so many turns more.
@@ -375,7 +441,7 @@ mod tests {
         let place = place("last", "");
         for (ended, (run, pid)) in (1..).zip([("z", 1), ("a", 2), ("m", 3)]) {
             let hello = Hello { hub: VERSION, run: run.to_owned(), pid, started: 0.0, world: String::new(), labels: Vec::new() };
-            let (mut journal, mut meters) = (Journal::new(&place.dir, hello), Meters::default());
+            let (mut journal, mut meters) = (Journal::new(&place, hello), Meters::default());
             turns(&mut journal, &mut meters, 1);
             fs::write(story::path(&place.dir, run), "").unwrap();
             journal.end();

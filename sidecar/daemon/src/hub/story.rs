@@ -5,13 +5,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use agent_sidecar_core::timeline::Timeline;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use super::Place;
 use crate::files;
 
 /// Of the files.
@@ -24,6 +25,7 @@ const READ: u64 = 1024 * 1024;
 /// See the module's head.
 pub(super) struct Story {
     path: PathBuf,
+    mode: u32,
     file: Option<File>,
     size: u64,
     first_size: u64,
@@ -59,8 +61,8 @@ pub(super) fn path(dir: &Path, run: &str) -> PathBuf {
 }
 
 impl Story {
-    pub(super) fn new(dir: &Path, run: &str) -> Story {
-        Story { path: path(dir, run), file: None, size: 0, first_size: 0, told: 0 }
+    pub(super) fn new(place: &Place, run: &str) -> Story {
+        Story { path: path(&place.dir, run), mode: place.mode(), file: None, size: 0, first_size: 0, told: 0 }
     }
 
     /// What is to be told next: what comes after this number.
@@ -90,7 +92,8 @@ impl Story {
     fn begin(&mut self, bytes: &[u8]) -> io::Result<()> {
         let new = self.path.with_extension("timeline.tmp");
         let mut file = files::open(&new, OpenOptions::new().write(true).create(true).truncate(true).mode(0o600))?;
-        let written = file.write_all(bytes).and_then(|()| fs::rename(&new, &self.path));
+        let mode = fs::Permissions::from_mode(self.mode);
+        let written = file.set_permissions(mode).and_then(|()| file.write_all(bytes)).and_then(|()| fs::rename(&new, &self.path));
         if written.is_err() {
             fs::remove_file(&new).ok();
         }
@@ -103,8 +106,9 @@ impl Story {
 }
 
 /// The entries after a number, as JSON, one after the other.
-pub(super) fn read(dir: &Path, run: &str, after: u64) -> io::Result<String> {
+pub(super) fn read(dir: &Path, run: &str, after: u64, owner: Option<u32>) -> io::Result<String> {
     let file = files::open(&path(dir, run), OpenOptions::new().read(true))?;
+    files::check_owner(&file, owner)?;
     let mut bytes = Vec::new();
     file.take(READ).read_to_end(&mut bytes)?;
     // What is torn is no JSON.
@@ -150,7 +154,8 @@ mod tests {
     fn it_grows_is_begun_anew_and_a_torn_line_is_none() {
         let dir = std::env::temp_dir().join(format!("agent-sidecar-story-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
-        let (mut story, mut timeline, mut longest) = (Story::new(&dir, "a"), Timeline::default(), 0);
+        let (mut story, mut timeline, mut longest) =
+            (Story { path: path(&dir, "a"), mode: 0o600, file: None, size: 0, first_size: 0, told: 0 }, Timeline::default(), 0);
         for turn in 1..=5_000 {
             let started = Update::TurnStarted { session: String::from("s"), turn };
             timeline.on(&started, &PriceTable::default(), Duration::from_secs(turn));
@@ -159,7 +164,8 @@ mod tests {
         }
         assert!(longest < LONG + 1_024, "{longest}");
         let read = |after| -> Vec<u64> {
-            let entries: serde_json::Value = serde_json::from_str(&format!("[{}]", read(&dir, "a", after).unwrap())).unwrap();
+            let entries: serde_json::Value =
+                serde_json::from_str(&format!("[{}]", read(&dir, "a", after, None).unwrap())).unwrap();
             entries.as_array().unwrap().iter().map(|entry| entry["n"].as_u64().unwrap()).collect()
         };
         let all = read(0);

@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use agent_sidecar_core::budget::{Amount, Book, Caps, Claim, Purse, Standing};
+use agent_sidecar_core::budget::{Amount, Book, Caps, Claim, Purse, Standing, Witness};
 use agent_sidecar_core::limit::{SHARED, Scope, Shared};
 
 use super::journal::ENDING;
@@ -42,6 +42,9 @@ pub(super) struct Till {
     looked: Option<Instant>,
     /// Our line is in the book, and says that we have spent so much.
     told: Option<Amount>,
+    witness: Witness,
+    /// Somebody else has changed the book, since this was last asked.
+    tampered: bool,
 }
 
 /// What a wrapper has to say at the till.
@@ -53,7 +56,16 @@ pub(super) struct Errand {
 
 impl Till {
     pub(super) fn new(dir: &Path, run: &str, payer: Payer) -> Till {
-        Till { dir: dir.to_owned(), run: run.to_owned(), payer, purse: Purse::default(), looked: None, told: None }
+        Till {
+            dir: dir.to_owned(),
+            run: run.to_owned(),
+            payer,
+            purse: Purse::default(),
+            looked: None,
+            told: None,
+            witness: Witness::default(),
+            tampered: false,
+        }
     }
 
     /// What is spent is paid by this one.
@@ -67,7 +79,9 @@ impl Till {
         let _locked = lock(&self.dir)?;
         let before = read(&self.dir);
         let mut book = before.clone();
-        if let Some(told) = self.told.filter(|_| !book.runs().any(|run| run == self.run)) {
+        let (tampered, closed) = self.witness.mend(&mut book, &self.run);
+        self.tampered |= tampered;
+        if let Some(told) = self.told.filter(|_| closed) {
             // Somebody took us for dead: what we had told is kept already, and no more than that.
             self.purse = Purse::since(told);
         }
@@ -83,8 +97,14 @@ impl Till {
         if book != before {
             store(&self.dir, &book)?;
         }
+        self.witness.remember(&book, &self.run);
         self.told = Some(errand.spent);
         Ok(shared)
+    }
+
+    /// Whether somebody else has changed the book since this was last asked. What we know of it was put back.
+    pub(super) fn tampered(&mut self) -> bool {
+        std::mem::take(&mut self.tampered)
     }
 
     /// The last of it: nothing is reserved any more.

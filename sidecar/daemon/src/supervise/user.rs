@@ -39,14 +39,19 @@ pub(crate) enum NoUser {
 impl User {
     /// `NAME`, `UID`, and either with `:GROUP`.
     pub(crate) fn find(text: &str) -> Result<User, NoUser> {
-        let file = |name| fs::read_to_string(name).unwrap_or_default();
-        let user = User::of(text, &file("/etc/passwd"), &file("/etc/group"))?;
+        let user = User::named(text)?;
         let missing = user.missing();
         if missing.is_empty() {
             return Ok(user);
         }
         let missing = missing.join(", ");
         Err(NoUser::Powerless { user: text.to_owned(), uid: rustix::process::geteuid().as_raw(), missing })
+    }
+
+    /// The same, whether or not we may start anything as such a one.
+    pub(crate) fn named(text: &str) -> Result<User, NoUser> {
+        let file = |name| fs::read_to_string(name).unwrap_or_default();
+        User::of(text, &file("/etc/passwd"), &file("/etc/group"))
     }
 
     /// Somebody who owns nothing.
@@ -149,6 +154,14 @@ impl User {
         Ok(rustix::thread::set_no_new_privs(true)?)
     }
 
+    /// Makes this process this user's: before it has a second thread, which would stay what it is.
+    pub(crate) fn become_for_good(&self) -> io::Result<()> {
+        if fs::read_dir("/proc/self/task")?.count() > 1 {
+            return Err(io::Error::other("it has threads already, which cannot be given to another user"));
+        }
+        self.assume()
+    }
+
     /// What changes in the environment: who has the sidecar's own home and name there gets those of this user; what somebody has
     /// chosen stays. `None` is to be taken out.
     pub(crate) fn variables(&self) -> Vec<(OsString, Option<OsString>)> {
@@ -221,7 +234,7 @@ impl User {
         dir.mode() & bit != 0
     }
 
-    fn is_of(&self, gid: u32) -> bool {
+    pub(crate) fn is_of(&self, gid: u32) -> bool {
         self.gid == gid || self.groups.contains(&gid)
     }
 }

@@ -2,6 +2,7 @@
 //! docs/security.md has a row for each, by the name of the test.
 
 use std::collections::BTreeSet;
+use std::io::Read;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -18,6 +19,10 @@ struct Cell {
     dir: Scratch,
     same: bool,
 }
+
+/// A turn that has cost something.
+const SPENT: &str =
+    r#"{"type":"result","subtype":"success","is_error":false,"session_id":"s","num_turns":1,"total_cost_usd":0.5}"#;
 
 /// Runs a test as both.
 fn each(name: &str, attack: impl Fn(&Cell)) {
@@ -77,6 +82,8 @@ impl Cell {
         if !self.same {
             command.args(["--user", &NOBODY.to_string()]);
         }
+        // Cargo's, which is one that loads code.
+        command.env_remove("LD_LIBRARY_PATH");
         command.arg("--").args(cli).args(ONE_SHOT).env("DIR", &*self.dir).env("SIDECAR", SIDECAR).env("LAIR", self.lair());
         command
     }
@@ -179,12 +186,21 @@ fn changing_the_configuration() {
 #[test]
 fn changing_the_book_of_budgets() {
     each("book", |cell| {
-        let script = r#"read -r _; for book in "$DIR"/hub.state/budgets*; do (: > "$book") 2>/dev/null && echo done || echo denied; break; done; read -r _; exit 3"#;
-        let mut running = Running::start(cell.agent(&["--container-max-cost-usd", "5"], script));
-        let books = || std::fs::read_dir(cell.dir.join("hub.state")).ok();
-        wait_for("the book", || books()?.flatten().find(|file| file.file_name().to_str().unwrap().starts_with("budgets.")));
+        let forged = r#"read -r _; (sed 's/[1-9]/0/g' "$DIR"/hub.state/budgets.json > "$LAIR"/book && cat "$LAIR"/book > "$DIR"/hub.state/budgets.json) 2>/dev/null && echo done || echo denied; read -r _; exit 3"#;
+        let script = format!("echo '{INIT}'; echo '{SPENT}'; {forged}");
+        let mut running = Running::start(cell.agent(&["--container-max-cost-usd", "5"], &script));
+        running.line_after(SPENT);
+        let spent = || cell.shows("claude_agent_budget_spent_usd{scope=\"container\"} 0.5");
+        spent();
         running.write(b"\n").unwrap();
         cell.expect(&mut running);
+        if cell.same {
+            // It is put back by whoever knows better.
+            cell.shows("agent_sidecar_tampered_total{file=\"budgets\"} 1");
+        }
+        spent();
+        let book = std::fs::read_to_string(cell.dir.join("hub.state/budgets.json")).unwrap();
+        assert!(book.contains("500000000000"), "{book}");
         running.close_stdin();
         assert_eq!(running.code(), Some(3), "and nobody is held up");
     });
@@ -207,6 +223,193 @@ fn deleting_the_journal() {
         running.close_stdin();
         assert_eq!(running.code(), Some(3));
         assert!(std::fs::read_to_string(&ledger).unwrap().contains("process_exited"), "the ledger has all of it");
+    });
+}
+
+#[test]
+fn changing_the_journal() {
+    each("edit", |cell| {
+        let _hub = cell.hub();
+        let edit = r#"read -r _; (for own in "$DIR"/hub.state/*.jsonl; do sed 's/"n":1/"n":7/' "$own" > "$LAIR"/own && cat "$LAIR"/own > "$own" || exit; done) 2>/dev/null && [ -s "$LAIR"/own ] && echo done || echo denied; read -r _; exit 3"#;
+        let script = format!("echo '{INIT}'; echo '{SPENT}'; {edit}");
+        let mut running = Running::start(cell.agent(&[], &script));
+        running.line_after(SPENT);
+        let turns = || cell.shows("claude_agent_turns_total{outcome=\"success\"} 1");
+        turns();
+        running.write(b"\n").unwrap();
+        cell.expect(&mut running);
+        if cell.same {
+            cell.shows("agent_sidecar_tampered_total{file=\"journal\"} 1");
+        }
+        // It is written anew, as it was.
+        turns();
+        running.close_stdin();
+        assert_eq!(running.code(), Some(3));
+    });
+}
+
+#[test]
+fn changing_the_ledger() {
+    each("bill", |cell| {
+        let ledger = cell.at("ledger");
+        let edit = r#"read -r _; (sed 's/[1-9]/0/g' "$DIR"/ledger > "$LAIR"/bill && cat "$LAIR"/bill > "$DIR"/ledger) 2>/dev/null && echo done || echo denied"#;
+        let script = format!("echo '{INIT}'; echo '{SPENT}'; {edit}; echo '{}'; read -r _; exit 3", SPENT.replace("0.5", "0.7"));
+        let mut running = Running::start(cell.agent(&["--ledger", &ledger], &script));
+        running.line_after(SPENT);
+        wait_for("the turn to be on it", || std::fs::read_to_string(&ledger).ok()?.contains("0.5").then_some(()));
+        running.write(b"\n").unwrap();
+        cell.expect(&mut running);
+        cell.shows(&format!("agent_sidecar_tampered_total{{file=\"ledger\"}} {}", u8::from(cell.same)));
+        running.close_stdin();
+        assert_eq!(running.code(), Some(3));
+        assert!(std::fs::read_to_string(&ledger).unwrap().contains("process_exited"));
+    });
+}
+
+#[test]
+fn having_the_next_agent_ask_somebody_else() {
+    each("elsewhere", |cell| {
+        let home = cell.lair();
+        let agent = |flags: &[&str], script: &str| {
+            let mut command = cell.agent(flags, script);
+            command.env("HOME", &home);
+            Running::start(command)
+        };
+        // The CLI of today lets a settings file win over its environment.
+        let write = r#"mkdir -p "$HOME/.claude"; echo '{"env":{"ANTHROPIC_BASE_URL":"http://127.0.0.1:1"}}' > "$HOME/.claude/settings.json"; echo done; read -r _"#;
+        let mut running = agent(&[], write);
+        assert_eq!(running.line(), "done");
+        cell.shows("agent_sidecar_cli_influences{kind=\"endpoint\",source=\"settings\"} 1");
+        running.close_stdin();
+        running.code();
+        let ours = ["--base-urls", "https://api.anthropic.com", "--environment-policy", "refuse"];
+        assert_eq!(agent(&ours, "echo up; exit 3").code(), Some(125));
+        let mut told = agent(&["--base-urls", "http://127.0.0.1:1", "--environment-policy", "refuse"], "echo up; exit 3");
+        assert_eq!((told.line(), told.code()), (String::from("up"), Some(3)));
+    });
+}
+
+#[test]
+fn loading_code_into_the_cli() {
+    each("loader", |cell| {
+        for (policy, line, code) in [("report", "--preload x", 3), ("strip", "none", 3), ("refuse", "", 125)] {
+            let mut command = cell.agent(&["--environment-policy", policy], "echo \"${BUN_OPTIONS-none}\"; read -r _; exit 3");
+            command.env("BUN_OPTIONS", "--preload x").env("HOME", cell.lair());
+            let mut running = Running::start(command);
+            assert_eq!(running.line(), line, "{policy}");
+            if code == 3 {
+                cell.shows("agent_sidecar_cli_influences{kind=\"loader\",source=\"environment\"} 1");
+            }
+            running.close_stdin();
+            assert_eq!(running.code(), Some(code), "{policy}");
+        }
+    });
+}
+
+/// Makes processes of which each makes more, as long as there is room, and then again. Never without a bound around it.
+const BOMB: &str = r#"
+import os, sys, time
+def say(line): print(line, flush=True)
+say(sys.argv[1]); say(sys.argv[2])
+sys.stdin.readline()
+top = os.getpid()
+while True:
+    try:
+        os.fork()
+    except OSError:
+        if os.getpid() == top:
+            break
+        time.sleep(0.1)
+say('full')
+sys.stdin.readline()
+sys.exit(3)
+"#;
+
+#[test]
+fn starting_processes_without_end() {
+    if !may_change_users() {
+        return;
+    }
+    for (same, uid) in [(true, 61_021), (false, 61_022)] {
+        let dir = Scratch::new("attacks", &format!("bomb-{same}"));
+        std::fs::set_permissions(&*dir, std::fs::Permissions::from_mode(0o777)).unwrap();
+        let cell = Cell { dir, same };
+        let ledger = cell.at("ledger");
+        // A bound on the processes of this user, who has no others; as the `pids` of a container are one.
+        let mut command = Command::new("prlimit");
+        command.args(["--nproc=60", SIDECAR, "run", "--listen", "127.0.0.1:0"]);
+        command.args(["--socket", &cell.at("hub.sock"), "--ledger", &ledger]).current_dir("/");
+        if same {
+            command.uid(uid).gid(uid);
+        } else {
+            command.args(["--user", &uid.to_string()]);
+        }
+        command.args(["--", "python3", "-c", BOMB, INIT, SPENT]).args(ONE_SHOT).stderr(Stdio::piped());
+        let mut running = Running::start(command);
+        running.line_after(SPENT);
+        cell.shows("claude_agent_turns_total{outcome=\"success\"} 1");
+        running.write(b"\n").unwrap();
+        running.line_after("full");
+        // Nobody can be made any more, and nobody needs to be.
+        let first = cell.metrics().unwrap();
+        assert!(first.contains("claude_agent_turns_total{outcome=\"success\"} 1"));
+        running.signal(rustix::process::Signal::TERM);
+        running.code();
+        let bill = std::fs::read_to_string(&ledger).unwrap();
+        assert!(bill.contains("process_exited") && bill.contains("0.5"), "{bill}");
+        // All of it was ended; what is quicker than that is ended here.
+        let left = || {
+            std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+                let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+                let status = std::fs::read_to_string(entry.path().join("status")).ok()?;
+                status.contains(&format!("Uid:\t{uid}\t")).then_some(pid)
+            })
+        };
+        wait_for("nobody of it to be left", || {
+            let all: Vec<i32> = left().collect();
+            for pid in all.iter().filter_map(|pid| Pid::from_raw(*pid)) {
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+            }
+            all.is_empty().then_some(())
+        });
+        let mut said = String::new();
+        running.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        assert!(!said.contains("last numbers"), "the hub was told: {said}");
+    }
+}
+
+#[test]
+fn forging_the_numbers_of_another_user() {
+    each("users", |cell| {
+        let mut hub = Command::new(SIDECAR);
+        hub.args(["hub", "--listen", "127.0.0.1:0", "--socket", &cell.at("hub.sock"), "--hub-users-dir", &cell.at("users")]);
+        hub.args(["--hub-users", &format!("{NOBODY}=acme,61031"), "--hub-user", "61030"]).current_dir("/");
+        let _hub = Running::start(hub);
+        let of = |uid: u32| {
+            wait_for("the directories", || {
+                let above = std::fs::read_dir(cell.dir.join("users")).ok()?.next()?.ok()?.path();
+                above.join("hub/hub.sock").exists().then(|| above.join(uid.to_string()))
+            })
+        };
+        // The agent's own wrapper is of its user, or root's; somebody else's is there in any case.
+        let other = of(61_031).join("0.jsonl");
+        std::fs::write(&other, "").unwrap();
+        chown(&other, Some(61_031), Some(61_030)).unwrap();
+        let script = r#"cd "$USERS"; for dir in 0 61031 hub; do (ls $dir || : > $dir/1.jsonl || rm $dir/*.jsonl || mv $dir old || ln $dir/0.jsonl "$LAIR"/0.jsonl) 2>/dev/null && echo done; done; echo denied; read -r _"#;
+        let mut command = cell.agent(&["--hub-users-dir", &cell.at("users"), "--tenant", "globex"], script);
+        command.env("USERS", of(0).parent().unwrap());
+        let mut running = Running::start(command);
+        assert_eq!(running.line(), "denied");
+        let address = of(0).with_file_name("hub").join("address");
+        let (uid, tenant) = if cell.same { (NOBODY, "acme") } else { (0, "globex") };
+        let said = format!("tenant=\"{tenant}\",uid=\"{uid}\"");
+        wait_for("its numbers", || {
+            let (_, body) = try_ask(std::fs::read_to_string(&address).ok()?.parse().ok()?, "GET /metrics")?;
+            let sessions = body.lines().find(|line| line.starts_with("claude_agent_sessions_active{") && line.contains(&said));
+            sessions.is_some().then_some(())
+        });
+        running.close_stdin();
+        running.code();
     });
 }
 

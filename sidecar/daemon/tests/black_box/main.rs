@@ -26,3 +26,4 @@ mod tenants;
 mod terminal;
 mod top;
 mod user;
+mod users;
