@@ -38,7 +38,7 @@ use rustix::event::{EventfdFlags, Timespec};
 
 pub(crate) use child::refused;
 pub(crate) use signals::{CHLD, HUP, INT, TERM};
-pub(crate) use tree::{below, group_and_session, state};
+pub(crate) use tree::{below, group_and_session, parent, state};
 pub(crate) use user::{NoUser, User};
 pub(crate) use watch::{NICE, Sink, Watch};
 
