@@ -236,6 +236,8 @@ pub(crate) struct Counts {
     pub(crate) orphans_terminated: AtomicU64,
     /// Children reaped that were not the CLI.
     pub(crate) zombies_reaped: AtomicU64,
+    /// The app's stdout could not be written to the end.
+    pub(crate) output_incomplete: AtomicBool,
     /// The monitor panicked.
     pub(crate) degraded: AtomicBool,
 }
