@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+
+import harness
 import pytest
 from harness import said, whole_writes
 
@@ -69,3 +73,24 @@ def test_the_result_says_what_was_served(case, version, api, session):
     assert len(served.requests()) == requests, served.requests()
     assert said(result) == whole_writes(served.tokens())
     assert result["total_cost_usd"] == pytest.approx(served.cost_usd(version), abs=1e-9)
+
+
+def table(name: str) -> set[str]:
+    """A list of words in what the sidecar knows of the CLI's command line."""
+    source = (harness.ROOT / "sidecar/core/src/launch.rs").read_text()
+    return set(re.findall(r'"([^"]+)"', re.search(rf"const {name}: &\[&str\] =\s*&\[(.*?)\];", source, re.DOTALL)[1]))
+
+
+def test_what_its_help_names_is_known(version, tmp_path):
+    """A command that is not known is taken for a prompt, and counted; the value of a flag that is not, for a command."""
+    argv = [harness.cli(version), "--help"]
+    text = subprocess.run(argv, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60).stdout
+    options, commands = text.split("\nCommands:\n")
+    named = {name for line in re.findall(r"^  ([a-z][\w|-]+)", commands, re.MULTILINE) for name in line.split("|")}
+    assert len(named) > 8 and named <= table("COMMANDS"), named - table("COMMANDS")
+    one, many, maybe, elsewhere = map(table, ["WITH_VALUE", "WITH_VALUES", "WITH_OPTIONAL_VALUE", "ELSEWHERE"])
+    flags = re.findall(r"^  ((?:-\w, )?--[\w-]+(?:, --[\w-]+)*) ([<\[]\S+)", options, re.MULTILINE)
+    assert len(flags) > 20
+    for names, value in flags:
+        kind = many if "..." in value else one if value.startswith("<") else maybe
+        assert set(names.split(", ")) <= kind | elsewhere, (names, value)

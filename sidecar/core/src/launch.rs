@@ -38,8 +38,10 @@ const WITH_VALUE: &[&str] = &[
     "--agents",
     "--append-system-prompt",
     "--append-system-prompt-file",
+    "--autocompact",
     "--debug-file",
     "--effort",
+    "--environment",
     "--fallback-model",
     "--input-format",
     "--json-schema",
@@ -51,13 +53,17 @@ const WITH_VALUE: &[&str] = &[
     "--output-format",
     "--permission-mode",
     "--permission-prompt-tool",
+    "--permission-prompts",
     "--plugin-dir",
+    "--plugin-url",
+    "--remote-control-session-name-prefix",
     "--resume-session-at",
     "--session-id",
     "--setting-sources",
     "--settings",
     "--system-prompt",
     "--system-prompt-file",
+    "--system-prompt-snapshot",
     "--task-budget",
     "--thinking",
     "-n",
@@ -75,7 +81,8 @@ const WITH_VALUES: &[&str] = &[
     "--tools",
 ];
 /// Flags that take the next word, unless it is a flag.
-const WITH_OPTIONAL_VALUE: &[&str] = &["--debug", "--from-pr", "--resume", "--worktree", "-d", "-r", "-w"];
+const WITH_OPTIONAL_VALUE: &[&str] =
+    &["--debug", "--from-pr", "--prompt-suggestions", "--resume", "--teleport", "--worktree", "-d", "-r", "-w"];
 /// First words that are commands; any other first word is a prompt, and spends money.
 const COMMANDS: &[&str] = &[
     "agents",
@@ -84,7 +91,9 @@ const COMMANDS: &[&str] = &[
     "auto-mode",
     "doctor",
     "gateway",
+    "import",
     "install",
+    "kill",
     "logs",
     "mcp",
     "migrate-installer",
@@ -93,6 +102,7 @@ const COMMANDS: &[&str] = &[
     "project",
     "purge",
     "remote-control",
+    "respawn",
     "rm",
     "server",
     "setup-token",
@@ -283,6 +293,9 @@ mod tests {
             ("claude --add-dir a stop --output-format json", READ, Start::Fresh),
             ("claude --from-pr 12 -p hi --output-format json", READ, Start::Resume),
             ("claude -r -p hi --output-format json", READ, Start::Resume),
+            ("claude kill 3 --output-format json", Mode::PassThrough, Start::Fresh),
+            ("claude --autocompact 90000 import --output-format json", Mode::PassThrough, Start::Fresh),
+            ("claude --system-prompt-snapshot off mcp list --output-format json", Mode::PassThrough, Start::Fresh),
         ] {
             let launch = launch(line);
             assert_eq!((launch.mode, launch.start), (mode, start), "{line}");

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -29,6 +30,8 @@ use crate::tenants::Places;
 const ROOM: u64 = 64 * 1024 * 1024;
 /// The oldest release of the CLI that was tried.
 const OLDEST: [u64; 3] = [2, 1, 197];
+/// The kernel's, without the byte that ends it.
+const LONGEST_SOCKET: usize = 107;
 /// When this was written, and when somebody has other troubles: 2026 and 2100.
 const YEARS: std::ops::Range<u64> = 1_767_225_600..4_102_444_800;
 
@@ -76,6 +79,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("queue", queue),
     ("spill", spill),
     ("listen", listen),
+    ("socket", socket),
     ("telemetry", telemetry),
     ("clock", clock),
     ("processes", processes),
@@ -413,6 +417,34 @@ fn listen(patient: &Patient<'_>, report: &mut Report) {
             format!("metrics cannot be served there: {error}"),
             "choose an address of this machine, and a port above 1023, with AGENT_SIDECAR_LISTEN",
         ),
+    }
+}
+
+fn socket(patient: &Patient<'_>, report: &mut Report) {
+    let Some(meeting) = patient.config.meeting() else {
+        return report.fine("socket", "off");
+    };
+    for path in Place::sockets(&meeting) {
+        let remedy = "name another with AGENT_SIDECAR_SOCKET";
+        match path.symlink_metadata() {
+            _ if path.as_os_str().len() > LONGEST_SOCKET => {
+                let what =
+                    format!("longer than the {LONGEST_SOCKET} bytes that a socket's path may have: nothing is served there");
+                report.warning(path.display(), what, remedy);
+            }
+            Ok(at) if !at.file_type().is_socket() => {
+                report.warning(path.display(), "no socket, and left alone: nothing is served there", remedy);
+            }
+            Ok(_) => report.fine(path.display(), "a socket"),
+            Err(_) if path.parent().is_some_and(Path::is_dir) => report.fine(path.display(), "free"),
+            Err(error) => {
+                report.warning(
+                    path.display(),
+                    format!("agents cannot meet there: {error}"),
+                    "make its directory, for the agents' user alone",
+                );
+            }
+        }
     }
 }
 

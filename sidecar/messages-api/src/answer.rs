@@ -41,6 +41,8 @@ pub(crate) struct Answer<'a> {
     pub(crate) reply: &'a Reply,
     pub(crate) usage: &'a Usage,
     pub(crate) model: &'a str,
+    /// The user's words that it answers.
+    pub(crate) prompt: &'a str,
     pub(crate) ids: Ids,
 }
 
@@ -122,7 +124,10 @@ impl Answer<'_> {
                     field: "thinking",
                     text: text.clone(),
                 }),
-                Block::ToolUse { name, input } => wires.push(tool("tool_use", &self.ids.tool(false, n), name, input)),
+                Block::ToolUse { name, input } => {
+                    let input = input.iter().map(|(key, value)| (key.clone(), filled(value, self.prompt))).collect();
+                    wires.push(tool("tool_use", &self.ids.tool(false, n), name, &input));
+                }
                 Block::WebSearch(query) => {
                     let id = self.ids.tool(true, n);
                     let input = Map::from_iter([("query".to_owned(), Value::from(query.as_str()))]);
@@ -153,6 +158,28 @@ fn tool(kind: &str, id: &str, name: &str, input: &Map<String, Value>) -> Wire {
         delta: "input_json_delta",
         field: "partial_json",
         text: Value::Object(input.clone()).to_string(),
+    }
+}
+
+/// `{{word after TEXT}}` in a tool's input is what a user asks for: the word that follows TEXT in the prompt, or nothing.
+fn filled(value: &Value, prompt: &str) -> Value {
+    match value {
+        Value::String(text) => {
+            let mut pieces = text.split("{{word after ");
+            let mut whole = pieces.next().unwrap_or_default().to_owned();
+            for piece in pieces {
+                let (before, rest) = piece.split_once("}}").unwrap_or((piece, ""));
+                let word = prompt.split_once(before).and_then(|(_, after)| after.split_whitespace().next());
+                whole.push_str(word.unwrap_or_default());
+                whole.push_str(rest);
+            }
+            whole.into()
+        }
+        Value::Array(values) => values.iter().map(|value| filled(value, prompt)).collect(),
+        Value::Object(fields) => {
+            fields.iter().map(|(key, value)| (key.clone(), filled(value, prompt))).collect::<Map<_, _>>().into()
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => value.clone(),
     }
 }
 
@@ -214,7 +241,8 @@ mod tests {
         let script = Script::parse(&format!(r#"{{"otherwise": {otherwise}}}"#)).unwrap();
         let reply = script.otherwise;
         let usage = reply.usage.clone().unwrap_or_default();
-        let answer = Answer { reply: &reply, usage: &usage, model: "m", ids: Ids { server: 1, n: 2 } };
+        let answer =
+            Answer { reply: &reply, usage: &usage, model: "m", prompt: "create a.txt now", ids: Ids { server: 1, n: 2 } };
         let events = answer.events(4);
         (reply, events)
     }
@@ -259,6 +287,21 @@ mod tests {
         );
         let usage = &events[0].data["message"]["usage"];
         assert_eq!((&usage["output_tokens"], &usage["cache_creation"]["ephemeral_1h_input_tokens"]), (&json!(1), &json!(5)));
+    }
+
+    #[test]
+    fn a_tool_is_given_what_the_prompt_names() {
+        for (value, expected) in [
+            (json!("touch {{word after create }} && ls"), json!("touch a.txt && ls")),
+            (json!([{"path": "{{word after create }}{{word after a.txt }}"}, 1]), json!([{"path": "a.txtnow"}, 1])),
+            (json!("{{word after delete }}"), json!("")),
+            (json!("${HOME} {{x}}"), json!("${HOME} {{x}}")),
+        ] {
+            assert_eq!(filled(&value, "create a.txt now"), expected);
+        }
+        let (_, events) = events(r#"{"blocks": [{"tool": "Write", "input": {"file_path": "{{word after create }}"}}]}"#);
+        let parts = events.iter().filter_map(|event| event.data["delta"]["partial_json"].as_str()).collect::<String>();
+        assert_eq!(parts, r#"{"file_path":"a.txt"}"#);
     }
 
     #[test]

@@ -176,7 +176,7 @@ async fn answer(request: hyper::Request<Incoming>, state: &State, handle: Arc<Ow
         json_response(status, &error(kind, &ids.request()))
     } else {
         let usage = reply.usage.as_ref().unwrap_or(&state.script.defaults.usage);
-        let answer = Answer { reply, usage, model: &request.model, ids };
+        let answer = Answer { reply, usage, model: &request.model, prompt: &request.prompt, ids };
         entry.line.status = Some(200);
         entry.line.message_id = Some(ids.message());
         entry.line.action.blocks = reply.blocks.iter().map(crate::script::Block::kind).collect();

@@ -259,6 +259,25 @@ pub(crate) const RUNS: &[Run] = &[
         s.call(edit("src/a.rs", &format!("v{n}"), "w"));
         s.call(("TodoWrite", json!({"todos": [n]}), "Todos have been modified successfully.", false));
     })),
+    ("three hundred files, each read once", Healthy, |s| turn(s, |s| for n in 0..300 { s.call(read(&format!("src/{n}.rs"), "fn f() {}")); })),
+    ("eighteen names that are nowhere, looked for with grep", Healthy, |s| turn(s, |s| for n in 0..18 {
+        s.call(fails(&format!("grep -rn oldName{n} src"), "Exit code 1"));
+    })),
+    ("a test written first, that fails in another way after each change", Healthy, |s| turn(s, |s| for n in 0..25 {
+        s.call(bash(&format!("sed -i s/v{n}/v{}/ src/a.py", n + 1), ""));
+        s.call(fails("pytest -x", &format!("Exit code 1\n{} failed: {}", 25 - n, ["NameError", "TypeError", "AssertionError"][n % 3])));
+    })),
+    ("a service that is up after ten tries, each later than the last", Healthy, |s| turn(s, |s| {
+        for n in 0..10 { s.call(fails(&format!("sleep {}; curl -sf localhost:8080/health", 1 << n), "Exit code 7")); }
+        s.call(bash("curl -sf localhost:8080/health", "ok"));
+    })),
+    ("a rollout looked at again and again, without a sleep", Healthy, |s| turn(s, |s| for n in 0..30 {
+        s.call(bash("kubectl get pods", &format!("web-1 ContainerCreating {}s", n * 7)));
+    })),
+    ("a dozen packages, installed and failing each for a reason of its own, then one that works", Healthy, |s| turn(s, |s| {
+        for n in 0..6 { s.call(fails(&format!("pip install pkg{n}"), &format!("ERROR: No matching distribution found for pkg{}", ["alpha", "beta", "gamma", "delta", "eps", "zeta"][n]))); }
+        s.call(bash("pip install pkg7", "Successfully installed"));
+    })),
     ("a game played over a tool that shows the board", Healthy, |s| turn(s, |s| for n in 0..50 {
         s.call(mcp("mcp__chess__move", json!({"best": true}), &format!("move {n}\n{}", ". . . . . . . .\n".repeat(20))));
     })),

@@ -1058,6 +1058,13 @@ fn slip(name: &str) -> Option<Mistake> {
             remedy: format!("set {} instead; it is {}", variable(now), now.help),
         });
     }
+    if name == "AGENT_SIDECAR_CONFIG" {
+        return Some(Mistake {
+            origin: Origin::Environment(name.to_owned()),
+            what: String::from("there is no such variable"),
+            remedy: format!("the file is {DEFAULT_FILE}; only `--config` names another"),
+        });
+    }
     // The names that somebody would make of the keys are as near as can be.
     let meant = SETTINGS
         .iter()

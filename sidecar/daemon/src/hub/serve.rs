@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -237,10 +237,12 @@ async fn answers(socket: &Path) -> bool {
 
 /// `known`: others may ask, too, and are told by the kernel's word what is theirs.
 fn listen(path: &Path, known: bool) -> std::io::Result<UnixListener> {
-    // Nobody answers: whatever is there is a dead hub's.
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+    match path.symlink_metadata() {
+        // Nobody answers: it is a dead hub's.
+        Ok(at) if at.file_type().is_socket() => fs::remove_file(path)?,
+        // Named by mistake, and somebody's.
+        Ok(_) => return Err(std::io::Error::new(std::io::ErrorKind::AlreadyExists, "what is there is no socket, and stays")),
+        Err(_) => {}
     }
     let listener = UnixListener::bind(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(if known { 0o666 } else { 0o600 }))?;
@@ -255,7 +257,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_socket_where_somebody_answers_is_left_to_them() {
+    fn a_socket_where_somebody_answers_is_left_to_them_and_so_is_what_is_no_socket() {
         let dir = std::env::temp_dir().join(format!("agent-sidecar-serve-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let place = |spare: Option<PathBuf>| Place {
@@ -275,6 +277,10 @@ mod tests {
         drop(other);
         let ours = runtime.block_on(socket(&place(None))).unwrap();
         assert!(ours.local_addr().unwrap().as_pathname().unwrap().ends_with("hub.sock"));
+        fs::remove_file(dir.join("hub.sock")).unwrap();
+        fs::write(dir.join("hub.sock"), "a book").unwrap();
+        assert!(runtime.block_on(socket(&place(None))).is_err());
+        assert_eq!(fs::read_to_string(dir.join("hub.sock")).unwrap(), "a book", "a file that was named by mistake");
         fs::remove_dir_all(dir).unwrap();
     }
 }

@@ -89,6 +89,10 @@ enum Trouble {
     NoCli(String),
     #[error("is the sidecar, and its CLI is gone: neither {} nor another `claude` on PATH; install the package again", .0.display())]
     Gone(PathBuf),
+    #[error("is a link to nothing: {0}")]
+    Nothing(io::Error),
+    #[error("starts a CLI by the name that it is called by itself, and would not under another; name what it starts: {0}")]
+    ByName(String),
     #[error("is started as `node {}`, which the sidecar cannot stand in for; name a link to it, or set the path of the executable in the SDK", .0.display())]
     Script(PathBuf),
     #[error("was put there by hand: `install` left nothing beside it to put back")]
@@ -97,6 +101,16 @@ enum Trouble {
     Busy(PathBuf),
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
+}
+
+impl Trouble {
+    /// Of what is only called like a CLI, or leads to one that is found by itself.
+    fn is_of_something_else(&self) -> bool {
+        match self {
+            Trouble::NoCli(_) | Trouble::Nothing(_) | Trouble::ByName(_) | Trouble::Script(_) | Trouble::NotOurs => true,
+            Trouble::Gone(_) | Trouble::Busy(_) | Trouble::Io { .. } => false,
+        }
+    }
 }
 
 fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> Trouble {
@@ -133,7 +147,7 @@ pub(crate) fn perform(request: &Request, out: &mut impl Write) -> io::Result<boo
                 say(&place, &step, request.print, out)?;
             }
             // Many things may be called like it: a directory of completions, a script that leads to one that was found.
-            Err(trouble @ (Trouble::NoCli(_) | Trouble::Script(_) | Trouble::NotOurs)) if !named => {
+            Err(trouble) if !named && trouble.is_of_something_else() => {
                 writeln!(out, "skipped      {}: {trouble}", path.display())?;
             }
             Err(trouble) => {
@@ -204,7 +218,14 @@ pub(crate) fn survey(dirs: &[PathBuf]) -> Vec<(PathBuf, Standing)> {
             Err(trouble @ (Trouble::Gone(_) | Trouble::Io { .. })) => Standing::Broken { why: trouble.to_string() },
             // Something else that is called like it.
             Ok(Step::Restore | Step::Clean | Step::Nothing)
-            | Err(Trouble::NoCli(_) | Trouble::Script(_) | Trouble::NotOurs | Trouble::Busy(_)) => return None,
+            | Err(
+                Trouble::NoCli(_)
+                | Trouble::Nothing(_)
+                | Trouble::ByName(_)
+                | Trouble::Script(_)
+                | Trouble::NotOurs
+                | Trouble::Busy(_),
+            ) => return None,
         };
         Some((place, standing))
     };
@@ -283,7 +304,7 @@ impl Search {
 fn place(path: &Path) -> Result<PathBuf, Trouble> {
     let file = path.symlink_metadata().map_err(failed("cannot be looked at"))?;
     if file.is_symlink() {
-        let end = path.canonicalize().map_err(failed("is a link to nothing"))?;
+        let end = path.canonicalize().map_err(Trouble::Nothing)?;
         let version = end.parent().is_some_and(|dir| dir.ends_with("claude/versions"));
         if is_name(&end) && !version {
             return Ok(end);
@@ -336,12 +357,31 @@ fn judge(place: &Path, undo: bool) -> Result<Step, Trouble> {
     if goes_through_us(place) {
         return Err(Trouble::NoCli(String::from("it is a script that starts the sidecar already")));
     }
+    if let Some(why) = by_name(place) {
+        return Err(Trouble::ByName(why));
+    }
     let real = match behind {
         None => Real::Free,
         Some(_) if same(place, &beside) => Real::Same,
         Some(_) => Real::Stale,
     };
     Ok(Step::Put { version, real })
+}
+
+/// Why it would not be the CLI under another name: the launchers of version managers (Volta, mise, pyenv, nodenv) are one program, or one
+/// script, that looks at what it was called by. What they start has a place of its own.
+fn by_name(place: &Path) -> Option<String> {
+    if place.is_symlink() {
+        let end = place.canonicalize().ok()?;
+        return version(&end).err().map(|why| format!("{}: {why}", end.display()));
+    }
+    let looks = |text: Vec<u8>| {
+        let has = |what: &[u8]| memchr::memmem::find(&text, what).is_some();
+        has(b"0##*/")
+            || [&b"basename $0"[..], b"basename \"$0\"", b"basename -- \"$0\"", b"basename \"${0}\""].into_iter().any(has)
+    };
+    let script = super::find::is_script(place) && fs::read(place).is_ok_and(looks);
+    script.then(|| String::from("it is a script that looks at its own name"))
 }
 
 /// Two names of one file, or of one link.
@@ -539,9 +579,11 @@ fn put(place: &Path, real: &Path, shim: &Path, moved: &Path, at: Real) -> Result
         Real::Free => link(place, real),
         Real::Stale => link(place, moved).and_then(|()| rename(moved, real)),
     };
-    named.and_then(|()| rename(shim, place)).inspect_err(|_| {
+    // Before it is the only one that works.
+    let answers = || version(real).map(drop).map_err(Trouble::ByName);
+    named.and_then(|()| answers()).and_then(|()| rename(shim, place)).inspect_err(|_| {
         // The CLI is where it was, and keeps that name alone.
-        if at == Real::Free && same(place, real) {
+        if same(place, real) {
             fs::remove_file(real).ok();
         }
     })

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use agent_sidecar_core::launch::Launch;
-use rustix::process::{Pid, Signal};
+use rustix::process::Signal;
 
 use crate::cli::{self, Failure};
 use crate::config::{Config, Mistakes, Sources};
@@ -35,6 +35,9 @@ const NAMES: [&str; 2] = ["claude", "claude.exe"];
 const DEPTH: &str = "AGENT_SIDECAR_SHIM_DEPTH";
 /// An agent in an agent in an agent has one each; a script that leads back to us has no end.
 const DEEPEST: u32 = 16;
+/// What scripts run in, and what they put before a command. Not node: there it is the CLI itself.
+const SCRIPTED: &[&str] =
+    &["ash", "bash", "busybox", "dash", "env", "fish", "ksh", "ksh93", "mksh", "nice", "sh", "stdbuf", "time", "timeout", "zsh"];
 
 /// This process, started under the name of the CLI.
 pub(crate) struct Shim {
@@ -145,33 +148,63 @@ fn is_name(path: &Path) -> bool {
 /// The promise to be killed with the wrapper outlives exec and is not passed on by fork, so it tells the CLI itself from all below it,
 /// orphans included, whose parent the wrapper becomes. No variable could, and none is added to the agent's environment.
 fn wrapped() -> bool {
-    let Some(pid) = rustix::process::getppid() else { return false };
+    let Some(parent) = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get()) else { return false };
+    let us = rustix::process::getpid().as_raw_nonzero().get();
     let promised = rustix::process::parent_process_death_signal().ok().flatten() == Some(Signal::KILL);
-    if !promised && !changed_user(pid) {
-        return false;
-    }
-    let parent = Path::new("/proc").join(pid.as_raw_nonzero().to_string());
-    let Ok(words) = std::fs::read(parent.join("cmdline")) else { return false };
+    if promised || changed_user(us, parent) { takes_it_for_its_cli(parent) } else { started_by_a_script(us, parent) }
+}
+
+/// Whether a process is a wrapper of a CLI, as we would be.
+fn takes_it_for_its_cli(wrapper: i32) -> bool {
+    let wrapper = proc(wrapper);
+    let Ok(words) = std::fs::read(wrapper.join("cmdline")) else { return false };
     let mut words: Vec<OsString> = words.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect();
     words.pop(); // what follows the last end
     let Some(name) = words.first().map(Path::new) else { return false };
-    let exe = std::fs::read_link(parent.join("exe"));
+    let exe = std::fs::read_link(wrapper.join("exe"));
     let shim = is_name(name) || exe.as_deref().is_ok_and(is_name);
     // Another user's program may not be looked at: then its name has to do.
-    let ours = if exe.is_ok() { find::is_sidecar(&parent.join("exe")) } else { shim || name.ends_with("agent-sidecar") };
+    let ours = if exe.is_ok() { find::is_sidecar(&wrapper.join("exe")) } else { shim || name.ends_with("agent-sidecar") };
     ours && (shim || cli::command_of(words).is_some_and(|command| Launch::of(&command, false, false).asks_model))
 }
 
+/// Whether a wrapper's CLI is a script, and the script waits for us: `/opt/claude "$@"`, without `exec`. What is below it and starts
+/// something for its arguments' sake is part of that; the agent itself is not, nor is a tool of it that the wrapper has inherited.
+fn started_by_a_script(us: i32, parent: i32) -> bool {
+    let session = |pid| supervise::group_and_session(pid).map(|(_, session)| session);
+    let mut below = parent;
+    for _ in 0..DEEPEST {
+        let exe = std::fs::read_link(proc(below).join("exe")).ok();
+        let name = exe.as_deref().and_then(Path::file_name).and_then(OsStr::to_str);
+        if !name.is_some_and(|name| SCRIPTED.contains(&name)) {
+            return false;
+        }
+        let Some(above) = supervise::parent(below) else { return false };
+        if takes_it_for_its_cli(above) {
+            return stands_as_a_cli(below, above) && session(us) == session(above);
+        }
+        below = above;
+    }
+    false
+}
+
+fn proc(pid: i32) -> PathBuf {
+    Path::new("/proc").join(pid.to_string())
+}
+
 /// Whether we are the child of another user, in the session and the group that it gave us. `gosu` and its like make us that by exec,
-/// which takes the promise away. A tool of an agent is in a session of its own.
-fn changed_user(parent: Pid) -> bool {
-    let owner = std::fs::metadata(Path::new("/proc").join(parent.as_raw_nonzero().to_string())).map(|parent| parent.uid());
-    let us = rustix::process::getpid().as_raw_nonzero().get();
-    let standing = |pid| supervise::group_and_session(pid);
-    let (Some(ours), Some(theirs)) = (standing(us), standing(parent.as_raw_nonzero().get())) else { return false };
-    owner.is_ok_and(|owner| owner != rustix::process::getuid().as_raw())
-        && ours.1 == theirs.1
-        && (ours.0 == us || ours.0 == theirs.0)
+/// which takes the promise away.
+fn changed_user(us: i32, parent: i32) -> bool {
+    let owner = std::fs::metadata(proc(parent)).map(|parent| parent.uid());
+    owner.is_ok_and(|owner| owner != rustix::process::getuid().as_raw()) && stands_as_a_cli(us, parent)
+}
+
+/// Whether a child of a wrapper has the session and the group of its CLI. A tool of an agent is in a session of its own.
+fn stands_as_a_cli(child: i32, wrapper: i32) -> bool {
+    let (Some(its), Some(theirs)) = (supervise::group_and_session(child), supervise::group_and_session(wrapper)) else {
+        return false;
+    };
+    its.1 == theirs.1 && (its.0 == child || its.0 == theirs.0)
 }
 
 /// Why there is no CLI to start.

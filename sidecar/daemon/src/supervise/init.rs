@@ -656,6 +656,8 @@ impl<M: Watch> Init<M> {
     fn exit_code(&self) -> u8 {
         let code = match (self.exit, self.converted) {
             (Some(Exit::Code(_)), Some(stop)) => signals::exit_code(stop),
+            // A zero would say that it is all there.
+            (Some(Exit::Code(0)), None) if self.counts.output_incomplete.load(Relaxed) => 1,
             (Some(Exit::Code(code)), None) => code,
             (Some(Exit::Signal(signal)), _) => 128 + signal,
             (None, _) => super::OWN_FAILURE.into(),

@@ -38,7 +38,7 @@ use rustix::event::{EventfdFlags, Timespec};
 
 pub(crate) use child::refused;
 pub(crate) use signals::{CHLD, HUP, INT, TERM};
-pub(crate) use tree::{below, group_and_session, state};
+pub(crate) use tree::{below, group_and_session, parent, state};
 pub(crate) use user::{NoUser, User};
 pub(crate) use watch::{NICE, Sink, Watch};
 
@@ -236,6 +236,8 @@ pub(crate) struct Counts {
     pub(crate) orphans_terminated: AtomicU64,
     /// Children reaped that were not the CLI.
     pub(crate) zombies_reaped: AtomicU64,
+    /// The app's stdout could not be written to the end.
+    pub(crate) output_incomplete: AtomicBool,
     /// The monitor panicked.
     pub(crate) degraded: AtomicBool,
 }

@@ -173,6 +173,8 @@ struct Outlet {
     behind_since: Option<Duration>,
     /// Nobody reads any more.
     gone: bool,
+    /// Somebody reads, and did not get all.
+    incomplete: bool,
     delivered: u64,
 }
 
@@ -188,6 +190,7 @@ impl Outlet {
                     }
                     Step::NotNow => break,
                     Step::Ended => return self.lose(),
+                    Step::Refused(errno) => return self.refused(errno),
                 }
             }
         }
@@ -202,6 +205,7 @@ impl Outlet {
                 Err(error) => {
                     // A stream with a hole in it would be worse than one that ends.
                     tracing::error!(%error, source = %error.source, "the agent's output ends here");
+                    self.incomplete = true;
                     return self.lose();
                 }
             };
@@ -215,8 +219,16 @@ impl Outlet {
                 }
                 Step::NotNow => return,
                 Step::Ended => return self.lose(),
+                Step::Refused(errno) => return self.refused(errno),
             }
         }
+    }
+
+    /// As the CLI does where it cannot write, and unlike it where nobody reads.
+    fn refused(&mut self, errno: rustix::io::Errno) {
+        tracing::error!(error = %std::io::Error::from(errno), "stdout cannot be written: the agent's output ends here");
+        self.incomplete = true;
+        self.lose();
     }
 
     fn lose(&mut self) {
@@ -255,6 +267,7 @@ impl<M> Relay<M> {
             backlog: Backlog::new(parts.bounds),
             behind_since: None,
             gone: false,
+            incomplete: false,
             delivered: 0,
         };
         Ok(Self {
@@ -388,7 +401,7 @@ impl<M> Relay<M> {
             }
             Step::NotNow if !self.finishing => {}
             // Somebody out of our reach still holds the pipe: what he may say is not the CLI's.
-            Step::NotNow | Step::Ended => {
+            Step::NotNow | Step::Ended | Step::Refused(_) => {
                 self.cli_stdout = None;
                 self.filter.finish(|b| self.outlet.deliver(b));
                 self.tap.mark(Mark::StdoutEnd);
@@ -405,7 +418,7 @@ impl<M> Relay<M> {
         let n = match app.read(&mut self.stdin.bytes) {
             Step::Moved(n) => n,
             Step::NotNow => 0,
-            Step::Ended => {
+            Step::Ended | Step::Refused(_) => {
                 self.stdin.app = None;
                 0
             }
@@ -424,7 +437,7 @@ impl<M> Relay<M> {
                 match cli.write(&stdin.own[stdin.own_sent..]) {
                     Step::Moved(n) => stdin.own_sent += n,
                     Step::NotNow => return,
-                    Step::Ended => return self.close_stdin(true),
+                    Step::Ended | Step::Refused(_) => return self.close_stdin(true),
                 }
                 if stdin.own_sent == stdin.own.len() {
                     stdin.own.clear();
@@ -458,7 +471,7 @@ impl<M> Relay<M> {
                         self.counts.stdin_bytes.fetch_add(n as u64, Relaxed);
                     }
                     Step::NotNow => return,
-                    Step::Ended => return self.close_stdin(true),
+                    Step::Ended | Step::Refused(_) => return self.close_stdin(true),
                 }
                 continue;
             }
@@ -501,6 +514,7 @@ impl<M> Relay<M> {
     fn settle(&mut self) {
         if self.outlet.gone && !self.told_gone {
             self.told_gone = true;
+            self.counts.output_incomplete.store(self.outlet.incomplete, Relaxed);
             self.mail.send(Letter::AppGone);
         }
         // The app has it all: now its EOF, whatever we still have to do.

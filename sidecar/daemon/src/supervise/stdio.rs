@@ -39,6 +39,8 @@ pub(crate) enum Step {
     NotNow,
     /// The end of what can be read; nobody reads any more.
     Ended,
+    /// It cannot be written, whoever reads: a full disk, a file that is as large as it may be.
+    Refused(Errno),
 }
 
 impl End {
@@ -93,8 +95,9 @@ impl End {
         match result {
             Ok(n) => Step::Moved(n),
             Err(Errno::AGAIN | Errno::INTR) => Step::NotNow,
-            // EPIPE, ECONNRESET, EIO of a terminal that hung up, ENOSPC of a file: it will take nothing more.
-            Err(_) => Step::Ended,
+            // The last one is a terminal's that hung up.
+            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN | Errno::IO) => Step::Ended,
+            Err(errno) => Step::Refused(errno),
         }
     }
 }

@@ -31,10 +31,20 @@ pub(crate) fn state(pid: i32) -> Option<char> {
 /// The group and the session of a process. The system's own calls answer zero for what is led from outside of our namespace, as after
 /// `nsenter`, which is no pid.
 pub(crate) fn group_and_session(pid: i32) -> Option<(i32, i32)> {
+    let [_, group, session] = family(pid)?;
+    Some((group, session))
+}
+
+pub(crate) fn parent(pid: i32) -> Option<i32> {
+    family(pid).map(|[parent, ..]| parent)
+}
+
+/// A process's parent, group and session.
+fn family(pid: i32) -> Option<[i32; 3]> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, fields) = stat.rsplit_once(')')?;
-    let mut fields = fields.split_ascii_whitespace().skip(2);
-    Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
+    let mut fields = fields.split_ascii_whitespace().skip(1).map_while(|field| field.parse().ok());
+    Some([fields.next()?, fields.next()?, fields.next()?])
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -118,6 +118,14 @@ fn the_catalog_is_a_list_that_tools_can_read() {
 }
 
 #[test]
+fn a_file_that_the_environment_names_is_not_read_and_that_is_said() {
+    let path = file("named.toml", "[limits]\nmax_turns = 3\n");
+    let out = Command::new(SIDECAR).args(["check"]).env("AGENT_SIDECAR_CONFIG", &path).output().unwrap();
+    let expected = "AGENT_SIDECAR_CONFIG: there is no such variable; the file is /etc/agent-sidecar/config.toml; only `--config` names another";
+    assert!(out.status.code() == Some(1) && said(&out).contains(expected), "{}", said(&out));
+}
+
+#[test]
 fn a_time_zone_that_is_none_and_the_setting_of_old_say_what_to_write() {
     let path = file("zone.toml", "[limits]\ntime_zone = \"Berlin\"\nutc_offset = \"+01:00\"\n");
     let path = path.to_str().unwrap();

@@ -170,6 +170,23 @@ fn a_full_disk_as_the_reader_is_a_reader_that_is_gone() {
 }
 
 #[test]
+fn what_could_not_be_written_is_no_success() {
+    let full = |program: &str, args: &[&str]| {
+        let mut command = sh(program, args);
+        command.stdin(Stdio::null()).stdout(File::options().write(true).open("/dev/full").unwrap());
+        let out = command.stderr(Stdio::piped()).output().unwrap();
+        (out.status.code(), String::from_utf8(out.stderr).unwrap())
+    };
+    for args in [&STREAM_JSON[..], &ONE_SHOT[..]] {
+        let (code, said) = full("echo one", args);
+        assert_eq!(code, Some(1), "{said}");
+        assert!(said.contains("stdout cannot be written") && said.contains("No space left"), "{said}");
+        assert_eq!(full("echo one; exit 5", args).0, Some(5));
+        assert_eq!(full("true", args), (Some(0), String::new()));
+    }
+}
+
+#[test]
 fn another_descriptor_passes_and_none_of_ours_does() {
     let dir = scratch("fd3");
     let path = dir.join("three");

@@ -74,6 +74,23 @@ fn where_nothing_is_wrong_nothing_is_found() {
 }
 
 #[test]
+fn a_socket_that_cannot_be_one() {
+    let (dir, mut command) = place("socket");
+    std::fs::write(dir.join("book"), "a book").unwrap();
+    let long = dir.join("x".repeat(120));
+    for (path, what) in [
+        (dir.join("book"), "no socket"),
+        (long, "longer than the 107 bytes"),
+        (dir.join("missing/hub.sock"), "agents cannot meet there: No such file"),
+    ] {
+        command.env("AGENT_SIDECAR_SOCKET", &path);
+        one(&mut command, "warning", "socket", path.to_str().unwrap(), what);
+    }
+    command.env("AGENT_SIDECAR_SOCKET", dir.join("hub.sock"));
+    assert_eq!(findings(&mut command), (0, Vec::new()));
+}
+
+#[test]
 fn clis_without_a_shim_or_with_the_wrong_one_or_without_a_cli() {
     let (dir, mut command) = place("clis");
     let here = dir.join("claude-is-here");

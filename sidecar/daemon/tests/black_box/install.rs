@@ -145,6 +145,37 @@ fn every_cli_gets_a_shim_and_comes_back_as_it_was() {
 }
 
 #[test]
+fn what_starts_a_cli_by_its_own_name_keeps_it() {
+    let root = tree("launchers");
+    // One program for all commands, as Volta and mise have it; a script for each, as pyenv and nodenv write it; one nobody has seen yet.
+    let start = format!("exec {} \"$@\"", root.join(WHEEL).display());
+    script(&root.join("volta/bin/volta-shim"), &format!("[ \"${{0##*/}}\" = claude ] || exit 126\n{start}"));
+    link("volta-shim", &root.join("volta/bin/claude"));
+    script(&root.join("nodenv/shims/claude"), &format!("program=\"${{0##*/}}\"\n[ $program = claude ] || exit 127\n{start}"));
+    script(&root.join("other/claude"), &format!("case $0 in *claude) ;; *) exit 1;; esac\n{start}"));
+    // A script that takes any name is a CLI as good as any.
+    script(&root.join("bin/claude"), &start);
+    link("nowhere", &root.join("gone/claude"));
+    link("claude", &root.join("circle/claude"));
+    let left = ["volta/bin/claude", "nodenv/shims/claude", "other/claude"];
+    let before = look(&root);
+    let (code, said) = sidecar(&["install"], &[&root]);
+    assert_eq!(code, 0, "{said}");
+    for path in left.into_iter().chain(["gone/claude", "circle/claude"]) {
+        assert!(line(&said, path).starts_with("skipped"), "{said}");
+        assert_eq!(look(&root)[&root.join(path)], before[&root.join(path)], "{path}");
+        assert!(!root.join(format!("{path}.sidecar-real")).exists(), "{path}");
+    }
+    for path in left.into_iter().chain(["bin/claude"]) {
+        assert_eq!(runs(&root.join(path)), "2.1.330", "{path}");
+    }
+    let (code, said) = sidecar(&["install"], &[&root.join(left[0])]);
+    assert!(code == 1 && said.contains("starts a CLI by the name") && said.contains("volta-shim"), "{said}");
+    let (code, said) = sidecar(&["install"], &[&root.join("gone/claude")]);
+    assert!(code == 1 && said.contains("is a link to nothing"), "{said}");
+}
+
+#[test]
 fn a_shim_is_for_whom_the_cli_was_for() {
     let root = tree("owner");
     let wheel = root.join(WHEEL);

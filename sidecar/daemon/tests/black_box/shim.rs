@@ -290,6 +290,54 @@ os.read(read, 1)
 }
 
 #[test]
+fn a_script_that_starts_the_cli_and_waits_for_it_is_one_agent_and_not_two() {
+    let dir = place("waits");
+    let (real, own) = (dir.join("real"), dir.join("own"));
+    for place in [&real, &own] {
+        std::fs::create_dir_all(place).unwrap();
+        symlink(SIDECAR, place.join("claude")).unwrap();
+    }
+    script(&real.join("claude.sidecar-real"), "echo agent");
+    let runs = |ledger: &Path| {
+        let lines = std::fs::read_to_string(ledger).unwrap_or_default();
+        lines.lines().filter(|line| line.contains("\"process_exited\"")).count()
+    };
+    let inner = real.join("claude").display().to_string();
+    for (n, (body, agents)) in [
+        (format!("{inner} \"$@\"; echo over"), 1),
+        (format!("timeout 60 {inner} \"$@\" | cat; echo over"), 1),
+        (format!("(sh -c '{inner} \"$@\"; true' sh \"$@\"); echo over"), 1),
+        // A tool of the agent, which has a session of its own.
+        (format!("setsid sh -c '{inner} \"$@\"; true' sh \"$@\"; echo over"), 2),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let ledger = dir.join(format!("ledger-{n}"));
+        script(&own.join("claude.sidecar-real"), &body);
+        let mut command = shim(&own.join("claude"));
+        let ran = out(command.env("AGENT_SIDECAR_LEDGER", &ledger).args(["-p", "hello"]));
+        assert_eq!(ran, (Some(0), String::from("agent\nover\n"), String::new()), "{body}");
+        assert_eq!(runs(&ledger), agents, "{body}");
+    }
+    // What the agent has left behind is the wrapper's child, in the agent's session.
+    let left = format!(
+        "import os, time; os.fork() and os._exit(0); time.sleep(0.1); os.execvp('sh', ['sh', '-c', '{inner} -p x; true'])"
+    );
+    symlink(python3(), dir.join("claude.sidecar-real")).unwrap();
+    symlink(SIDECAR, dir.join("claude")).unwrap();
+    let ledger = dir.join("ledger");
+    let program = format!("import subprocess, sys; subprocess.run([{:?}, '-c', {left:?}]); sys.stdin.read()", python3());
+    let mut command = shim(&dir.join("claude"));
+    command.env("AGENT_SIDECAR_LEDGER", &ledger).args(["-c", &program]).args(STREAM_JSON);
+    let mut running = Running::start(command);
+    assert_eq!(running.line(), "agent");
+    wait_for("a second agent", || (runs(&ledger) == 1).then_some(()));
+    running.close_stdin();
+    assert_eq!((running.code(), runs(&ledger)), (Some(0), 2));
+}
+
+#[test]
 fn a_mistake_in_the_configuration_costs_that_setting_and_not_the_agent() {
     let (_dir, path) = before_python("mistake");
     let ledger = path.with_file_name("ledger");
