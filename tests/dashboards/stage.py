@@ -187,8 +187,8 @@ class Stage:
         """Limits that are enforced: a tool's time, a circle, the cost of a turn."""
         again = {"slow": (FOREVER, {"times": 1}), "circle": ("echo nothing new", {}), "dear": ("date +%s%N", {})}
         rules = [{"when": {"agent": "main", "prompt_contains": word}, "reply": {"blocks": [bash(command)]}} | how for word, (command, how) in again.items()]
-        # On a busy machine a tool may take its time.
-        flags = ("--loop-mode", "enforce", "--max-identical-calls", "4", "--turn-max-cost-usd", "0.45", "--tool-max-duration", "15s", "--max-turns", "20")
+        # On a busy machine a tool may take its time, and so may its end: the session is to go on.
+        flags = ("--stop-interrupt", "3m", "--loop-mode", "enforce", "--max-identical-calls", "4", "--turn-max-cost-usd", "0.45", "--tool-max-duration", "15s", "--max-turns", "20")
         cli = self.cli("held", self.api("held", script(*rules)), *TOOLS, wrapper=self.wrapper("held", *flags))
         for text in ("slow", "circle", "dear"):
             cli.ask(text, timeout=PATIENCE)
