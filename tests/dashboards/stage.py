@@ -203,7 +203,7 @@ class Stage:
 
     def asks(self) -> None:
         """Permissions: given, refused, and one that nobody answers; and a server of the app's own, which is spoken to over stdin."""
-        rules = [asked("look", n, {"tool": "mcp__lamp__look", "input": {}}) for n in range(2)] + [asked("may I", n, bash(f"touch x{n}")) for n in range(5)]
+        rules = [asked("look", 0, {"tool": "mcp__lamp__look", "input": {}})] + [asked("may I", n, bash(f"touch x{n}")) for n in range(5)]
         wrapper = self.wrapper("asks", kubernetes=False)
         args = ["--permission-prompt-tool", "stdio", "--allowedTools", "mcp__lamp", "--mcp-config", json.dumps({"mcpServers": {"lamp": {"type": "sdk", "name": "lamp"}}})]
         cli = self.cli("asks", self.api("asks", script(*rules)), *args, wrapper=wrapper)
@@ -225,8 +225,10 @@ class Stage:
         name = "the-first"
         cli.send(harness.control(name, "initialize", sdkMcpServers=["lamp"]))
         until(lambda line, _: line["type"] == "control_response" and line["response"]["request_id"] == name)
-        cli.send(user("look"))
-        until(lambda line, _: line["type"] == "result")
+        for looks in (1, 2):
+            cli.send(user("look"))
+            until(lambda line, _: line["type"] == "result")
+            self.sees(f"sum(claude_agent_mcp_tool_duration_seconds_count) >= {looks}")
         cli.send(user("may I"))
         waits = 0
         for decision in [{"behavior": "allow", "updatedInput": {"command": "echo ok"}}, {"behavior": "deny", "message": "no"}] * 2:
