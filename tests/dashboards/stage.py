@@ -76,7 +76,7 @@ class Prometheus:
 
     def __init__(self, directory: Path, rules: Path | None, *, honor_labels: bool = False):
         directory.mkdir()
-        self.directory, self.port = directory, harness.free_port()
+        self.directory, self.port, self.lock = directory, harness.free_port(), threading.Lock()
         self.targets_file, self.targets = directory / "targets.json", []
         self.targets_file.write_text("[]")
         found = [{"files": [str(self.targets_file)], "refresh_interval": "1s"}]
@@ -91,10 +91,11 @@ class Prometheus:
         self.process = subprocess.Popen(["prometheus", *flags], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
 
     def watch(self, port: int, **labels: str) -> None:
-        self.targets.append({"targets": [f"127.0.0.1:{port}"], "labels": labels})
-        fresh = self.targets_file.with_suffix(".new")
-        fresh.write_text(json.dumps(self.targets))
-        fresh.rename(self.targets_file)
+        with self.lock:
+            self.targets.append({"targets": [f"127.0.0.1:{port}"], "labels": labels})
+            fresh = self.targets_file.with_suffix(".new")
+            fresh.write_text(json.dumps(self.targets))
+            fresh.rename(self.targets_file)
 
     def ask(self, path: str, get: bool = False, **fields) -> dict:
         data = None if get else urllib.parse.urlencode(fields).encode()
