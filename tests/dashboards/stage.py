@@ -335,6 +335,7 @@ class Stage:
         # What was counted at the end, too, and what the rules make of it; on a machine that has other things to do, some scrapes are late.
         self.sees('ALERTS{alertname="ClaudeAgentLimitEnforced", alertstate="firing"}')
         self.sees('sum(last_over_time(claude_agent_idle_shutdowns_total[1h])) == 1')
+        self.sees("max(claude_agent_transcript_bytes) > 0")
         time.sleep(8)
 
     def close(self) -> None:
