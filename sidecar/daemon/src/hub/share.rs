@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions, Permissions};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, Weak, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_sidecar_core::hub::{Hello, Line, STALE, VERSION};
@@ -17,6 +17,7 @@ use serde::Deserialize;
 use super::Place;
 use super::journal::{self, Journal};
 use super::orders::Look;
+use super::seat::Seat;
 use super::story::{News, Story};
 use super::till::{Errand, Payer, Till};
 use super::{place, shelf};
@@ -56,6 +57,7 @@ struct Inner {
     exports: Arc<otlp::Counts>,
     place: Place,
     hold_file: PathBuf,
+    seat: Weak<Seat>,
 }
 
 struct Written {
@@ -82,6 +84,8 @@ pub(crate) struct Teller {
     pub(crate) who: Who,
     /// If it spends from shared budgets.
     pub(crate) payer: Option<Payer>,
+    /// Its seat, where those are few, for as long as it has it.
+    pub(crate) seat: Weak<Seat>,
     pub(crate) handle: Handle,
     pub(crate) exports: Arc<otlp::Counts>,
 }
@@ -89,7 +93,7 @@ pub(crate) struct Teller {
 impl Share {
     /// Starts telling.
     pub(crate) fn start(place: &Place, teller: Teller) -> std::io::Result<Share> {
-        let Teller { run, hold_file, who, payer, handle, exports } = teller;
+        let Teller { run, hold_file, who, payer, seat, handle, exports } = teller;
         let hello = Hello {
             hub: VERSION,
             run: run.clone(),
@@ -111,6 +115,7 @@ impl Share {
             }),
             hold: Mutex::new(None),
             hold_file,
+            seat,
             run,
             handle,
             exports,
@@ -170,6 +175,9 @@ impl Share {
 
     /// Says what was spent and is asked for, by whoever it works for by now, and has the agent held to what is left.
     fn pay(&self, errand: &Errand, held_for: Option<&'static str>, who: &Who) {
+        if let Some(seat) = self.inner.seat.upgrade() {
+            seat.works_for(who.tenant.as_deref().unwrap_or_default());
+        }
         // Whoever is at it may hang with its disk.
         let mut purse = match self.inner.purse.as_ref().map(Mutex::try_lock) {
             None => return self.hold(held_for),
