@@ -143,6 +143,9 @@ pub struct Limit {
     /// What the agent was about, where time ran out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
+    /// Of a shared budget it was this agent's fair share.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub share: bool,
     /// How long it took until the agent was quiet, where it was to be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latency_seconds: Option<f64>,
@@ -355,7 +358,7 @@ impl Session {
                     *self.time.entry(*state).or_default() += seconds;
                 }
             }
-            Fact::LimitDecided { limit, scope, mode, action, observed, ceiling, why, .. } => self.limits.push(Limit {
+            Fact::LimitDecided { limit, scope, mode, action, observed, ceiling, why, share, .. } => self.limits.push(Limit {
                 time,
                 limit: limit.clone(),
                 scope: scope.clone(),
@@ -364,6 +367,7 @@ impl Session {
                 observed: *observed,
                 ceiling: *ceiling,
                 why: why.clone(),
+                share: *share,
                 latency_seconds: None,
                 overshoot_usd: None,
             }),

@@ -245,6 +245,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             observed = decision.observed,
             ceiling = decision.ceiling,
             why = decision.why.map(Why::as_str),
+            share = decision.share.then_some(true),
             session = decision.session,
             "limit"
         ),
@@ -595,7 +596,13 @@ fn join(
     let teller = Teller {
         run: nonce.to_owned(),
         hold_file: hold_file.unwrap_or_else(|| turn.place().hold_file(nonce)),
-        payer: shares.then(|| Payer { tenant: who.tenant.clone(), zone: config.zone(), caps: config.caps() }),
+        payer: shares.then(|| Payer {
+            tenant: who.tenant.clone(),
+            zone: config.zone(),
+            caps: config.caps(),
+            sharing: config.sharing(),
+            weight: config.tenant_weight(),
+        }),
         seat: seat.map_or_else(Weak::new, Arc::downgrade),
         who,
         handle: handle.clone(),

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use agent_sidecar_core::hub::{Hello, Line, STALE, VERSION};
 use agent_sidecar_core::limit::{SHARED, Shared};
 use agent_sidecar_core::metric;
+use agent_sidecar_core::monitor::HeldFor;
 use agent_sidecar_core::update::Activity;
 use agent_sidecar_core::who::Who;
 use agent_sidecar_core::{Input, Monitor};
@@ -52,7 +53,7 @@ struct Inner {
     /// Where budgets are shared.
     purse: Option<Mutex<Held>>,
     /// What the CLI turns messages away for.
-    hold: Mutex<Option<&'static str>>,
+    hold: Mutex<Option<HeldFor>>,
     handle: Handle,
     exports: Arc<otlp::Counts>,
     place: Place,
@@ -174,9 +175,13 @@ impl Share {
     }
 
     /// Says what was spent and is asked for, by whoever it works for by now, and has the agent held to what is left.
-    fn pay(&self, errand: &Errand, held_for: Option<&'static str>, who: &Who) {
+    fn pay(&self, errand: &Errand, held_for: Option<HeldFor>, who: &Who) {
         if let Some(seat) = self.inner.seat.upgrade() {
             seat.works_for(who.tenant.as_deref().unwrap_or_default());
+        }
+        // At once: its next tool may be done soon.
+        if held_for.is_some() {
+            self.hold(held_for.clone());
         }
         // Whoever is at it may hang with its disk.
         let mut purse = match self.inner.purse.as_ref().map(Mutex::try_lock) {
@@ -232,17 +237,19 @@ impl Share {
     }
 
     /// Sees to it that the CLI turns prompts away for a reason, or takes them again.
-    fn hold(&self, why: Option<&'static str>) {
+    fn hold(&self, why: Option<HeldFor>) {
         let mut hold = lock(&self.inner.hold);
-        if std::mem::replace(&mut *hold, why) == why {
+        if *hold == why {
             return;
         }
+        hold.clone_from(&why);
         let path = &self.inner.hold_file;
-        let done = match why {
+        let done = match &why {
             Some(why) => {
                 // In one step: half a reason is none.
                 let new = path.with_extension("hold.new");
-                files::write(&new, format!("{why}\n").as_bytes())
+                let now = if why.now { "now\n" } else { "" };
+                files::write(&new, format!("{}\n{now}", why.why).as_bytes())
                     // Also for a CLI of another user, and whatever our umask is.
                     .and_then(|()| std::fs::set_permissions(&new, Permissions::from_mode(0o644)))
                     .and_then(|()| std::fs::rename(&new, path))
@@ -395,7 +402,7 @@ pub(crate) fn testify(place: &Place, run: &str, who: &Who, mut meters: metric::M
 
 fn errand(monitor: &Monitor) -> Errand {
     let (spent, asks) = monitor.claim();
-    Errand { spent, asks, waits: monitor.waits() }
+    Errand { spent, asks, waits: monitor.waits(), works: monitor.claims() }
 }
 
 /// When a hub began to collect what somebody has then read to the end: nanoseconds since the Unix epoch.
