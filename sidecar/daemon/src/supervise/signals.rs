@@ -51,13 +51,14 @@ impl Ears {
         Ok(Ears { ignored, signals: Arc::new(Mutex::new(Some(Signals::take()?))) })
     }
 
-    /// Somebody asks for the end, and was not to be ignored. Nothing that arrived is forgotten.
+    /// Somebody asks for the end. Nothing that arrived is forgotten, but for what was to be ignored.
     pub(crate) fn told(&self) -> Option<i32> {
         let mut signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner);
         let signals = signals.as_mut()?;
         signals.early = signals.pending();
-        let told = signals.early.iter().map(|(signal, _)| *signal);
-        told.into_iter().find(|signal| [HUP, INT, TERM].contains(signal) && !self.ignored.has(*signal))
+        signals.early.retain(|(signal, _)| !self.ignored.has(*signal));
+        let mut told = signals.early.iter().map(|(signal, _)| *signal);
+        told.find(|signal| [HUP, INT, TERM].contains(signal))
     }
 
     /// For whoever forwards them. Nobody else hears anything from here on.
