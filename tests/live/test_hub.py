@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import harness
+import pytest
 from harness import wait_for
-from test_bare import TOOLS, script
+from test_bare import TOOLS, bash, main, script
 
 
 def post(path: Path, request: str) -> str:
@@ -119,3 +120,53 @@ def test_agents_that_share_a_budget_of_tokens_are_above_it_by_one_answer_at_most
     assert 40_000 <= sum(answers) <= 40_000 + max(answers), f"{sum(answers)} of {answers}"
     for cli in clis:
         cli.close()
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["tools that work", "tools that fail"])
+def test_a_budget_that_is_used_up_is_noticed_at_the_end_of_a_tool(version, api, session, sidecar, tmp_path, fails):
+    """The API answers at once: an interrupt alone would come too late for the next request."""
+    step = "sleep 0.1; exit 3" if fails else "sleep 0.1"
+    served = api(script(*(main(n, bash(f"{step} # {n}")) for n in range(60))))
+    flags = ("--socket", str(tmp_path / "hub.sock"), "--container-max-tokens", "40000")
+    cli = session(served, *TOOLS, sidecar=sidecar(*flags))
+    cli.control("initialize", 120)
+    stopped = cli.ask("go", 120)
+    assert stopped["subtype"] == "error_during_execution" and stopped["terminal_reason"].startswith("aborted"), stopped
+    answers = [sum(value for value in line["usage"].values() if isinstance(value, int)) for line in served.requests() if line["usage"]]
+    assert sum(answers[:-1]) < 40_000 <= sum(answers), "the one that reached it was the last"
+    again = cli.ask("and now?", 60)
+    assert again["num_turns"] == 0 and "shares with others" in again["result"]
+    assert len(served.requests()) == len(answers)
+    cli.close()
+
+
+def test_each_has_its_fair_share_and_the_rest_when_the_other_ends(version, api, session, sidecar, tmp_path):
+    served = api(script())
+    flags = ("--socket", str(tmp_path / "hub.sock"), "--container-max-tokens", "60000", "--share-kept", "10m")
+    greedy, other = (session(served, *TOOLS, sidecar=sidecar(*flags)) for _ in range(2))
+
+    def used() -> int:
+        """What the ledger of both has."""
+        answers = (line["usage"] for line in served.requests() if line["usage"])
+        return sum(value for usage in answers for value in usage.values() if isinstance(value, int))
+
+    def refused(cli) -> str:
+        """Asks until the CLI turns it away, and says why."""
+        for _ in range(40):
+            said = str(cli.ask("go", 120).get("result"))
+            if "shares with others" in said:
+                return said
+        raise AssertionError("never refused")
+
+    other.ask("go", 120)
+    one = used()
+    why = refused(greedy)
+    assert "fair share of the container budget" in why and "of 30000 tokens" in why, why
+    assert 30_000 <= used() - one < 30_000 + 2 * one
+    # What is the other's is there for it.
+    assert "shares with others" not in str(other.ask("go", 120).get("result"))
+    other.close()
+    wait_for("the same session to go on", lambda: "shares with others" not in str(greedy.ask("go", 120)["result"]))
+    assert "fair share" not in refused(greedy), "now all of it is used up"
+    assert 60_000 <= used() < 60_000 + one
+    greedy.close()

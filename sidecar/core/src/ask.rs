@@ -177,13 +177,26 @@ impl Asker {
 /// What the app is told when its message is turned away. Plain words: a shell handles them, and they are put into JSON.
 const REASON: &str = "agent-sidecar: a limit of this session is used up";
 pub(crate) const SHARED_REASON: &str = "agent-sidecar: a budget that this session shares with others is used up";
+/// The same, but there is more of it, which is for others.
+pub(crate) fn share_reason(budget: &str, numbers: &str) -> String {
+    format!(
+        "agent-sidecar: the fair share of the {budget} budget that this session shares with others is used up; {numbers}; it goes on when others need less"
+    )
+}
 pub(crate) const PAUSED_REASON: &str = "agent-sidecar: this session is paused; it goes on when somebody resumes it";
+
+/// How long a tool's end waits for an interrupt, in seconds.
+const AT_BOUNDARY: u32 = 3;
 
 /// Has the CLI itself refuse every further prompt, by a hook that only blocks: no request to the model, and a result within 40 ms that
 /// both SDKs take as an ended turn (seen on 2.1.197 and 2.1.330; `interrupt` behind the message loses the race on the latter). The
 /// settings merge with the app's own, whose hooks go on working, and are written to no file. `/compact` asks the model without a
 /// prompt, so it has a hook of its own. With a file, all of that only while the file is there, for the reason in it. Told again, the
 /// last word holds.
+///
+/// If the file says so, a turn that runs is not to ask the model again. The interrupt that ends it takes the CLI a tenth of a second,
+/// and the next request is made at once when the tools are done: so a hook holds the CLI there until the interrupt is heeded, which
+/// ends the hook as well, and ends the turn itself if none comes (with a result that has no words).
 fn refusal(file: Option<&str>) -> serde_json::Value {
     let (block, compact) = match file {
         None => (format!(r#"echo '{{"decision":"block","reason":"{REASON}"}}'"#), format!("echo '{REASON}' >&2; exit 2")),
@@ -195,9 +208,14 @@ fn refusal(file: Option<&str>) -> serde_json::Value {
             )
         }
     };
-    let hook = |command: String| serde_json::json!([{"hooks": [{"type": "command", "command": command}]}]);
-    serde_json::json!({"subtype": "apply_flag_settings", "settings": {
-        "disableAllHooks": false,
-        "hooks": {"UserPromptSubmit": hook(block), "PreCompact": hook(compact)},
-    }})
+    let hook = |command: &str| serde_json::json!([{"hooks": [{"type": "command", "command": command}]}]);
+    let mut hooks = serde_json::json!({"UserPromptSubmit": hook(&block), "PreCompact": hook(&compact)});
+    if let Some(file) = file {
+        let stopped =
+            format!("{{ {{ IFS= read -r why && IFS= read -r now; }} < '{}'; }} 2>/dev/null", file.replace('\'', r"'\''"));
+        let stop =
+            format!(r#"if {stopped}; then sleep {AT_BOUNDARY}; printf '{{"continue":false,"stopReason":"%s"}}\n' "$why"; fi"#);
+        hooks["PostToolBatch"] = hook(&stop);
+    }
+    serde_json::json!({"subtype": "apply_flag_settings", "settings": {"disableAllHooks": false, "hooks": hooks}})
 }

@@ -2,7 +2,10 @@
 //!
 //! A line holds totals, by day and month, so that writing it again changes nothing. Whoever asks the model reserves what the answer
 //! may cost; a budget is used up for those who come when what is spent, and what was reserved before them, reach it. So of all that
-//! run at once, together, at most one answer is above it, and what answers cost more than was reserved.
+//! run at once, together, at most one answer is above it, and what answers cost more than was reserved. How much of it each may have
+//! while others work, too, is [`share`]'s.
+
+pub mod share;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Add;
@@ -10,6 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use self::share::{Shares, Sharing};
 use crate::limit::{SHARED, Scope, Shared};
 use crate::tokens::Usd;
 
@@ -218,6 +222,12 @@ pub struct Claim<'a> {
     pub waits: &'a [Scope],
     /// How large its configuration says that each is.
     pub caps: [Caps; SHARED],
+    /// How they are shared out, and what its tenant weighs then.
+    pub sharing: Sharing,
+    pub weight: u64,
+    /// Its agent has work to do; and when that was so, since the Unix epoch.
+    pub works: bool,
+    pub now: Duration,
 }
 
 /// A wrapper's line.
@@ -232,12 +242,22 @@ struct Entry {
     place: u64,
     #[serde(default)]
     waits: Vec<Scope>,
+    #[serde(default)]
+    weight: u64,
+    /// Whether its agent has work to do, and when that was last said: seconds since the Unix epoch.
+    #[serde(default)]
+    works: bool,
+    #[serde(default)]
+    worked: u64,
 }
 
 /// See the module's head.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Book {
     version: u32,
+    /// Another one than before, if it had to be begun anew: then nobody's account is in it.
+    #[serde(default)]
+    number: u64,
     runs: BTreeMap<String, Entry>,
     /// By tenant, of those that are gone.
     past: BTreeMap<String, Spent>,
@@ -250,6 +270,9 @@ pub struct Book {
     /// To what they were raised; of a day or a month, for that one alone.
     #[serde(default)]
     raised: BTreeMap<String, (String, Caps)>,
+    /// How they are shared out, as the last wrapper that began has said.
+    #[serde(default)]
+    sharing: Sharing,
 }
 
 /// What a wrapper remembers of the book, so that nobody can take from it unseen: what those have spent that are gone, which only grows,
@@ -307,12 +330,23 @@ pub struct Standing {
     pub period: Option<(String, Duration)>,
     /// Those who wait for there being more of it.
     pub waits: Vec<String>,
+    /// What each of those that run has of it, and may have, where that is limited by others.
+    pub shares: Vec<(String, Shares)>,
 }
 
 impl Book {
-    /// An empty one instead of one that cannot be understood.
-    pub fn checked(self) -> Book {
-        if self.version == VERSION { self } else { Book { version: VERSION, ..Book::default() } }
+    /// An empty one, with a number that none had before.
+    pub fn begun(number: u64) -> Book {
+        Book { version: VERSION, number, ..Book::default() }
+    }
+
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Whether it can be understood.
+    pub fn is_current(&self) -> bool {
+        self.version == VERSION
     }
 
     pub fn runs(&self) -> impl Iterator<Item = &str> {
@@ -354,8 +388,10 @@ impl Book {
         let typical = self.typical;
         let entry = self.runs.entry(run.to_owned()).or_default();
         entry.tenant = tenant.unwrap_or(NOBODY).to_owned();
+        entry.worked(claim, entry.spent != purse.spent);
         entry.spent.clone_from(&purse.spent);
         entry.waits = claim.waits.to_vec();
+        entry.weight = claim.weight;
         match claim.asks {
             Some(amount) => {
                 if entry.place == 0 {
@@ -375,6 +411,7 @@ impl Book {
         let sums = [None, Some(tenant.unwrap_or(NOBODY))].map(|of| self.sums(of, before, periods));
         let ends = [Duration::ZERO, periods.day_ends, periods.month_ends];
         let mut out = [None; SHARED];
+        let run = Some(run).filter(|_| claim.sharing.how != share::How::FirstCome);
         for &scope in Scope::ALL {
             let Some(at) = scope.shared() else { continue };
             // Who works for nobody has no tenant's budget.
@@ -382,47 +419,54 @@ impl Book {
                 continue;
             }
             let Sums { spent, reserved, before } = &sums[at / 3];
+            let raised = self.raised(scope, tenant, periods);
+            let caps = claim.caps[at].max(raised);
+            let shares = run.map(|run| self.shares(run, scope, caps, claim.sharing, claim.now, periods));
             out[at] = Some(Shared {
                 spent: spent[at % 3],
                 reserved: *reserved,
                 before: *before,
                 when_spent: purse.total,
                 ends: ends[at % 3],
-                raised: self.raised(scope, tenant, periods),
+                raised,
+                shares: shares.unwrap_or_default(),
             });
         }
         out
     }
 
     /// How all budgets stand that anybody has told of.
-    pub fn standings(&self, periods: &Periods) -> Vec<Standing> {
+    pub fn standings(&self, periods: &Periods, now: Duration) -> Vec<Standing> {
         let keys: BTreeSet<&String> = self.caps.keys().chain(self.raised.keys()).collect();
         keys.into_iter()
             .filter_map(|key| {
                 let (scope, tenant) = named(key)?;
                 let at = scope.shared()? % 3;
                 let sums = self.sums(tenant, |_, _| false, periods);
-                let waits = self
-                    .runs
-                    .iter()
-                    .filter(|(_, entry)| tenant.is_none_or(|tenant| entry.tenant == tenant) && entry.waits.contains(&scope));
+                let spend = self.runs.iter().filter(|(_, entry)| tenant.is_none_or(|tenant| entry.tenant == tenant));
+                let waits = spend.clone().filter(|(_, entry)| entry.waits.contains(&scope));
+                let (caps, raised) = (self.caps.get(key).copied().unwrap_or_default(), self.raised(scope, tenant, periods));
+                let shares =
+                    spend.map(|(run, _)| (run.clone(), self.shares(run, scope, caps.max(raised), self.sharing, now, periods)));
                 let period = periods.of(scope).to_owned();
                 let ends = [Duration::ZERO, periods.day_ends, periods.month_ends][at];
                 Some(Standing {
                     scope,
                     tenant: tenant.map(str::to_owned),
-                    caps: self.caps.get(key).copied().unwrap_or_default(),
-                    raised: self.raised(scope, tenant, periods),
+                    caps,
+                    raised,
                     spent: sums.spent[at],
                     reserved: sums.reserved,
                     period: (!period.is_empty()).then_some((period, ends)),
                     waits: waits.map(|(run, _)| run.clone()).collect(),
+                    shares: shares.filter(|(_, shares)| *shares != Shares::default()).collect(),
                 })
             })
             .collect()
     }
 
     fn begin(&mut self, claim: &Claim<'_>) {
+        self.sharing = claim.sharing;
         for (scope, at) in Scope::ALL.iter().filter_map(|scope| Some((*scope, scope.shared()?))) {
             if scope.of_tenant() && claim.tenant.is_none() {
                 continue;

@@ -145,6 +145,9 @@ pub struct Limit {
     /// What the agent was about, where time ran out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
+    /// Of a shared budget it was this agent's fair share.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub share: bool,
     /// How long it took until the agent was quiet, where it was to be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latency_seconds: Option<f64>,
@@ -363,7 +366,7 @@ impl Session {
             Fact::ContainerUsed { seconds, cost_usd, .. } => {
                 self.container.add(Duration::try_from_secs_f64(*seconds).unwrap_or_default(), *cost_usd);
             }
-            Fact::LimitDecided { limit, scope, mode, action, observed, ceiling, why, .. } => self.limits.push(Limit {
+            Fact::LimitDecided { limit, scope, mode, action, observed, ceiling, why, share, .. } => self.limits.push(Limit {
                 time,
                 limit: limit.clone(),
                 scope: scope.clone(),
@@ -372,6 +375,7 @@ impl Session {
                 observed: *observed,
                 ceiling: *ceiling,
                 why: why.clone(),
+                share: *share,
                 latency_seconds: None,
                 overshoot_usd: None,
             }),

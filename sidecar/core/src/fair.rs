@@ -78,6 +78,23 @@ impl Queue {
         true
     }
 
+    /// Somebody who sits works for another than was thought. Where it was taken from stays as it is; to the other it counts as given.
+    /// But not while one of its own waits, and never for more than a seat above whoever was served last: else those who wait could be
+    /// kept from a seat for ever.
+    pub fn learn(&mut self, run: &str, tenant: &str, weight: u64) {
+        let waits = self.places.values().any(|place| place.tenant == tenant && place.number.is_some());
+        let Some(place) = self.places.get_mut(run).filter(|place| place.number.is_none() && place.tenant != tenant) else {
+            return;
+        };
+        tenant.clone_into(&mut place.tenant);
+        place.weight = weight.max(1);
+        if !waits {
+            let most = self.now.saturating_add(SEAT);
+            let given = self.given.entry(tenant.to_owned()).or_default();
+            *given = (*given).max(self.now).saturating_add(SEAT / place.weight).min(most).max(*given);
+        }
+    }
+
     /// Those who are gone, from the line or from their seats.
     pub fn keep(&mut self, lives: impl Fn(&str) -> bool) {
         self.places.retain(|run, _| lives(run));
@@ -135,6 +152,20 @@ mod tests {
         }
         let seated = seated(&mut queue, 30);
         assert_eq!(seated.iter().filter(|run| run.starts_with('a')).count(), 20);
+    }
+
+    #[test]
+    fn a_seat_is_its_tenants_once_that_is_known() {
+        let mut queue = Queue::default().checked();
+        queue.join("first", "", 1);
+        assert_eq!(seated(&mut queue, 1), ["first"]);
+        queue.learn("first", "acme", 1);
+        queue.join("acme's", "acme", 1);
+        queue.join("other", "other", 1);
+        queue.leave("first");
+        assert_eq!(seated(&mut queue, 1), ["other"], "the one had its seat");
+        queue.leave("other");
+        assert_eq!(seated(&mut queue, 1), ["acme's"]);
     }
 
     #[derive(Clone, Debug)]
@@ -202,6 +233,8 @@ mod tests {
                 queue.join(&run, &tenant.to_string(), weights[*tenant]);
                 let seated = seated(&mut queue, 1);
                 given += seated.len();
+                // Some turn out to be of the tenant that waits.
+                seated.iter().filter(|_| n % 2 == 0).for_each(|run| queue.learn(run, "5", weights[5]));
                 if seated.contains(&String::from("mine")) {
                     break;
                 }

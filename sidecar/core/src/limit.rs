@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::Now;
+use crate::budget::share::{Part, Shares};
 use crate::budget::{Amount, Caps};
 use crate::order::Raised;
 use crate::session::Session;
@@ -90,6 +91,17 @@ impl Scope {
 }
 
 impl Scope {
+    /// As people say it.
+    pub fn in_words(self) -> &'static str {
+        match self {
+            Scope::ContainerDay => "container's day",
+            Scope::ContainerMonth => "container's month",
+            Scope::TenantDay => "tenant's day",
+            Scope::TenantMonth => "tenant's month",
+            Scope::Container | Scope::Tenant | Scope::Turn | Scope::Session | Scope::Tool | Scope::Subagent => self.as_str(),
+        }
+    }
+
     /// Whether those who work for the same tenant share it.
     pub fn of_tenant(self) -> bool {
         matches!(self, Scope::Tenant | Scope::TenantDay | Scope::TenantMonth)
@@ -208,8 +220,9 @@ pub struct Outside {
     pub fed_at: Option<Duration>,
     /// The CLI can be told to turn away what the app says.
     pub can_refuse: bool,
-    /// What this process has spent, in all its sessions.
+    /// What this process has spent, in all its sessions; and what one answer has cost of late.
     pub spent: Amount,
+    pub answer: Amount,
     /// What is known of the budgets that others spend from, too.
     pub shared: [Option<Shared>; SHARED],
     /// To what somebody has raised the session's own limits.
@@ -233,6 +246,8 @@ pub struct Shared {
     pub ends: Duration,
     /// Somebody has raised it to this.
     pub raised: Caps,
+    /// What part of it is ours, while others work.
+    pub shares: Shares,
 }
 
 impl Outside {
@@ -258,6 +273,23 @@ impl Outside {
         let shared = self.shared[scope.shared()?]?;
         Some(shared.spent + self.spent.saturating_sub(shared.when_spent))
     }
+
+    /// What one answer may use of a rule's budget.
+    #[expect(clippy::cast_precision_loss, reason = "a rough number")]
+    fn one(&self, rule: &Rule) -> f64 {
+        if rule.limit == Limit::Tokens { self.answer.tokens as f64 } else { self.answer.usd.to_f64() }
+    }
+
+    /// What part of a rule's budget is ours while others work, and how much of it we have had by now.
+    pub fn part(&self, rule: &Rule, in_flight: Amount) -> Option<Part> {
+        let shared = self.shared[rule.scope.shared()?]?;
+        let more = self.spent.saturating_sub(shared.when_spent) + in_flight;
+        let (part, more) = match rule.limit {
+            Limit::Tokens => (shared.shares.tokens?, more.tokens),
+            _ => (shared.shares.usd?, more.usd.pico()),
+        };
+        Some(Part { had: part.had.saturating_add(more), ..part })
+    }
 }
 
 #[derive(Debug)]
@@ -269,6 +301,12 @@ struct Tracked {
     reached: bool,
     /// As it was last judged.
     ceiling: f64,
+    /// Not the budget is used up, but our part of it.
+    part: Option<Part>,
+    /// The next answer but one may use it up.
+    near: bool,
+    /// What had been spent when the part was found to be used up while the model was asked: that answer may come.
+    spares: Option<Amount>,
 }
 
 /// See the module's head.
@@ -295,6 +333,39 @@ pub struct Used {
     pub ceiling: f64,
     /// What share of it is used up.
     pub ratio: f64,
+    /// Of a budget that others work with, too: what part is this one's, and what it has had of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share: Option<UsedShare>,
+}
+
+/// In the limit's own unit.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct UsedShare {
+    pub used: f64,
+    pub of: f64,
+    /// It is its tenant's, of which its agents have used that together.
+    pub tenant: bool,
+}
+
+impl UsedShare {
+    #[expect(clippy::cast_precision_loss, reason = "for people")]
+    fn new(rule: &Rule, part: Part) -> UsedShare {
+        let (used, of) = if rule.limit == Limit::Tokens { (part.had as f64, part.of as f64) } else { part.usd() };
+        UsedShare { used, of, tenant: part.tenants }
+    }
+
+    fn left(self) -> f64 {
+        self.of - self.used
+    }
+}
+
+/// A shared budget that this agent waits for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Held {
+    pub limit: Limit,
+    pub scope: Scope,
+    /// There is more of it, but that is for others.
+    pub share: Option<UsedShare>,
 }
 
 /// What a rule measures now, since when (on the clock), and of which instance of its scope.
@@ -321,7 +392,16 @@ impl Judge {
         let rules = rules
             .iter()
             .filter(|rule| rule.mode != Mode::Off)
-            .map(|&rule| Tracked { rule, instance: Duration::MAX, warned: 0, reached: false, ceiling: 0.0 })
+            .map(|&rule| Tracked {
+                rule,
+                instance: Duration::MAX,
+                warned: 0,
+                reached: false,
+                ceiling: 0.0,
+                part: None,
+                near: false,
+                spares: None,
+            })
             .collect();
         Judge { rules, began }
     }
@@ -353,6 +433,15 @@ impl Judge {
             let ceiling = outside.ceiling(&rule);
             let ratio = measure.ratio(ceiling);
             out.push(Update::LimitUsed { limit: rule.limit, scope: rule.scope, ratio: ratio.min(1e9) });
+            let (ours, one) = (outside.part(&rule, Amount::new(in_flight.0, in_flight.1)), outside.one(&rule));
+            let left = match ours {
+                Some(part) => UsedShare::new(&rule, part).left().min(ceiling - measure.observed),
+                None => ceiling - measure.observed,
+            };
+            tracked.near = rule.is_shared() && rule.mode == Mode::Enforce && left <= 2.0 * one;
+            let part = tracked.not_spared(ours.filter(|part| ratio < 1.0 && part.is_over()), session, outside);
+            tracked.part = part;
+            let share = part.map(|part| UsedShare::new(&rule, part));
             let decision = |step, level| {
                 Update::Decided(Decision {
                     session: session.id().to_owned(),
@@ -360,10 +449,11 @@ impl Judge {
                     scope: rule.scope,
                     mode: rule.mode,
                     step,
-                    observed: measure.observed,
-                    ceiling,
+                    observed: share.map_or(measure.observed, |share| share.used),
+                    ceiling: share.map_or(ceiling, |share| share.of),
                     level,
                     why: None,
+                    share: share.is_some(),
                 })
             };
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it was a count")]
@@ -371,7 +461,7 @@ impl Judge {
             let more = ceiling > tracked.ceiling && tracked.ceiling > 0.0;
             tracked.ceiling = ceiling;
             // Others may have reserved more than they needed; or somebody has raised it.
-            if (rule.is_shared() || more) && ratio < 1.0 {
+            if (rule.is_shared() || more) && ratio < 1.0 && part.is_none() {
                 tracked.reached = false;
             }
             if more {
@@ -382,13 +472,13 @@ impl Judge {
                 let passed = levels.iter().filter(|level| ratio >= **level).count();
                 if passed > tracked.warned {
                     tracked.warned = passed;
-                    if ratio < 1.0 {
+                    if ratio < 1.0 && part.is_none() {
                         out.extend(rule.limit.is_loop().then(|| detected(Step::Warn)));
                         out.push(decision(Step::Warn, levels[passed - 1]));
                     }
                 }
             }
-            if ratio >= 1.0 && !measure.hold && !tracked.reached {
+            if (ratio >= 1.0 || part.is_some()) && !measure.hold && !tracked.reached {
                 tracked.reached = true;
                 if let Some(kind) = rule.stall() {
                     out.push(Update::Stalled { kind, on: true, why: None });
@@ -403,9 +493,18 @@ impl Judge {
     }
 
     /// The shared budgets that are used up and are to be held to.
-    pub fn holds(&self) -> impl Iterator<Item = Scope> {
+    pub fn holds(&self) -> impl Iterator<Item = Held> {
         let held = |tracked: &&Tracked| tracked.reached && tracked.rule.is_shared() && tracked.rule.mode == Mode::Enforce;
-        self.rules.iter().filter(held).map(|tracked| tracked.rule.scope)
+        self.rules.iter().filter(held).map(|Tracked { rule, part, .. }| Held {
+            limit: rule.limit,
+            scope: rule.scope,
+            share: part.map(|part| UsedShare::new(rule, part)),
+        })
+    }
+
+    /// Whether a shared budget that is to be held to may be used up soon.
+    pub fn is_near(&self) -> bool {
+        self.rules.iter().any(|tracked| tracked.near)
     }
 
     /// Whether a limit of the session's own is used up, which the CLI is to turn messages away for.
@@ -450,9 +549,26 @@ impl Judge {
                     used: measure.as_ref().map_or(0.0, |measure| measure.observed),
                     ceiling,
                     ratio: measure.map_or(0.0, |measure| measure.ratio(ceiling).min(1e9)),
+                    share: outside.part(rule, Amount::new(in_flight.0, in_flight.1)).map(|part| UsedShare::new(rule, part)),
                 }
             })
             .collect()
+    }
+}
+
+impl Tracked {
+    /// Somebody who comes makes the parts of others smaller: what they have asked for by then is still theirs.
+    fn not_spared(&mut self, part: Option<Part>, session: &Session, outside: &Outside) -> Option<Part> {
+        let asks = matches!(session.activity(), Activity::Model | Activity::RetryBackoff | Activity::Compacting);
+        match part {
+            Some(_) if self.reached => {}
+            Some(_) if asks && self.spares.is_none_or(|spent| spent == outside.spent) => {
+                self.spares = Some(outside.spent);
+                return None;
+            }
+            _ => self.spares = None,
+        }
+        part
     }
 }
 

@@ -346,6 +346,9 @@ fn decided(decision: &Decision, say: &mut impl FnMut(&'static str, Value)) {
     if let Some(why) = decision.why {
         say("claude_agent.why", why.as_str().into());
     }
+    if decision.share {
+        say("claude_agent.share", true.into());
+    }
 }
 
 /// A type's name; what does not look like one might be anything.

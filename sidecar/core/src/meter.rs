@@ -1,6 +1,6 @@
 //! The fold from facts to numbers: what each [`Update`] moves in the catalogue.
 
-use crate::limit::{Limit, Mode, Outside, Rule};
+use crate::limit::{Held, Limit, Mode, Outside, Rule};
 use crate::metric::*;
 use crate::price::PriceTable;
 use crate::tokens::{TOKEN_KINDS, Tokens};
@@ -227,6 +227,16 @@ pub fn budgets(meters: &mut Meters, rules: &[Rule], outside: &Outside) {
         meters.set(&BUDGET_REMAINING, &[rule.limit.as_str(), scope], (1.0 - spent / ceiling).max(0.0));
         if !shared.ends.is_zero() {
             meters.set(&BUDGET_WINDOW_END, &[scope], shared.ends.as_secs_f64());
+        }
+    }
+}
+
+/// Which of them this agent waits for, and whether others may still spend from it.
+pub fn waiting(meters: &mut Meters, rules: &[Rule], holds: &[Held]) {
+    for rule in rules.iter().filter(|rule| rule.mode == Mode::Enforce && rule.is_shared()) {
+        for (cause, share) in [("budget", false), ("share", true)] {
+            let waits = holds.iter().any(|held| held.scope == rule.scope && held.share.is_some() == share);
+            meters.set(&BUDGET_WAITING, &[rule.scope.as_str(), cause], f64::from(u8::from(waits)));
         }
     }
 }

@@ -214,6 +214,7 @@ catalog! { after 0;
     BUDGET_SPENT_TOKENS = gauge(Newest, "claude_agent_budget_spent_tokens", Tokens, &["scope"], "What all agents have spent from it, in its day or month; cached ones included.");
     BUDGET_RESERVED_TOKENS = gauge(Newest, "claude_agent_budget_reserved_tokens", Tokens, &["scope"], "What answers may use that are waited for.");
     BUDGET_REMAINING = gauge(Newest, "claude_agent_budget_remaining_ratio", Ratio, &["limit", "scope"], "How much of a shared budget is not spent yet.");
+    BUDGET_WAITING = gauge(Sum, "claude_agent_budget_waiting", Plain, &["scope", "cause"], "Agents that take no messages because a budget that they share is used up (cause budget), or what is fairly theirs of it (share).");
     BUDGET_WINDOW_END = gauge(Newest, "claude_agent_budget_window_end_timestamp_seconds", Seconds, &["scope"], "When its day or month ends and it starts afresh.");
     ORDERS = from_zero(counter("claude_agent_orders_total", Plain, &["order"], "What people have asked of running agents: of all at once, once for each of them."), &[&["pause"], &["resume"], &["interrupt"], &["stop"], &["raise"]]);
     PAUSED = gauge(Sum, "claude_agent_paused", Plain, &["slot"], "One while the agent takes no messages because somebody has paused it.");

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::ask::{Asker, ID_PREFIX, PAUSED_REASON, SHARED_REASON};
+use crate::ask::{Asker, ID_PREFIX, PAUSED_REASON, SHARED_REASON, share_reason};
 use crate::budget::Amount;
 use crate::content::Piece;
 use crate::detect::Streaks;
@@ -16,7 +16,7 @@ use crate::detect::why::{Vitals, Why, why};
 use crate::event::{Answer, Broken, Event, Message, claude_code};
 use crate::ladder::{Goal, Ladder, Patience};
 use crate::ledger::Base;
-use crate::limit::{Ceiling, Judge, Limit, Mode, Outside, Reached, Rule, SHARED, Scope, Shared, Used};
+use crate::limit::{Ceiling, Held, Judge, Limit, Mode, Outside, Reached, Rule, SHARED, Scope, Shared, Used, UsedShare};
 use crate::line::{Line, Splitter};
 use crate::log::Logs;
 use crate::meter;
@@ -303,6 +303,15 @@ struct LastEvent {
     at: f64,
 }
 
+/// Why an agent has to wait.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeldFor {
+    /// What the app is to hear.
+    pub why: String,
+    /// The turn that runs is not to ask the model again, either.
+    pub now: bool,
+}
+
 /// What the CLI was told to turn away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Told {
@@ -335,6 +344,8 @@ pub struct Monitor {
     stdin_closed: bool,
     /// The session's budget is used up: what the app says next is turned away.
     refusing: bool,
+    /// The shared budgets that it waits for.
+    holds: Vec<Held>,
     /// The kernel killed the CLI for memory, or somebody of whom nobody knows who it was.
     out_of_memory: bool,
     told: Told,
@@ -396,6 +407,7 @@ impl Monitor {
             truncated: false,
             stdin_closed: !settings.stdin_json,
             refusing: false,
+            holds: Vec::new(),
             out_of_memory: false,
             told: Told::Nothing,
             order: Order::default(),
@@ -643,17 +655,29 @@ impl Monitor {
     }
 
     /// The same, and why: what the app is to hear.
-    pub fn held_for(&self) -> Option<&'static str> {
-        match self.exited {
+    pub fn held_for(&self) -> Option<HeldFor> {
+        let why = match self.exited {
             true => None,
-            false if self.order.paused => Some(PAUSED_REASON),
-            false => self.judge.holds().next().map(|_| SHARED_REASON),
-        }
+            false if self.order.paused => Some(PAUSED_REASON.to_owned()),
+            // A budget that is used up is so whoever shares it.
+            false => self.judge.holds().min_by_key(|held| held.share.is_some()).map(|held| match held.share {
+                None => SHARED_REASON.to_owned(),
+                Some(UsedShare { used, of, tenant }) => {
+                    let numbers = match held.limit {
+                        Limit::Tokens => format!("{used} of {of} tokens"),
+                        _ => format!("{used:.2} of {of:.2} USD"),
+                    };
+                    let whose = if tenant { ", with the tenant's other agents" } else { "" };
+                    share_reason(held.scope.in_words(), &format!("{numbers}{whose}"))
+                }
+            }),
+        };
+        Some(HeldFor { why: why?, now: self.judge.holds().next().is_some() })
     }
 
     /// The budgets that it waits for, each once.
     pub fn waits(&self) -> Vec<Scope> {
-        let mut waits: Vec<Scope> = self.judge.holds().filter(|_| !self.exited).collect();
+        let mut waits: Vec<Scope> = self.judge.holds().filter(|_| !self.exited).map(|held| held.scope).collect();
         waits.sort_unstable();
         waits.dedup();
         waits
@@ -666,6 +690,11 @@ impl Monitor {
             && matches!(self.session.activity(), Activity::Model | Activity::RetryBackoff | Activity::Compacting)
             && self.ladder.is_none();
         (self.outside.spent, asks.then_some(self.answer))
+    }
+
+    /// Whether what is its own of shared budgets is to be kept for it: it has something to do, and may do it.
+    pub fn claims(&self) -> bool {
+        !self.exited && !self.order.paused && self.session.turn().is_some() && self.session.activity().is_work()
     }
 
     /// Whether the CLI's telemetry said anything.
@@ -1013,6 +1042,7 @@ impl Monitor {
             }
         }
         meter::budgets(&mut self.meters, &self.settings.rules, &self.outside);
+        meter::waiting(&mut self.meters, &self.settings.rules, &self.holds);
     }
 
     fn ordered(&mut self, order: &Order) {
@@ -1166,6 +1196,11 @@ impl Monitor {
         }
         // Somebody may have raised it.
         self.refusing &= self.judge.refuses();
+        let holds: Vec<Held> = self.judge.holds().collect();
+        if holds != self.holds {
+            self.holds = holds;
+            meter::waiting(&mut self.meters, &self.settings.rules, &self.holds);
+        }
     }
 
     /// Has the CLI turn away what it should.
@@ -1173,7 +1208,8 @@ impl Monitor {
         let wanted = match self.told {
             _ if self.refusing => Told::All,
             Told::All => Told::WhileHeld,
-            Told::Nothing if self.held() => Told::WhileHeld,
+            // In time for what is to stop it at a tool's end.
+            Told::Nothing if self.held() || self.judge.is_near() => Told::WhileHeld,
             told => told,
         };
         if wanted != self.told && self.can_inject() {
@@ -1355,6 +1391,7 @@ impl Monitor {
                 self.outside.spent = self.outside.spent + amount;
                 // One large answer is not remembered for ever.
                 self.answer = amount.max(self.answer.half());
+                self.outside.answer = self.answer;
             }
             Update::Corrected { usd, tokens, .. } => {
                 self.outside.spent = self.outside.spent.saturating_sub(Amount::new(*usd, tokens.total()));

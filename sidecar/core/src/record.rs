@@ -152,6 +152,9 @@ pub enum Fact {
         /// What the agent was about, where time ran out.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         why: Option<String>,
+        /// Of a shared budget it is this agent's fair share that is used up, and of that are the numbers.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        share: bool,
     },
     /// Somebody has asked this of the agent. What was raised, and to what.
     Ordered {
@@ -357,7 +360,7 @@ impl Recorder {
                 duration_seconds: duration.as_secs_f64(),
                 confirmed,
             },
-            Update::Decided(Decision { session, limit, scope, mode, step, observed, ceiling, level, why }) => {
+            Update::Decided(Decision { session, limit, scope, mode, step, observed, ceiling, level, why, share }) => {
                 Fact::LimitDecided {
                     session_id: session,
                     limit: limit.as_str().to_owned(),
@@ -368,6 +371,7 @@ impl Recorder {
                     ceiling,
                     level,
                     why: why.map(|why| why.as_str().to_owned()),
+                    share,
                 }
             }
             Update::Ordered { session, order, limit, scope, ceiling } => Fact::Ordered {

@@ -462,6 +462,7 @@ impl Spans {
                     ("claude_agent.level", decision.level.into()),
                 ];
                 decided.extend(decision.why.map(|why| ("claude_agent.why", why.as_str().into())));
+                decided.extend(decision.share.then(|| ("claude_agent.share", true.into())));
                 self.stop_event(at, "limit", decided)
             }
             Update::Enforced { step, latency, overshoot, .. } => {

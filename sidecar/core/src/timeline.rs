@@ -114,6 +114,8 @@ pub enum What {
         observed: f64,
         ceiling: f64,
         level: f64,
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        share: bool,
     },
     Loop {
         detector: &'static str,
@@ -285,7 +287,7 @@ impl Timeline {
             }
             Update::ApiFailed { error, .. } => What::RequestFailed { error: name(error) },
             Update::Decided(decision) => {
-                let Decision { limit, scope, mode, step, observed, ceiling, level, .. } = decision;
+                let Decision { limit, scope, mode, step, observed, ceiling, level, share, .. } = decision;
                 What::Limit {
                     limit: limit.as_str(),
                     scope: scope.as_str(),
@@ -294,6 +296,7 @@ impl Timeline {
                     observed: *observed,
                     ceiling: *ceiling,
                     level: *level,
+                    share: *share,
                 }
             }
             Update::LoopDetected { kind, streak, action } => {

@@ -221,6 +221,9 @@ pub struct Decision {
     /// What the agent was about, where time ran out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<Why>,
+    /// Not the budget, but this agent's fair share of it: of that are the numbers.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub share: bool,
 }
 
 /// A fact.

@@ -4,9 +4,11 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use agent_sidecar_core::budget::share::{Part, Shares};
 use agent_sidecar_core::budget::{Amount, Caps};
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, SHARED, Scope, Shared};
 use agent_sidecar_core::metric::{self, Cell, Metric};
+use agent_sidecar_core::monitor::HeldFor;
 use agent_sidecar_core::order::{Order, Raised};
 use agent_sidecar_core::sample::{CliSample, OomVictim, RoleSample, Sample};
 use agent_sidecar_core::tokens::Usd;
@@ -660,7 +662,8 @@ fn container(used: f64, ends: u64) -> [Option<Shared>; SHARED] {
     let ends = Duration::from_secs(ends);
     let none = Amount::NONE;
     let spent = Amount::new(Usd::from_f64(used), 0);
-    shared[1] = Some(Shared { spent, reserved: none, before: none, when_spent: none, ends, raised: Caps::default() });
+    let (raised, shares) = (Caps::default(), Shares::default());
+    shared[1] = Some(Shared { spent, reserved: none, before: none, when_spent: none, ends, raised, shares });
     shared
 }
 
@@ -735,6 +738,50 @@ fn tokens_are_a_shared_budget_too_and_the_overshoot_is_that_of_all() {
     assert!((over.sum - 0.25).abs() < 1e-9, "{over:?}");
 }
 
+/// The same, and what part of it is this agent's.
+fn share(used: f64, had: f64, of: f64) -> [Option<Shared>; SHARED] {
+    let mut shared = container(used, 7);
+    let [had, of] = [had, of].map(|usd| Usd::from_f64(usd).pico());
+    shared[1].as_mut().unwrap().shares.usd = Some(Part { had, of, tenants: false });
+    shared
+}
+
+#[test]
+fn who_has_had_its_share_waits_with_a_reason_and_what_it_was_let_it_may_have() {
+    let rule = rule(Limit::CostUsd, Scope::ContainerDay, usd(4.0));
+    let mut b = held(&[rule]);
+    b.put(Input::Shared(&share(1.5, 1.1, 2.0)));
+    assert!(!b.monitor.held());
+    let limits = serde_json::to_value(b.monitor.limits()).unwrap();
+    assert_eq!(limits[0]["share"], serde_json::json!({"used": 1.1, "of": 2.0, "tenant": false}));
+    // Another comes while the model is asked: this answer was let.
+    b.ask();
+    b.put(Input::Shared(&share(1.5, 1.1, 1.0)));
+    b.at(1.0);
+    assert_eq!((b.monitor.held(), b.log()), (false, ""));
+    b.total = 0.1;
+    b.at(2.0).answer(1, true);
+    b.at(2.5);
+    assert!(b.log().ends_with("enforce usd container_day: refuse at 1.10002 of 1\n     2 hold\n     2 interrupt"), "{}", b.log());
+    let HeldFor { why, now } = b.monitor.held_for().unwrap();
+    assert!(now, "also between two requests of a turn");
+    assert_eq!(
+        why,
+        "agent-sidecar: the fair share of the container's day budget that this session shares with others is used up; \
+         1.10 of 1.00 USD; it goes on when others need less"
+    );
+    assert!(!why.contains(['"', '\\']), "a shell puts it into JSON");
+    let waits = |b: &Bench, cause| b.count(&metric::BUDGET_WAITING, &["container_day", cause]);
+    assert_eq!([waits(&b, "budget"), waits(&b, "share")], [0.0, 1.0]);
+    b.result("error_during_execution", "aborted_tools");
+    // There is nobody else any more.
+    b.put(Input::Shared(&container(1.6, 7)));
+    assert_eq!((b.monitor.held_for(), waits(&b, "share")), (None, 0.0));
+    b.put(Input::Shared(&share(4.1, 1.2, 2.0)));
+    assert!(b.monitor.held_for().unwrap().why.ends_with("a budget that this session shares with others is used up"));
+    assert_eq!([waits(&b, "budget"), waits(&b, "share")], [1.0, 0.0]);
+}
+
 fn held(rules: &[Rule]) -> Bench {
     Bench::with(Settings { rules: rules.to_vec(), poll: true, hold_file: String::from("/x/y.hold"), ..settings() })
 }
@@ -747,7 +794,7 @@ fn who_is_paused_ends_its_turn_and_takes_no_other() {
     b.ask().answer(1, true);
     b.put(Input::Ordered(&PAUSED));
     b.put(Input::Ordered(&PAUSED));
-    assert!(b.monitor.held_for().is_some_and(|why| why.contains("is paused")));
+    assert!(b.monitor.held_for().is_some_and(|held| held.why.contains("is paused") && !held.now));
     b.at(1.0).tool_result(1).answer(2, false).result("success", "completed");
     // A CLI that does not know hooks, or a message that came too early.
     b.at(5.0).ask().answer(3, false).at(5.1).result("error_during_execution", "aborted_streaming");

@@ -12,6 +12,7 @@
 
 use std::sync::Arc;
 
+use agent_sidecar_core::budget::share::{Part, Shares};
 use agent_sidecar_core::budget::{Amount, Caps, Standing};
 use agent_sidecar_core::limit::Scope;
 use agent_sidecar_core::order::{Raised, What};
@@ -170,10 +171,20 @@ fn raisable(desk: &Desk, whom: &str, raised: &Raised) -> Result<(), Refusal> {
 
 /// A budget, once in each of its units.
 fn shown(standing: &Standing, session: impl Fn(&str) -> Option<String>) -> Vec<Json> {
-    let Standing { scope, tenant, caps, raised, spent, reserved, period, waits } = standing;
+    let Standing { scope, tenant, caps, raised, spent, reserved, period, waits, shares } = standing;
     let most = caps.max(*raised);
-    let waits: Vec<String> = waits.iter().map(|run| session(run).unwrap_or_else(|| run.clone())).collect();
-    let one = |unit: &str, limit: Json, raised: Json, of: &dyn Fn(Amount) -> Json| {
+    let named = |run: &String| session(run).unwrap_or_else(|| run.clone());
+    let waits: Vec<String> = waits.iter().map(named).collect();
+    let shares_in = |part: &dyn Fn(&Shares) -> Option<Part>, amount: &dyn Fn(u64) -> Json| {
+        let each = shares.iter().filter_map(|(run, shares)| Some((named(run), part(shares)?)));
+        let each: Vec<Json> = each
+            .map(|(session, part)| {
+                json!({ "session": session, "used": amount(part.had), "of": amount(part.of), "tenant": part.tenants })
+            })
+            .collect();
+        if each.is_empty() { Json::Null } else { Json::from(each) }
+    };
+    let one = |unit: &str, limit: Json, raised: Json, shares: Json, of: &dyn Fn(Amount) -> Json| {
         let mut one = json!({
             "scope": scope.as_str(), "unit": unit, "limit": limit,
             "used": of(*spent), "reserved": of(*reserved), "waits": waits,
@@ -182,6 +193,7 @@ fn shown(standing: &Standing, session: impl Fn(&str) -> Option<String>) -> Vec<J
         let more = [
             ("tenant", json!(tenant)),
             ("raised", raised),
+            ("shares", shares),
             ("period", json!(period.as_ref().map(|(name, _)| name))),
             ("ends_unix", json!(period.as_ref().map(|(_, ends)| ends.as_secs()))),
         ];
@@ -190,8 +202,14 @@ fn shown(standing: &Standing, session: impl Fn(&str) -> Option<String>) -> Vec<J
         }
         one
     };
-    let usd = most.usd.map(|usd| one("usd", json!(usd), json!(raised.usd), &|amount| json!(amount.usd)));
-    let tokens = most.tokens.map(|tokens| one("tokens", json!(tokens), json!(raised.tokens), &|amount| json!(amount.tokens)));
+    let usd = most.usd.map(|usd| {
+        let shares = shares_in(&|shares| shares.usd, &|pico| json!(Usd::from_pico(pico)));
+        one("usd", json!(usd), json!(raised.usd), shares, &|amount| json!(amount.usd))
+    });
+    let tokens = most.tokens.map(|tokens| {
+        let shares = shares_in(&|shares| shares.tokens, &|tokens| json!(tokens));
+        one("tokens", json!(tokens), json!(raised.tokens), shares, &|amount| json!(amount.tokens))
+    });
     usd.into_iter().chain(tokens).collect()
 }
 

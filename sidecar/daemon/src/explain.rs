@@ -216,9 +216,10 @@ fn text(session: &Session, out: &mut impl Write) -> io::Result<()> {
         for limit in &session.limits {
             let at = time(limit.time - session.began);
             let scope = &limit.scope;
+            let share = if limit.share { ", its fair share" } else { "" };
             write!(
                 out,
-                "  after {at}: {} of the {scope}: {} of {}, {}",
+                "  after {at}: {} of the {scope}{share}: {} of {}, {}",
                 limit.limit, limit.observed, limit.ceiling, limit.action
             )?;
             if let Some(why) = &limit.why {

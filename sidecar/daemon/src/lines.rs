@@ -222,12 +222,8 @@ impl LineFile {
             // What it says is money and ids: for the owner.
             // A pipe that nobody reads keeps nobody waiting.
             let pipe = OFlags::NONBLOCK | if links { OFlags::empty() } else { OFlags::NOFOLLOW };
-            let file = OpenOptions::new()
-                .append(true)
-                .create(true)
-                .mode(0o600)
-                .custom_flags(pipe.bits().cast_signed())
-                .open(&path)?;
+            let file =
+                OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(pipe.bits().cast_signed()).open(&path)?;
             // The very same, whatever has the name by now.
             let plain = file.metadata().is_ok_and(|found| found.is_file());
             let reader = if plain { File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok() } else { None };

@@ -143,6 +143,16 @@ pub(crate) fn table(answer: &str, out: &mut impl Write) -> io::Result<()> {
             text("reserved"),
             text("period"),
         )?;
+        for share in budget["shares"].as_array().into_iter().flatten() {
+            let whose = if share["tenant"] == true { " (with the tenant's other agents)" } else { "" };
+            writeln!(
+                out,
+                "  share of {}: {} of {}{whose}",
+                share["session"].as_str().unwrap_or("-"),
+                share["used"],
+                share["of"]
+            )?;
+        }
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use agent_sidecar_core::ask::ID_PREFIX;
@@ -33,7 +33,7 @@ use crate::lines::{LineFile, Use};
 use crate::patrol::{Patrol, Seal};
 use crate::receive::{self, Decision, Plan, Receiver, Surroundings};
 use crate::sample::{self, Sampler};
-use crate::supervise::{self, BeforeExit, Clock, Ending, Failure, Handle, Job, LastWords, Supervisor, User};
+use crate::supervise::{self, BeforeExit, Clock, Ears, Ending, Failure, Handle, Ignored, Job, LastWords, Supervisor, User};
 use crate::telemetry::{self, Telemetry};
 use crate::tenants::{self, Guard, Home, Places, TenantsShare};
 
@@ -70,6 +70,8 @@ impl Agent {
 /// Runs a command to its end, and says what to exit with.
 pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     supervise::hide();
+    // Before anybody listens.
+    let ignored = Ignored::on_entry();
     let user = user(config)?;
     let agent_user = user.clone().unwrap_or_else(User::ours);
     let open = is_open(config, &agent_user);
@@ -86,7 +88,11 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let telemetry = Telemetry::plan(config, launch.asks_model, &nonce, learn.settled(&who));
     let place = config.meeting().map(|meeting| within(Duration::ZERO, move || Place::find(&meeting)).flatten());
     // Who only asks for a version takes nobody's place.
-    let seat = if launch.asks_model { seat(config, place.as_ref(), &nonce, &who)? } else { None };
+    let ears = if launch.asks_model { ears(config, ignored)? } else { None };
+    let seat = match &ears {
+        Some(ears) => seat(config, place.as_ref(), &nonce, &who, ears)?.map(Arc::new),
+        None => None,
+    };
     let (home, homeless) = home(config, &who, &launch, &argv, user.as_ref())?;
     let (own_env, cwd) = home.as_ref().map(|home| (home.env.clone(), home.cwd.clone())).unwrap_or_default();
     let whose: Vec<_> = user.iter().flat_map(User::variables).collect();
@@ -211,13 +217,17 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let by_limit = Arc::new(AtomicBool::new(false));
     let without_result = Arc::new(AtomicBool::new(false));
     let (limited, missing) = (Arc::clone(&by_limit), Arc::clone(&without_result));
-    let supervisor = Supervisor::new(job, monitor, clock)?;
+    let supervisor = Supervisor::new(job, monitor, clock)?.heard(ignored, ears);
     let handle = supervisor.handle();
     let counts = Arc::clone(&telemetry.counts);
     let pipeline = telemetry.start(&handle);
     let inlet = pipeline.as_ref().map(Pipeline::inlet);
     let hours = launch.asks_model.then(|| hours(config, &turn, &nonce)).flatten();
-    let share = if let Meet::At(turn) = turn { join(config, turn, &nonce, who, hold_file, &handle, &counts) } else { None };
+    let share = if let Meet::At(turn) = turn {
+        join(config, turn, &nonce, who, hold_file, seat.as_ref(), &handle, &counts)
+    } else {
+        None
+    };
     let (teller, others) = (share.clone(), share.clone());
     let failures = handle.clone();
     let watcher = guard.as_ref().map(|(guard, conflicts)| {
@@ -258,6 +268,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             observed = decision.observed,
             ceiling = decision.ceiling,
             why = decision.why.map(Why::as_str),
+            share = decision.share.then_some(true),
             session = decision.session,
             "limit"
         ),
@@ -587,14 +598,29 @@ fn turn(config: &Config, place: Option<std::io::Result<Place>>) -> Meet {
     }
 }
 
+/// Whoever waits for a seat listens: PID 1 hears no signal that it does not ask for.
+fn ears(config: &Config, ignored: Ignored) -> Result<Option<Ears>, Failure> {
+    if config.max_sessions().is_none() {
+        return Ok(None);
+    }
+    let refused = |source: std::io::Error| Failure { exit_code: supervise::OWN_FAILURE, meant: false, source: source.into() };
+    Ears::new(ignored).map(Some).map_err(refused)
+}
+
 /// Waits until there is room for one more agent. Without a place where they meet, nobody can be counted, and nobody waits.
-fn seat(config: &Config, place: Option<&std::io::Result<Place>>, run: &str, who: &Who) -> Result<Option<Seat>, Failure> {
+fn seat(
+    config: &Config,
+    place: Option<&std::io::Result<Place>>,
+    run: &str,
+    who: &Who,
+    ears: &Ears,
+) -> Result<Option<Seat>, Failure> {
     let (Some((seats, patience, mode)), Some(Ok(place))) = (config.max_sessions(), place) else { return Ok(None) };
     let shadow = mode == LimitMode::Shadow;
     let patience = if shadow { Duration::ZERO } else { patience };
     let guest = Guest { run: run.to_owned(), tenant: who.tenant.clone().unwrap_or_default(), weight: config.tenant_weight() };
-    let place = place.clone();
-    match within(patience, move || Seat::take(&place, &guest, seats, patience)).flatten() {
+    let (place, ears) = (place.clone(), ears.clone());
+    match within(patience, move || Seat::take(&place, &guest, seats, patience, &ears)).flatten() {
         Ok(Ok(seat)) => Ok(Some(seat)),
         Ok(Err(full)) if shadow => {
             tracing::warn!(%full, "this agent would have had to wait");
@@ -614,6 +640,7 @@ fn seat(config: &Config, place: Option<&std::io::Result<Place>>, run: &str, who:
     }
 }
 
+#[expect(clippy::too_many_arguments, reason = "called once, with all of it")]
 /// Has our numbers served by the hub, and the hub by us when it is our turn.
 fn join(
     config: &Config,
@@ -621,6 +648,7 @@ fn join(
     nonce: &str,
     who: Who,
     hold_file: Option<PathBuf>,
+    seat: Option<&Arc<Seat>>,
     handle: &Handle,
     counts: &Arc<otlp::Counts>,
 ) -> Option<Share> {
@@ -632,7 +660,14 @@ fn join(
     let teller = Teller {
         run: nonce.to_owned(),
         hold_file: hold_file.unwrap_or_else(|| turn.place().hold_file(nonce)),
-        payer: shares.then(|| Payer { tenant: who.tenant.clone(), zone: config.zone(), caps: config.caps() }),
+        payer: shares.then(|| Payer {
+            tenant: who.tenant.clone(),
+            zone: config.zone(),
+            caps: config.caps(),
+            sharing: config.sharing(),
+            weight: config.tenant_weight(),
+        }),
+        seat: seat.map_or_else(Weak::new, Arc::downgrade),
         who,
         handle: handle.clone(),
         exports: Arc::clone(counts),

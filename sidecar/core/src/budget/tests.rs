@@ -109,10 +109,10 @@ fn everybody_can_see_how_each_budget_stands() {
     caps[5].usd = Some(Usd::from_f64(2.0));
     purse.spent(Amount::new(Usd::from_f64(0.5), 70), &at(DAY));
     let waits = [Scope::TenantMonth];
-    let claim = Claim { tenant: Some("t"), asks: Some(Amount::new(Usd::ZERO, 30)), waits: &waits, caps };
+    let claim = Claim { tenant: Some("t"), asks: Some(Amount::new(Usd::ZERO, 30)), waits: &waits, caps, ..Claim::default() };
     book.write("a", &purse, &claim, &at(DAY));
     book.write("b", &Purse::default(), &Claim { tenant: Some("u"), waits: &[], ..claim }, &at(DAY));
-    let standings = book.standings(&at(DAY));
+    let standings = book.standings(&at(DAY), Duration::from_secs(DAY));
     let names: Vec<_> = standings.iter().map(|one| (one.scope.as_str(), one.tenant.as_deref())).collect();
     assert_eq!(names, [("container_day", None), ("tenant_month", Some("t")), ("tenant_month", Some("u"))]);
     let day = &standings[0];

@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
 use agent_sidecar_core::fair::Queue;
@@ -13,7 +14,7 @@ use super::Place;
 use super::place::try_lock;
 use super::till::lock_named;
 use crate::files;
-use crate::supervise::{HUP, INT, TERM};
+use crate::supervise::Ears;
 
 /// How often whoever waits looks again.
 const LOOK: Duration = Duration::from_millis(50);
@@ -36,7 +37,10 @@ pub(crate) struct Guest {
 pub(crate) struct Seat {
     dir: PathBuf,
     run: String,
+    weight: u64,
     lock: File,
+    /// Whose it is taken for.
+    tenant: Mutex<String>,
 }
 
 /// Why there is no seat.
@@ -53,17 +57,22 @@ impl Seat {
     ///
     /// # Errors
     /// The outer one if the seats cannot be looked at, the inner one if all stay taken.
-    pub(crate) fn take(place: &Place, guest: &Guest, seats: u64, patience: Duration) -> io::Result<Result<Seat, NoSeat>> {
+    pub(crate) fn take(
+        place: &Place,
+        guest: &Guest,
+        seats: u64,
+        patience: Duration,
+        ears: &Ears,
+    ) -> io::Result<Result<Seat, NoSeat>> {
         let start = Instant::now();
-        // PID 1 hears none that it does not ask for.
-        let mut told = if patience.is_zero() { None } else { Some(signal_hook::iterator::Signals::new([HUP, INT, TERM])?) };
         let path = place.dir.join(&guest.run).with_extension(ENDING);
         let file = files::open(&path, OpenOptions::new().write(true).create(true).truncate(false).mode(0o600))?;
         if !try_lock(&file)? {
             return Err(io::Error::other("somebody has our place in the line"));
         }
         // Given back when it is dropped, whether it is one yet or a place in the line.
-        let seat = Seat { dir: place.dir.clone(), run: guest.run.clone(), lock: file };
+        let tenant = Mutex::new(guest.tenant.clone());
+        let seat = Seat { dir: place.dir.clone(), run: guest.run.clone(), weight: guest.weight, lock: file, tenant };
         let mut probed: Option<Instant> = None;
         loop {
             seat.lock.set_modified(SystemTime::now())?;
@@ -76,10 +85,24 @@ impl Seat {
             if waited >= patience {
                 return Ok(Err(NoSeat::Full { seats, waited: patience }));
             }
-            if let Some(signal) = told.as_mut().and_then(|told| told.pending().next()) {
+            if let Some(signal) = ears.told() {
                 return Ok(Err(NoSeat::Told(signal)));
             }
             std::thread::sleep(LOOK.min(patience - waited));
+        }
+    }
+
+    /// The first message has told whose it is.
+    pub(crate) fn works_for(&self, tenant: &str) {
+        // Whoever is at it may hang with its disk.
+        let Ok(mut known) = self.tenant.try_lock() else { return };
+        if *known == tenant {
+            return;
+        }
+        match change(&self.dir, |queue| queue.learn(&self.run, tenant, self.weight)) {
+            Ok(()) => tenant.clone_into(&mut known),
+            // Asked again with the next number that is told.
+            Err(error) => tracing::debug!(%error, "whose seat this is cannot be told"),
         }
     }
 

@@ -3,12 +3,13 @@
 use std::fs::{File, OpenOptions, Permissions};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, Weak, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_sidecar_core::hub::{Hello, Line, STALE, VERSION};
 use agent_sidecar_core::limit::{SHARED, Shared};
 use agent_sidecar_core::metric;
+use agent_sidecar_core::monitor::HeldFor;
 use agent_sidecar_core::update::Activity;
 use agent_sidecar_core::who::Who;
 use agent_sidecar_core::{Input, Monitor};
@@ -17,6 +18,7 @@ use serde::Deserialize;
 use super::Place;
 use super::journal::{self, Journal};
 use super::orders::Look;
+use super::seat::Seat;
 use super::story::{News, Story};
 use super::till::{Errand, Payer, Till};
 use super::{place, shelf};
@@ -53,11 +55,12 @@ struct Inner {
     /// Where budgets are shared.
     purse: Option<Mutex<Held>>,
     /// What the CLI turns messages away for.
-    hold: Mutex<Option<&'static str>>,
+    hold: Mutex<Option<HeldFor>>,
     handle: Handle,
     exports: Arc<otlp::Counts>,
     place: Place,
     hold_file: PathBuf,
+    seat: Weak<Seat>,
 }
 
 struct Written {
@@ -84,6 +87,8 @@ pub(crate) struct Teller {
     pub(crate) who: Who,
     /// If it spends from shared budgets.
     pub(crate) payer: Option<Payer>,
+    /// Its seat, where those are few, for as long as it has it.
+    pub(crate) seat: Weak<Seat>,
     pub(crate) handle: Handle,
     pub(crate) exports: Arc<otlp::Counts>,
 }
@@ -91,7 +96,7 @@ pub(crate) struct Teller {
 impl Share {
     /// Starts telling.
     pub(crate) fn start(place: &Place, teller: Teller) -> std::io::Result<Share> {
-        let Teller { run, hold_file, who, payer, handle, exports } = teller;
+        let Teller { run, hold_file, who, payer, seat, handle, exports } = teller;
         let hello = Hello {
             hub: VERSION,
             run: run.clone(),
@@ -115,6 +120,7 @@ impl Share {
             }),
             hold: Mutex::new(None),
             hold_file,
+            seat,
             run,
             handle,
             exports,
@@ -180,7 +186,14 @@ impl Share {
     }
 
     /// Says what was spent and is asked for, by whoever it works for by now, and has the agent held to what is left.
-    fn pay(&self, errand: &Errand, held_for: Option<&'static str>, who: &Who) {
+    fn pay(&self, errand: &Errand, held_for: Option<HeldFor>, who: &Who) {
+        if let Some(seat) = self.inner.seat.upgrade() {
+            seat.works_for(who.tenant.as_deref().unwrap_or_default());
+        }
+        // At once: its next tool may be done soon.
+        if held_for.is_some() {
+            self.hold(held_for.clone());
+        }
         // Whoever is at it may hang with its disk.
         let mut purse = match self.inner.purse.as_ref().map(Mutex::try_lock) {
             None => return self.hold(held_for),
@@ -239,17 +252,19 @@ impl Share {
     }
 
     /// Sees to it that the CLI turns prompts away for a reason, or takes them again.
-    fn hold(&self, why: Option<&'static str>) {
+    fn hold(&self, why: Option<HeldFor>) {
         let mut hold = lock(&self.inner.hold);
-        if std::mem::replace(&mut *hold, why) == why {
+        if *hold == why {
             return;
         }
+        hold.clone_from(&why);
         let path = &self.inner.hold_file;
-        let done = match why {
+        let done = match &why {
             Some(why) => {
                 // In one step: half a reason is none.
                 let new = path.with_extension("hold.new");
-                files::write(&new, format!("{why}\n").as_bytes())
+                let now = if why.now { "now\n" } else { "" };
+                files::write(&new, format!("{}\n{now}", why.why).as_bytes())
                     // Also for a CLI of another user, and whatever our umask is.
                     .and_then(|()| std::fs::set_permissions(&new, Permissions::from_mode(0o644)))
                     .and_then(|()| std::fs::rename(&new, path))
@@ -407,7 +422,7 @@ pub(crate) fn testify(place: &Place, run: &str, who: &Who, mut meters: metric::M
 
 fn errand(monitor: &Monitor) -> Errand {
     let (spent, asks) = monitor.claim();
-    Errand { spent, asks, waits: monitor.waits() }
+    Errand { spent, asks, waits: monitor.waits(), works: monitor.claims() }
 }
 
 /// When a hub began to collect what somebody has then read to the end: nanoseconds since the Unix epoch.

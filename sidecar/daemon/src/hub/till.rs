@@ -9,13 +9,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use agent_sidecar_core::budget::share::Sharing;
 use agent_sidecar_core::budget::{Amount, Book, Caps, Claim, Purse, Standing, Witness};
 use agent_sidecar_core::limit::{SHARED, Scope, Shared};
 
 use super::journal::ENDING;
 use super::place::{lock_of_dead, try_lock};
 use super::zone::Zone;
-use crate::files;
+use crate::{files, supervise};
 
 /// How often others are looked at that may have died with something reserved.
 const LOOK: Duration = Duration::from_secs(1);
@@ -31,6 +32,9 @@ pub(crate) struct Payer {
     pub(crate) zone: Zone,
     /// How large its budgets are.
     pub(crate) caps: [Caps; SHARED],
+    /// How they are shared out, and what the tenant weighs then.
+    pub(crate) sharing: Sharing,
+    pub(crate) weight: u64,
 }
 
 /// See the module's head.
@@ -40,8 +44,8 @@ pub(super) struct Till {
     payer: Payer,
     purse: Purse,
     looked: Option<Instant>,
-    /// Our line is in the book, and says that we have spent so much.
-    told: Option<Amount>,
+    /// Our line is in the book of that number, and says that we have spent so much.
+    told: Option<(u64, Amount)>,
     witness: Witness,
     /// Somebody else has changed the book, since this was last asked.
     tampered: bool,
@@ -52,6 +56,8 @@ pub(super) struct Errand {
     pub(super) spent: Amount,
     pub(super) asks: Option<Amount>,
     pub(super) waits: Vec<Scope>,
+    /// It has something to do.
+    pub(super) works: bool,
 }
 
 impl Till {
@@ -77,12 +83,14 @@ impl Till {
     pub(super) fn settle(&mut self, unix: Duration, errand: &Errand) -> io::Result<[Option<Shared>; SHARED]> {
         let periods = self.payer.zone.periods(unix);
         let _locked = lock(&self.dir)?;
-        let before = read(&self.dir);
+        let before = read(&self.dir)?;
         let mut book = before.clone();
         let (tampered, closed) = self.witness.mend(&mut book, &self.run);
         self.tampered |= tampered;
-        if let Some(told) = self.told.filter(|_| closed) {
-            // Somebody took us for dead: what we had told is kept already, and no more than that.
+        if let Some((number, told)) = self.told.filter(|_| closed)
+            && number == book.number()
+        {
+            // Somebody took us for dead: what we had told is kept already, and no more than that. In a new book nothing is.
             self.purse = Purse::since(told);
         }
         self.purse.spent(errand.spent, &periods);
@@ -91,14 +99,15 @@ impl Till {
             let gone: Vec<String> = book.runs().filter(|run| *run != self.run && self.gone(run)).map(str::to_owned).collect();
             gone.iter().for_each(|run| book.close(run));
         }
-        let Errand { asks, waits, .. } = errand;
-        let claim = Claim { tenant: self.payer.tenant.as_deref(), asks: *asks, waits, caps: self.payer.caps };
+        let Errand { asks, waits, works, .. } = errand;
+        let Payer { caps, sharing, weight, ref tenant, .. } = self.payer;
+        let claim = Claim { tenant: tenant.as_deref(), asks: *asks, waits, caps, sharing, weight, works: *works, now: unix };
         let shared = book.write(&self.run, &self.purse, &claim, &periods);
         if book != before {
             store(&self.dir, &book)?;
         }
         self.witness.remember(&book, &self.run);
-        self.told = Some(errand.spent);
+        self.told = Some((book.number(), errand.spent));
         Ok(shared)
     }
 
@@ -109,9 +118,9 @@ impl Till {
 
     /// The last of it: nothing is reserved any more.
     pub(super) fn close(&mut self, unix: Duration, spent: Amount) -> io::Result<()> {
-        self.settle(unix, &Errand { spent, asks: None, waits: Vec::new() })?;
+        self.settle(unix, &Errand { spent, asks: None, waits: Vec::new(), works: false })?;
         let _locked = lock(&self.dir)?;
-        let mut book = read(&self.dir);
+        let mut book = read(&self.dir)?;
         book.close(&self.run);
         store(&self.dir, &book)
     }
@@ -127,7 +136,7 @@ impl Till {
 /// Makes a budget larger than whoever started the agents has said. False if there is no room for one more that was raised.
 pub(super) fn raise(dir: &Path, zone: &Zone, unix: Duration, scope: Scope, tenant: Option<&str>, caps: Caps) -> io::Result<bool> {
     let _locked = lock(dir)?;
-    let mut book = read(dir);
+    let mut book = read(dir)?;
     let raised = book.raise(scope, tenant, caps, &zone.periods(unix));
     store(dir, &book)?;
     Ok(raised)
@@ -136,7 +145,7 @@ pub(super) fn raise(dir: &Path, zone: &Zone, unix: Duration, scope: Scope, tenan
 /// How all budgets stand.
 pub(super) fn standings(dir: &Path, zone: &Zone, unix: Duration) -> io::Result<Vec<Standing>> {
     let _locked = lock(dir)?;
-    Ok(read(dir).standings(&zone.periods(unix)))
+    Ok(read(dir)?.standings(&zone.periods(unix), unix))
 }
 
 fn path(dir: &Path) -> PathBuf {
@@ -160,18 +169,28 @@ pub(crate) fn lock_named(dir: &Path, name: &str) -> io::Result<File> {
     Err(io::Error::new(io::ErrorKind::WouldBlock, format!("somebody does not let go of {name}")))
 }
 
-fn read(dir: &Path) -> Book {
+/// The book. One that is there and cannot be read at the moment is not begun anew; one that makes no sense is put aside.
+fn read(dir: &Path) -> io::Result<Book> {
     let path = path(dir);
-    let Ok(bytes) = files::read(&path) else { return Book::default().checked() };
-    match serde_json::from_slice::<Book>(&bytes) {
-        Ok(book) => book.checked(),
-        Err(error) => {
-            tracing::error!(path = %path.display(), %error, "what was spent from shared budgets cannot be read: they start again");
-            // For people to look at.
-            fs::rename(&path, path.with_extension("broken")).ok();
-            Book::default().checked()
-        }
-    }
+    let bytes = match files::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(new_book()),
+        Err(error) => return Err(error),
+    };
+    let why = match serde_json::from_slice::<Book>(&bytes) {
+        Ok(book) if book.is_current() => return Ok(book),
+        Ok(_) => String::from("it was written by another version"),
+        Err(error) => error.to_string(),
+    };
+    let path = path.display();
+    tracing::error!(%path, %why, "what was spent from shared budgets cannot be read: but for what runs now, they start again");
+    // For people to look at.
+    fs::rename(self::path(dir), self::path(dir).with_extension("broken")).ok();
+    Ok(new_book())
+}
+
+fn new_book() -> Book {
+    Book::begun(supervise::random())
 }
 
 fn store(dir: &Path, book: &Book) -> io::Result<()> {
@@ -179,4 +198,95 @@ fn store(dir: &Path, book: &Book) -> io::Result<()> {
     let mut file = files::open(&new, OpenOptions::new().write(true).create(true).truncate(true).mode(0o600))?;
     file.write_all(&serde_json::to_vec(book)?)?;
     fs::rename(&new, path(dir))
+}
+
+#[cfg(test)]
+mod tests {
+    use agent_sidecar_core::tokens::Usd;
+
+    use super::*;
+
+    const NOW: Duration = Duration::from_secs(1_795_392_000);
+
+    fn till(dir: &Path, run: &str) -> Till {
+        let payer = Payer {
+            tenant: None,
+            zone: Zone::default(),
+            caps: [Caps { usd: Some(Usd::from_f64(9.0)), tokens: None }; SHARED],
+            sharing: Sharing::default(),
+            weight: 1,
+        };
+        Till::new(dir, run, payer)
+    }
+
+    fn errand(usd: f64) -> Errand {
+        Errand { spent: Amount::new(Usd::from_f64(usd), 7), asks: None, waits: Vec::new(), works: true }
+    }
+
+    /// What all have spent, ever.
+    fn spent(shared: &[Option<Shared>; SHARED]) -> f64 {
+        shared[0].unwrap().spent.usd.to_f64()
+    }
+
+    struct Dir(PathBuf);
+
+    impl Drop for Dir {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.0).ok();
+        }
+    }
+
+    fn dir(name: &str) -> Dir {
+        let dir = std::env::temp_dir().join(format!("agent-sidecar-till-{name}-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        Dir(dir)
+    }
+
+    #[test]
+    fn a_book_that_breaks_off_anywhere_is_put_aside_and_who_runs_is_in_the_next() {
+        let dir = dir("torn");
+        let (mut one, mut other) = (till(&dir.0, "one"), till(&dir.0, "other"));
+        other.settle(NOW, &errand(2.0)).unwrap();
+        one.settle(NOW, &errand(1.0)).unwrap();
+        let whole = fs::read(path(&dir.0)).unwrap();
+        for n in 0..whole.len() {
+            let broken = path(&dir.0).with_extension("broken");
+            fs::remove_file(&broken).ok();
+            fs::write(path(&dir.0), &whole[..n]).unwrap();
+            assert!((spent(&one.settle(NOW, &errand(1.0)).unwrap()) - 1.0).abs() < 1e-9, "after {n} bytes");
+            assert_eq!(fs::read(&broken).unwrap(), &whole[..n]);
+            serde_json::from_slice::<Book>(&fs::read(path(&dir.0)).unwrap()).unwrap();
+        }
+        // Nobody has the other's account: all of it is told again.
+        assert!((spent(&other.settle(NOW, &errand(2.0)).unwrap()) - 3.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn who_is_killed_while_it_writes_leaves_the_book_as_it_was() {
+        let dir = dir("killed");
+        let (mut one, mut next) = (till(&dir.0, "one"), till(&dir.0, "next"));
+        one.settle(NOW, &errand(1.0)).unwrap();
+        let whole = fs::read(path(&dir.0)).unwrap();
+        for n in 0..whole.len() {
+            fs::write(path(&dir.0).with_extension("tmp"), &whole[..n]).unwrap();
+            assert!((spent(&next.settle(NOW, &errand(0.5)).unwrap()) - 1.5).abs() < 1e-9, "after {n} bytes");
+        }
+        assert!(!path(&dir.0).with_extension("broken").exists());
+    }
+
+    #[test]
+    fn a_book_of_another_version_is_put_aside_and_one_that_cannot_be_read_now_stays() {
+        let dir = dir("version");
+        let mut one = till(&dir.0, "one");
+        one.settle(NOW, &errand(1.0)).unwrap();
+        let old = fs::read_to_string(path(&dir.0)).unwrap().replacen(":2,", ":1,", 1);
+        fs::write(path(&dir.0), &old).unwrap();
+        one.settle(NOW, &errand(1.0)).unwrap();
+        assert_eq!(fs::read_to_string(path(&dir.0).with_extension("broken")).unwrap(), old);
+        // As on a disk with an error.
+        fs::remove_file(path(&dir.0)).unwrap();
+        fs::create_dir(path(&dir.0)).unwrap();
+        one.settle(NOW, &errand(1.0)).unwrap_err();
+        assert!(path(&dir.0).is_dir());
+    }
 }

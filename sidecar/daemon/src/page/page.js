@@ -404,7 +404,7 @@ function tell(e) {
     case "compacted": return ["compaction", `${words(e.trigger)}: ${count(e.pre_tokens)} to ${count(e.post_tokens)} tokens`, "wait", took];
     case "retried": return ["retry", `${words(e.error)}${e.status ? ` (${e.status})` : ""}`, "wait", e.delay_seconds === undefined ? "" : `after ${duration(e.delay_seconds)}`];
     case "request_failed": return ["failed", words(e.error), "bad"];
-    case "limit": return ["limit", `${limitName(e.limit)}, ${words(e.scope)}: ${amount(e.limit, e.observed)} of ${amount(e.limit, e.ceiling)}${e.mode === "enforce" ? "" : ` (${e.mode})`}`, e.level >= 1 ? "bad" : "wait", words(e.action)];
+    case "limit": return ["limit", `${limitName(e.limit)}, ${words(e.scope)}${e.share ? ", fair share" : ""}: ${amount(e.limit, e.observed)} of ${amount(e.limit, e.ceiling)}${e.mode === "enforce" ? "" : ` (${e.mode})`}`, e.level >= 1 ? "bad" : "wait", words(e.action)];
     case "loop": return ["detector", `${words(e.detector)}, ${count(e.streak)} in a row`, "wait", words(e.action)];
     case "stalled": return ["stall", `${words(e.stall)}${e.why ? `: ${words(e.why)}` : ""}${e.on ? "" : " is over"}`, e.on ? "bad" : ""];
     case "stopping": return ["stop", words(e.action), "wait"];

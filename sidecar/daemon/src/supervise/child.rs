@@ -19,6 +19,11 @@ use super::{CANNOT_RUN, Failure, NOT_FOUND, OWN_FAILURE, User};
 pub(crate) struct Ignored(u64);
 
 impl Ignored {
+    /// Whether this one is.
+    pub(crate) fn has(self, signal: i32) -> bool {
+        self.0 & 1 << (signal - 1) != 0
+    }
+
     /// Before any handler is set.
     pub(crate) fn on_entry() -> Self {
         let ignored = |n: &i32| {

@@ -17,7 +17,7 @@ use rustix::fs::{FileType, OFlags};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 
-use super::child::{Ignored, Stdio2};
+use super::child::Stdio2;
 use super::relay::{self, Orders, Parts, Relay};
 use super::signals::{self, Sender, Signals};
 use super::tap::{Mark, Tap, Urgent};
@@ -52,19 +52,21 @@ const STUCK: Duration = Duration::from_secs(1);
 const PIPE: usize = 256 * 1024;
 
 pub(super) fn run<M: Watch>(supervisor: Supervisor<M>) -> Result<u8, Failure> {
-    let Supervisor { job, monitor, handle, mail, sink, last_words, before_exit } = supervisor;
+    let Supervisor { job, monitor, handle, mail, sink, last_words, before_exit, ignored, ears } = supervisor;
     let parse = matches!(job.mode, Mode::Parse { .. });
     let stdin_json = job.mode == Mode::Parse { stdin_json: true };
     // A CLI in a group of its own must not have the terminal as its stdin: it would be stopped as a background job.
     let shared_group = !parse || !stdin_json && rustix::termios::isatty(std::io::stdin());
 
-    let ignored = Ignored::on_entry();
     // Without it tools that outlive the CLI go to somebody else; nothing else depends on it.
     if let Err(error) = rustix::process::set_child_subreaper(Some(rustix::process::getpid())) {
         tracing::warn!(%error, "not a subreaper: what the CLI leaves behind cannot be ended");
     }
     // Handlers first: a child that dies at once must not die unheard.
-    let signals = Signals::take().map_err(|e| Failure::own("signals cannot be handled", e))?;
+    let signals = match ears.and_then(|ears| ears.hand_over()) {
+        Some(signals) => signals,
+        None => Signals::take().map_err(|e| Failure::own("signals cannot be handled", e))?,
+    };
 
     let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| Failure::own("no pipe can be made", e));
     let stdin = if stdin_json { Some(pipe()?) } else { None };
@@ -242,6 +244,10 @@ impl Progress {
 
 impl<M: Watch> Init<M> {
     fn run(mut self) -> u8 {
+        // What arrived before there was a CLI rings no bell any more.
+        for (signal, sender) in self.signals.pending() {
+            self.arrived(signal, sender);
+        }
         loop {
             self.reap();
             while let Some(letter) = self.mail.take() {

@@ -36,8 +36,8 @@ use agent_sidecar_core::launch::Mode;
 use agent_sidecar_core::monitor::{Exit, Monitor, Now, Stop};
 use rustix::event::{EventfdFlags, Timespec};
 
-pub(crate) use child::refused;
-pub(crate) use signals::{CHLD, HUP, INT, TERM};
+pub(crate) use child::{Ignored, refused};
+pub(crate) use signals::{CHLD, Ears, HUP, INT, TERM};
 pub(crate) use tree::{below, group_and_session, parent, state};
 pub(crate) use user::{NoUser, User};
 pub(crate) use watch::{NICE, Sink, Watch};
@@ -141,6 +141,8 @@ pub(crate) struct Supervisor<M = Monitor> {
     sink: Sink,
     last_words: Option<LastWords>,
     before_exit: Option<BeforeExit>,
+    ignored: Ignored,
+    ears: Option<Ears>,
 }
 
 impl<M: Watch> Supervisor<M> {
@@ -149,7 +151,16 @@ impl<M: Watch> Supervisor<M> {
         let tap = Arc::new(Tap::new(job.bounds(TAP_MEMORY)));
         let mail = Arc::new(Mail::new().map_err(|e| Failure::own("an eventfd cannot be made", e))?);
         let handle = Handle { tap, counts: Arc::default(), clock };
-        Ok(Self { job, monitor, handle, mail, sink: Box::new(|_, _| {}), last_words: None, before_exit: None })
+        let ignored = Ignored::on_entry();
+        let sink: Sink = Box::new(|_, _| {});
+        Ok(Self { job, monitor, handle, mail, sink, last_words: None, before_exit: None, ignored, ears: None })
+    }
+
+    /// What was ignored before anybody listened, and who has listened since.
+    #[must_use]
+    pub(crate) fn heard(mut self, ignored: Ignored, ears: Option<Ears>) -> Self {
+        (self.ignored, self.ears) = (ignored, ears);
+        self
     }
 
     /// Where what the monitor says goes, besides actions.

@@ -3,10 +3,13 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::WithOrigin;
 use signal_hook::low_level::siginfo::{Cause, Chld, Sent};
+
+use super::child::Ignored;
 
 pub(crate) const HUP: i32 = 1;
 pub(crate) const INT: i32 = 2;
@@ -32,6 +35,36 @@ pub(crate) enum Sender {
 pub(crate) struct Signals {
     delivery: SignalDelivery<UnixStream, WithOrigin>,
     us: i32,
+    /// Arrived before anybody could do anything about them.
+    early: Vec<(i32, Sender)>,
+}
+
+/// Hears signals before there is a CLI that they could be forwarded to.
+#[derive(Clone)]
+pub(crate) struct Ears {
+    ignored: Ignored,
+    signals: Arc<Mutex<Option<Signals>>>,
+}
+
+impl Ears {
+    pub(crate) fn new(ignored: Ignored) -> io::Result<Ears> {
+        Ok(Ears { ignored, signals: Arc::new(Mutex::new(Some(Signals::take()?))) })
+    }
+
+    /// Somebody asks for the end. Nothing that arrived is forgotten, but for what was to be ignored.
+    pub(crate) fn told(&self) -> Option<i32> {
+        let mut signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner);
+        let signals = signals.as_mut()?;
+        signals.early = signals.pending();
+        signals.early.retain(|(signal, _)| !self.ignored.has(*signal));
+        let mut told = signals.early.iter().map(|(signal, _)| *signal);
+        told.find(|signal| [HUP, INT, TERM].contains(signal))
+    }
+
+    /// For whoever forwards them. Nobody else hears anything from here on.
+    pub(crate) fn hand_over(&self) -> Option<Signals> {
+        self.signals.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 impl Signals {
@@ -44,7 +77,7 @@ impl Signals {
         let (read, write) = UnixStream::pair()?;
         let all = plain.into_iter().chain(34..=64);
         let delivery = SignalDelivery::with_pipe(read, write, WithOrigin::default(), all)?;
-        Ok(Self { delivery, us: rustix::process::getpid().as_raw_nonzero().get() })
+        Ok(Self { delivery, early: Vec::new(), us: rustix::process::getpid().as_raw_nonzero().get() })
     }
 
     /// What arrived since the last time. Asks for no more than it finds.
@@ -58,7 +91,9 @@ impl Signals {
             }
             _ => Sender::Process,
         };
-        self.delivery.pending().map(|origin| (origin.signal, sender(&origin))).collect()
+        let mut arrived = std::mem::take(&mut self.early);
+        arrived.extend(self.delivery.pending().map(|origin| (origin.signal, sender(&origin))));
+        arrived
     }
 }
 

@@ -465,7 +465,8 @@ fn tell(e: &Value) -> (&'static str, String, String, Look) {
         "request_failed" => ("failed", t("error"), String::new(), Look::Bad),
         "limit" => {
             let look = if number(&e["level"]) >= 1.0 { Look::Bad } else { Look::Wait };
-            let told = format!("{} {}: {} of {} ({})", t("limit"), t("scope"), e["observed"], e["ceiling"], t("mode"));
+            let share = if e["share"] == true { ", fair share" } else { "" };
+            let told = format!("{} {}{share}: {} of {} ({})", t("limit"), t("scope"), e["observed"], e["ceiling"], t("mode"));
             ("limit", told, t("action"), look)
         }
         "loop" => ("detector", format!("{}, {} in a row", t("detector"), e["streak"]), t("action"), Look::Wait),

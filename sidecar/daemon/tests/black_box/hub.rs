@@ -363,8 +363,12 @@ const PROMPT: &[u8] = b"{\"type\":\"user\",\"message\":{\"role\":\"user\",\"cont
 
 impl Yard {
     fn talker(&self, id: usize, flags: &[&str]) -> Running {
+        self.talker_of("acme", id, flags)
+    }
+
+    fn talker_of(&self, tenant: &str, id: usize, flags: &[&str]) -> Running {
         let mut command = self.command("run");
-        command.args(["--tenant", "acme", "--usage-poll=false", "--ledger"]).arg(self.ledger(id)).args(flags);
+        command.args(["--tenant", tenant, "--usage-poll=false", "--ledger"]).arg(self.ledger(id)).args(flags);
         command.args(["--", "python3", "-u", "-c", TALKER, &format!("s{id}")]).args(STREAM_JSON);
         let mut running = Running::start(command);
         // As the SDKs begin: from here on, the CLI can be spoken to.
@@ -490,6 +494,69 @@ fn tokens_are_a_budget_too_and_everybody_can_see_how_it_stands() {
 }
 
 #[test]
+fn who_has_had_its_share_waits_while_others_work_and_goes_on_when_they_end() {
+    let yard = Yard::new("share");
+    let flags = ["--container-day-max-cost-usd", "0.20", "--share-kept", "10m"];
+    let [mut greedy, mut other] = [yard.talker(0, &flags), yard.talker(1, &flags)];
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(prompt(&mut other), "answer"));
+        assert_eq!([prompt(&mut greedy), prompt(&mut greedy)], ["answer", "answer"]);
+    });
+    // A dime is left, and a nickel of it is the other's.
+    let why =
+        wait_for("the CLI to turn it away", || Some(prompt(&mut greedy)).filter(|heard| heard != "answer" && heard != "stopped"));
+    assert_eq!(
+        why,
+        "agent-sidecar: the fair share of the container's day budget that this session shares with others is used up; \
+         0.10 of 0.10 USD; it goes on when others need less"
+    );
+    let session = |yard: &Yard, id: &str| yard.status().into_iter().find(|session| session["session_id"] == id).unwrap();
+    let held = session(&yard, "s0");
+    let limit = held["limits"].as_array().unwrap().iter().find(|limit| limit["scope"] == "container_day").unwrap();
+    assert_eq!(limit["share"], serde_json::json!({"used": 0.1, "of": 0.1, "tenant": false}), "{held}");
+    assert_eq!(held["refusing"], true);
+    let day = budgets(&yard).remove(0);
+    let share = |session: &str, used: f64| serde_json::json!({"session": session, "used": used, "of": 0.1, "tenant": false});
+    let shares = day["shares"].as_array().unwrap();
+    assert!(shares.contains(&share("s0", 0.1)) && shares.contains(&share("s1", 0.05)), "{day}");
+    let (_, table) = yard.control(&["budgets"]);
+    assert!(table.contains("  share of s0: 0.1 of 0.1\n"), "{table}");
+    let line = "claude_agent_budget_waiting{scope=\"container_day\",cause=\"share\",tenant=\"acme\"} 1\n";
+    wait_for("the gauge", || yard.metrics().filter(|body| body.contains(line)));
+    let told = std::fs::read_to_string(yard.ledger(0)).unwrap();
+    assert!(told.lines().any(|line| line.contains("limit_decided") && line.contains("\"share\":true")), "{told}");
+    // It is not the other that waits.
+    assert_eq!(day["waits"], serde_json::json!(["s0"]));
+    other.close_stdin();
+    other.code();
+    wait_for("the same session to go on", || (prompt(&mut greedy) == "answer").then_some(()));
+    let why = wait_for("the end of it all", || Some(prompt(&mut greedy)).filter(|heard| heard != "answer" && heard != "stopped"));
+    assert!(why.ends_with("a budget that this session shares with others is used up"), "{why}");
+    assert_eq!([yard.ledger_cents(0), yard.ledger_cents(1)], [15, 5]);
+}
+
+#[test]
+fn tenants_have_of_a_containers_budget_what_they_weigh() {
+    let yard = Yard::new("weights");
+    let start = |tenant: &str, id: usize, weight: &str| {
+        yard.talker_of(tenant, id, &["--container-max-cost-usd", "0.20", "--tenant-weight", weight, "--share-kept", "10m"])
+    };
+    let [mut heavy, mut light] = [start("heavy", 0, "3"), start("light", 1, "1")];
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(prompt(&mut light), "answer"));
+        assert_eq!([prompt(&mut heavy), prompt(&mut heavy)], ["answer", "answer"]);
+    });
+    let why = wait_for("its part to be used up", || Some(prompt(&mut light)).filter(|heard| heard.contains("fair share")));
+    assert!(why.contains("0.05 of 0.05 USD, with the tenant's other agents"), "{why}");
+    // What the light one asked for in vain is reserved for a moment.
+    wait_for("three of four", || (prompt(&mut heavy) == "answer").then_some(()));
+    assert_eq!([yard.ledger_cents(0), yard.ledger_cents(1)], [15, 5]);
+    // As they come, the light one would have been let.
+    let mut quick = yard.talker_of("quick", 2, &["--container-max-cost-usd", "0.30", "--budget-share", "first-come"]);
+    assert_eq!([prompt(&mut quick), prompt(&mut quick)], ["answer", "answer"]);
+}
+
+#[test]
 fn an_agent_that_waits_for_a_budget_goes_on_when_it_is_raised() {
     let yard = Yard::new("raise");
     let mut agent = yard.talker(0, &["--container-max-cost-usd", "0.05", "--hub-control"]);
@@ -580,6 +647,99 @@ fn who_waits_for_a_seat_serves_nobody_and_ends_when_told() {
     assert_eq!(second.code(), Some(128 + 15));
     first.close_stdin();
     assert_eq!(first.code(), Some(1));
+}
+
+/// Whether somebody sits, or waits.
+fn places(yard: &Yard) -> Option<(usize, usize)> {
+    let queue: serde_json::Value = serde_json::from_slice(&std::fs::read(yard.state().join("seats.json")).ok()?).ok()?;
+    let places = queue["places"].as_object()?;
+    let sits = places.values().filter(|place| place["number"].is_null()).count();
+    Some((sits, places.len() - sits))
+}
+
+#[test]
+fn who_waits_for_a_seat_goes_on_ignoring_what_it_was_started_to_ignore() {
+    let yard = Yard::new("nohup-seat");
+    let flags = ["--max-sessions", "1", "--queue-timeout", "5m", "--platform-grace", "6m"];
+    let mut first = yard.start(0, 1, "0", &flags);
+    first.line();
+    // The CLI itself says what it ignores, without us and with us; but for 32 and 33, which the C library keeps to itself.
+    let says = "import sys
+for l in open('/proc/self/status'):
+    if l[:6] == 'SigIgn': print(hex(int(l[7:], 16) & ~(3 << 31)), flush=True)
+sys.stdin.read()";
+    let start = |wrapper: &Command| {
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' HUP; exec \"$@\"", "sh"]);
+        if wrapper.get_program() != "none" {
+            command.arg(wrapper.get_program()).args(wrapper.get_args());
+        }
+        command.args(["python3", "-c", says]).args(STREAM_JSON);
+        Running::start(command)
+    };
+    let without = start(&Command::new("none")).line();
+    let mut wrapper = yard.command("run");
+    wrapper.args(flags).arg("--");
+    let mut second = start(&wrapper);
+    wait_for("the second to wait", || places(&yard).filter(|places| *places == (1, 1)));
+    second.signal(Signal::HUP);
+    // Long enough for it to have looked.
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(alive(second.pid()));
+    first.close_stdin();
+    first.code();
+    assert_eq!(second.line(), without);
+    second.close_stdin();
+    assert_eq!(second.code(), Some(0));
+}
+
+#[test]
+fn a_signal_between_the_seat_and_the_start_is_forwarded() {
+    use std::os::unix::fs::DirBuilderExt;
+    let yard = Yard::new("early");
+    // Whoever wants to know who serves waits here, with its seat and without a CLI.
+    std::fs::DirBuilder::new().mode(0o700).create(yard.state()).unwrap();
+    assert!(Command::new("mkfifo").arg(yard.state().join("lock")).status().unwrap().success());
+    let mut command = yard.command("run");
+    command.args(["--max-sessions", "1", "--queue-timeout", "5m", "--platform-grace", "6m", "--"]);
+    command.args(["sh", "-c", "cat", "sh"]).args(STREAM_JSON);
+    let mut agent = Running::start(command);
+    wait_for("its seat", || places(&yard).filter(|places| *places == (1, 0)));
+    agent.signal(Signal::TERM);
+    // Its input is open: without the signal it would go on.
+    assert_eq!(agent.code(), Some(128 + 15));
+}
+
+#[test]
+fn a_seat_counts_for_the_tenant_that_the_first_message_tells() {
+    let yard = Yard::new("learnt-seat");
+    let flags = ["--max-sessions", "1", "--queue-timeout", "5m", "--platform-grace", "6m"];
+    let mut command = yard.command("run");
+    let cli = format!("read -r _; {}", CLI.replace("\nread -r _\n", "\ncat >/dev/null\n"));
+    command.args(flags).args(["--tenant-from", "message:metadata.tenant", "--", "sh", "-c", &cli, "sh", "s", "1", "0"]);
+    command.args(STREAM_JSON);
+    let mut first = Running::start(command);
+    first
+        .write(b"{\"type\":\"user\",\"message\":{\"role\":\"user\",\"content\":\"hi\"},\"metadata\":{\"tenant\":\"t1\"}}\n")
+        .unwrap();
+    assert!(first.line().contains("init"));
+    let known = || {
+        let queue: serde_json::Value = serde_json::from_slice(&std::fs::read(yard.state().join("seats.json")).ok()?).ok()?;
+        queue["given"]["t1"].as_u64().filter(|given| *given > 0)
+    };
+    wait_for("its seat to be its tenant's", known);
+    // One of the same tenant comes, and then one of another.
+    let mut own = yard.start(1, 0, "0", &flags);
+    wait_for("one to wait", || places(&yard).filter(|places| *places == (1, 1)));
+    let mut other = yard.start(2, 0, "0", &flags);
+    wait_for("two to wait", || places(&yard).filter(|places| *places == (1, 2)));
+    first.close_stdin();
+    first.code();
+    assert!(other.line().contains("init"), "its tenant has had none");
+    assert_eq!(places(&yard), Some((1, 1)));
+    other.close_stdin();
+    assert!(own.line().contains("init"));
+    own.close_stdin();
 }
 
 #[test]
