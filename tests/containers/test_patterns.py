@@ -377,3 +377,50 @@ hub = socket.socket(socket.AF_UNIX)
 hub.connect("/run/agent-sidecar/hub.sock")
 print(struct.unpack("3i", hub.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
 """
+
+
+# ---- what an agent may do to the others
+
+# Each makes more, as long as there is room, and then again; the first one waits.
+BOMB = """python3 -c 'import os, time
+top = os.getpid()
+while True:
+    try:
+        os.fork()
+    except OSError:
+        time.sleep(1000 if os.getpid() == top else 0.2)'"""
+
+
+def test_an_agent_that_starts_processes_without_end_is_served_ended_and_billed(pod, volume):
+    one = pod(script(main(0, bash(BOMB))))
+    task = one.start("claude", "-p", "go", *STREAM, flags=(*on(volume), "--pids-limit", "150"), **BOOKS)
+    wait_for("the limit", lambda: one.get("/livez")[0] == 200 and one.counted("claude_agent_container_forks_refused_total") > 0, 60)
+    numbers = one.metrics()
+    assert numbers["claude_agent_container_processes_limit"] == 150
+    assert numbers["claude_agent_container_processes"] > 100
+    assert one.counted("claude_agent_cost_usd_total") > 0
+    assert task.stop() in (0, 143)
+    assert len(lines(volume, "process_exited")) == 1
+    assert books(volume)["totals"]["cost_usd"] == pytest.approx(one.cost_usd(), abs=1e-9)
+
+
+def test_apps_of_several_users_have_one_hub_which_is_nobody(pod):
+    one = pod(STEPS)
+    # What it needs at the start, and nothing else.
+    powers = ("--cap-drop", "ALL", "--cap-add", "CHOWN", "--cap-add", "SETUID", "--cap-add", "SETGID")
+    hub = one.start("agent-sidecar", "hub", "--hub-users", "1000=acme,4711", "--hub-user", "4000", flags=powers)
+    wait_for("the hub", lambda: one.get("/readyz")[0] == 200)
+    status = hub.run("cat", "/proc/1/status")
+    assert re.search(r"Uid:\s+4000\s", status) and re.search(r"CapPrm:\s+0+\n", status)
+    for user in ("1000", "4711"):
+        words = ["docker", "exec", "--user", user, "--env", "HOME=/tmp", "--workdir", "/tmp", "--env", "CLAUDE_CONFIG_DIR=/tmp/" + user]
+        subprocess.run([*words, hub.id, "claude", "-p", "go", *STREAM], check=True, capture_output=True, timeout=120)
+    by_user = lambda: {
+        uid: sum(usd for name, usd in one.metrics().items() if name.startswith("claude_agent_cost_usd_total") and f'uid="{uid}"' in name)
+        for uid in ("1000", "4711")
+    }
+    half = pytest.approx(one.cost_usd() / 2, abs=1e-9)
+    wait_for("both of them", lambda: by_user() == {"1000": half, "4711": half})
+    assert any('tenant="acme",uid="1000"' in name for name in one.metrics())
+    assert one.get("/status")[0] == 403
+    assert hub.stop() == 0
