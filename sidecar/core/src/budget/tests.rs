@@ -29,7 +29,7 @@ fn used(shared: &[Option<Shared>; SHARED]) -> Vec<Option<f64>> {
 
 #[test]
 fn a_new_day_is_new_and_the_month_goes_on() {
-    let (mut book, mut purse) = (Book::default().checked(), Purse::default());
+    let (mut book, mut purse) = (Book::begun(0), Purse::default());
     purse.spent(amount(1.0), &at(DAY));
     book.write("a", &purse, &claim(Some("t"), None), &at(DAY));
     purse.spent(amount(1.5), &at(DAY + 86_400));
@@ -43,7 +43,7 @@ fn a_new_day_is_new_and_the_month_goes_on() {
 
 #[test]
 fn who_asks_first_is_served_first_and_the_dead_reserve_nothing() {
-    let (mut book, purse) = (Book::default().checked(), Purse::default());
+    let (mut book, purse) = (Book::begun(0), Purse::default());
     let mut before = |run: &str, asks: Option<f64>| write(&mut book, run, &purse, asks.map(amount), &at(DAY)).before;
     assert_eq!(before("a", Some(0.2)), Amount::NONE);
     assert_eq!(before("b", Some(0.1)), amount(0.2));
@@ -57,12 +57,12 @@ fn who_asks_first_is_served_first_and_the_dead_reserve_nothing() {
     let shared = write(&mut book, "e", &purse, Some(amount(0.1)), &at(DAY));
     assert_eq!((shared.before, shared.reserved), (amount(0.9), amount(1.0)));
     let kept = serde_json::to_string(&book).unwrap();
-    assert_eq!(serde_json::from_str::<Book>(&kept).unwrap().checked(), book);
+    assert_eq!(serde_json::from_str::<Book>(&kept).unwrap(), book);
 }
 
 #[test]
 fn what_was_raised_for_a_day_is_forgotten_the_next() {
-    let (mut book, purse) = (Book::default().checked(), Purse::default());
+    let (mut book, purse) = (Book::begun(0), Purse::default());
     let usd = |usd: f64| Caps { usd: Some(Usd::from_f64(usd)), tokens: None };
     book.raise(Scope::ContainerDay, None, usd(7.0), &at(DAY));
     book.raise(Scope::ContainerDay, None, Caps { usd: None, tokens: Some(500) }, &at(DAY));
@@ -79,7 +79,7 @@ fn what_was_raised_for_a_day_is_forgotten_the_next() {
 
 #[test]
 fn what_was_raised_makes_room_when_its_day_is_over() {
-    let mut book = Book::default().checked();
+    let mut book = Book::begun(0);
     let caps = Caps { usd: None, tokens: Some(1) };
     for n in 0..TENANTS {
         assert!(book.raise(Scope::TenantDay, Some(&n.to_string()), caps, &at(DAY)));
@@ -92,7 +92,7 @@ fn what_was_raised_makes_room_when_its_day_is_over() {
 
 #[test]
 fn who_was_taken_for_dead_tells_what_it_has_spent_since() {
-    let (mut book, mut purse) = (Book::default().checked(), Purse::default());
+    let (mut book, mut purse) = (Book::begun(0), Purse::default());
     purse.spent(amount(1.0), &at(DAY));
     write(&mut book, "a", &purse, None, &at(DAY));
     book.close("a");
@@ -103,7 +103,7 @@ fn who_was_taken_for_dead_tells_what_it_has_spent_since() {
 
 #[test]
 fn everybody_can_see_how_each_budget_stands() {
-    let (mut book, mut purse) = (Book::default().checked(), Purse::default());
+    let (mut book, mut purse) = (Book::begun(0), Purse::default());
     let mut caps = [Caps::default(); SHARED];
     caps[1].tokens = Some(1_000);
     caps[5].usd = Some(Usd::from_f64(2.0));
@@ -128,7 +128,7 @@ proptest! {
         const CEILING: u64 = 1_000;
         const MOST: u64 = 50;
         let both = |n: u64| Amount::from((n, n));
-        let mut book = Book::default().checked();
+        let mut book = Book::begun(0);
         let mut purses = vec![Purse::default(); 8];
         let mut asking = [false; 8];
         let mut total = [0_u64; 8];
@@ -168,7 +168,7 @@ fn what_is_taken_from_the_book_is_put_back_by_who_has_seen_it() {
     let now = at(DAY);
     let mut purse = Purse::default();
     purse.spent(amount(0.5), &now);
-    let mut before = Book::default().checked();
+    let mut before = Book::begun(0);
     let mut past = Purse::default();
     past.spent(amount(2.0), &now);
     before.write("gone", &past, &claim(Some("t"), None), &now);
@@ -188,7 +188,7 @@ fn what_is_taken_from_the_book_is_put_back_by_who_has_seen_it() {
     // Emptied; the dead taken out; our own line made smaller.
     let mut smaller = before.clone();
     smaller.runs.get_mut("a").unwrap().spent = Spent::default();
-    for book in [Book::default().checked(), Book { past: BTreeMap::new(), ..before.clone() }, smaller] {
+    for book in [Book::begun(0), Book { past: BTreeMap::new(), ..before.clone() }, smaller] {
         let (said, ever, day) = mended(book);
         assert_eq!((said, (ever, day)), ((true, false), whole));
     }

@@ -31,7 +31,7 @@ struct Agent {
 
 impl Yard {
     fn new(how: How, scope: Scope, cap: u64) -> Yard {
-        Yard { book: Book::default().checked(), how, scope, cap, now: NOON, agents: BTreeMap::new() }
+        Yard { book: Book::begun(0), how, scope, cap, now: NOON, agents: BTreeMap::new() }
     }
 
     /// Agents of tenants that weigh so much.
