@@ -754,15 +754,15 @@ fn who_has_had_its_share_waits_with_a_reason_and_what_it_was_let_it_may_have() {
     assert!(!b.monitor.held());
     let limits = serde_json::to_value(b.monitor.limits()).unwrap();
     assert_eq!(limits[0]["share"], serde_json::json!({"used": 1.1, "of": 2.0, "tenant": false}));
-    // Another comes while the model is asked: this answer was let.
+    // Another comes while the model is asked: this answer was let. The CLI is told what to look at before it is there.
     b.ask();
     b.put(Input::Shared(&share(1.5, 1.1, 1.0)));
     b.at(1.0);
-    assert_eq!((b.monitor.held(), b.log()), (false, ""));
+    assert_eq!((b.monitor.held(), b.log()), (false, "     0 hold"));
     b.total = 0.1;
     b.at(2.0).answer(1, true);
     b.at(2.5);
-    assert!(b.log().ends_with("enforce usd container_day: refuse at 1.10002 of 1\n     2 hold\n     2 interrupt"), "{}", b.log());
+    assert!(b.log().ends_with("enforce usd container_day: refuse at 1.10002 of 1\n     2 interrupt"), "{}", b.log());
     let HeldFor { why, now } = b.monitor.held_for().unwrap();
     assert!(now, "also between two requests of a turn");
     assert_eq!(
