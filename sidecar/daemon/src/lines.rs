@@ -265,6 +265,7 @@ mod tests {
         fs::create_dir_all(&dir).unwrap();
         let open = |name: &str| {
             let mut lines = LineFile::open(Use::Ledger, dir.join(name), None);
+            LineFile::wait(std::iter::once(&mut lines), &mut Meters::default());
             for n in 0..3 {
                 lines.append(&format!("line {n}")).unwrap();
             }

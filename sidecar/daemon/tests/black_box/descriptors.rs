@@ -178,10 +178,12 @@ fn what_could_not_be_written_is_no_success() {
         (out.status.code(), String::from_utf8(out.stderr).unwrap())
     };
     for args in [&STREAM_JSON[..], &ONE_SHOT[..]] {
+        // It may be told to go before it has gone by itself.
         let (code, said) = full("echo one", args);
-        assert_eq!(code, Some(1), "{said}");
+        assert!(matches!(code, Some(1 | 143)), "{code:?} {said}");
         assert!(said.contains("stdout cannot be written") && said.contains("No space left"), "{said}");
-        assert_eq!(full("echo one; exit 5", args).0, Some(5));
+        let (code, _) = full("echo one; exit 5", args);
+        assert!(matches!(code, Some(5 | 143)), "{code:?}");
         assert_eq!(full("true", args), (Some(0), String::new()));
     }
 }
