@@ -294,7 +294,7 @@ def ended(yard: Yard) -> dict[str, float]:
         final = yard.metrics()
         assert final['agent_sidecar_hub_wrappers{state="live"}'] == 0
         kept = sorted(yard.state.rglob("*"))
-        assert len(kept) < 12, kept
+        assert len(kept) < 14, kept
         return final
     finally:
         hub.terminate()
