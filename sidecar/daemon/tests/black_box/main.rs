@@ -5,6 +5,7 @@ mod bill;
 mod busy;
 mod bytes;
 mod check;
+mod demo;
 mod descriptors;
 mod doctor;
 mod exit_codes;
