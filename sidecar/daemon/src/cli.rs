@@ -37,6 +37,11 @@ impl<E: Error + 'static> From<E> for Failure {
 #[error("there is nothing to serve: set --listen to an address with a port, or --socket, and not --hub off")]
 struct NoMeeting;
 
+/// `hub` with nowhere to meet.
+#[derive(Debug, thiserror::Error)]
+#[error("the hub has no place to meet the wrappers; name a socket in a directory that is there and that this user may write to")]
+struct NoPlace(#[source] io::Error);
+
 fn command() -> Command {
     let config = Arg::new("config")
         .long("config")
@@ -373,7 +378,7 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             let meeting = config.meeting().ok_or(NoMeeting)?;
             let mut options = config.hub_options();
             let place = match config.hub_users()? {
-                None => hub::Place::find(&meeting)?,
+                None => hub::Place::find(&meeting).map_err(NoPlace)?,
                 Some((members, user)) => {
                     options.members.clone_from(&members);
                     hub::Place::of_users(&meeting, &members, user.as_ref())?
