@@ -95,6 +95,15 @@ fn command() -> Command {
                 .args(flags().filter(|flag| ["listen", "socket", "hub"].contains(&flag.get_id().as_str()))),
         )
         .subcommand(
+            Command::new("probe")
+                .about("Ask whether the sidecar is alive, ready or busy, where there is no shell and no curl to ask with")
+                .after_help("Exit codes: 0 for yes, 1 for no, and if nobody answers within four seconds.\n\
+                    Example: HEALTHCHECK CMD [\"/agent-sidecar\", \"probe\"]")
+                .arg(config.clone())
+                .arg(Arg::new("page").value_parser(["livez", "readyz", "busy"]).default_value("livez").help("what is asked"))
+                .args(flags().filter(|flag| ["listen", "socket", "hub"].contains(&flag.get_id().as_str()))),
+        )
+        .subcommand(
             Command::new("replay")
                 .about("Say what a recorded stdout, or a ledger file, would have measured")
                 .arg(config.clone())
@@ -348,6 +357,12 @@ fn config(matches: &ArgMatches) -> Result<Config, Mistakes> {
     Config::load(&sources(matches))
 }
 
+/// Whom to ask of the sidecars of this container.
+fn here(config: &Config) -> Result<top::Source, top::Error> {
+    let sockets = config.meeting().map(|meeting| hub::Place::sockets(&meeting)).unwrap_or_default();
+    top::Source::here(sockets, config.listen())
+}
+
 /// What a command line of ours has `run` start, if it is one.
 pub(crate) fn command_of(args: Vec<OsString>) -> Option<Vec<OsString>> {
     let matches = command().try_get_matches_from(args).ok()?;
@@ -386,14 +401,19 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             };
             hub::alone(place, config.listen(), &options)?;
         }
+        Some(("probe", matches)) => {
+            // Mistakes elsewhere in the configuration are no reason to call it dead.
+            let (config, _) = Config::read(&sources(matches));
+            let page = matches.get_one::<String>("page").expect("it has a default");
+            let (yes, said) = here(&config)?.probe(page)?;
+            writeln!(out, "{said}")?;
+            out.flush()?;
+            return Ok(if yes { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
         Some(("top", matches)) => {
             let source = match matches.get_one::<String>("url") {
                 Some(url) => top::Source::url(url)?,
-                None => {
-                    let config = config(matches)?;
-                    let sockets = config.meeting().map(|meeting| hub::Place::sockets(&meeting)).unwrap_or_default();
-                    top::Source::here(sockets, config.listen())?
-                }
+                None => here(&config(matches)?)?,
             };
             // Whoever draws, and whoever gives the terminal back, takes it for themselves.
             drop(out);

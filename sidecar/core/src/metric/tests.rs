@@ -61,7 +61,12 @@ fn what_the_kernel_has_counted_before_us_does_not_begin_at_zero() {
     let kernels: Vec<&'static Metric> = CATALOG.iter().copied().filter(|metric| metric.begins_anywhere()).collect();
     assert_eq!(kernels.len(), 5);
     for metric in &kernels {
-        assert_eq!(meters.family(metric).unwrap().series().count(), 0, "{}: a zero, and the first reading, are a leap", metric.name);
+        assert_eq!(
+            meters.family(metric).unwrap().series().count(),
+            0,
+            "{}: a zero, and the first reading, are a leap",
+            metric.name
+        );
     }
     let container = ContainerSample { oom_kills: Some(4), cpu: Some(Duration::from_secs(9_000)), ..ContainerSample::default() };
     Sample { container, ..Sample::default() }.measure(&mut meters);

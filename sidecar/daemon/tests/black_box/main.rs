@@ -20,6 +20,7 @@ mod namespaces;
 mod native;
 mod orphans;
 mod otlp;
+mod probe;
 mod shim;
 mod signals;
 mod support;
