@@ -90,7 +90,7 @@ def resources() -> Row:
         graph("What the agent keeps on disk", "Working directory, config directory, transcript. Bad: transcripts of many megabytes: resumes get slow.",
             ("max by (slot, dir) (claude_agent_disk_bytes{@})", "{{slot}} {{dir}}"), ("max by (slot) (claude_agent_transcript_bytes{@})", "{{slot}} transcript"), unit="bytes"),
         graph("Killed for memory", "By the kernel, per interval. Bad: any.",
-            ("max(grown(claude_agent_container_oom_kills_total{@}[$__interval]))", "container"), ("sum by (role) (grown(claude_agent_oom_kills_total{@}[$__interval]))", "{{role}}"),
+            ("max(increase(claude_agent_container_oom_kills_total{@}[$__rate_interval]))", "container"), ("sum by (role) (grown(claude_agent_oom_kills_total{@}[$__interval]))", "{{role}}"),
             bars=True, every="1m", runbook="ClaudeAgentMemoryExhaustion"),
         listing("When memory will reach its limit", "If it grows on as in the last ten minutes; empty where it does not. Bad: within 15 minutes.",
             {"Runs out in": ("claude_agent_memory_exhaustion_timestamp_seconds{@} - time()", "s")}, w=24, h=4, runbook="ClaudeAgentMemoryExhaustion"),

@@ -292,21 +292,18 @@ impl Bill {
         };
         let Some(model) = &place.model else { return vec![row(Item::Container, sum.nanos, sum.cost, sum.list)] };
         // Of what nobody prices, each token is worth the same.
-        let rates = self.prices.by_kind(model, EVER).unwrap_or([1; 5]).map(i128::from);
-        let parts = sum
-            .tokens
-            .into_iter()
-            .zip(rates)
-            .enumerate()
-            .map(|(kind, (n, rate))| (Item::Tokens { model: Arc::clone(model), kind }, n, n * rate));
-        let searches =
-            (Item::WebSearches { model: Arc::clone(model) }, sum.searches, sum.searches * i128::from(WEB_SEARCH.pico()));
-        let mut parts: Vec<(Item, i128, i128)> = parts.chain([searches]).filter(|(_, n, _)| *n != 0).collect();
-        if parts.iter().all(|(_, _, weight)| *weight == 0) {
-            parts.iter_mut().for_each(|(_, n, weight)| *weight = *n);
-        }
-        let weights: Vec<i128> = parts.iter().map(|(_, _, weight)| *weight).collect();
-        let (costs, lists) = (shares(sum.cost, &weights), shares(sum.list, &weights));
+        let [paid, listed] = self.prices.by_kind(model, EVER).unwrap_or([[1; 5]; 2]).map(|rates| rates.map(i128::from));
+        let tokens = (0..sum.tokens.len())
+            .map(|kind| (Item::Tokens { model: Arc::clone(model), kind }, sum.tokens[kind], [paid[kind], listed[kind]]));
+        let search = i128::from(WEB_SEARCH.pico());
+        let searches = (Item::WebSearches { model: Arc::clone(model) }, sum.searches, [search; 2]);
+        let parts: Vec<(Item, i128, [i128; 2])> = tokens.chain([searches]).filter(|(_, n, _)| *n != 0).collect();
+        let divided = |sum: i128, list: usize| {
+            let weights: Vec<i128> = parts.iter().map(|(_, n, rates)| n * rates[list]).collect();
+            let free = weights.iter().all(|weight| *weight == 0);
+            shares(sum, &if free { parts.iter().map(|(_, n, _)| *n).collect() } else { weights })
+        };
+        let (costs, lists) = (divided(sum.cost, 0), divided(sum.list, 1));
         let rest = (sum.cost - costs.iter().sum::<i128>(), sum.list - lists.iter().sum::<i128>());
         let mut rows: Vec<Row> = parts
             .into_iter()

@@ -38,6 +38,13 @@ pub enum Kind {
     Histogram,
 }
 
+impl Metric {
+    /// Whether its first number is no growth: a total that somebody else had kept before.
+    pub fn begins_anywhere(&self) -> bool {
+        self.kind == Kind::Counter && self.merge == Merge::Max
+    }
+}
+
 impl Kind {
     pub fn as_str(self) -> &'static str {
         match self {
@@ -126,6 +133,11 @@ const fn merged(merge: Merge, metric: Metric) -> Metric {
 
 const fn from_zero(metric: Metric, zero: Values) -> Metric {
     Metric { zero, ..metric }
+}
+
+/// A total of the whole container, which the kernel has kept since before we looked: all see the same, and none has a zero to begin at.
+const fn kernels(metric: Metric) -> Metric {
+    Metric { zero: &[], merge: Merge::Max, ..metric }
 }
 
 /// From one step to a working day.
@@ -245,14 +257,14 @@ catalog! { after 0;
     CONTAINER_WORKING_SET = gauge(Newest, "claude_agent_container_memory_working_set_bytes", Bytes, &[], "Memory of the container that cannot be reclaimed.");
     MEMORY_EXHAUSTION = gauge(Min, "claude_agent_memory_exhaustion_timestamp_seconds", Seconds, &[], "When memory will reach its limit, if it grows on as in the last ten minutes; absent where it does not.");
     CONTAINER_LIMIT = gauge(Newest, "claude_agent_container_memory_limit_bytes", Bytes, &[], "Memory limit of the container.");
-    CONTAINER_OOM_KILLS = merged(Max, counter("claude_agent_container_oom_kills_total", Plain, &[], "Processes of the container that the kernel killed for memory."));
+    CONTAINER_OOM_KILLS = kernels(counter("claude_agent_container_oom_kills_total", Plain, &[], "Processes of the container that the kernel killed for memory."));
     OOM_KILLS = from_zero(counter("claude_agent_oom_kills_total", Plain, &["role"], "Processes below the sidecar that the kernel killed for memory, by what they were."), &[&["cli"], &["mcp"], &["tool"]]);
-    CONTAINER_CPU = merged(Max, counter("claude_agent_container_cpu_seconds_total", Seconds, &[], "CPU time of the container."));
-    CONTAINER_THROTTLED = merged(Max, counter("claude_agent_container_cpu_throttled_seconds_total", Seconds, &[], "Time in which the container was kept from using the CPU, by its quota."));
+    CONTAINER_CPU = kernels(counter("claude_agent_container_cpu_seconds_total", Seconds, &[], "CPU time of the container."));
+    CONTAINER_THROTTLED = kernels(counter("claude_agent_container_cpu_throttled_seconds_total", Seconds, &[], "Time in which the container was kept from using the CPU, by its quota."));
     CONTAINER_PROCESSES = gauge(Newest, "claude_agent_container_processes", Plain, &[], "Processes and threads of the container, as its limit on them counts.");
     CONTAINER_PROCESSES_LIMIT = gauge(Newest, "claude_agent_container_processes_limit", Plain, &[], "How many the container may have.");
-    CONTAINER_FORKS_REFUSED = merged(Max, counter("claude_agent_container_forks_refused_total", Plain, &[], "How often a process or a thread was not made because of that limit."));
-    CONTAINER_PRESSURE = merged(Max, counter("claude_agent_container_pressure_seconds_total", Seconds, &["resource", "kind"], "Time in which tasks of the container waited for a resource."));
+    CONTAINER_FORKS_REFUSED = kernels(counter("claude_agent_container_forks_refused_total", Plain, &[], "How often a process or a thread was not made because of that limit."));
+    CONTAINER_PRESSURE = kernels(counter("claude_agent_container_pressure_seconds_total", Seconds, &["resource", "kind"], "Time in which tasks of the container waited for a resource."));
     DISK_USED = gauge(Max, "claude_agent_disk_used_bytes", Bytes, &["mount"], "Space used on the file system.");
     DISK_FREE = gauge(Min, "claude_agent_disk_free_bytes", Bytes, &["mount"], "Space left on the file system.");
     DISK_BYTES = gauge(Max, "claude_agent_disk_bytes", Bytes, &["slot", "dir"], "Space that the agent's working or config directory takes; at least so much where scans are cut.");

@@ -171,12 +171,14 @@ impl PriceTable {
         self
     }
 
-    /// What a token of each kind costs on the list, in picodollars: by what a sum is divided among kinds.
-    pub(crate) fn by_kind(&self, model: &str, at: Duration) -> Option<[u64; 5]> {
+    /// What a token of each kind costs, and what it costs on the list, in picodollars before any discount: by what sums are divided
+    /// among kinds.
+    pub(crate) fn by_kind(&self, model: &str, at: Duration) -> Option<[[u64; 5]; 2]> {
         let model = canonical(model);
-        let row = latest(&self.rows, &model, at).or_else(|| self.own_row(&model, at))?;
+        let (own, listed) = (self.own_row(&model, at), latest(&self.rows, &model, at));
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be positive; saturates")]
-        Some(row.rates.0.map(|per_million| (per_million * 1e6).round() as u64))
+        let whole = |row: &Price| row.rates.0.map(|per_million| (per_million * 1e6).round() as u64);
+        Some([whole(own.or(listed)?), whole(listed.or(own)?)])
     }
 
     /// What the container costs by the hour; nothing, and nobody counts its hours.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use agent_sidecar_core::bill::{Bill, By, Item, Row};
-use agent_sidecar_core::price::{PriceTable, Rates};
+use agent_sidecar_core::price::{Price, PriceTable, Rates};
 use agent_sidecar_core::record::{Fact, Record};
 use agent_sidecar_core::tokens::{Tokens, Usd};
 use agent_sidecar_core::update::{Basis, Direction, Outcome, Source};
@@ -118,6 +118,33 @@ fn each_kind_is_billed_at_its_own_price() {
         assert_eq!((row.cost, row.list), (row.quantity * each, row.quantity * each), "{row:?}");
         assert!(row.payer.session.is_some() && !row.estimated, "{row:?}");
     }
+}
+
+#[test]
+fn own_prices_divide_what_is_paid_and_the_list_what_is_listed() {
+    let row = |rates: [f64; 5]| Price {
+        model: "claude-opus-5-5".into(),
+        from: "1970-01-01".into(),
+        rates: Rates::new(rates).unwrap(),
+        long_prompt: None,
+        fast: None,
+    };
+    let billed = |own: [f64; 5], pico: u64| {
+        let Fact::Spent { session_id, model, source, basis, tokens, cost_usd, web_searches, unpriced, .. } =
+            spent("claude-opus-5-5", Basis::Confirmed, [10, 3, 0, 0, 0], pico, 0)
+        else {
+            unreachable!("it says what was spent")
+        };
+        let list_usd = Some(Usd::from_pico(10 * 4_000_000 + 3 * 20_000_000));
+        let fact = Fact::Spent { session_id, model, source, basis, tokens, cost_usd, list_usd, web_searches, unpriced };
+        let rows = rows(By::Session, &PriceTable::default().with_price(row(own)), &[record(0, "r", fact)]);
+        rows.iter().map(|row| (row.quantity, row.cost, row.list)).collect::<Vec<_>>()
+    };
+    let list = [40_000_000, 60_000_000];
+    // Input dearer than output, as nowhere on the list.
+    let own = billed([30.0, 2.0, 1.0, 1.0, 1.0], 306_000_000);
+    assert_eq!(own, [(10, 300_000_000, list[0]), (3, 6_000_000, list[1])]);
+    assert_eq!(billed([0.0; 5], 0), [(10, 0, list[0]), (3, 0, list[1])], "all of it for nothing");
 }
 
 fn record(seq: u64, run: &str, fact: Fact) -> Record {

@@ -37,6 +37,11 @@ impl<E: Error + 'static> From<E> for Failure {
 #[error("there is nothing to serve: set --listen to an address with a port, or --socket, and not --hub off")]
 struct NoMeeting;
 
+/// `hub` with nowhere to meet.
+#[derive(Debug, thiserror::Error)]
+#[error("the hub has no place to meet the wrappers; name a socket in a directory that is there and that this user may write to")]
+struct NoPlace(#[source] io::Error);
+
 fn command() -> Command {
     let config = Arg::new("config")
         .long("config")
@@ -87,6 +92,15 @@ fn command() -> Command {
                 .arg(config.clone())
                 .arg(Arg::new("url").long("url").value_name("URL").help("ask this sidecar, http://HOST:9477; by default the one of this container"))
                 .arg(Arg::new("once").long("once").action(ArgAction::SetTrue).help("print one plain table"))
+                .args(flags().filter(|flag| ["listen", "socket", "hub"].contains(&flag.get_id().as_str()))),
+        )
+        .subcommand(
+            Command::new("probe")
+                .about("Ask whether the sidecar is alive, ready or busy, where there is no shell and no curl to ask with")
+                .after_help("Exit codes: 0 for yes, 1 for no, and if nobody answers within four seconds.\n\
+                    Example: HEALTHCHECK CMD [\"/agent-sidecar\", \"probe\"]")
+                .arg(config.clone())
+                .arg(Arg::new("page").value_parser(["livez", "readyz", "busy"]).default_value("livez").help("what is asked"))
                 .args(flags().filter(|flag| ["listen", "socket", "hub"].contains(&flag.get_id().as_str()))),
         )
         .subcommand(
@@ -343,6 +357,12 @@ fn config(matches: &ArgMatches) -> Result<Config, Mistakes> {
     Config::load(&sources(matches))
 }
 
+/// Whom to ask of the sidecars of this container.
+fn here(config: &Config) -> Result<top::Source, top::Error> {
+    let sockets = config.meeting().map(|meeting| hub::Place::sockets(&meeting)).unwrap_or_default();
+    top::Source::here(sockets, config.listen())
+}
+
 /// What a command line of ours has `run` start, if it is one.
 pub(crate) fn command_of(args: Vec<OsString>) -> Option<Vec<OsString>> {
     let matches = command().try_get_matches_from(args).ok()?;
@@ -373,7 +393,7 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             let meeting = config.meeting().ok_or(NoMeeting)?;
             let mut options = config.hub_options();
             let place = match config.hub_users()? {
-                None => hub::Place::find(&meeting)?,
+                None => hub::Place::find(&meeting).map_err(NoPlace)?,
                 Some((members, user)) => {
                     options.members.clone_from(&members);
                     hub::Place::of_users(&meeting, &members, user.as_ref())?
@@ -381,14 +401,19 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             };
             hub::alone(place, config.listen(), &options)?;
         }
+        Some(("probe", matches)) => {
+            // Mistakes elsewhere in the configuration are no reason to call it dead.
+            let (config, _) = Config::read(&sources(matches));
+            let page = matches.get_one::<String>("page").expect("it has a default");
+            let (yes, said) = here(&config)?.probe(page)?;
+            writeln!(out, "{said}")?;
+            out.flush()?;
+            return Ok(if yes { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
         Some(("top", matches)) => {
             let source = match matches.get_one::<String>("url") {
                 Some(url) => top::Source::url(url)?,
-                None => {
-                    let config = config(matches)?;
-                    let sockets = config.meeting().map(|meeting| hub::Place::sockets(&meeting)).unwrap_or_default();
-                    top::Source::here(sockets, config.listen())?
-                }
+                None => here(&config(matches)?)?,
             };
             // Whoever draws, and whoever gives the terminal back, takes it for themselves.
             drop(out);

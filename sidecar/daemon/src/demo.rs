@@ -70,7 +70,7 @@ pub(crate) fn run(options: &Options, out: &mut impl Write) -> Result<(), Error> 
         return Err(Error::NoKey);
     }
     let scratch = std::env::temp_dir().join(format!("agent-sidecar-demo-{}", std::process::id()));
-    for part in ["home", "work"] {
+    for part in ["home", "work", "tmp"] {
         std::fs::create_dir_all(scratch.join(part)).map_err(failed("make a scratch directory"))?;
     }
     let done = show(options, &cli, &scratch, out);
@@ -95,6 +95,8 @@ fn show(options: &Options, cli: &Path, scratch: &Path, out: &mut impl Write) -> 
         .args(["-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose"])
         .args(["--include-partial-messages", "--allowedTools", "Bash,Task,Agent,Read"])
         .current_dir(scratch.join("work"))
+        // In a namespace everybody is root, and `/tmp/claude-0`, which it would use, the other root's.
+        .env("CLAUDE_CODE_TMPDIR", scratch.join("tmp"))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped());
     if let Some(api) = api {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::sample::{ContainerSample, Sample};
 
 #[test]
 fn names_follow_the_rules_of_the_trade() {
@@ -52,4 +53,23 @@ fn histograms_put_a_bound_into_its_own_bucket() {
     }
     let Some(Cell::Histogram(h)) = meters.get(&TURN_COST, &[]) else { panic!("no histogram") };
     assert_eq!((h.counts[0], h.counts[1], h.counts[COST_USD.len()], h.count), (1, 1, 1, 3));
+}
+
+#[test]
+fn what_the_kernel_has_counted_before_us_does_not_begin_at_zero() {
+    let mut meters = Meters::default();
+    let kernels: Vec<&'static Metric> = CATALOG.iter().copied().filter(|metric| metric.begins_anywhere()).collect();
+    assert_eq!(kernels.len(), 5);
+    for metric in &kernels {
+        assert_eq!(
+            meters.family(metric).unwrap().series().count(),
+            0,
+            "{}: a zero, and the first reading, are a leap",
+            metric.name
+        );
+    }
+    let container = ContainerSample { oom_kills: Some(4), cpu: Some(Duration::from_secs(9_000)), ..ContainerSample::default() };
+    Sample { container, ..Sample::default() }.measure(&mut meters);
+    assert_eq!(meters.get(&CONTAINER_OOM_KILLS, &[]), Some(&Cell::Count(4)));
+    assert_eq!(meters.get(&CONTAINER_CPU, &[]), Some(&Cell::Time(Duration::from_secs(9_000))));
 }

@@ -101,7 +101,7 @@ impl Place {
         let dir = match &meeting.state_dir {
             Some(volume) => {
                 if make {
-                    fs::create_dir_all(volume)?;
+                    fs::create_dir_all(volume).map_err(|error| at(volume, &error))?;
                 }
                 volume.join("hub")
             }
@@ -367,16 +367,21 @@ fn usual_dir(make: bool) -> io::Result<PathBuf> {
 fn private(dir: &Path, make: bool) -> io::Result<()> {
     if make {
         match DirBuilder::new().mode(0o700).create(dir) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(at(dir, &error)),
             _ => {}
         }
     }
-    let found = fs::symlink_metadata(dir)?;
+    let found = fs::symlink_metadata(dir).map_err(|error| at(dir, &error))?;
     if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() || found.mode() & 0o077 != 0 {
         let what = format!("{} is not a directory of this user alone", dir.display());
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
     }
     Ok(())
+}
+
+/// The same error, with where.
+fn at(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 /// One that was named for us. Kubernetes gives volumes to a group (`fsGroup`), and new directories in them with it.

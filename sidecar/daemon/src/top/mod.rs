@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use draw::{Screen, View};
 use serde_json::Value;
-pub(crate) use source::Source;
+pub(crate) use source::{Error, Source};
 use terminal::{Key, Terminal};
 
 /// How often the numbers are asked for.

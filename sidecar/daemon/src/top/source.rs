@@ -15,6 +15,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 /// An answer that takes longer is none.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// The same for a probe, wherever it asks: above what the sidecar gives its own loop, and below what platforms give a probe.
+const PROBE: Duration = Duration::from_secs(4);
 /// More than every session of a large container says.
 const ANSWER: usize = 64 * 1024 * 1024;
 
@@ -89,6 +91,29 @@ impl Source {
     pub(super) fn timeline(&self, pid: u64, after: u64) -> Result<Vec<Value>, Error> {
         let mut told = self.get(&format!("/sessions/{pid}/timeline?after={after}"))?;
         Ok(told["entries"].as_array_mut().map(std::mem::take).unwrap_or_default())
+    }
+
+    /// What a probe's page says, and whether that is yes. Whoever answers first is believed, and the address comes first: of a hub's
+    /// sockets, one may be that of another container which sees the same files.
+    pub(crate) fn probe(&self, page: &str) -> Result<(bool, String), Error> {
+        let asked = async {
+            let mut last = io::Error::from(io::ErrorKind::NotFound);
+            for place in self.places.iter().rev() {
+                match ask(place, &format!("/{page}")).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(error) => last = error,
+                }
+            }
+            Err(last)
+        };
+        let answer = self.runtime.block_on(async { tokio::time::timeout(PROBE, asked).await });
+        let (status, body) = answer
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            .map_err(|source| Error::Nobody { asked: self.asked(), source })?;
+        let said = String::from_utf8_lossy(&body).trim().to_owned();
+        // That one is answered whatever it says.
+        let yes = page != "busy" || serde_json::from_str::<Value>(&said).is_ok_and(|word| word["busy"] == true);
+        Ok((status == StatusCode::OK && yes, said))
     }
 
     fn get(&self, path: &str) -> Result<Value, Error> {

@@ -980,3 +980,14 @@ fn a_pipe_in_the_place_of_what_a_hub_writes_silences_nobody() {
         wait_for("the hub", || yard.metrics());
     }
 }
+
+#[test]
+fn a_hub_without_a_place_says_which_directory_is_missing() {
+    let socket = scratch("hub-nowhere").join("own/hub.sock");
+    let mut command = Command::new(SIDECAR);
+    let out = command.args(["hub", "--listen", "off", "--socket"]).arg(&socket).output().unwrap();
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    let missing = socket.with_extension("state").display().to_string();
+    assert!(said.contains("name a socket in a directory that is there") && said.contains(&missing), "{said}");
+}

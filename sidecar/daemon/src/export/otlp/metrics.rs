@@ -86,6 +86,8 @@ pub(crate) struct Metrics {
     last: Duration,
     /// What had been said by then, by metric and series; nothing while all is cumulative.
     said: BTreeMap<&'static str, BTreeMap<String, Cell>>,
+    /// When totals were first said that had been kept before by others.
+    met: BTreeMap<&'static str, Duration>,
 }
 
 /// A series, and what is to be said of it.
@@ -109,7 +111,7 @@ impl Metrics {
     /// `start` is when the process began to count, since the Unix epoch; `constant` is what the text exposition is told, too.
     pub(crate) fn new(options: MetricsOptions, constant: &[(&'static str, String)], start: Duration) -> Metrics {
         let constant = constant.iter().map(|(key, value)| text(key, value)).collect();
-        Metrics { options, constant, start, last: start, said: BTreeMap::new() }
+        Metrics { options, constant, start, last: start, said: BTreeMap::new(), met: BTreeMap::new() }
     }
 
     /// For whom it is counted is known better than before.
@@ -168,10 +170,18 @@ impl Metrics {
             }
     }
 
-    fn window(&self, family: &Family, now: Duration) -> Window {
+    fn window(&mut self, family: &Family, now: Duration) -> Window {
         let delta = self.is_delta(family);
+        // Since when the kernel has counted nobody says. That it is not known is said by a first point that begins when it ends.
+        let start = if delta {
+            self.last
+        } else if family.metric.begins_anywhere() && family.series().next().is_some() {
+            *self.met.entry(family.metric.name).or_insert(now)
+        } else {
+            self.start
+        };
         Window {
-            start: if delta { self.last } else { self.start },
+            start,
             end: now,
             fresh: if self.options.temporality == Temporality::Cumulative { Duration::ZERO } else { self.last },
             temporality: if delta { AggregationTemporality::Delta } else { AggregationTemporality::Cumulative },
@@ -186,6 +196,10 @@ impl Metrics {
         let said = self.said.entry(family.metric.name).or_default();
         let rows = family.keyed().filter_map(|(key, series)| {
             let before = said.get_mut(key);
+            if before.is_none() && family.metric.begins_anywhere() {
+                said.insert(key.to_owned(), series.cell.clone());
+                return None;
+            }
             let cell = since(&series.cell, before.as_deref())?;
             match before {
                 Some(before) => before.clone_from(&series.cell),
