@@ -496,7 +496,7 @@ fn tokens_are_a_budget_too_and_everybody_can_see_how_it_stands() {
 #[test]
 fn who_has_had_its_share_waits_while_others_work_and_goes_on_when_they_end() {
     let yard = Yard::new("share");
-    let flags = ["--container-day-max-cost-usd", "0.20", "--share-kept", "10m"];
+    let flags = ["--container-day-max-cost-usd", "0.20", "--budget-share", "fair", "--share-kept", "10m"];
     let [mut greedy, mut other] = [yard.talker(0, &flags), yard.talker(1, &flags)];
     std::thread::scope(|scope| {
         scope.spawn(|| assert_eq!(prompt(&mut other), "answer"));
@@ -533,6 +533,21 @@ fn who_has_had_its_share_waits_while_others_work_and_goes_on_when_they_end() {
     let why = wait_for("the end of it all", || Some(prompt(&mut greedy)).filter(|heard| heard != "answer" && heard != "stopped"));
     assert!(why.ends_with("a budget that this session shares with others is used up"), "{why}");
     assert_eq!([yard.ledger_cents(0), yard.ledger_cents(1)], [15, 5]);
+}
+
+#[test]
+fn of_one_tenants_agents_none_waits_while_there_is_money_unless_that_is_wanted() {
+    let yard = Yard::new("alone");
+    let flags = ["--container-day-max-cost-usd", "0.30", "--share-kept", "10m"];
+    let [mut large, mut small] = [yard.talker(0, &flags), yard.talker(1, &flags)];
+    assert_eq!([prompt(&mut large), prompt(&mut small)], ["answer", "answer"]);
+    // Five nickels of six are its, though the other has worked a moment ago.
+    for n in 0..4 {
+        assert_eq!(prompt(&mut large), "answer", "{n}");
+    }
+    let why = wait_for("the end of it all", || Some(prompt(&mut large)).filter(|heard| heard != "answer" && heard != "stopped"));
+    assert!(why.ends_with("a budget that this session shares with others is used up"), "{why}");
+    assert_eq!([yard.ledger_cents(0), yard.ledger_cents(1)], [25, 5]);
 }
 
 #[test]
