@@ -435,3 +435,38 @@ fn a_pid_that_two_wrappers_have_names_neither() {
     registry.forget("b");
     assert_eq!((registry.find("1"), registry.find("7")), (Some(("a", 1)), Some(("c", 7))));
 }
+
+#[test]
+fn sums_beyond_all_numbers_end_there_and_no_hub() {
+    let mut registry = Registry::new(SLOTS, metric::MAX_SERIES, &[], &Stored::default());
+    let all = u64::MAX;
+    let forged = serde_json::json!({
+        "unix": 1.0, "live": true, "ready": true,
+        "series": [["claude_agent_turns_total", ["success"], {"n": all}], ["claude_agent_cost_usd_total", ["m", "stream"], {"pusd": all}]],
+        "totals": {
+            "turns": all, "cost_usd": 1e300, "cost_estimated": false, "tokens": {"input": all}, "models": {},
+            "tool_calls": {"Bash": {"ok": all, "error": all}},
+            "subagents": all, "api_retries": all, "parse_errors": all, "unknown_events": all,
+            "container": {"seconds": 1e18, "cost_usd": 1e300},
+        },
+    });
+    for run in ["a", "b"] {
+        registry.join(Hello {
+            hub: VERSION,
+            run: run.to_owned(),
+            pid: 1,
+            started: 0.0,
+            world: String::new(),
+            labels: Vec::new(),
+        });
+        registry.update(run, serde_json::from_value(forged.clone()).unwrap());
+    }
+    assert_eq!(registry.sessions(1.0).1.turns, all);
+    registry.expose(1.0);
+    registry.retire("a");
+    registry.retire("b");
+    let mut totals = registry.sessions(1.0).1;
+    // As a hub of several users does with theirs.
+    totals.add(&totals.clone());
+    assert_eq!((totals.turns, totals.tool_calls["Bash"].ok), (all, all));
+}
