@@ -645,6 +645,31 @@ fn no_more_run_at_once_than_may_and_the_next_waits_its_time() {
 }
 
 #[test]
+fn a_file_of_a_refusal_that_cannot_be_removed_for_a_moment_keeps_no_agent_waiting_for_ever() {
+    let yard = Yard::new("refusal");
+    let mut agent = yard.talker(0, &["--container-max-cost-usd", "0.05", "--hub-control"]);
+    assert_eq!(prompt(&mut agent), "answer");
+    let file = || {
+        let names = std::fs::read_dir(yard.state()).unwrap().flatten().map(|entry| entry.path());
+        names.into_iter().find(|path| path.extension() == Some("hold".as_ref()))
+    };
+    let hold = wait_for("the file", file);
+    // Somebody who does not want to wait.
+    std::fs::remove_file(&hold).unwrap();
+    assert_eq!(wait_for("the file, again", file), hold);
+    // A directory is no file: neither written to nor removed.
+    let dir = yard.dir.join("dir");
+    std::fs::create_dir(&dir).unwrap();
+    let exchange = || rustix::fs::renameat_with(rustix::fs::CWD, &dir, rustix::fs::CWD, &hold, rustix::fs::RenameFlags::EXCHANGE);
+    exchange().unwrap();
+    assert_eq!(post(&yard, "/v1/budgets/container?usd=1"), "200");
+    wait_for("the agent to hear of it", || (yard.status()[0]["refusing"] == false).then_some(()));
+    exchange().unwrap();
+    wait_for("the file to be gone", || (!hold.exists()).then_some(()));
+    assert_eq!(prompt(&mut agent), "answer");
+}
+
+#[test]
 fn who_waits_for_a_seat_serves_nobody_and_ends_when_told() {
     let yard = Yard::new("queued");
     let flags = ["--max-sessions", "1", "--queue-timeout", "5m", "--platform-grace", "6m"];
