@@ -470,3 +470,29 @@ fn sums_beyond_all_numbers_end_there_and_no_hub() {
     totals.add(&totals.clone());
     assert_eq!((totals.turns, totals.tool_calls["Bash"].ok), (all, all));
 }
+
+#[test]
+fn what_is_kept_of_a_line_is_bounded_whoever_wrote_it() {
+    let mut registry = Registry::new(SLOTS, metric::MAX_SERIES, &[], &Stored::default());
+    let labels = [("tenant", "acme"), ("tenant", "other"), ("pid", "9"), ("x", "y")];
+    let labels = labels.map(|(label, value)| (label.to_owned(), value.to_owned())).to_vec();
+    let hello = Hello { hub: VERSION, run: String::from("a"), pid: 1, started: 0.0, world: String::new(), labels };
+    registry.join(hello);
+    let session = |more: usize| serde_json::json!({"session_id": "s", "more": vec![0; more]});
+    let models: BTreeMap<String, serde_json::Value> =
+        (0..1_000).map(|n| (n.to_string(), serde_json::json!({"cost_usd": 1, "tokens": {}}))).collect();
+    let mut line = serde_json::to_value(Line::default()).unwrap();
+    line["totals"]["models"] = serde_json::json!(models);
+    line["sessions"] = serde_json::json!([session(10)]);
+    registry.update("a", serde_json::from_value(line.clone()).unwrap());
+    let (sessions, sums) = registry.sessions(1.0);
+    let said = |name: &str| sessions[0][name].clone();
+    assert_eq!([said("tenant"), said("pid"), said("x")], ["acme".into(), 1.into(), serde_json::Value::Null]);
+    assert!(sums.models.len() < 300, "{}", sums.models.len());
+    let cost: f64 = sums.models.values().map(|spend| spend.cost_usd.to_f64()).sum();
+    assert!((cost - 1_000.0).abs() < 1e-6, "{cost}");
+    line["sessions"] = serde_json::json!([session(100_000)]);
+    registry.update("a", serde_json::from_value(line).unwrap());
+    assert!(registry.sessions(1.0).0.is_empty());
+    assert_eq!(registry.expose(1.0).1.get(&metric::HUB_REFUSED, &["room"]), Some(&Cell::Count(1)));
+}
