@@ -142,7 +142,7 @@ def test_a_budget_that_is_used_up_is_noticed_at_the_end_of_a_tool(version, api, 
 
 def test_each_has_its_fair_share_and_the_rest_when_the_other_ends(version, api, session, sidecar, tmp_path):
     served = api(script())
-    flags = ("--socket", str(tmp_path / "hub.sock"), "--container-max-tokens", "60000", "--share-kept", "10m")
+    flags = ("--socket", str(tmp_path / "hub.sock"), "--container-max-tokens", "60000", "--budget-share", "fair", "--share-kept", "10m")
     greedy, other = (session(served, *TOOLS, sidecar=sidecar(*flags)) for _ in range(2))
 
     def used() -> int:

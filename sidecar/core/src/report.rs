@@ -82,8 +82,10 @@ pub struct Sums {
 }
 
 impl Sums {
+    /// Whatever the other says: it may be what another user has written.
     pub fn add(&mut self, other: &Sums) {
-        self.turns += other.turns;
+        let count = |sum: &mut u64, n: u64| *sum = sum.saturating_add(n);
+        count(&mut self.turns, other.turns);
         self.cost_usd += other.cost_usd;
         self.cost_estimated |= other.cost_estimated;
         self.tokens += other.tokens;
@@ -94,13 +96,13 @@ impl Sums {
         }
         for (tool, calls) in &other.tool_calls {
             let sum = entry(&mut self.tool_calls, tool);
-            sum.ok += calls.ok;
-            sum.error += calls.error;
+            count(&mut sum.ok, calls.ok);
+            count(&mut sum.error, calls.error);
         }
-        self.subagents += other.subagents;
-        self.api_retries += other.api_retries;
-        self.parse_errors += other.parse_errors;
-        self.unknown_events += other.unknown_events;
+        count(&mut self.subagents, other.subagents);
+        count(&mut self.api_retries, other.api_retries);
+        count(&mut self.parse_errors, other.parse_errors);
+        count(&mut self.unknown_events, other.unknown_events);
         self.container.add(other.container.seconds, other.container.cost_usd);
     }
 }

@@ -435,3 +435,64 @@ fn a_pid_that_two_wrappers_have_names_neither() {
     registry.forget("b");
     assert_eq!((registry.find("1"), registry.find("7")), (Some(("a", 1)), Some(("c", 7))));
 }
+
+#[test]
+fn sums_beyond_all_numbers_end_there_and_no_hub() {
+    let mut registry = Registry::new(SLOTS, metric::MAX_SERIES, &[], &Stored::default());
+    let all = u64::MAX;
+    let forged = serde_json::json!({
+        "unix": 1.0, "live": true, "ready": true,
+        "series": [["claude_agent_turns_total", ["success"], {"n": all}], ["claude_agent_cost_usd_total", ["m", "stream"], {"pusd": all}]],
+        "totals": {
+            "turns": all, "cost_usd": 1e300, "cost_estimated": false, "tokens": {"input": all}, "models": {},
+            "tool_calls": {"Bash": {"ok": all, "error": all}},
+            "subagents": all, "api_retries": all, "parse_errors": all, "unknown_events": all,
+            "container": {"seconds": 1e18, "cost_usd": 1e300},
+        },
+    });
+    for run in ["a", "b"] {
+        registry.join(Hello {
+            hub: VERSION,
+            run: run.to_owned(),
+            pid: 1,
+            started: 0.0,
+            world: String::new(),
+            labels: Vec::new(),
+        });
+        registry.update(run, serde_json::from_value(forged.clone()).unwrap());
+    }
+    assert_eq!(registry.sessions(1.0).1.turns, all);
+    registry.expose(1.0);
+    registry.retire("a");
+    registry.retire("b");
+    let mut totals = registry.sessions(1.0).1;
+    // As a hub of several users does with theirs.
+    totals.add(&totals.clone());
+    assert_eq!((totals.turns, totals.tool_calls["Bash"].ok), (all, all));
+}
+
+#[test]
+fn what_is_kept_of_a_line_is_bounded_whoever_wrote_it() {
+    let mut registry = Registry::new(SLOTS, metric::MAX_SERIES, &[], &Stored::default());
+    let labels = [("tenant", "acme"), ("tenant", "other"), ("pid", "9"), ("x", "y")];
+    let labels = labels.map(|(label, value)| (label.to_owned(), value.to_owned())).to_vec();
+    let hello = Hello { hub: VERSION, run: String::from("a"), pid: 1, started: 0.0, world: String::new(), labels };
+    registry.join(hello);
+    let session = |more: usize| serde_json::json!({"session_id": "s", "more": vec![0; more]});
+    let models: BTreeMap<String, serde_json::Value> =
+        (0..1_000).map(|n| (n.to_string(), serde_json::json!({"cost_usd": 1, "tokens": {}}))).collect();
+    let mut line = serde_json::to_value(Line::default()).unwrap();
+    line["totals"]["models"] = serde_json::json!(models);
+    line["sessions"] = serde_json::json!([session(10)]);
+    registry.update("a", serde_json::from_value(line.clone()).unwrap());
+    let (sessions, sums) = registry.sessions(1.0);
+    let said = |name: &str| sessions[0][name].clone();
+    assert_eq!([said("tenant"), said("pid"), said("x")], ["acme".into(), 1.into(), serde_json::Value::Null]);
+    assert!(sums.models.len() < 300, "{}", sums.models.len());
+    let cost: f64 = sums.models.values().map(|spend| spend.cost_usd.to_f64()).sum();
+    assert!((cost - 1_000.0).abs() < 1e-6, "{cost}");
+    line["sessions"] = serde_json::json!([session(100_000)]);
+    registry.update("a", serde_json::from_value(line).unwrap());
+    assert!(registry.sessions(1.0).0.is_empty());
+    assert_eq!(registry.expose(1.0).1.get(&metric::HUB_REFUSED, &["room"]), Some(&Cell::Count(1)));
+}

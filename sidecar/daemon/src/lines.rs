@@ -287,6 +287,11 @@ mod tests {
         File::options().write(true).open(dir.join("edited")).unwrap().set_len(20).unwrap();
         assert_eq!(edited.changed(1), Some("was cut short"));
         edited.append(&"more").unwrap();
+        // As whoever rotates it does who copies and empties it.
+        File::options().write(true).open(dir.join("edited")).unwrap().set_len(0).unwrap();
+        assert_eq!(edited.changed(1), Some("was cut short"));
+        edited.append(&"emptied").unwrap();
+        assert_eq!((edited.changed(1), fs::read_to_string(dir.join("edited")).unwrap()), (None, String::from("\"emptied\"\n")));
         fs::remove_file(dir.join("edited")).unwrap();
         assert!(edited.changed(1).unwrap().starts_with("was removed"));
         edited.append(&"anew").unwrap();

@@ -21,6 +21,8 @@ const MAX_LABEL: usize = 64;
 const MAX_VALUE: usize = 512;
 /// Series of one wrapper: more than its own bound ever lets through.
 const SERIES: usize = 4_096;
+/// What all sessions of a wrapper are in JSON: many times what they are. It takes sixteen times as much memory.
+const SESSIONS: usize = 64 * 1024;
 /// A wrapper writes every five seconds if it can. One that has not for so long does not answer.
 pub const STALE: f64 = 20.0;
 /// What the catalogue calls the place of a CLI among the others.
@@ -192,11 +194,12 @@ impl Registry {
     }
 
     /// A journal is read from its start. False if it is of another version, or was counted already.
-    pub fn join(&mut self, hello: Hello) -> bool {
+    pub fn join(&mut self, mut hello: Hello) -> bool {
         if hello.hub != VERSION {
             self.house.add(&HUB_REFUSED, &["version"], 1);
             return false;
         }
+        hello.labels = known(&hello.labels);
         if self.is_folded(&hello.run) {
             return false;
         }
@@ -248,6 +251,14 @@ impl Registry {
             if let Some(values) = values {
                 live.held.insert((metric.name, source), Held { metric, values, cell });
             }
+        }
+        // What is kept of it is bounded, whoever wrote it.
+        line.cleared = Vec::new();
+        let totals = std::mem::take(&mut line.totals);
+        line.totals.add(&totals);
+        if serde_json::to_string(&line.sessions).map_or(true, |text| text.len() > SESSIONS) {
+            self.house.add(&HUB_REFUSED, &["room"], 1);
+            line.sessions = Vec::new();
         }
         line.unix = line.unix.max(live.last.unix);
         if let Some(id) = line.sessions.last().and_then(|session| session["session_id"].as_str()) {
@@ -377,11 +388,7 @@ impl Registry {
     }
 
     fn group(&mut self, labels: &[(String, String)]) -> usize {
-        let mut labels: Labels = LABELS
-            .iter()
-            .filter_map(|name| labels.iter().find(|(label, _)| label == name))
-            .map(|(label, value)| (label.clone(), bounded(value, MAX_LABEL).to_owned()))
-            .collect();
+        let mut labels = known(labels);
         let at = |groups: &[Group], labels: &Labels| groups.iter().position(|group| group.labels == *labels);
         if let Some(at) = at(&self.groups, &labels) {
             return at;
@@ -395,6 +402,15 @@ impl Registry {
         self.groups.push(Group { labels, retired: Meters::new(self.max_series), used: false, kept: false });
         self.groups.len() - 1
     }
+}
+
+/// Those by which sums are kept apart, each once.
+fn known(labels: &[(String, String)]) -> Labels {
+    LABELS
+        .iter()
+        .filter_map(|name| labels.iter().find(|(label, _)| label == name))
+        .map(|(label, value)| (label.clone(), bounded(value, MAX_LABEL).to_owned()))
+        .collect()
 }
 
 fn is_house(metric: &Metric) -> bool {

@@ -98,7 +98,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("limits.max_sessions", "max-sessions", Kind::Count, "", "agents of the container that may run at once; one more waits to be started"),
     setting("limits.tenant_weight", "tenant-weight", Kind::Count, "1", "what this tenant weighs when agents wait, and where budgets are shared: one that weighs two is given twice as many of the seats, and twice as much money"),
     setting("limits.queue_timeout", "queue-timeout", Kind::Pause, "30s", "how long it waits; then it is not started, and the exit code is 125"),
-    setting("limits.budget_share", "budget-share", Kind::Choice(&["fair", "tenants", "first-come"]), "fair", "how a shared budget is divided while several work: fair (tenants by weight, and the agents of each alike), tenants (the agents of one as they come), first-come (docs/hub.md)"),
+    setting("limits.budget_share", "budget-share", Kind::Choice(&["fair", "tenants", "first-come"]), "tenants", "how a shared budget is divided while several work: tenants (by weight; the agents of one as they come), fair (the agents of each alike, too), first-come (docs/hub.md)"),
     setting("limits.share_kept", "share-kept", Kind::Pause, "60s", "how long an agent's share is kept for it after its last work; then others may have it"),
     setting("limits.time_zone", "time-zone", Kind::Zone, "UTC", "where days and months of budgets begin, at midnight: a name like Europe/Berlin, or an offset from UTC like +05:30"),
     setting("limits.mode", "mode", Kind::Mode, "enforce", "what reaching a limit does: off, shadow (only says what it would do) or enforce; `limits.modes.<limit>` sets one"),
@@ -996,7 +996,7 @@ impl Config {
     /// How shared budgets are shared out.
     pub(crate) fn sharing(&self) -> Sharing {
         let chosen = How::ALL.iter().find(|how| how.as_str() == self.text("limits.budget_share"));
-        Sharing { how: chosen.copied().unwrap_or(How::Fair), kept: self.time("limits.share_kept").unwrap_or_default() }
+        Sharing { how: chosen.copied().unwrap_or(How::Tenants), kept: self.time("limits.share_kept").unwrap_or_default() }
     }
 
     /// Where days begin.

@@ -111,15 +111,17 @@ fn now() -> u64 {
     u64::try_from(nanos).unwrap_or_default()
 }
 
-/// A volume outlives containers: what they had here does not stay.
+/// A volume outlives containers: what they had here does not stay. Nobody writes to a lock: by its book is seen whether it is used.
 fn tidy(place: &Place, ours: &str) {
     for entry in fs::read_dir(&place.dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        let other = name.starts_with(PREFIX) && name.split('.').next() != ours.split('.').next();
+        let other = name.starts_with(PREFIX) && name.ends_with(".json") && name != ours;
         let old = || entry.metadata().and_then(|file| file.modified()).is_ok_and(|at| at.elapsed().is_ok_and(|age| age > LEFT));
         if other && old() {
-            fs::remove_file(entry.path()).ok();
+            for ending in ["tmp", "lock", "json"] {
+                fs::remove_file(entry.path().with_extension(ending)).ok();
+            }
         }
     }
 }
@@ -169,6 +171,35 @@ mod tests {
         // a is owed five seconds when it is killed.
         let events = [(100, "a", false), (100, "b", false), (110, "b", false), (130, "b", true)];
         assert_eq!(paid(&events, &[("a", 120)]), sums(&[("a", 0), ("b", 5 + 20)]));
+    }
+
+    #[test]
+    fn the_lock_of_a_container_that_runs_beside_us_stays_however_old_it_is() {
+        let dir = std::env::temp_dir().join(format!("agent-sidecar-hours-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let place = Place {
+            socket: dir.join("hub.sock"),
+            spare: None,
+            dir: dir.clone(),
+            world: String::new(),
+            keep: true,
+            door: None,
+            guest: false,
+        };
+        let made = |name: &str, age: Duration| {
+            let file = fs::File::create(dir.join(name)).unwrap();
+            file.set_modified(std::time::SystemTime::now() - age).unwrap();
+        };
+        for (name, age) in [("lives", Duration::ZERO), ("gone", LEFT * 2), ("ours", LEFT * 2)] {
+            made(&format!("{PREFIX}{name}.json"), age);
+            made(&format!("{PREFIX}{name}.lock"), LEFT * 2);
+        }
+        tidy(&place, &format!("{PREFIX}ours.json"));
+        let mut left: Vec<String> =
+            fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        left.sort();
+        assert_eq!(left, ["container-lives.json", "container-lives.lock", "container-ours.json", "container-ours.lock"]);
+        fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]

@@ -54,8 +54,7 @@ struct Inner {
     finisher: Mutex<Option<mpsc::Sender<mpsc::Sender<()>>>>,
     /// Where budgets are shared.
     purse: Option<Mutex<Held>>,
-    /// What the CLI turns messages away for.
-    hold: Mutex<Option<HeldFor>>,
+    hold: Mutex<Hold>,
     handle: Handle,
     exports: Arc<otlp::Counts>,
     place: Place,
@@ -67,6 +66,13 @@ struct Written {
     journal: Journal,
     last: Line,
     at: Option<Instant>,
+    failed: bool,
+}
+
+/// What the CLI turns messages away for, as its file says it.
+#[derive(Default)]
+struct Hold {
+    said: Option<HeldFor>,
     failed: bool,
 }
 
@@ -118,7 +124,7 @@ impl Share {
                 let till = Till::new(&place.dir, &run, payer);
                 Mutex::new(Held { till, last: None, failed: false, closed: false })
             }),
-            hold: Mutex::new(None),
+            hold: Mutex::default(),
             hold_file,
             seat,
             run,
@@ -251,14 +257,15 @@ impl Share {
         }
     }
 
-    /// Sees to it that the CLI turns prompts away for a reason, or takes them again.
+    /// Sees to it that the CLI turns prompts away for a reason, or takes them again. What fails is tried again with the next number that
+    /// is told: an agent must not be kept waiting for ever by a file that could not be removed for a moment.
     fn hold(&self, why: Option<HeldFor>) {
         let mut hold = lock(&self.inner.hold);
-        if *hold == why {
+        let path = &self.inner.hold_file;
+        if hold.said == why && (why.is_none() || path.symlink_metadata().is_ok()) {
+            hold.failed = false;
             return;
         }
-        hold.clone_from(&why);
-        let path = &self.inner.hold_file;
         let done = match &why {
             Some(why) => {
                 // In one step: half a reason is none.
@@ -269,10 +276,17 @@ impl Share {
                     .and_then(|()| std::fs::set_permissions(&new, Permissions::from_mode(0o644)))
                     .and_then(|()| std::fs::rename(&new, path))
             }
-            None => std::fs::remove_file(path),
+            None => std::fs::remove_file(path).or_else(|error| match error.kind() {
+                std::io::ErrorKind::NotFound => Ok(()),
+                _ => Err(error),
+            }),
         };
-        if let Err(error) = done {
-            tracing::warn!(%error, held = why.is_some(), "the CLI cannot be told to wait, or to go on; turns are interrupted instead");
+        match done {
+            Ok(()) => *hold = Hold { said: why, failed: false },
+            Err(error) if !std::mem::replace(&mut hold.failed, true) => {
+                tracing::warn!(%error, held = why.is_some(), "the CLI cannot be told to wait, or to go on; turns are interrupted instead");
+            }
+            Err(_) => {}
         }
     }
 

@@ -241,7 +241,7 @@ impl Shelf {
             if let Some(run) = name.strip_suffix(ENDING).filter(|_| runs.len() < self.bounds.journals) {
                 runs.insert(run.to_owned());
             } else if (name.ends_with(UNFINISHED) || self.is_orphan(&name))
-                && entry.metadata()?.modified()?.elapsed().is_ok_and(|age| age > ABANDONED)
+                && entry.metadata().and_then(|found| found.modified()).is_ok_and(is_abandoned)
             {
                 fs::remove_file(entry.path()).ok();
             }
@@ -335,6 +335,11 @@ impl Shelf {
             tracing::warn!(dir = %self.dir.display(), %error, "the hub cannot keep the totals of all agents");
         }
     }
+}
+
+/// One that has its name by now, or is gone, is not.
+fn is_abandoned(modified: SystemTime) -> bool {
+    modified.elapsed().is_ok_and(|age| age > ABANDONED)
 }
 
 fn take(registry: &mut Registry, world: &str, run: &str, tail: &mut Tail, line: &[u8], owner: Option<&Member>) {

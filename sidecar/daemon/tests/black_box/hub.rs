@@ -496,7 +496,7 @@ fn tokens_are_a_budget_too_and_everybody_can_see_how_it_stands() {
 #[test]
 fn who_has_had_its_share_waits_while_others_work_and_goes_on_when_they_end() {
     let yard = Yard::new("share");
-    let flags = ["--container-day-max-cost-usd", "0.20", "--share-kept", "10m"];
+    let flags = ["--container-day-max-cost-usd", "0.20", "--budget-share", "fair", "--share-kept", "10m"];
     let [mut greedy, mut other] = [yard.talker(0, &flags), yard.talker(1, &flags)];
     std::thread::scope(|scope| {
         scope.spawn(|| assert_eq!(prompt(&mut other), "answer"));
@@ -533,6 +533,21 @@ fn who_has_had_its_share_waits_while_others_work_and_goes_on_when_they_end() {
     let why = wait_for("the end of it all", || Some(prompt(&mut greedy)).filter(|heard| heard != "answer" && heard != "stopped"));
     assert!(why.ends_with("a budget that this session shares with others is used up"), "{why}");
     assert_eq!([yard.ledger_cents(0), yard.ledger_cents(1)], [15, 5]);
+}
+
+#[test]
+fn of_one_tenants_agents_none_waits_while_there_is_money_unless_that_is_wanted() {
+    let yard = Yard::new("alone");
+    let flags = ["--container-day-max-cost-usd", "0.30", "--share-kept", "10m"];
+    let [mut large, mut small] = [yard.talker(0, &flags), yard.talker(1, &flags)];
+    assert_eq!([prompt(&mut large), prompt(&mut small)], ["answer", "answer"]);
+    // Five nickels of six are its, though the other has worked a moment ago.
+    for n in 0..4 {
+        assert_eq!(prompt(&mut large), "answer", "{n}");
+    }
+    let why = wait_for("the end of it all", || Some(prompt(&mut large)).filter(|heard| heard != "answer" && heard != "stopped"));
+    assert!(why.ends_with("a budget that this session shares with others is used up"), "{why}");
+    assert_eq!([yard.ledger_cents(0), yard.ledger_cents(1)], [25, 5]);
 }
 
 #[test]
@@ -627,6 +642,31 @@ fn no_more_run_at_once_than_may_and_the_next_waits_its_time() {
     assert!(!yard.ledger(2).exists() || std::fs::metadata(yard.ledger(2)).unwrap().len() == 0, "it has not begun");
     running[0].signal(Signal::KILL);
     assert!(third.line().contains("init"), "it has begun");
+}
+
+#[test]
+fn a_file_of_a_refusal_that_cannot_be_removed_for_a_moment_keeps_no_agent_waiting_for_ever() {
+    let yard = Yard::new("refusal");
+    let mut agent = yard.talker(0, &["--container-max-cost-usd", "0.05", "--hub-control"]);
+    assert_eq!(prompt(&mut agent), "answer");
+    let file = || {
+        let names = std::fs::read_dir(yard.state()).unwrap().flatten().map(|entry| entry.path());
+        names.into_iter().find(|path| path.extension() == Some("hold".as_ref()))
+    };
+    let hold = wait_for("the file", file);
+    // Somebody who does not want to wait.
+    std::fs::remove_file(&hold).unwrap();
+    assert_eq!(wait_for("the file, again", file), hold);
+    // A directory is no file: neither written to nor removed.
+    let dir = yard.dir.join("dir");
+    std::fs::create_dir(&dir).unwrap();
+    let exchange = || rustix::fs::renameat_with(rustix::fs::CWD, &dir, rustix::fs::CWD, &hold, rustix::fs::RenameFlags::EXCHANGE);
+    exchange().unwrap();
+    assert_eq!(post(&yard, "/v1/budgets/container?usd=1"), "200");
+    wait_for("the agent to hear of it", || (yard.status()[0]["refusing"] == false).then_some(()));
+    exchange().unwrap();
+    wait_for("the file to be gone", || (!hold.exists()).then_some(()));
+    assert_eq!(prompt(&mut agent), "answer");
 }
 
 #[test]
