@@ -274,11 +274,16 @@ def total(stage: Stage, panel: str, board: str = "spend") -> float:
     return sum(figures(ask(stage, query)))
 
 
+def spent(ledger: Path) -> float:
+    return json.loads(alerts.output(alerts.binary(), "replay", "--ledger", "--format", "json", ledger))["totals"]["cost_usd"]
+
+
 def test_money_is_what_the_ledgers_say(stage: Stage):
     """By agents that run, that were ended and that were killed; increase() would have missed what each had spent when it was first seen."""
-    books = json.loads(alerts.output(alerts.binary(), "replay", "--ledger", "--format", "json", *stage.directory.glob("**/ledger.jsonl")))
+    by_ledger = {path.parent.name: spent(path) for path in sorted(stage.directory.glob("**/ledger.jsonl"))}
     shown = total(stage, "Spent in this time")
-    assert shown == pytest.approx(books["totals"]["cost_usd"], abs=1e-6)
+    by_target = stage.prometheus.query("max_over_time(claude_agent_cost_usd_total[1h])")
+    assert shown == pytest.approx(sum(by_ledger.values()), abs=1e-6), (by_ledger, [(one["metric"], one["value"][1]) for one in by_target])
     # Each way of dividing it has the same sum.
     assert total(stage, "Containers, the dearest first") == pytest.approx(shown, abs=1e-6)
     plain = figures(stage.prometheus.query("sum(increase(claude_agent_cost_usd_total[1d]))"))
