@@ -45,10 +45,10 @@ deploy: build install
 
 alerts: build install
 # The live run mostly waits; what is checked without it goes on beside.
-	tests/alerts/run -n 2 --dist loadfile -q
+	tests/alerts/run -n 2 --dist loadfile --reruns 1 -q
 
 dashboards: build install
-	tests/dashboards/run -q
+	tests/dashboards/run --reruns 1 -q
 
 ## The generated pages.
 docs: build

@@ -313,6 +313,14 @@ catalog! { after 0;
     SIDECAR_MEMORY = gauge(Sum, "agent_sidecar_resident_memory_bytes", Bytes, &[], "Resident memory of the sidecar itself.");
 }
 
+/// What there is always room for, whatever came before it: money, which nobody would miss until it is added up, and the counter of what was
+/// refused. Few series: their labels are bounded.
+fn has_room(metric: &Metric) -> bool {
+    [&COST, &COST_ESTIMATED, &CONTAINER_COST, &TOKENS, &UNPRICED_TOKENS, &SERIES_LIMIT_HITS]
+        .iter()
+        .any(|one| std::ptr::eq(*one, metric))
+}
+
 /// How many values a label may take whose values are not ours to choose; what comes later is [`OTHER`].
 const OPEN_LABELS: &[(&str, usize)] = &[
     ("model", 8),
@@ -732,8 +740,7 @@ impl Meters {
         if let Some(series) = family.series.get_mut(&key) {
             return change(series);
         }
-        // The counter of refusals is the one that has to find room.
-        if full && !std::ptr::eq(metric, &raw const SERIES_LIMIT_HITS) {
+        if full && !has_room(metric) {
             return self.add(&SERIES_LIMIT_HITS, &[metric.name], 1);
         }
         *count += weight(metric);

@@ -35,6 +35,19 @@ fn what_does_not_fit_is_counted_and_the_bound_holds() {
 }
 
 #[test]
+fn money_finds_room_whatever_was_there_before() {
+    let mut meters = Meters::new(0);
+    meters.add(&TOOL_CALLS, &["Bash", "ok"], 1);
+    let usd = Usd::from_f64(0.07);
+    meters.add_usd(&COST, &["claude-opus-5-5", "main"], usd);
+    meters.add(&TOKENS, &["claude-opus-5-5", "input", "main"], 3);
+    assert_eq!(meters.get(&TOOL_CALLS, &["Bash", "ok"]), None);
+    assert_eq!(meters.get(&COST, &["claude-opus-5-5", "main"]), Some(&Cell::Usd(usd)));
+    assert_eq!(meters.get(&TOKENS, &["claude-opus-5-5", "input", "main"]), Some(&Cell::Count(3)));
+    assert_eq!(meters.get(&SERIES_LIMIT_HITS, &[TOOL_CALLS.name]), Some(&Cell::Count(1)));
+}
+
+#[test]
 fn a_label_that_others_choose_is_bounded() {
     let mut meters = Meters::default();
     for i in 0..100 {

@@ -630,7 +630,7 @@ fn every_metric_has_a_name_and_every_translator_leaves_it_alone() {
 }
 
 #[test]
-fn a_full_container_is_said_in_a_moment() {
+fn a_full_container_is_said_whole() {
     let mut meters = kept(MetricsOptions { exponential: true, ..both() });
     for i in 0.. {
         let (model, tool) = (format!("claude-model-{}", i % 8), format!("Tool{}", i % 24));
@@ -646,16 +646,17 @@ fn a_full_container_is_said_in_a_moment() {
     let origin = origin();
     for temporality in [Temporality::Cumulative, Temporality::Delta] {
         let mut metrics = Metrics::new(MetricsOptions { temporality, ..both() }, &labels(), START);
-        let times = (1..=50).map(|i| {
+        for i in 1..=2 {
             meters.add(&metric::PROCESS_STARTS, &[], 1);
-            let start = std::time::Instant::now();
             let bytes = metrics.request(&meters, &origin, START + Duration::from_secs(i)).encode_to_vec();
-            (start.elapsed(), bytes.len())
-        });
-        let (best, size) = times.min().unwrap();
-        println!("{} series, {temporality:?}: {size} bytes in {best:?}", meters.series_count());
-        // Without optimisation, beside others, it takes ten times as long.
-        assert!(best < Duration::from_millis(if cfg!(debug_assertions) { 250 } else { 10 }), "{best:?}");
+            // The second of a delta has what changed alone.
+            assert_eq!(
+                bytes.len() > 50_000,
+                i == 1 || temporality == Temporality::Cumulative,
+                "{temporality:?} {i}: {}",
+                bytes.len()
+            );
+        }
     }
 }
 
