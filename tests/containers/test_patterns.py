@@ -379,31 +379,6 @@ print(struct.unpack("3i", hub.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 
 """
 
 
-# ---- what an agent may do to the others
-
-# Each makes more, as long as there is room, and then again; the first one waits.
-BOMB = """python3 -c 'import os, time
-top = os.getpid()
-while True:
-    try:
-        os.fork()
-    except OSError:
-        time.sleep(1000 if os.getpid() == top else 0.2)'"""
-
-
-def test_an_agent_that_starts_processes_without_end_is_served_ended_and_billed(pod, volume):
-    one = pod(script(main(0, bash(BOMB))))
-    task = one.start("claude", "-p", "go", *STREAM, flags=(*on(volume), "--pids-limit", "150"), **BOOKS)
-    wait_for("the limit", lambda: one.get("/livez")[0] == 200 and one.counted("claude_agent_container_forks_refused_total") > 0, 60)
-    numbers = one.metrics()
-    assert numbers["claude_agent_container_processes_limit"] == 150
-    assert numbers["claude_agent_container_processes"] > 100
-    assert one.counted("claude_agent_cost_usd_total") > 0
-    assert task.stop() in (0, 143)
-    assert len(lines(volume, "process_exited")) == 1
-    assert books(volume)["totals"]["cost_usd"] == pytest.approx(one.cost_usd(), abs=1e-9)
-
-
 def test_apps_of_several_users_have_one_hub_which_is_nobody(pod):
     one = pod(STEPS)
     # What it needs at the start, and nothing else.
