@@ -1,0 +1,10 @@
+//! Containers for agents, from the outside: created when somebody asks, watched by the word of the sidecar inside, put to sleep, woken and
+//! destroyed, and none forgotten.
+//!
+//! [`lifecycle`] and [`plan`] decide and touch nothing; [`provider`], [`store`] and [`hook`] are the edges; [`service`] drives one with the
+//! others, step by step, so that whoever dies in between leaves what the next can go on from.
+
+pub mod lifecycle;
+pub mod provider;
+pub mod session;
+pub mod store;

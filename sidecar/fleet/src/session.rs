@@ -1,0 +1,216 @@
+//! What is asked for and kept: a session, which wants a container.
+
+use std::fmt;
+use std::str::FromStr;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::lifecycle::Phase;
+use crate::provider::Spec;
+
+/// Names a session to whoever asked for it: 1 to 64 letters, digits, `-` and `_`, beginning with a letter or digit.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SessionId(String);
+
+impl SessionId {
+    pub const MOST: usize = 64;
+
+    /// A new one, of which there is no other; in the order of time.
+    pub fn fresh() -> Self {
+        Self(uuid::Uuid::now_v7().to_string())
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for SessionId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let letter = |c: char| c.is_ascii_alphanumeric();
+        let right = text.starts_with(letter) && text.chars().all(|c| letter(c) || matches!(c, '-' | '_'));
+        if !right || text.len() > Self::MOST {
+            return Err(format!(
+                "a session id has 1 to {} letters, digits, `-` or `_`, and begins with a letter or digit",
+                Self::MOST
+            ));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl TryFrom<String> for SessionId {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<SessionId> for String {
+    fn from(id: SessionId) -> String {
+        id.0
+    }
+}
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// How sessions and containers belong together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pattern {
+    /// One task, one container, destroyed when the task is done.
+    Ephemeral,
+    /// The container stays, whether it works or not, until its time is over.
+    LongRunning,
+    /// Put away when it is idle, and gone on with in another container.
+    Hybrid,
+    /// Several agents in one container.
+    Shared,
+}
+
+/// What somebody wants of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wanted {
+    Running,
+    Paused,
+    Gone,
+}
+
+/// What the sidecar inside has said last. Totals of this container, not of the session.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    pub at: Timestamp,
+    /// Until when it works, by its own word; `None`: it is idle.
+    pub busy_until: Option<Timestamp>,
+    /// What its agents have cost, in USD.
+    pub cost_usd: f64,
+    /// What to resume: the CLI's own name of the conversation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conversation: Option<String>,
+}
+
+/// A session, as it is kept. What changes it goes through [`crate::store::Store`], with its `version`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Session {
+    pub id: SessionId,
+    pub tenant: String,
+    /// Who may talk to it and stop it: the name of a caller's token.
+    pub owner: String,
+    pub pattern: Pattern,
+    /// The provider's name in the configuration.
+    pub provider: String,
+    /// What its container is made of. No secret is in it: those are named, and read when it is created.
+    pub spec: Spec,
+
+    pub wanted: Wanted,
+    pub phase: Phase,
+    /// When it came into this phase.
+    pub since: Timestamp,
+    pub created: Timestamp,
+    /// When it is destroyed, whatever it does.
+    pub ends: Timestamp,
+    /// The how-manieth container this is. With the id it makes the container's name, so that nobody can create it twice.
+    pub generation: u32,
+    /// The hooks of this phase have run.
+    #[serde(default)]
+    pub hooked: bool,
+    /// A container of this generation may exist: said before it is created, and taken back when it is known to be gone.
+    #[serde(default)]
+    pub holds: bool,
+    /// What the provider calls the container, once it has said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub native: Option<String>,
+    /// Until when the provider's timers were moved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_until: Option<Timestamp>,
+    /// Since when its agent is idle.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle_since: Option<Timestamp>,
+    /// What it has in the store of conversations, if it was put away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub archive: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<Report>,
+    /// What its earlier containers' agents have cost, in USD.
+    #[serde(default)]
+    pub cost_before_usd: f64,
+    /// How long the containers have run, in seconds, and what that costs, in USD: of those that are gone.
+    #[serde(default)]
+    pub container_seconds: f64,
+    #[serde(default)]
+    pub container_usd: f64,
+    /// Since when this container is paid for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metered_since: Option<Timestamp>,
+    /// How often in a row the provider has failed at what this phase needs.
+    #[serde(default)]
+    pub failures: u32,
+    /// Not before then is it tried again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_at: Option<Timestamp>,
+    /// Why it is where it is, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Counts its changes: who writes must have read the last.
+    #[serde(default)]
+    pub version: i64,
+}
+
+impl Session {
+    /// The name and label of its container, the same whoever asks: fit for every provider (a DNS label of at most 40 characters).
+    pub fn key(&self) -> String {
+        container_key(&self.id, self.generation)
+    }
+
+    /// What its agents have cost, in USD, in all its containers.
+    pub fn cost_usd(&self) -> f64 {
+        self.cost_before_usd + self.report.as_ref().map_or(0.0, |report| report.cost_usd)
+    }
+}
+
+/// See [`Session::key`]. The id's own letters are not for every provider: two that differ in case are two.
+pub fn container_key(id: &SessionId, generation: u32) -> String {
+    let digest = ring::digest::digest(&ring::digest::SHA256, id.as_str().as_bytes());
+    let hex: String = digest.as_ref().iter().take(10).map(|byte| format!("{byte:02x}")).collect();
+    format!("agent-{hex}-{generation}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_is_named_by_letters_that_are_no_path_and_no_option() {
+        for right in ["a", "A_1-b", &"x".repeat(64)] {
+            assert_eq!(right.parse::<SessionId>().unwrap().as_str(), right);
+        }
+        for wrong in ["", "-a", "_", "a/b", "..", "a b", "é", &"x".repeat(65)] {
+            assert!(wrong.parse::<SessionId>().is_err(), "{wrong}");
+            assert!(serde_json::from_value::<SessionId>(wrong.into()).is_err());
+        }
+        assert!(SessionId::fresh().as_str().parse::<SessionId>().is_ok());
+    }
+
+    #[test]
+    fn a_container_is_named_alike_by_all_and_unlike_every_other() {
+        let key = |id: &str, generation| container_key(&id.parse().unwrap(), generation);
+        assert_eq!(key("a", 1), key("a", 1));
+        assert_ne!(key("a", 1), key("a", 2));
+        assert_ne!(key("a", 1), key("A", 1));
+        let longest = key(&"x".repeat(64), u32::MAX);
+        assert!(
+            longest.len() <= 40 && longest.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'),
+            "{longest}"
+        );
+    }
+}

@@ -1,0 +1,102 @@
+//! What is remembered: sessions, who drives them, what tenants may still spend, and what hooks have done. The journal of every intent: a session is
+//! written before the first call that it leads to.
+//!
+//! One interface, SQLite for one fleet and PostgreSQL for several. Nothing here knows what a phase means.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::lifecycle::Phase;
+use crate::session::{Session, SessionId};
+
+/// What came of asking for a session.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Inserted {
+    New,
+    /// It was there already, like this.
+    Known(Box<Session>),
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Filter {
+    pub owner: Option<String>,
+    pub tenant: Option<String>,
+    pub provider: Option<String>,
+    pub phases: Vec<Phase>,
+    /// Those that are over, too.
+    pub over: bool,
+}
+
+/// One try of one hook.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HookRun {
+    pub session: SessionId,
+    pub generation: u32,
+    pub phase: Phase,
+    /// Its name in the configuration.
+    pub hook: String,
+    pub at: Timestamp,
+    pub seconds: f64,
+    /// The how-manieth try, from 1.
+    pub attempt: u32,
+    /// `ok`, `veto`, `failed`, `timeout`, `dead-letter`.
+    pub outcome: String,
+    /// What it said, cut.
+    pub said: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Somebody else has written since it was read: read it again.
+    #[error("session {0} was changed by somebody else")]
+    Conflict(SessionId),
+    #[error("there is no session {0}")]
+    Missing(SessionId),
+    #[error("the store: {0}")]
+    Store(String),
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+#[async_trait]
+pub trait Store: Send + Sync {
+    /// Writes a new session; the one that is there is left as it is.
+    async fn insert(&self, session: &Session) -> Result<Inserted>;
+    async fn get(&self, id: &SessionId) -> Result<Option<Session>>;
+    /// Writes what was read and changed. On success `session.version` is the new one.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] if it is not the version that was read.
+    async fn update(&self, session: &mut Session) -> Result<()>;
+    /// In the order of their ids, from the one after.
+    async fn list(&self, filter: &Filter, after: Option<&SessionId>, most: usize) -> Result<Vec<Session>>;
+    /// How many there are in each phase, by provider and tenant.
+    async fn count(&self) -> Result<Vec<(Phase, String, String, u64)>>;
+
+    /// Takes sessions that nobody drives and that are due (`wake` at or before now), for so long. A session is driven by one fleet at a time: by the
+    /// store's own clock, so that it does not matter whose is wrong.
+    async fn claim(&self, fleet: &str, lease: Duration, most: usize) -> Result<Vec<Session>>;
+    /// Goes on holding what it holds.
+    async fn renew(&self, fleet: &str, lease: Duration) -> Result<u64>;
+    /// Lets go of one, which is due again at `wake`. `None`: nothing is due, until somebody wakes it.
+    async fn release(&self, fleet: &str, id: &SessionId, wake: Option<Timestamp>) -> Result<()>;
+    /// Makes it due: something has happened. Does nothing to who drives it now, who sees it after.
+    async fn wake(&self, id: &SessionId) -> Result<()>;
+
+    /// Sets aside an amount in USD of what a tenant may spend in a period (`2026-11-26`, `2026-11`), for a session, if it fits below the limit with what all
+    /// others have set aside. Once more for the same session and period replaces what it had. Says whether it fitted.
+    async fn reserve(&self, tenant: &str, period: &str, session: &SessionId, usd: f64, limit_usd: f64) -> Result<bool>;
+    /// What a session has spent in that period, in the place of what was set aside: nobody's leave is asked.
+    async fn spend(&self, tenant: &str, period: &str, session: &SessionId, usd: f64) -> Result<()>;
+    /// What is set aside and spent there.
+    async fn spent(&self, tenant: &str, period: &str) -> Result<f64>;
+
+    async fn log_hook(&self, run: &HookRun) -> Result<()>;
+    /// What hooks have done for it, from the first to the last.
+    async fn hook_runs(&self, id: &SessionId) -> Result<Vec<HookRun>>;
+    /// Forgets sessions that are over and were last changed before then, with their hooks' runs. How many.
+    async fn prune(&self, before: Timestamp) -> Result<u64>;
+}
