@@ -5,6 +5,7 @@
 //! others, step by step, so that whoever dies in between leaves what the next can go on from.
 
 pub mod lifecycle;
+pub mod plan;
 pub mod provider;
 pub mod session;
 pub mod store;

@@ -92,7 +92,8 @@ impl Phase {
             Ready | Active | Idle => {
                 next != self && matches!(next, Active | Idle | Pausing | Paused | Stopping | Stopped | Failed)
             }
-            Pausing => matches!(next, Paused | Stopping | Failed),
+            // Back again, if it cannot be put away: nothing is thrown away for that.
+            Pausing => matches!(next, Paused | Idle | Stopping | Failed),
             Paused => matches!(next, Resuming | Stopping | Failed),
             Resuming => matches!(next, Creating | Starting | Stopping | Failed),
             Stopping => matches!(next, Stopped),

@@ -127,9 +127,18 @@ pub struct Session {
     /// A container of this generation may exist: said before it is created, and taken back when it is known to be gone.
     #[serde(default)]
     pub holds: bool,
+    /// When the provider was last told to make it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made: Option<Timestamp>,
     /// What the provider calls the container, once it has said so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub native: Option<String>,
+    /// What was put away has been brought into this container.
+    #[serde(default)]
+    pub hydrated: bool,
+    /// What it has was put away, in this pause.
+    #[serde(default)]
+    pub persisted: bool,
     /// Until when the provider's timers were moved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept_until: Option<Timestamp>,

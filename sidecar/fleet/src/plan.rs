@@ -1,0 +1,627 @@
+//! What is done next for a session: a function of what is kept, what was seen, and the time.
+//!
+//! [`next`] says one step; whoever does it tells [`record`] what came of it, and keeps what that makes of the session *before* the step after. So a
+//! fleet may die between any two steps, and the next one goes on: every step can be done twice, and a container that may exist is never forgotten
+//! ([`Session::holds`]).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use crate::lifecycle::Phase;
+use crate::provider::{self, KEY_LABEL, Pause, Price, SESSION_LABEL, Sandbox, State};
+use crate::session::{Pattern, Session, SessionId, Wanted};
+
+/// How a session is to be treated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Policy {
+    /// How long a container may take until its sidecar speaks.
+    pub ready_within: Duration,
+    /// How long an agent may be idle. `None`: for ever.
+    pub idle_after: Option<Duration>,
+    /// After so long a container is given up at the next quiet moment.
+    pub max_age: Option<Duration>,
+    /// How long a container may take to end.
+    pub stop_grace: Duration,
+    pub pause_by: PauseBy,
+    /// How far ahead the provider's timers are moved while the agent works. `None`: it has none.
+    pub keep_alive: Option<Duration>,
+    /// How often a container is looked at that nobody has heard of.
+    pub look_every: Duration,
+    /// How long a provider may not know what it has made.
+    pub settle: Duration,
+    /// How often a step is tried that fails.
+    pub tries: u32,
+    pub backoff: Duration,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            ready_within: Duration::from_secs(120),
+            idle_after: None,
+            max_age: None,
+            stop_grace: Duration::from_secs(20),
+            pause_by: PauseBy::Nothing,
+            keep_alive: None,
+            look_every: Duration::from_secs(30),
+            settle: Duration::from_secs(15),
+            tries: 5,
+            backoff: Duration::from_millis(500),
+        }
+    }
+}
+
+/// What a pause is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PauseBy {
+    /// There is none.
+    Nothing,
+    /// The provider's own.
+    Provider,
+    /// What the session has is put away, and the container destroyed.
+    Archive,
+}
+
+impl PauseBy {
+    /// How a session is paused: by the provider if it is cheaper then, else by putting away what it has.
+    pub fn of(pattern: Pattern, can: Pause, archive: bool) -> Self {
+        match (pattern, can) {
+            (_, Pause::Memory) => PauseBy::Provider,
+            (Pattern::Hybrid, _) if archive => PauseBy::Archive,
+            (_, Pause::Frozen | Pause::Disk) => PauseBy::Provider,
+            (_, Pause::No) => PauseBy::Nothing,
+        }
+    }
+}
+
+/// The longest that is waited before a failed step is tried again.
+const BACKOFF_MOST: Duration = Duration::from_secs(60);
+/// How often a container is looked at that is about to change.
+const LOOK_SOON: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    Do(Action),
+    /// It comes into this phase, and why.
+    Enter(Phase, Option<String>),
+    /// Nothing is to be done before then. `None`: until somebody wants something.
+    Wait(Option<Timestamp>),
+}
+
+/// What touches the world.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Run the hooks of the phase.
+    Hooks,
+    Create,
+    /// See what the container is doing; by its key, if nobody knows what it is called.
+    Look,
+    Start,
+    /// Whether the sidecar in it answers.
+    Ask,
+    Hydrate,
+    KeepAlive(Timestamp),
+    Pause,
+    Persist,
+    Resume,
+    Stop,
+    Delete,
+}
+
+/// What came of an action.
+#[derive(Debug)]
+pub enum Outcome {
+    Done,
+    /// The hooks have said no, or one that must not fail has.
+    Vetoed(String),
+    Made(Sandbox),
+    Answered(bool),
+    /// What was put away, by its name in the store of conversations.
+    Persisted(String),
+    Failed(provider::Error),
+}
+
+/// What a container was doing, and when that was seen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Seen {
+    pub sandbox: Sandbox,
+    pub at: Timestamp,
+}
+
+/// What is next.
+pub fn next(session: &Session, seen: Option<&Seen>, policy: &Policy, now: Timestamp) -> Step {
+    Planner { session, seen, policy, now }.next()
+}
+
+struct Planner<'a> {
+    session: &'a Session,
+    seen: Option<&'a Seen>,
+    policy: &'a Policy,
+    now: Timestamp,
+}
+
+/// An answer at once, where there is one.
+type Maybe = Option<Step>;
+
+fn enter(phase: Phase, why: impl Into<String>) -> Step {
+    Step::Enter(phase, Some(why.into()))
+}
+
+impl Planner<'_> {
+    fn next(&self) -> Step {
+        let found = match self.session.phase {
+            Phase::Requested => self.requested(),
+            Phase::Creating => self.creating(),
+            Phase::Starting => self.starting(),
+            Phase::Ready | Phase::Active | Phase::Idle => self.up(),
+            Phase::Pausing => self.pausing(),
+            Phase::Paused => self.paused(),
+            Phase::Resuming => self.resuming(),
+            Phase::Stopping => self.stopping(),
+            Phase::Stopped | Phase::Failed => self.removing(),
+            Phase::Destroyed => self.hooks(),
+        };
+        found.unwrap_or(Step::Wait(None))
+    }
+
+    fn requested(&self) -> Maybe {
+        if self.unwanted().is_some() {
+            return Some(enter(Phase::Destroyed, "it was taken back"));
+        }
+        self.hooks().or(Some(Step::Enter(Phase::Creating, None)))
+    }
+
+    fn creating(&self) -> Maybe {
+        self.unwanted().or_else(|| self.late("created")).or_else(|| self.hooks()).or_else(|| self.later()).or_else(|| {
+            Some(match self.session.native {
+                None => Step::Do(Action::Create),
+                Some(_) => Step::Enter(Phase::Starting, None),
+            })
+        })
+    }
+
+    fn starting(&self) -> Maybe {
+        if let Some(step) = self.unwanted().or_else(|| self.late("ready")).or_else(|| self.hooks()).or_else(|| self.later()) {
+            return Some(step);
+        }
+        let container = match self.look(LOOK_SOON) {
+            Ok(container) => container,
+            Err(step) => return Some(step),
+        };
+        Some(match container.state {
+            State::Created => Step::Do(Action::Start),
+            State::Running if self.session.archive.is_some() && !self.session.hydrated => Step::Do(Action::Hydrate),
+            State::Running => Step::Do(Action::Ask),
+            State::Stopped | State::Failed => enter(Phase::Failed, format!("it ended before it was ready{}", why(container))),
+            State::Missing | State::Destroyed if !self.settling() => enter(Phase::Failed, "it was gone before it was ready"),
+            State::Creating | State::Pausing | State::Paused | State::Stopping | State::Missing | State::Destroyed | State::Unknown(_) => {
+                self.soon()
+            }
+        })
+    }
+
+    fn up(&self) -> Maybe {
+        if let Some(step) = self.unwanted().or_else(|| self.hooks()) {
+            return Some(step);
+        }
+        let container = match self.look(self.policy.look_every) {
+            Ok(container) => container,
+            Err(step) => return Some(self.later().unwrap_or(step)),
+        };
+        match container.state {
+            State::Running | State::Unknown(_) => {}
+            // It has come and gone with a provider that forgets for a moment.
+            State::Missing | State::Destroyed if self.settling() => return Some(self.soon()),
+            State::Paused => return Some(enter(Phase::Paused, "the provider has paused it")),
+            State::Creating | State::Created | State::Pausing | State::Stopping => return Some(self.soon()),
+            State::Stopped if container.exit_code == Some(0) && self.session.pattern == Pattern::Ephemeral => {
+                return Some(enter(Phase::Stopped, "its work is done"));
+            }
+            State::Stopped | State::Failed | State::Missing | State::Destroyed => {
+                let what = format!("its container has ended{}", why(container));
+                let kept = self.session.pattern == Pattern::Hybrid && self.session.archive.is_some();
+                return Some(enter(if kept { Phase::Pausing } else { Phase::Failed }, what));
+            }
+        }
+        if self.session.wanted == Wanted::Paused && self.policy.pause_by != PauseBy::Nothing {
+            return Some(enter(Phase::Pausing, "somebody asked for it"));
+        }
+        self.work()
+    }
+
+    /// What follows from what the sidecar says of its agents.
+    fn work(&self) -> Maybe {
+        let look_again = self.seen.map_or(self.now, |seen| seen.at + self.policy.look_every);
+        let mut wake = vec![self.session.ends, look_again];
+        let busy_until = self.session.report.as_ref().and_then(|report| report.busy_until).filter(|until| *until > self.now);
+        if let Some(until) = busy_until {
+            if self.session.phase != Phase::Active {
+                return Some(Step::Enter(Phase::Active, None));
+            }
+            if let Some(ahead) = self.policy.keep_alive {
+                let wanted = (self.now + ahead).min(self.session.ends);
+                // Again when half of it is over, and never beyond the end.
+                let again = self.session.kept_until.map(|kept| kept - ahead / 2);
+                let whole = self.session.kept_until >= Some(self.session.ends);
+                if !whole && again.is_none_or(|again| again <= self.now) {
+                    return Some(self.later().unwrap_or(Step::Do(Action::KeepAlive(wanted))));
+                }
+                wake.extend(again.filter(|_| !whole));
+            }
+            wake.push(until);
+            return Some(self.wait(wake));
+        }
+        if self.session.phase == Phase::Active {
+            return Some(Step::Enter(Phase::Idle, None));
+        }
+        // By its own word alone: who has never heard of it does not know.
+        if let (Some(since), Some(_)) = (self.session.idle_since, &self.session.report) {
+            let aged = self.policy.max_age.and_then(|age| Some(self.session.metered_since? + age));
+            let idle = self.policy.idle_after.map(|after| since + after);
+            let quiet = match self.session.pattern {
+                Pattern::Hybrid if self.policy.pause_by != PauseBy::Nothing => Phase::Pausing,
+                Pattern::Ephemeral | Pattern::Hybrid | Pattern::LongRunning | Pattern::Shared => Phase::Stopping,
+            };
+            if idle.is_some_and(|at| at <= self.now) {
+                return Some(self.later().unwrap_or_else(|| enter(quiet, "its agent is idle")));
+            }
+            if aged.is_some_and(|at| at <= self.now) {
+                return Some(self.later().unwrap_or_else(|| enter(quiet, "its container is old")));
+            }
+            wake.extend(idle);
+            wake.extend(aged);
+        }
+        Some(self.wait(wake))
+    }
+
+    fn pausing(&self) -> Maybe {
+        if let Some(step) = self.unwanted().or_else(|| self.hooks()) {
+            return Some(step);
+        }
+        if !self.session.holds {
+            return Some(Step::Enter(Phase::Paused, None));
+        }
+        if self.session.failures >= self.policy.tries && !self.session.persisted {
+            return Some(enter(Phase::Idle, format!("it could not be put away: {}", self.reason())));
+        }
+        if let Some(step) = self.later() {
+            return Some(step);
+        }
+        let container = match self.look(LOOK_SOON) {
+            Ok(container) => container,
+            Err(step) => return Some(step),
+        };
+        let ended = matches!(container.state, State::Stopped | State::Failed | State::Missing | State::Destroyed);
+        let by_provider = self.policy.pause_by == PauseBy::Provider;
+        Some(match &container.state {
+            State::Paused if by_provider => Step::Enter(Phase::Paused, None),
+            State::Running if by_provider => Step::Do(Action::Pause),
+            // What was put away before is what there is.
+            _ if ended && (self.session.persisted || self.session.archive.is_some()) => Step::Do(Action::Delete),
+            _ if ended => enter(Phase::Failed, format!("it ended before it was put away{}", why(container))),
+            _ if by_provider => self.soon(),
+            _ if self.session.persisted && self.session.failures >= self.policy.tries => Step::Do(Action::Delete),
+            _ if self.session.persisted => Step::Do(Action::Stop),
+            State::Running => Step::Do(Action::Persist),
+            _ => self.soon(),
+        })
+    }
+
+    fn paused(&self) -> Maybe {
+        if let Some(step) = self.unwanted().or_else(|| self.hooks()) {
+            return Some(step);
+        }
+        if self.session.wanted == Wanted::Running {
+            return Some(Step::Enter(Phase::Resuming, None));
+        }
+        Some(self.wait(vec![self.session.ends]))
+    }
+
+    fn resuming(&self) -> Maybe {
+        if let Some(step) = self.unwanted().or_else(|| self.late("resumed")).or_else(|| self.hooks()).or_else(|| self.later()) {
+            return Some(step);
+        }
+        if !self.session.holds {
+            return Some(Step::Enter(Phase::Creating, None));
+        }
+        let container = match self.look(LOOK_SOON) {
+            Ok(container) => container,
+            Err(step) => return Some(step),
+        };
+        Some(match container.state {
+            State::Paused | State::Stopped => Step::Do(Action::Resume),
+            State::Running => Step::Enter(Phase::Starting, None),
+            State::Missing | State::Destroyed | State::Failed => {
+                enter(Phase::Failed, format!("its paused container is gone{}", why(container)))
+            }
+            State::Creating | State::Created | State::Pausing | State::Stopping | State::Unknown(_) => self.soon(),
+        })
+    }
+
+    fn stopping(&self) -> Maybe {
+        if let Some(step) = self.hooks() {
+            return Some(step);
+        }
+        // What does not end when it is asked to is ended by force, when it is removed.
+        if !self.session.holds || self.session.failures >= self.policy.tries {
+            return Some(Step::Enter(Phase::Stopped, None));
+        }
+        if let Some(step) = self.later() {
+            return Some(step);
+        }
+        let container = match self.look(LOOK_SOON) {
+            Ok(container) => container,
+            Err(step) => return Some(step),
+        };
+        Some(match container.state {
+            State::Missing | State::Destroyed if self.settling() => self.soon(),
+            State::Stopped | State::Failed | State::Missing | State::Destroyed | State::Created => Step::Enter(Phase::Stopped, None),
+            State::Running
+            | State::Paused
+            | State::Pausing
+            | State::Creating
+            | State::Stopping
+            | State::Unknown(_) => Step::Do(Action::Stop),
+        })
+    }
+
+    /// What is left of a container is removed, however often that has to be tried.
+    fn removing(&self) -> Maybe {
+        if let Some(step) = self.hooks() {
+            return Some(step);
+        }
+        if !self.session.holds {
+            return (self.session.phase == Phase::Stopped).then_some(Step::Enter(Phase::Destroyed, None));
+        }
+        if let Some(step) = self.later() {
+            return Some(step);
+        }
+        let container = match self.look(LOOK_SOON) {
+            Ok(container) => container,
+            Err(step) => return Some(step),
+        };
+        // One that is gone is no longer held: see `record`. It may only not be there yet.
+        Some(if container.state.is_gone() { self.soon() } else { Step::Do(Action::Delete) })
+    }
+
+    /// What is not wanted any more, or whose time is over.
+    fn unwanted(&self) -> Maybe {
+        if self.session.wanted == Wanted::Gone {
+            return Some(Step::Enter(Phase::Stopping, self.session.reason.clone()));
+        }
+        (self.session.ends <= self.now).then(|| enter(Phase::Stopping, "its time is over"))
+    }
+
+    fn late(&self, what: &str) -> Maybe {
+        if self.session.failures >= self.policy.tries {
+            return Some(enter(Phase::Failed, format!("it could not be {what}: {}", self.reason())));
+        }
+        let late = self.session.since + self.policy.ready_within <= self.now;
+        let seconds = self.policy.ready_within.as_secs();
+        late.then(|| enter(Phase::Failed, format!("it was not {what} within {seconds} s{}", self.last_words())))
+    }
+
+    fn last_words(&self) -> String {
+        self.session.reason.as_ref().map_or_else(String::new, |reason| format!(": {reason}"))
+    }
+
+    fn reason(&self) -> &str {
+        self.session.reason.as_deref().unwrap_or("nobody knows why")
+    }
+
+    fn hooks(&self) -> Maybe {
+        (!self.session.hooked).then(|| self.later().unwrap_or(Step::Do(Action::Hooks)))
+    }
+
+    /// What has failed is not tried again at once.
+    fn later(&self) -> Maybe {
+        self.session.retry_at.filter(|at| *at > self.now).map(|at| {
+            // Its end is not waited past.
+            let ends = Some(self.session.ends).filter(|ends| *ends > self.now);
+            Step::Wait(Some(ends.map_or(at, |ends| ends.min(at))))
+        })
+    }
+
+    /// What it is doing, if that was seen lately.
+    fn look(&self, every: Duration) -> Result<&Sandbox, Step> {
+        match self.seen {
+            Some(seen) if seen.at + every > self.now => Ok(&seen.sandbox),
+            _ => Err(Step::Do(Action::Look)),
+        }
+    }
+
+    fn settling(&self) -> bool {
+        settling(self.session, self.policy, self.now)
+    }
+
+    /// It is about to change: looked at again.
+    fn soon(&self) -> Step {
+        match self.look(LOOK_SOON) {
+            Ok(_) => Step::Wait(self.seen.map(|seen| seen.at + LOOK_SOON)),
+            Err(look) => look,
+        }
+    }
+
+    fn wait(&self, until: Vec<Timestamp>) -> Step {
+        Step::Wait(until.into_iter().min())
+    }
+}
+
+/// Whether it may be there though the provider does not know it yet.
+fn settling(session: &Session, policy: &Policy, now: Timestamp) -> bool {
+    session.made.is_some_and(|made| made + policy.settle > now)
+}
+
+fn why(container: &Sandbox) -> String {
+    match (container.exit_code, &container.reason) {
+        (Some(code), Some(reason)) => format!(" (exit code {code}: {reason})"),
+        (Some(code), None) => format!(" (exit code {code})"),
+        (None, Some(reason)) => format!(" ({reason})"),
+        (None, None) => String::new(),
+    }
+}
+
+/// A session comes into a phase.
+///
+/// # Panics
+/// In tests, when that phase may not follow.
+pub fn enter_phase(session: &mut Session, phase: Phase, reason: Option<String>, price: &Price, now: Timestamp) {
+    debug_assert!(session.phase.leads_to(phase), "{} does not lead to {phase}", session.phase);
+    meter(session, price, now);
+    if phase == Phase::Creating && session.phase == Phase::Resuming {
+        session.generation += 1;
+        session.native = None;
+        session.hydrated = false;
+    }
+    session.idle_since = matches!(phase, Phase::Ready | Phase::Idle).then_some(now);
+    match phase {
+        Phase::Pausing => session.persisted = false,
+        Phase::Starting | Phase::Resuming => session.kept_until = None,
+        _ => {}
+    }
+    session.wanted = match (session.wanted, phase) {
+        // It rests until somebody wants something of it, also if that is while it is put away.
+        (Wanted::Running, Phase::Pausing) => Wanted::Paused,
+        (Wanted::Running, Phase::Paused) if session.phase != Phase::Pausing => Wanted::Paused,
+        // It could not be put away: that is not tried for ever.
+        (Wanted::Paused, Phase::Idle) => Wanted::Running,
+        (wanted, _) => wanted,
+    };
+    session.phase = phase;
+    session.since = now;
+    session.hooked = false;
+    session.failures = 0;
+    session.retry_at = None;
+    session.reason = reason;
+}
+
+/// What is to be kept before an action is done; says whether that is anything.
+pub fn about_to(session: &mut Session, action: &Action, now: Timestamp) -> bool {
+    if *action != Action::Create {
+        return false;
+    }
+    // From here on there may be one, whoever dies.
+    session.holds = true;
+    session.made = Some(now);
+    session.metered_since.get_or_insert(now);
+    true
+}
+
+/// What came of an action, and what was seen by it.
+pub fn record(session: &mut Session, action: &Action, outcome: Outcome, policy: &Policy, price: &Price, now: Timestamp) {
+    match outcome {
+        Outcome::Failed(provider::Error::Missing { .. }) if *action == Action::Delete => {}
+        Outcome::Failed(error) => return failed(session, action, &error, policy, price, now),
+        Outcome::Vetoed(why) => {
+            session.reason = Some(why.clone());
+            session.hooked = true;
+            if session.phase.can_be_vetoed() {
+                enter_phase(session, Phase::Failed, Some(why), price, now);
+            }
+            return;
+        }
+        Outcome::Made(sandbox) => session.native = Some(sandbox.native),
+        Outcome::Answered(true) => enter_phase(session, Phase::Ready, None, price, now),
+        Outcome::Answered(false) => {
+            session.retry_at = Some(now + LOOK_SOON / 4);
+            return;
+        }
+        Outcome::Persisted(name) => {
+            session.archive = Some(name);
+            session.persisted = true;
+        }
+        Outcome::Done => match action {
+            Action::Hooks => session.hooked = true,
+            Action::Hydrate => session.hydrated = true,
+            Action::KeepAlive(until) => session.kept_until = Some(*until),
+            Action::Create
+            | Action::Look
+            | Action::Start
+            | Action::Ask
+            | Action::Pause
+            | Action::Persist
+            | Action::Resume
+            | Action::Stop
+            | Action::Delete => {}
+        },
+    }
+    session.failures = 0;
+    session.retry_at = None;
+}
+
+/// What a container was seen to do: one that is to be gone, and is, is held no longer.
+pub fn saw(session: &mut Session, sandbox: &Sandbox, policy: &Policy, price: &Price, now: Timestamp) {
+    if session.native.is_none() && !sandbox.state.is_gone() {
+        session.native = Some(sandbox.native.clone());
+    }
+    let to_be_gone = match session.phase {
+        Phase::Stopping | Phase::Stopped | Phase::Failed => true,
+        Phase::Pausing => policy.pause_by == PauseBy::Archive && (session.persisted || session.archive.is_some()),
+        _ => false,
+    };
+    if to_be_gone && sandbox.state.is_gone() && !settling(session, policy, now) {
+        meter(session, price, now);
+        session.holds = false;
+        session.metered_since = None;
+        session.made = None;
+        session.cost_before_usd = session.cost_usd();
+        session.report = None;
+    }
+}
+
+fn failed(session: &mut Session, action: &Action, error: &provider::Error, policy: &Policy, price: &Price, now: Timestamp) {
+    session.reason = Some(error.to_string());
+    // What cannot be done for this session, ever.
+    if !error.is_passing() {
+        match action {
+            Action::Create | Action::Start | Action::Hydrate | Action::Resume => {
+                return enter_phase(session, Phase::Failed, Some(error.to_string()), price, now);
+            }
+            Action::Pause | Action::Persist => session.failures = policy.tries.saturating_sub(1),
+            Action::Stop => session.failures = policy.tries.saturating_sub(1),
+            // The provider's timer is only behind ours.
+            Action::KeepAlive(until) => session.kept_until = Some(*until),
+            Action::Hooks | Action::Look | Action::Ask | Action::Delete => {}
+        }
+    }
+    session.failures = session.failures.saturating_add(1);
+    let doubled = policy.backoff.saturating_mul(1 << (session.failures - 1).min(10)).min(BACKOFF_MOST);
+    let asked = match error {
+        provider::Error::Busy { after: Some(after), .. } => (*after).min(BACKOFF_MOST),
+        _ => Duration::ZERO,
+    };
+    session.retry_at = Some(now + doubled.max(asked));
+}
+
+/// Adds up what the container has cost since it was last asked.
+pub fn meter(session: &mut Session, price: &Price, now: Timestamp) {
+    let Some(since) = session.metered_since.filter(|_| session.holds) else { return };
+    let seconds = now.duration_since(since).as_secs_f64().max(0.0);
+    let rate = match session.phase {
+        Phase::Paused => price.paused,
+        Phase::Stopped => price.stopped,
+        _ => price.running,
+    };
+    session.container_seconds += seconds;
+    session.container_usd += seconds / 3600.0 * rate;
+    session.metered_since = Some(now);
+}
+
+/// Containers with our label that no session holds: of a fleet's own, and old enough that nobody is about to write down that they are theirs.
+pub fn orphans<'a>(
+    found: &'a [Sandbox],
+    sessions: &BTreeMap<SessionId, Session>,
+    grace: Duration,
+    now: Timestamp,
+) -> Vec<&'a Sandbox> {
+    let held: BTreeSet<String> = sessions.values().filter(|session| session.holds).map(Session::key).collect();
+    let young = |sandbox: &Sandbox| sandbox.created.is_some_and(|created| created + grace > now);
+    let labelled = |sandbox: &Sandbox| sandbox.labels.contains_key(SESSION_LABEL) && sandbox.labels.contains_key(KEY_LABEL);
+    found
+        .iter()
+        .filter(|sandbox| labelled(sandbox) && !sandbox.state.is_gone() && !young(sandbox))
+        .filter(|sandbox| sandbox.key.as_ref().is_none_or(|key| !held.contains(key)))
+        .collect()
+}

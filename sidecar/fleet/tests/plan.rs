@@ -1,0 +1,352 @@
+//! The plan against a world that fails: whatever happens, a session ends, nothing of it is left, and there are never two containers of it.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use agent_fleet::lifecycle::Phase;
+use agent_fleet::plan::{Action, Outcome, PauseBy, Policy, Seen, Step, about_to, enter_phase, next, orphans, record, saw};
+use agent_fleet::provider::{Error, KEY_LABEL, Price, SESSION_LABEL, Sandbox, Size, Spec, State};
+use agent_fleet::session::{Pattern, Report, Session, Wanted};
+use jiff::Timestamp;
+use proptest::prelude::*;
+
+fn price() -> Price {
+    Price { running: 0.05, paused: 0.0, stopped: 0.01, source: String::from("a test") }
+}
+
+fn spec() -> Spec {
+    Spec {
+        key: String::new(),
+        image: String::from("i"),
+        command: vec![],
+        env: BTreeMap::new(),
+        secrets: BTreeMap::new(),
+        size: Size::default(),
+        ports: vec![],
+        labels: BTreeMap::new(),
+        ttl: Duration::from_secs(3600),
+        idle: None,
+    }
+}
+
+fn start() -> Timestamp {
+    Timestamp::from_second(1_800_000_000).unwrap()
+}
+
+fn session(pattern: Pattern) -> Session {
+    let now = start();
+    Session {
+        id: "s".parse().unwrap(),
+        tenant: String::from("t"),
+        owner: String::from("o"),
+        pattern,
+        provider: String::from("p"),
+        spec: spec(),
+        wanted: Wanted::Running,
+        phase: Phase::Requested,
+        since: now,
+        created: now,
+        ends: now + Duration::from_secs(3600),
+        generation: 1,
+        hooked: false,
+        holds: false,
+        made: None,
+        native: None,
+        hydrated: false,
+        persisted: false,
+        kept_until: None,
+        idle_since: None,
+        archive: None,
+        report: None,
+        cost_before_usd: 0.0,
+        container_seconds: 0.0,
+        container_usd: 0.0,
+        metered_since: None,
+        failures: 0,
+        retry_at: None,
+        reason: None,
+        version: 0,
+    }
+}
+
+/// A provider with containers, a clock, and a fleet that keeps one session.
+struct World {
+    now: Timestamp,
+    kept: Session,
+    seen: Option<Seen>,
+    policy: Policy,
+    /// By key: what they do, and since when they can be found.
+    containers: BTreeMap<String, (State, Timestamp)>,
+    most: usize,
+    /// What else happens, one for each moment that something could: none when it is used up.
+    fate: Vec<u8>,
+    ready: bool,
+    lag: Duration,
+    trail: Vec<Phase>,
+    hooked: Vec<(u32, Phase)>,
+}
+
+impl World {
+    fn new(pattern: Pattern, pause_by: PauseBy, fate: Vec<u8>, lag: Duration) -> Self {
+        let policy = Policy { idle_after: Some(Duration::from_secs(60)), keep_alive: Some(Duration::from_secs(300)), pause_by, ..Policy::default() };
+        let kept = session(pattern);
+        let (containers, trail) = (BTreeMap::new(), vec![Phase::Requested]);
+        World { now: start(), kept, seen: None, policy, containers, most: 0, fate, ready: true, lag, trail, hooked: vec![] }
+    }
+
+    fn happens(&mut self) -> u8 {
+        self.fate.pop().unwrap_or(255)
+    }
+
+    fn alive(&self) -> usize {
+        self.containers.values().filter(|(state, _)| !state.is_gone()).count()
+    }
+
+    fn find(&self) -> Sandbox {
+        let key = self.kept.key();
+        let known = self.containers.get(&key).filter(|(_, from)| *from <= self.now);
+        Sandbox {
+            key: Some(key.clone()),
+            native: format!("native-{key}"),
+            state: known.map_or(State::Missing, |(state, _)| state.clone()),
+            reason: None,
+            exit_code: known.and_then(|(state, _)| (*state == State::Stopped).then_some(0)),
+            size: None,
+            created: None,
+            deadline: None,
+            labels: BTreeMap::new(),
+        }
+    }
+
+    /// What the provider makes of it.
+    fn perform(&mut self, action: &Action) -> Outcome {
+        let key = self.kept.key();
+        let now = self.now;
+        let held = self.kept.holds;
+        let container = self.containers.get_mut(&key);
+        match action {
+            Action::Hooks => self.hooked.push((self.kept.generation, self.kept.phase)),
+            Action::Create => {
+                assert!(held, "a container that is created must be known before");
+                self.containers.entry(key).or_insert((State::Running, now + self.lag));
+                self.most = self.most.max(self.alive());
+                return Outcome::Made(self.find());
+            }
+            Action::Ask => return Outcome::Answered(self.ready),
+            Action::Persist => return Outcome::Persisted(String::from("kept")),
+            Action::Delete => {
+                self.containers.remove(&key);
+            }
+            Action::Start | Action::Resume => container.into_iter().for_each(|found| found.0 = State::Running),
+            Action::Pause => container.into_iter().for_each(|found| found.0 = State::Paused),
+            Action::Stop => container.into_iter().for_each(|found| found.0 = State::Stopped),
+            Action::Look | Action::Hydrate | Action::KeepAlive(_) => {}
+        }
+        Outcome::Done
+    }
+
+    /// One step; false when there is nothing more to do.
+    fn step(&mut self) -> bool {
+        match next(&self.kept, self.seen.as_ref(), &self.policy, self.now) {
+            Step::Enter(phase, why) => {
+                assert!(self.kept.phase.leads_to(phase), "{} -> {phase}", self.kept.phase);
+                enter_phase(&mut self.kept, phase, why, &price(), self.now);
+                self.trail.push(phase);
+            }
+            Step::Wait(None) => return false,
+            Step::Wait(Some(until)) => {
+                assert!(until > self.now, "{} waits for the past: {until} at {}", self.kept.phase, self.now);
+                self.now = until;
+                self.chance();
+            }
+            Step::Do(Action::Look) => {
+                if self.happens() < 20 {
+                    let error = Error::Failed { provider: "test", what: String::from("away") };
+                    record(&mut self.kept, &Action::Look, Outcome::Failed(error), &self.policy, &price(), self.now);
+                    return true;
+                }
+                let sandbox = self.find();
+                saw(&mut self.kept, &sandbox, &self.policy, &price(), self.now);
+                record(&mut self.kept, &Action::Look, Outcome::Done, &self.policy, &price(), self.now);
+                self.seen = Some(Seen { sandbox, at: self.now });
+            }
+            Step::Do(action) => {
+                about_to(&mut self.kept, &action, self.now);
+                let fault = self.happens();
+                let error = |what: &str| Outcome::Failed(Error::Unsure { provider: "test", what: what.to_owned() });
+                let outcome = match fault {
+                    // Not done; done and not heard of; done, and whoever did it is gone.
+                    0..25 => error("not done"),
+                    25..50 => {
+                        self.perform(&action);
+                        error("done")
+                    }
+                    50..70 => {
+                        self.perform(&action);
+                        self.seen = None;
+                        return true;
+                    }
+                    70..75 if action == Action::Hooks => Outcome::Vetoed(String::from("no")),
+                    70..75 => Outcome::Failed(Error::Refused { provider: "test", what: String::from("never") }),
+                    _ => self.perform(&action),
+                };
+                self.now += Duration::from_millis(10);
+                self.seen = None;
+                record(&mut self.kept, &action, outcome, &self.policy, &price(), self.now);
+                if self.trail.last() != Some(&self.kept.phase) {
+                    self.trail.push(self.kept.phase);
+                }
+            }
+        }
+        true
+    }
+
+    /// What others do meanwhile.
+    fn chance(&mut self) {
+        let key = self.kept.key();
+        let now = self.now;
+        let report = |busy_until| Report { at: now, busy_until, cost_usd: 0.5, conversation: None };
+        match self.happens() {
+            0..10 => self.kept.wanted = Wanted::Paused,
+            10..40 if self.kept.wanted != Wanted::Gone => self.kept.wanted = Wanted::Running,
+            40..45 => self.kept.wanted = Wanted::Gone,
+            45..60 => self.containers.get_mut(&key).into_iter().for_each(|found| found.0 = State::Stopped),
+            60..70 => {
+                self.containers.remove(&key);
+            }
+            70..75 => self.ready = !self.ready,
+            75..120 => self.kept.report = Some(report(Some(now + Duration::from_secs(30)))),
+            120..220 => self.kept.report = Some(report(None)),
+            _ => {}
+        }
+    }
+
+    fn run(&mut self, most: usize) -> bool {
+        (0..most).all(|_| self.step())
+    }
+}
+
+fn patterns() -> impl Strategy<Value = (Pattern, PauseBy)> {
+    prop_oneof![
+        Just((Pattern::Ephemeral, PauseBy::Nothing)),
+        Just((Pattern::LongRunning, PauseBy::Provider)),
+        Just((Pattern::Hybrid, PauseBy::Archive)),
+        Just((Pattern::Hybrid, PauseBy::Provider)),
+        Just((Pattern::Shared, PauseBy::Nothing)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn whatever_happens_nothing_is_left_and_never_are_there_two(
+        (pattern, pause_by) in patterns(),
+        fate in prop::collection::vec(any::<u8>(), 0..400),
+        lag in prop_oneof![Just(0), Just(5)],
+    ) {
+        let mut world = World::new(pattern, pause_by, fate, Duration::from_secs(lag));
+        // It runs until it has ended, or sleeps with nobody asking: then its time is over some day.
+        let busy = world.run(20_000);
+        prop_assert!(!busy, "it comes to no end: {:?}", world.trail);
+        prop_assert!(world.kept.phase.is_last(), "{:?}", world.trail);
+        prop_assert_eq!(world.alive(), 0, "{:?}", world.trail);
+        prop_assert!(!world.kept.holds);
+        prop_assert!(world.most <= 1, "{} at once: {:?}", world.most, world.trail);
+        prop_assert!(world.kept.container_usd >= 0.0 && world.kept.container_seconds <= 3600.0 + 300.0, "{}", world.kept.container_seconds);
+    }
+}
+
+#[test]
+fn an_ephemeral_one_goes_straight_through() {
+    let mut world = World::new(Pattern::Ephemeral, PauseBy::Nothing, vec![], Duration::ZERO);
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    world.kept.report = Some(Report { at: world.now, busy_until: Some(world.now + Duration::from_secs(30)), cost_usd: 0.25, conversation: None });
+    while world.kept.phase != Phase::Active {
+        assert!(world.step());
+    }
+    world.containers.values_mut().for_each(|found| found.0 = State::Stopped);
+    assert!(!world.run(100));
+    use Phase::*;
+    assert_eq!(world.trail, [Requested, Creating, Starting, Ready, Active, Stopped, Destroyed]);
+    let hooked: Vec<Phase> = world.hooked.iter().map(|(_, phase)| *phase).collect();
+    assert_eq!(hooked, world.trail, "the hooks of each phase, once");
+    assert_eq!(world.kept.cost_usd(), 0.25);
+    assert_eq!(world.kept.reason, None);
+}
+
+#[test]
+fn a_hybrid_one_is_put_away_when_it_is_idle_and_goes_on_in_another_container() {
+    let mut world = World::new(Pattern::Hybrid, PauseBy::Archive, vec![], Duration::ZERO);
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    let first = world.kept.key();
+    world.kept.report = Some(Report { at: world.now, busy_until: None, cost_usd: 1.0, conversation: None });
+    let began = world.now;
+    while world.kept.phase != Phase::Paused {
+        assert!(world.step());
+    }
+    let idle = world.now.duration_since(began).as_secs();
+    assert!((60..70).contains(&idle), "{idle}");
+    assert_eq!((world.alive(), world.kept.holds, world.kept.archive.as_deref()), (0, false, Some("kept")));
+    // It rests, until somebody wants it.
+    assert!((0..3).all(|_| world.step() && world.kept.phase == Phase::Paused || world.now >= world.kept.ends));
+    let mut world = World { now: began + Duration::from_secs(100), ..world };
+    world.kept.phase = Phase::Paused;
+    world.kept.wanted = Wanted::Running;
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    assert_ne!(world.kept.key(), first);
+    assert!(world.kept.hydrated, "with what was put away");
+    world.kept.report = Some(Report { at: world.now, busy_until: None, cost_usd: 0.5, conversation: None });
+    assert_eq!(world.kept.cost_usd(), 1.5, "of both containers");
+}
+
+#[test]
+fn who_has_never_been_heard_of_is_not_idle() {
+    let mut world = World::new(Pattern::Ephemeral, PauseBy::Nothing, vec![], Duration::ZERO);
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    while world.now < start() + Duration::from_secs(1800) {
+        assert!(world.step());
+        assert_eq!(world.kept.phase, Phase::Ready);
+    }
+}
+
+#[test]
+fn a_veto_creates_nothing() {
+    let mut world = World::new(Pattern::Ephemeral, PauseBy::Nothing, vec![72], Duration::ZERO);
+    assert!(!world.run(100));
+    assert_eq!(world.trail, [Phase::Requested, Phase::Failed]);
+    assert_eq!((world.kept.reason.as_deref(), world.most), (Some("no"), 0));
+}
+
+#[test]
+fn what_nobody_holds_is_an_orphan_when_it_is_not_just_being_made() {
+    let now = start();
+    let grace = Duration::from_secs(60);
+    let sandbox = |key: &str, age: u64| Sandbox {
+        key: Some(key.to_owned()),
+        native: key.to_owned(),
+        state: State::Running,
+        reason: None,
+        exit_code: None,
+        size: None,
+        created: Some(now - Duration::from_secs(age)),
+        deadline: None,
+        labels: BTreeMap::from([(SESSION_LABEL.to_owned(), String::from("s")), (KEY_LABEL.to_owned(), key.to_owned())]),
+    };
+    let mut held = session(Pattern::Ephemeral);
+    held.holds = true;
+    let key = held.key();
+    let sessions = BTreeMap::from([(held.id.clone(), held)]);
+    let mut strange = sandbox("strange", 100);
+    strange.labels.clear();
+    let found = [sandbox(&key, 100), sandbox("old", 100), sandbox("young", 10), strange];
+    let left: Vec<&str> = orphans(&found, &sessions, grace, now).iter().map(|one| one.native.as_str()).collect();
+    assert_eq!(left, ["old"]);
+}
