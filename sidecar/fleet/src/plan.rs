@@ -196,9 +196,13 @@ impl Planner<'_> {
             State::Running => Step::Do(Action::Ask),
             State::Stopped | State::Failed => enter(Phase::Failed, format!("it ended before it was ready{}", why(container))),
             State::Missing | State::Destroyed if !self.settling() => enter(Phase::Failed, "it was gone before it was ready"),
-            State::Creating | State::Pausing | State::Paused | State::Stopping | State::Missing | State::Destroyed | State::Unknown(_) => {
-                self.soon()
-            }
+            State::Creating
+            | State::Pausing
+            | State::Paused
+            | State::Stopping
+            | State::Missing
+            | State::Destroyed
+            | State::Unknown(_) => self.soon(),
         })
     }
 
@@ -357,13 +361,12 @@ impl Planner<'_> {
         };
         Some(match container.state {
             State::Missing | State::Destroyed if self.settling() => self.soon(),
-            State::Stopped | State::Failed | State::Missing | State::Destroyed | State::Created => Step::Enter(Phase::Stopped, None),
-            State::Running
-            | State::Paused
-            | State::Pausing
-            | State::Creating
-            | State::Stopping
-            | State::Unknown(_) => Step::Do(Action::Stop),
+            State::Stopped | State::Failed | State::Missing | State::Destroyed | State::Created => {
+                Step::Enter(Phase::Stopped, None)
+            }
+            State::Running | State::Paused | State::Pausing | State::Creating | State::Stopping | State::Unknown(_) => {
+                Step::Do(Action::Stop)
+            }
         })
     }
 

@@ -88,7 +88,12 @@ struct World {
 
 impl World {
     fn new(pattern: Pattern, pause_by: PauseBy, fate: Vec<u8>, lag: Duration) -> Self {
-        let policy = Policy { idle_after: Some(Duration::from_secs(60)), keep_alive: Some(Duration::from_secs(300)), pause_by, ..Policy::default() };
+        let policy = Policy {
+            idle_after: Some(Duration::from_secs(60)),
+            keep_alive: Some(Duration::from_secs(300)),
+            pause_by,
+            ..Policy::default()
+        };
         let kept = session(pattern);
         let (containers, trail) = (BTreeMap::new(), vec![Phase::Requested]);
         World { now: start(), kept, seen: None, policy, containers, most: 0, fate, ready: true, lag, trail, hooked: vec![] }
@@ -262,7 +267,8 @@ fn an_ephemeral_one_goes_straight_through() {
     while world.kept.phase != Phase::Ready {
         assert!(world.step());
     }
-    world.kept.report = Some(Report { at: world.now, busy_until: Some(world.now + Duration::from_secs(30)), cost_usd: 0.25, conversation: None });
+    world.kept.report =
+        Some(Report { at: world.now, busy_until: Some(world.now + Duration::from_secs(30)), cost_usd: 0.25, conversation: None });
     while world.kept.phase != Phase::Active {
         assert!(world.step());
     }

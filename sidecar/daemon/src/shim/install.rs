@@ -397,7 +397,14 @@ fn is_current(place: &Path) -> bool {
 }
 
 fn goes_through_us(place: &Path) -> bool {
-    super::find::is_script(place) && fs::read(place).is_ok_and(|text| memchr::memmem::find(&text, b"agent-sidecar").is_some())
+    super::find::is_script(place) && fs::read(place).is_ok_and(|text| names_us(&text))
+}
+
+/// Whether a script names us as a program: a directory may be called as we are.
+fn names_us(text: &[u8]) -> bool {
+    let name = b"agent-sidecar";
+    let ends = |at: usize| text.get(at + name.len()).is_none_or(|next| !next.is_ascii_alphanumeric() && !b"-_/.".contains(next));
+    memchr::memmem::find_iter(text, name).any(ends)
 }
 
 /// What it says of itself; every Claude CLI answers `2.1.330 (Claude Code)` to this, without looking at anything. Root asks as somebody
@@ -619,6 +626,16 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+
+    #[test]
+    fn a_script_names_us_as_a_program_and_not_as_a_directory() {
+        for us in ["exec agent-sidecar run -- x", "/opt/bin/agent-sidecar\n", "\"/opt/agent-sidecar\" run", "agent-sidecar"] {
+            assert!(names_us(us.as_bytes()), "{us}");
+        }
+        for other in ["exec /srv/agent-sidecar/bin/claude", "/tmp/agent-sidecar-12/claude", "agent-sidecars", "claude"] {
+            assert!(!names_us(other.as_bytes()), "{other}");
+        }
+    }
 
     #[test]
     fn a_way_is_safe_if_nobody_but_root_can_change_where_it_leads() {

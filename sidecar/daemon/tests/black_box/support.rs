@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{LazyLock, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal};
@@ -215,8 +215,20 @@ pub(crate) fn noise(n: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
+/// Not below the build: a socket's path has 107 bytes, and where somebody builds may be far down.
 pub(crate) fn scratch(name: &str) -> PathBuf {
-    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
+    static BASE: LazyLock<PathBuf> = LazyLock::new(|| {
+        let name = |pid: &dyn std::fmt::Display| std::env::temp_dir().join(format!("black-box-{pid}"));
+        // What a run before this one has left: nobody looks at it any more.
+        for entry in std::fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+            let pid = entry.file_name().to_str().and_then(|name| name.strip_prefix("black-box-")?.parse().ok());
+            if let Some(pid) = pid.filter(|pid| !alive(*pid)) {
+                std::fs::remove_dir_all(name(&pid)).ok();
+            }
+        }
+        name(&std::process::id())
+    });
+    let dir = BASE.join(name);
     std::fs::create_dir_all(&dir).unwrap();
     dir
 }
