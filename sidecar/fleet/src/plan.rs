@@ -110,13 +110,32 @@ pub enum Action {
     Delete,
 }
 
+impl Action {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Action::Hooks => "hooks",
+            Action::Create => "create",
+            Action::Look => "look",
+            Action::Start => "start",
+            Action::Ask => "ask",
+            Action::Hydrate => "hydrate",
+            Action::KeepAlive(_) => "keep_alive",
+            Action::Pause => "pause",
+            Action::Persist => "persist",
+            Action::Resume => "resume",
+            Action::Stop => "stop",
+            Action::Delete => "delete",
+        }
+    }
+}
+
 /// What came of an action.
 #[derive(Debug)]
 pub enum Outcome {
     Done,
     /// The hooks have said no, or one that must not fail has.
     Vetoed(String),
-    Made(Sandbox),
+    Made(Box<Sandbox>),
     Answered(bool),
     /// What was put away, by its name in the store of conversations.
     Persisted(String),
@@ -513,26 +532,26 @@ pub fn about_to(session: &mut Session, action: &Action, now: Timestamp) -> bool 
 }
 
 /// What came of an action, and what was seen by it.
-pub fn record(session: &mut Session, action: &Action, outcome: Outcome, policy: &Policy, price: &Price, now: Timestamp) {
+pub fn record(session: &mut Session, action: &Action, outcome: &Outcome, policy: &Policy, price: &Price, now: Timestamp) {
     match outcome {
         Outcome::Failed(provider::Error::Missing { .. }) if *action == Action::Delete => {}
-        Outcome::Failed(error) => return failed(session, action, &error, policy, price, now),
+        Outcome::Failed(error) => return failed(session, action, error, policy, price, now),
         Outcome::Vetoed(why) => {
             session.reason = Some(why.clone());
             session.hooked = true;
             if session.phase.can_be_vetoed() {
-                enter_phase(session, Phase::Failed, Some(why), price, now);
+                enter_phase(session, Phase::Failed, Some(why.clone()), price, now);
             }
             return;
         }
-        Outcome::Made(sandbox) => session.native = Some(sandbox.native),
+        Outcome::Made(sandbox) => session.native = Some(sandbox.native.clone()),
         Outcome::Answered(true) => enter_phase(session, Phase::Ready, None, price, now),
         Outcome::Answered(false) => {
             session.retry_at = Some(now + LOOK_SOON / 4);
             return;
         }
         Outcome::Persisted(name) => {
-            session.archive = Some(name);
+            session.archive = Some(name.clone());
             session.persisted = true;
         }
         Outcome::Done => match action {

@@ -176,6 +176,42 @@ pub struct Session {
 }
 
 impl Session {
+    /// One that somebody has just asked for, of `(tenant, owner)`.
+    pub fn new(id: SessionId, (tenant, owner): (&str, &str), pattern: Pattern, provider: &str, spec: Spec, now: Timestamp) -> Self {
+        Self {
+            id,
+            tenant: tenant.to_owned(),
+            owner: owner.to_owned(),
+            pattern,
+            provider: provider.to_owned(),
+            ends: now + spec.ttl,
+            spec,
+            wanted: Wanted::Running,
+            phase: Phase::Requested,
+            since: now,
+            created: now,
+            generation: 1,
+            hooked: false,
+            holds: false,
+            made: None,
+            native: None,
+            hydrated: false,
+            persisted: false,
+            kept_until: None,
+            idle_since: None,
+            archive: None,
+            report: None,
+            cost_before_usd: 0.0,
+            container_seconds: 0.0,
+            container_usd: 0.0,
+            metered_since: None,
+            failures: 0,
+            retry_at: None,
+            reason: None,
+            version: 0,
+        }
+    }
+
     /// The name and label of its container, the same whoever asks: fit for every provider (a DNS label of at most 40 characters).
     pub fn key(&self) -> String {
         container_key(&self.id, self.generation)

@@ -34,39 +34,7 @@ fn start() -> Timestamp {
 }
 
 fn session(pattern: Pattern) -> Session {
-    let now = start();
-    Session {
-        id: "s".parse().unwrap(),
-        tenant: String::from("t"),
-        owner: String::from("o"),
-        pattern,
-        provider: String::from("p"),
-        spec: spec(),
-        wanted: Wanted::Running,
-        phase: Phase::Requested,
-        since: now,
-        created: now,
-        ends: now + Duration::from_secs(3600),
-        generation: 1,
-        hooked: false,
-        holds: false,
-        made: None,
-        native: None,
-        hydrated: false,
-        persisted: false,
-        kept_until: None,
-        idle_since: None,
-        archive: None,
-        report: None,
-        cost_before_usd: 0.0,
-        container_seconds: 0.0,
-        container_usd: 0.0,
-        metered_since: None,
-        failures: 0,
-        retry_at: None,
-        reason: None,
-        version: 0,
-    }
+    Session::new("s".parse().unwrap(), ("t", "o"), pattern, "p", spec(), start())
 }
 
 /// A provider with containers, a clock, and a fleet that keeps one session.
@@ -135,7 +103,7 @@ impl World {
                 assert!(held, "a container that is created must be known before");
                 self.containers.entry(key).or_insert((State::Running, now + self.lag));
                 self.most = self.most.max(self.alive());
-                return Outcome::Made(self.find());
+                return Outcome::Made(Box::new(self.find()));
             }
             Action::Ask => return Outcome::Answered(self.ready),
             Action::Persist => return Outcome::Persisted(String::from("kept")),
@@ -167,12 +135,12 @@ impl World {
             Step::Do(Action::Look) => {
                 if self.happens() < 20 {
                     let error = Error::Failed { provider: "test", what: String::from("away") };
-                    record(&mut self.kept, &Action::Look, Outcome::Failed(error), &self.policy, &price(), self.now);
+                    record(&mut self.kept, &Action::Look, &Outcome::Failed(error), &self.policy, &price(), self.now);
                     return true;
                 }
                 let sandbox = self.find();
                 saw(&mut self.kept, &sandbox, &self.policy, &price(), self.now);
-                record(&mut self.kept, &Action::Look, Outcome::Done, &self.policy, &price(), self.now);
+                record(&mut self.kept, &Action::Look, &Outcome::Done, &self.policy, &price(), self.now);
                 self.seen = Some(Seen { sandbox, at: self.now });
             }
             Step::Do(action) => {
@@ -197,7 +165,7 @@ impl World {
                 };
                 self.now += Duration::from_millis(10);
                 self.seen = None;
-                record(&mut self.kept, &action, outcome, &self.policy, &price(), self.now);
+                record(&mut self.kept, &action, &outcome, &self.policy, &price(), self.now);
                 if self.trail.last() != Some(&self.kept.phase) {
                     self.trail.push(self.kept.phase);
                 }

@@ -1,0 +1,96 @@
+//! What the sidecar in a container says: whether its agents work, until when to believe it, and what they have cost.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use serde::Deserialize;
+
+use crate::provider::Endpoint;
+use crate::session::Report;
+
+/// How long a sidecar may take for an answer.
+const ANSWER: Duration = Duration::from_secs(5);
+/// A container has at most 1,500 series; more than this is no sidecar.
+const MOST: usize = 4 << 20;
+const COST: &str = "claude_agent_cost_usd_total";
+
+/// Who is asked.
+#[async_trait]
+pub trait Inside: Send + Sync {
+    /// What it says now.
+    ///
+    /// # Errors
+    /// It does not answer, or not as a sidecar would: in words.
+    async fn report(&self, at: &Endpoint, now: Timestamp) -> Result<Report, String>;
+}
+
+/// Asked over HTTP, at the sidecar's own port.
+pub struct Http {
+    client: reqwest::Client,
+}
+
+/// As `/busy` says it.
+#[derive(Deserialize)]
+struct Word {
+    busy: bool,
+    /// Seconds since the Unix epoch.
+    until: Option<i64>,
+}
+
+impl Http {
+    pub fn new(client: reqwest::Client) -> Self {
+        Self { client }
+    }
+
+    async fn get(&self, at: &Endpoint, path: &str) -> Result<Vec<u8>, String> {
+        let mut asked = self.client.get(format!("{}{path}", at.url)).timeout(ANSWER);
+        for (name, value) in &at.headers {
+            asked = asked.header(name, value);
+        }
+        let mut answer = asked.send().await.map_err(|error| error.without_url().to_string())?;
+        if !answer.status().is_success() {
+            return Err(format!("{path} answers {}", answer.status()));
+        }
+        let mut body = Vec::new();
+        while let Some(chunk) = answer.chunk().await.map_err(|error| error.without_url().to_string())? {
+            if body.len() + chunk.len() > MOST {
+                return Err(format!("{path} says more than a sidecar would"));
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(body)
+    }
+}
+
+#[async_trait]
+impl Inside for Http {
+    async fn report(&self, at: &Endpoint, now: Timestamp) -> Result<Report, String> {
+        let word: Word = serde_json::from_slice(&self.get(at, "/busy").await?).map_err(|error| format!("/busy: {error}"))?;
+        let cost_usd = cost(&String::from_utf8_lossy(&self.get(at, "/metrics").await?));
+        // A lease without an end would never run out.
+        let busy_until = word.until.filter(|_| word.busy).and_then(|until| Timestamp::from_second(until).ok());
+        Ok(Report { at: now, busy_until, cost_usd, conversation: None })
+    }
+}
+
+/// The sum of what all agents of the container have cost, in USD, from what `/metrics` says.
+fn cost(metrics: &str) -> f64 {
+    let series = metrics.lines().filter(|line| line.starts_with(COST) && line[COST.len()..].starts_with(['{', ' ']));
+    let values = series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+    values.filter(|value| value.is_finite() && *value > 0.0).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn costs_are_added_up_over_models_and_slots_and_nothing_else_is() {
+        let text = "# HELP claude_agent_cost_usd_total x\n# TYPE claude_agent_cost_usd_total counter\n\
+            claude_agent_cost_usd_total{model=\"a b\",slot=\"0\"} 0.5\nclaude_agent_cost_usd_total{model=\"c\",slot=\"1\"} 0.25\n\
+            claude_agent_cost_usd_total{model=\"d\"} NaN\nclaude_agent_cost_usd_totally 7\n";
+        assert_eq!(cost(text), 0.75);
+        assert_eq!(cost(""), 0.0);
+    }
+}

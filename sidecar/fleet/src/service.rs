@@ -1,0 +1,538 @@
+//! Drives sessions: does what [`crate::plan`] says, keeps what came of it, and lets go of each until something is due again.
+//!
+//! ```text
+//!   store ──claim──► session ─► next ─► do ─► record ─► kept ─┐
+//!                       ▲           └──────────◄──────────────┘ … until there is nothing to do: released, and due again at T
+//!   provider's events ──┴── somebody's wish: due at once
+//! ```
+//!
+//! A fleet that dies loses its lease, and another (or it itself, anew) goes on from what was kept.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::StreamExt;
+use jiff::Timestamp;
+use tokio::sync::{Notify, Semaphore, watch};
+
+use crate::inside::Inside;
+use crate::lifecycle::Phase;
+use crate::plan::{self, Action, Outcome, Policy, Seen, Step};
+use crate::provider::{self, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, State};
+use crate::session::{Session, SessionId, Wanted, container_key};
+use crate::store::{self, Filter, Inserted, Store};
+
+/// How long a fleet that is not heard of keeps its sessions, unless somebody says otherwise.
+pub const LEASE: Duration = Duration::from_secs(30);
+/// How often the store is asked what is due, when nobody says so.
+const POLL: Duration = Duration::from_secs(1);
+/// Sessions that are driven at the same time.
+const AT_ONCE: usize = 64;
+/// Steps of one session in one go: more is no way to an end.
+const STEPS: usize = 200;
+/// How often somebody else may have written in between.
+const CONFLICTS: usize = 20;
+/// How often everything that exists is held against everything that is kept.
+const RECONCILE: Duration = Duration::from_secs(60);
+/// A container without a session is younger than this only while it is being made.
+const ORPHAN_GRACE: Duration = Duration::from_secs(120);
+/// Pages of a list, at most: a provider that never ends must not keep us for ever.
+const PAGES: usize = 1000;
+
+/// What runs when a session comes into a phase.
+#[async_trait]
+pub trait Hooks: Send + Sync {
+    /// Each that is due has run when this ends.
+    ///
+    /// # Errors
+    /// No, in words; heard where [`Phase::can_be_vetoed`].
+    async fn run(&self, session: &Session) -> Result<(), String>;
+}
+
+/// How each session is treated, from its template.
+pub trait Policies: Send + Sync {
+    fn policy(&self, session: &Session) -> Policy;
+    /// The port of the sidecar in it.
+    fn port(&self, session: &Session) -> u16;
+}
+
+/// What everybody may ask now.
+pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
+pub struct Fleet {
+    /// What its containers are labelled with: the same for all that share a store.
+    name: String,
+    /// This process alone.
+    me: String,
+    store: Arc<dyn Store>,
+    providers: BTreeMap<String, Arc<dyn Provider>>,
+    hooks: Arc<dyn Hooks>,
+    policies: Arc<dyn Policies>,
+    inside: Arc<dyn Inside>,
+    clock: Clock,
+    lease: Duration,
+    due: Notify,
+    counts: Counts,
+}
+
+/// What the fleet counts of itself.
+#[derive(Default)]
+pub struct Counts {
+    /// By phase: how often one came into it.
+    pub entered: std::sync::Mutex<BTreeMap<Phase, u64>>,
+    /// Containers that nobody held, and were removed.
+    pub orphans: std::sync::atomic::AtomicU64,
+    /// Actions, by name and whether they failed.
+    pub actions: std::sync::Mutex<BTreeMap<(&'static str, bool), (u64, f64)>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error("there is no provider `{0}`")]
+    NoProvider(String),
+    #[error("session {0} goes round in a circle")]
+    Circle(SessionId),
+}
+
+impl Fleet {
+    pub fn new(
+        name: &str,
+        store: Arc<dyn Store>,
+        providers: BTreeMap<String, Arc<dyn Provider>>,
+        (hooks, policies, inside): (Arc<dyn Hooks>, Arc<dyn Policies>, Arc<dyn Inside>),
+        clock: Clock,
+    ) -> Self {
+        let me = format!("{name}-{}", uuid::Uuid::now_v7());
+        let (due, counts) = (Notify::new(), Counts::default());
+        Self { name: name.to_owned(), me, store, providers, hooks, policies, inside, clock, lease: LEASE, due, counts }
+    }
+
+    #[must_use]
+    pub fn with_lease(self, lease: Duration) -> Self {
+        Self { lease, ..self }
+    }
+
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    pub fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    pub fn now(&self) -> Timestamp {
+        (self.clock)()
+    }
+
+    pub fn provider(&self, name: &str) -> Result<&Arc<dyn Provider>, Error> {
+        self.providers.get(name).ok_or_else(|| Error::NoProvider(name.to_owned()))
+    }
+
+    pub fn providers(&self) -> &BTreeMap<String, Arc<dyn Provider>> {
+        &self.providers
+    }
+
+    /// Keeps a new session, which is then driven. The same id twice is one.
+    pub async fn create(&self, mut session: Session) -> Result<Inserted, Error> {
+        self.provider(&session.provider)?;
+        self.label(&mut session);
+        let inserted = self.store.insert(&session).await?;
+        self.due.notify_one();
+        Ok(inserted)
+    }
+
+    /// The container's name and labels, by which it is found again.
+    fn label(&self, session: &mut Session) {
+        let key = session.key();
+        session.spec.labels.extend([
+            (FLEET_LABEL.to_owned(), self.name.clone()),
+            (SESSION_LABEL.to_owned(), session.id.to_string()),
+            (KEY_LABEL.to_owned(), key.clone()),
+        ]);
+        session.spec.key = key;
+    }
+
+    /// Somebody wants something of a session. What it is then; `None`: there is none.
+    pub async fn want(&self, id: &SessionId, wanted: Wanted, why: &str) -> Result<Option<Session>, Error> {
+        let Some(mut session) = self.store.get(id).await? else { return Ok(None) };
+        self.change(&mut session, |session| {
+            // What is to be gone stays so.
+            if session.wanted != Wanted::Gone && !session.phase.is_last() {
+                session.wanted = wanted;
+                if wanted == Wanted::Gone {
+                    session.reason = Some(why.to_owned());
+                }
+            }
+        })
+        .await?;
+        self.store.wake(id).await?;
+        self.due.notify_one();
+        Ok(Some(session))
+    }
+
+    /// Reads, changes and writes until nobody has written in between.
+    async fn change(&self, session: &mut Session, change: impl Fn(&mut Session)) -> Result<(), Error> {
+        for _ in 0..CONFLICTS {
+            let mut changed = session.clone();
+            change(&mut changed);
+            match self.store.update(&mut changed).await {
+                Ok(()) => {
+                    *session = changed;
+                    return Ok(());
+                }
+                Err(store::Error::Conflict(_)) => {
+                    let id = &session.id;
+                    *session = self.store.get(id).await?.ok_or_else(|| store::Error::Missing(id.clone()))?;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(Error::Circle(session.id.clone()))
+    }
+
+    /// Drives what is due until it is told to end; what is under way then is finished up to its next step.
+    pub async fn run(self: Arc<Self>, mut end: watch::Receiver<bool>) {
+        let room = Arc::new(Semaphore::new(AT_ONCE));
+        let mut tasks = tokio::task::JoinSet::new();
+        // They end with us, however that is.
+        let mut beside = tokio::task::JoinSet::new();
+        beside.spawn(Arc::clone(&self).renew());
+        beside.spawn(Arc::clone(&self).listen());
+        beside.spawn(Arc::clone(&self).reconcile_for_ever());
+        while !*end.borrow() {
+            while tasks.try_join_next().is_some() {}
+            let free = room.available_permits();
+            let claimed = if free == 0 { Ok(Vec::new()) } else { self.store.claim(&self.me, self.lease, free).await };
+            match claimed {
+                Ok(sessions) => {
+                    for session in sessions {
+                        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { break };
+                        let (fleet, end) = (Arc::clone(&self), end.clone());
+                        tasks.spawn(async move {
+                            fleet.drive_and_release(session, &end).await;
+                            drop(permit);
+                            // There is room for another.
+                            fleet.due.notify_one();
+                        });
+                    }
+                }
+                Err(error) => tracing::error!(%error, "what is due cannot be read"),
+            }
+            tokio::select! {
+                () = self.due.notified() => {}
+                () = tokio::time::sleep(POLL) => {}
+                _ = end.changed() => {}
+            }
+        }
+        // What is under way is finished under our lease.
+        while tasks.join_next().await.is_some() {}
+        beside.shutdown().await;
+    }
+
+    async fn renew(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(self.lease / 3).await;
+            if let Err(error) = self.store.renew(&self.me, self.lease).await {
+                tracing::error!(%error, "the lease cannot be renewed: another fleet may take over");
+            }
+        }
+    }
+
+    async fn drive_and_release(&self, session: Session, end: &watch::Receiver<bool>) {
+        let id = session.id.clone();
+        let wake = match self.drive(session, end).await {
+            Ok(wake) => wake,
+            Err(error) => {
+                tracing::error!(session = %id, %error, "a session cannot be driven now");
+                Some(self.now() + POLL * 5)
+            }
+        };
+        if let Err(error) = self.store.release(&self.me, &id, wake).await {
+            tracing::error!(session = %id, %error, "a session cannot be released: it is due when its lease is over");
+        }
+    }
+
+    /// Does what is to be done, up to when there is nothing for a while. When it is due again.
+    pub async fn drive(&self, mut session: Session, end: &watch::Receiver<bool>) -> Result<Option<Timestamp>, Error> {
+        let provider = Arc::clone(self.provider(&session.provider)?);
+        let price = provider.price(session.spec.size);
+        let policy = self.policies.policy(&session);
+        let mut seen: Option<Seen> = None;
+        for _ in 0..STEPS {
+            if *end.borrow() {
+                return Ok(Some(self.now()));
+            }
+            match plan::next(&session, seen.as_ref(), &policy, self.now()) {
+                Step::Wait(until) => return Ok(until),
+                Step::Enter(phase, reason) => {
+                    let now = self.now();
+                    // Who has written meanwhile may have wanted something else: then it is thought over again.
+                    let mut entered = session.clone();
+                    plan::enter_phase(&mut entered, phase, reason.clone(), &price, now);
+                    self.label(&mut entered);
+                    match self.store.update(&mut entered).await {
+                        Ok(()) => session = entered,
+                        Err(store::Error::Conflict(_)) => {
+                            session = self.read(&session.id).await?;
+                            continue;
+                        }
+                        Err(error) => return Err(error.into()),
+                    }
+                    if let Ok(mut counts) = self.counts.entered.lock() {
+                        *counts.entry(phase).or_default() += 1;
+                    }
+                    tracing::info!(session = %session.id, %phase, reason, "a session");
+                }
+                Step::Do(action) => {
+                    let mut about = session.clone();
+                    if plan::about_to(&mut about, &action, self.now()) {
+                        match self.store.update(&mut about).await {
+                            Ok(()) => session = about,
+                            Err(store::Error::Conflict(_)) => {
+                                session = self.read(&session.id).await?;
+                                continue;
+                            }
+                            Err(error) => return Err(error.into()),
+                        }
+                    }
+                    let began = std::time::Instant::now();
+                    let before = session.phase;
+                    let (outcome, looked, report) = self.perform(&action, &session, &provider).await;
+                    self.count(&action, &outcome, began.elapsed());
+                    let now = self.now();
+                    self.change(&mut session, |session| {
+                        if let Some(sandbox) = &looked {
+                            plan::saw(session, sandbox, &policy, &price, now);
+                        }
+                        if let Some(report) = &report {
+                            session.report = Some(report.clone());
+                        }
+                        if session.phase == before {
+                            plan::record(session, &action, &outcome, &policy, &price, now);
+                        }
+                    })
+                    .await?;
+                    if let Outcome::Failed(error) = &outcome {
+                        tracing::warn!(session = %session.id, ?action, %error, failures = session.failures, "a step failed");
+                    }
+                    seen = match looked {
+                        Some(sandbox) => Some(Seen { sandbox, at: now }),
+                        // Whatever was done may have changed it.
+                        None if matches!(action, Action::Hooks | Action::Ask | Action::KeepAlive(_)) => seen,
+                        None => None,
+                    };
+                }
+            }
+        }
+        Err(Error::Circle(session.id))
+    }
+
+    async fn read(&self, id: &SessionId) -> Result<Session, Error> {
+        Ok(self.store.get(id).await?.ok_or_else(|| store::Error::Missing(id.clone()))?)
+    }
+
+    fn count(&self, action: &Action, outcome: &Outcome, took: Duration) {
+        let failed = matches!(outcome, Outcome::Failed(_));
+        if let Ok(mut counts) = self.counts.actions.lock() {
+            let (times, seconds) = counts.entry((action.name(), failed)).or_default();
+            *times += 1;
+            *seconds += took.as_secs_f64();
+        }
+    }
+
+    /// Does it: what came of it, what was seen, and what the sidecar said.
+    async fn perform(
+        &self,
+        action: &Action,
+        session: &Session,
+        provider: &Arc<dyn Provider>,
+    ) -> (Outcome, Option<Sandbox>, Option<crate::session::Report>) {
+        let outcome = match action {
+            Action::Hooks => match self.hooks.run(session).await {
+                Ok(()) => Outcome::Done,
+                Err(why) => Outcome::Vetoed(why),
+            },
+            Action::Create => match provider.create(&session.spec).await {
+                Ok(sandbox) => Outcome::Made(Box::new(sandbox)),
+                Err(error) => Outcome::Failed(error),
+            },
+            Action::Look => match self.look(session, provider).await {
+                Ok(sandbox) => {
+                    let up = session.phase.is_up() && sandbox.state == State::Running;
+                    let report = if up { self.ask(session, provider).await.ok() } else { None };
+                    return (Outcome::Done, Some(sandbox), report);
+                }
+                Err(error) => Outcome::Failed(error),
+            },
+            Action::Ask => {
+                let said = self.ask(session, provider).await;
+                if let Err(error) = &said {
+                    tracing::debug!(session = %session.id, %error, "the sidecar does not answer yet");
+                }
+                return (Outcome::Answered(said.is_ok()), None, said.ok());
+            }
+            Action::Hydrate | Action::Persist => Outcome::Failed(provider::Error::Unsupported {
+                provider: provider.name(),
+                verb: "put sessions away",
+                hint: None,
+            }),
+            Action::Start => done(provider.start(native(session)).await),
+            Action::KeepAlive(until) => done(provider.keep_alive(native(session), *until).await),
+            Action::Pause => done(provider.pause(native(session)).await),
+            Action::Resume => done(provider.resume(native(session)).await),
+            Action::Stop => done(provider.stop(native(session), self.policies.policy(session).stop_grace).await),
+            Action::Delete => done(provider.delete(native(session)).await),
+        };
+        (outcome, None, None)
+    }
+
+    /// By what the provider calls it; by its key, if nobody knows that.
+    async fn look(&self, session: &Session, provider: &Arc<dyn Provider>) -> provider::Result<Sandbox> {
+        if let Some(native) = &session.native {
+            return provider.state(native).await;
+        }
+        let labels = BTreeMap::from([(FLEET_LABEL.to_owned(), self.name.clone()), (KEY_LABEL.to_owned(), session.key())]);
+        let found = list(provider, &labels).await?;
+        let key = session.key();
+        let ours = found.into_iter().find(|sandbox| sandbox.key.as_ref() == Some(&key) && !sandbox.state.is_gone());
+        Ok(ours.unwrap_or_else(|| missing(&key)))
+    }
+
+    async fn ask(&self, session: &Session, provider: &Arc<dyn Provider>) -> Result<crate::session::Report, String> {
+        let port = self.policies.port(session);
+        let endpoint = provider.endpoint(native(session), port).await.map_err(|error| error.to_string())?;
+        self.inside.report(&endpoint, self.now()).await
+    }
+
+    /// What providers say is happening makes sessions due.
+    async fn listen(self: Arc<Self>) {
+        let labels = BTreeMap::from([(FLEET_LABEL.to_owned(), self.name.clone())]);
+        let telling = self.providers.values().filter(|provider| provider.capabilities().events).map(|provider| {
+            let (fleet, labels) = (&self, &labels);
+            async move {
+                loop {
+                    if let Ok(mut events) = provider.events(labels).await {
+                        while let Some(Ok(happened)) = events.next().await {
+                            fleet.heard(happened.key.as_deref()).await;
+                        }
+                    }
+                    tokio::time::sleep(POLL).await;
+                }
+            }
+        });
+        futures_util::future::join_all(telling).await;
+    }
+
+    async fn heard(&self, key: Option<&str>) {
+        let Some(key) = key else { return };
+        // The key is a hash of the session's id, and nobody remembers it backwards: the label says whose it was.
+        if let Ok(Some(id)) = self.of_key(key).await
+            && self.store.wake(&id).await.is_ok()
+        {
+            self.due.notify_one();
+        }
+    }
+
+    async fn of_key(&self, key: &str) -> Result<Option<SessionId>, Error> {
+        let sessions = self.all().await?;
+        Ok(sessions.into_values().find(|session| session.key() == key).map(|session| session.id))
+    }
+
+    /// Every session that is not over.
+    async fn all(&self) -> Result<BTreeMap<SessionId, Session>, Error> {
+        let mut all = BTreeMap::new();
+        let filter = Filter::default();
+        let mut after: Option<SessionId> = None;
+        loop {
+            let page = self.store.list(&filter, after.as_ref(), 500).await?;
+            let Some(last) = page.last() else { return Ok(all) };
+            after = Some(last.id.clone());
+            all.extend(page.into_iter().map(|session| (session.id.clone(), session)));
+        }
+    }
+
+    async fn reconcile_for_ever(self: Arc<Self>) {
+        loop {
+            if let Err(error) = self.reconcile().await {
+                tracing::error!(%error, "what exists cannot be held against what is kept");
+            }
+            tokio::time::sleep(RECONCILE).await;
+        }
+    }
+
+    /// Removes containers that no session holds. How many.
+    pub async fn reconcile(&self) -> Result<usize, Error> {
+        let labels = BTreeMap::from([(FLEET_LABEL.to_owned(), self.name.clone())]);
+        let mut removed = 0;
+        for (name, provider) in self.providers.iter().filter(|(_, provider)| provider.capabilities().list) {
+            let found = match list(provider, &labels).await {
+                Ok(found) => found,
+                Err(error) => {
+                    tracing::warn!(provider = %name, %error, "what exists there is not known");
+                    continue;
+                }
+            };
+            // Kept after it was found: what was written down meanwhile is no orphan.
+            let kept = self.all().await?;
+            for orphan in plan::orphans(&found, &kept, ORPHAN_GRACE, self.now()) {
+                tracing::warn!(provider = %name, container = %orphan.native, "a container that no session holds is removed");
+                match provider.delete(&orphan.native).await {
+                    Ok(()) => {
+                        removed += 1;
+                        self.counts.orphans.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    }
+                    Err(error) => tracing::warn!(provider = %name, %error, "it cannot be removed now"),
+                }
+            }
+        }
+        Ok(removed)
+    }
+}
+
+fn done(result: provider::Result<()>) -> Outcome {
+    match result {
+        Ok(()) => Outcome::Done,
+        Err(error) => Outcome::Failed(error),
+    }
+}
+
+fn native(session: &Session) -> &str {
+    session.native.as_deref().unwrap_or_default()
+}
+
+fn missing(key: &str) -> Sandbox {
+    Sandbox {
+        key: Some(key.to_owned()),
+        native: String::new(),
+        state: State::Missing,
+        reason: None,
+        exit_code: None,
+        size: None,
+        created: None,
+        deadline: None,
+        labels: BTreeMap::new(),
+    }
+}
+
+async fn list(provider: &Arc<dyn Provider>, labels: &BTreeMap<String, String>) -> provider::Result<Vec<Sandbox>> {
+    let (mut found, mut next) = (Vec::new(), None);
+    for _ in 0..PAGES {
+        let page = provider.list(labels, next.as_deref()).await?;
+        found.extend(page.sandboxes);
+        next = page.next;
+        if next.is_none() {
+            return Ok(found);
+        }
+    }
+    // Half a list would make orphans of the rest.
+    Err(provider::Error::Failed { provider: provider.name(), what: String::from("its list has no end") })
+}
+
+/// The key that a session's first container has.
+pub fn first_key(id: &SessionId) -> String {
+    container_key(id, 1)
+}
