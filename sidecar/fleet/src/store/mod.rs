@@ -1,8 +1,15 @@
 //! What is remembered: sessions, who drives them, what tenants may still spend, and what hooks have done. The journal of every intent: a session is
 //! written before the first call that it leads to.
 //!
-//! One interface, SQLite for one fleet and PostgreSQL for several. Nothing here knows what a phase means.
+//! One interface, SQLite for one fleet and PostgreSQL for several. Nothing here knows what a phase means. An error other than [`Error::Conflict`] and
+//! [`Error::Missing`] does not say that nothing was written: it may have been, and the answer was lost.
 
+mod postgres;
+mod sql;
+mod sqlite;
+
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -11,6 +18,35 @@ use serde::{Deserialize, Serialize};
 
 use crate::lifecycle::Phase;
 use crate::session::{Session, SessionId};
+
+/// How many runs of hooks are kept for a session, the last.
+pub const HOOK_RUNS_MOST: i64 = 1000;
+/// How long after their sessions are forgotten amounts are kept: longer than the longest period.
+pub const SPENT_KEPT: Duration = Duration::from_secs(400 * 24 * 60 * 60);
+
+/// Opens a store and brings its schema up to ours: `sqlite:PATH`, `sqlite::memory:` or `postgres://…`.
+///
+/// # Errors
+/// If it cannot be reached, or is of a newer version than this. No message has the URL in it.
+pub async fn open(url: &str) -> Result<Arc<dyn Store>> {
+    let path = url.strip_prefix("sqlite:").map(|path| path.strip_prefix("//").unwrap_or(path));
+    match path {
+        Some(":memory:") => memory().await,
+        Some("") => Err(Error::Store(String::from("`sqlite:` wants a path after it"))),
+        Some(path) if path.contains('?') => Err(Error::Store(String::from("`sqlite:` takes a path and no parameters"))),
+        Some(path) => Ok(Arc::new(sqlite::file(Path::new(path)).await?)),
+        None if url.starts_with("postgres://") || url.starts_with("postgresql://") => Ok(Arc::new(postgres::connect(url).await?)),
+        None => Err(Error::Store(String::from("a store is `sqlite:PATH`, `sqlite::memory:` or `postgres://…`"))),
+    }
+}
+
+/// One of its own, which is gone with its last user.
+///
+/// # Errors
+/// If there is no memory for it.
+pub async fn memory() -> Result<Arc<dyn Store>> {
+    Ok(Arc::new(sqlite::memory().await?))
+}
 
 /// What came of asking for a session.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,11 +113,12 @@ pub trait Store: Send + Sync {
     async fn count(&self) -> Result<Vec<(Phase, String, String, u64)>>;
 
     /// Takes sessions that nobody drives and that are due (`wake` at or before now), for so long. A session is driven by one fleet at a time: by the
-    /// store's own clock, so that it does not matter whose is wrong.
+    /// store's own clock, so that it does not matter whose is wrong. `fleet` is a name of this process alone: the one that it replaces may still hold some.
     async fn claim(&self, fleet: &str, lease: Duration, most: usize) -> Result<Vec<Session>>;
-    /// Goes on holding what it holds.
+    /// Goes on holding what it holds. How many these are: what it has lost is not among them.
     async fn renew(&self, fleet: &str, lease: Duration) -> Result<u64>;
-    /// Lets go of one, which is due again at `wake`. `None`: nothing is due, until somebody wakes it.
+    /// Lets go of one, which is due again at `wake`, or at once if it was woken since it was claimed. `None`: nothing is due, until somebody wakes it. What
+    /// it does not hold it does not let go of.
     async fn release(&self, fleet: &str, id: &SessionId, wake: Option<Timestamp>) -> Result<()>;
     /// Makes it due: something has happened. Does nothing to who drives it now, who sees it after.
     async fn wake(&self, id: &SessionId) -> Result<()>;
@@ -95,8 +132,8 @@ pub trait Store: Send + Sync {
     async fn spent(&self, tenant: &str, period: &str) -> Result<f64>;
 
     async fn log_hook(&self, run: &HookRun) -> Result<()>;
-    /// What hooks have done for it, from the first to the last.
+    /// What hooks have done for it, from the first to the last, of which the last [`HOOK_RUNS_MOST`] are kept.
     async fn hook_runs(&self, id: &SessionId) -> Result<Vec<HookRun>>;
-    /// Forgets sessions that are over and were last changed before then, with their hooks' runs. How many.
+    /// Forgets sessions that are over and were last changed before then, with their hooks' runs. How many. Amounts stay for [`SPENT_KEPT`] longer.
     async fn prune(&self, before: Timestamp) -> Result<u64>;
 }

@@ -1,0 +1,79 @@
+//! PostgreSQL: for several fleets, which share its sessions by leases.
+
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgQueryResult};
+use sqlx::{ConnectOptions, Executor, Postgres};
+
+use super::sql::{self, CONNECTION, Dialect, Sql};
+use super::{Error, Result};
+
+/// Of the hundred that a server gives by default; fleets share them.
+const CONNECTIONS: u32 = 8;
+
+/// What a parameter of the URL may be called. The driver would log what it does not know, with its value.
+const PARAMETERS: [&str; 15] = [
+    "application_name",
+    "dbname",
+    "host",
+    "hostaddr",
+    "options",
+    "password",
+    "port",
+    "ssl-ca",
+    "sslcert",
+    "sslkey",
+    "sslmode",
+    "sslrootcert",
+    "ssl-mode",
+    "statement-cache-capacity",
+    "user",
+];
+
+/// Said on each connection and not at its start, which connection poolers refuse. Less than the bound of ours: the server gives up first. What is reserved
+/// relies on each statement seeing what was committed before it.
+const SETTINGS: &str = "SET statement_timeout = '10s'; SET lock_timeout = '5s'; SET idle_in_transaction_session_timeout = '15s';
+     SET default_transaction_isolation = 'read committed'; SET client_min_messages = 'warning'";
+
+impl Dialect for Postgres {
+    const SCHEMA: &'static [&'static str] = &[include_str!("schema/postgres-1.sql")];
+    const CLAIM: &'static str = "
+        WITH free AS MATERIALIZED (
+            SELECT id FROM sessions
+            WHERE due <= (SELECT now FROM clock) AND leased_until <= (SELECT now FROM clock)
+            ORDER BY due, id LIMIT $3 FOR UPDATE SKIP LOCKED)
+        UPDATE sessions SET leased_by = $1, leased_until = (SELECT now FROM clock) + $2, woken = FALSE
+        WHERE id IN (SELECT id FROM free) RETURNING version, document";
+
+    fn rows(result: &PgQueryResult) -> u64 {
+        result.rows_affected()
+    }
+}
+
+pub(super) async fn connect(url: &str) -> Result<Sql<Postgres>> {
+    if let Some(unknown) = unknown_parameter(url) {
+        return Err(Error::Store(format!("PostgreSQL has no parameter `{unknown}`")));
+    }
+    // What is wrong with it is said without it: a password may be in it.
+    let options: PgConnectOptions =
+        url.parse().map_err(|error: sqlx::Error| Error::Store(format!("cannot read the URL of PostgreSQL: {error}")))?;
+    let options = options.disable_statement_logging();
+    let place = match options.get_socket() {
+        Some(socket) => socket.display().to_string(),
+        None => format!("{}:{}", options.get_host(), options.get_port()),
+    };
+    let pool = PgPoolOptions::new()
+        .max_connections(CONNECTIONS)
+        .acquire_timeout(CONNECTION)
+        .after_connect(|connection, _| Box::pin(async move { connection.execute(SETTINGS).await.map(drop) }));
+    let pool = pool
+        .connect_with(options)
+        .await
+        .map_err(|error| Error::Store(format!("cannot connect to PostgreSQL at {place}: {error}")))?;
+    sql::migrate(&pool).await?;
+    Ok(Sql { write: pool.clone(), read: pool })
+}
+
+fn unknown_parameter(url: &str) -> Option<&str> {
+    let (_, query) = url.split_once('?')?;
+    let names = query.split('&').map(|pair| pair.split('=').next().unwrap_or(pair));
+    names.into_iter().find(|name| !name.is_empty() && !PARAMETERS.contains(name) && !name.starts_with("options["))
+}

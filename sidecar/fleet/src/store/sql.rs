@@ -1,0 +1,366 @@
+//! The store in SQL, the same for SQLite and PostgreSQL. What differs between them is in their schemas (a view that is the clock, an order of ids) and in
+//! [`Dialect`].
+//!
+//! Each operation has a bound in time. One that fails may have been done: who asks again finds out, by the version, the id or the amount.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
+use sqlx::{ColumnIndex, Database, Decode, Encode, Executor, IntoArguments, Pool, SqlSafeStr, Type};
+use tracing::error;
+
+use super::{Error, Filter, HOOK_RUNS_MOST, HookRun, Inserted, Result, SPENT_KEPT, Store};
+use crate::lifecycle::Phase;
+use crate::session::{Session, SessionId};
+
+/// What waits for its connection, for a lock and for the disk in turn is given up after this.
+const BOUND: Duration = Duration::from_secs(15);
+/// How long a connection is waited for.
+pub(super) const CONNECTION: Duration = Duration::from_secs(5);
+/// How long somebody else's lock is waited for.
+pub(super) const LOCK: Duration = Duration::from_secs(5);
+/// How many rows are forgotten at a time: the others need the store too.
+const PRUNED_AT_ONCE: i64 = 500;
+/// What no lease and no delay is longer than, in milliseconds: sums of two still fit.
+const LONGEST: i64 = 1 << 52;
+
+/// What the two say differently.
+pub(super) trait Dialect: Database {
+    /// By version, from 1.
+    const SCHEMA: &'static [&'static str];
+    /// Leases what is free and due: by whom, for how many milliseconds, at most how many.
+    const CLAIM: &'static str;
+
+    fn rows(result: &Self::QueryResult) -> u64;
+}
+
+pub(super) struct Sql<DB: Database> {
+    /// Where it is written, and where it is read: SQLite has one writer, who does not keep readers waiting.
+    pub(super) write: Pool<DB>,
+    pub(super) read: Pool<DB>,
+}
+
+/// Brings the schema up to ours.
+pub(super) async fn migrate<DB>(pool: &Pool<DB>) -> Result<()>
+where
+    DB: Dialect,
+    DB::Connection: sqlx::migrate::Migrate,
+{
+    let ours = DB::SCHEMA
+        .iter()
+        .zip(1..)
+        .map(|(sql, version)| Migration::new(version, "agent-fleet".into(), MigrationType::Simple, (*sql).into_sql_str(), false));
+    let migrator = Migrator::with_migrations(ours.collect());
+    let newest = DB::SCHEMA.len();
+    match tokio::time::timeout(BOUND, migrator.run(pool)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(MigrateError::VersionMissing(theirs))) => Err(Error::Store(format!(
+            "its schema is version {theirs}, of a newer agent-fleet; this one knows {newest} and does not go back"
+        ))),
+        Ok(Err(error)) => Err(Error::Store(format!("its schema cannot be brought to version {newest}: {error}"))),
+        Err(_) => Err(late()),
+    }
+}
+
+fn late() -> Error {
+    Error::Store(format!("no answer within {} s", BOUND.as_secs()))
+}
+
+async fn bounded<T>(work: impl Future<Output = sqlx::Result<T>>) -> Result<T> {
+    match tokio::time::timeout(BOUND, work).await {
+        Ok(Ok(found)) => Ok(found),
+        Ok(Err(sqlx::Error::PoolTimedOut)) => Err(Error::Store(format!("no connection within {} s", CONNECTION.as_secs()))),
+        Ok(Err(error)) => Err(Error::Store(error.to_string())),
+        Err(_) => Err(late()),
+    }
+}
+
+fn read_session((version, document): (i64, String)) -> Result<Session> {
+    let mut session: Session = serde_json::from_str(&document).map_err(|error| unreadable(&error))?;
+    session.version = version;
+    Ok(session)
+}
+
+fn unreadable(error: &serde_json::Error) -> Error {
+    Error::Store(format!("a document in it has not the shape that this agent-fleet knows: {error}"))
+}
+
+fn document(what: &impl serde::Serialize) -> Result<String> {
+    serde_json::to_string(what).map_err(|error| Error::Store(format!("cannot be written as JSON: {error}")))
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).map_or(LONGEST, |millis| millis.min(LONGEST))
+}
+
+/// From now, rounded up: what is due then is not due before. Times come by the caller's clock and are kept by the store's; what passes between is the same.
+fn until(at: Timestamp) -> i64 {
+    let nanos = at.as_nanosecond() - Timestamp::now().as_nanosecond();
+    // More than a thousand years of milliseconds fit many times.
+    i64::try_from(nanos.div_euclid(1_000_000) + i128::from(nanos.rem_euclid(1_000_000) != 0)).unwrap_or(LONGEST)
+}
+
+/// Less than nothing, and what is no number, is nothing.
+#[expect(clippy::cast_possible_truncation, reason = "beyond nine billion USD it is the most there is")]
+fn nanos(usd: f64) -> i64 {
+    (usd.max(0.0) * 1e9).round() as i64
+}
+
+#[async_trait]
+impl<DB> Store for Sql<DB>
+where
+    DB: Dialect,
+    for<'c> &'c mut DB::Connection: Executor<'c, Database = DB>,
+    DB::Arguments: IntoArguments<DB>,
+    usize: ColumnIndex<DB::Row>,
+    for<'q> i64: Encode<'q, DB> + Decode<'q, DB> + Type<DB>,
+    for<'q> bool: Encode<'q, DB> + Type<DB>,
+    for<'q> &'q str: Encode<'q, DB> + Type<DB>,
+    for<'q> String: Encode<'q, DB> + Decode<'q, DB> + Type<DB>,
+    for<'q> Option<i64>: Encode<'q, DB> + Type<DB>,
+    for<'q> Option<&'q str>: Encode<'q, DB> + Type<DB>,
+{
+    async fn insert(&self, session: &Session) -> Result<Inserted> {
+        let write = sqlx::query::<DB>(
+            "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, changed, due, document)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, (SELECT now FROM clock), (SELECT now FROM clock), $8)
+             ON CONFLICT (id) DO NOTHING",
+        )
+        .bind(session.id.as_str())
+        .bind(session.version)
+        .bind(session.phase.as_str())
+        .bind(session.tenant.as_str())
+        .bind(session.owner.as_str())
+        .bind(session.provider.as_str())
+        .bind(session.phase.is_last())
+        .bind(document(session)?);
+        if DB::rows(&bounded(write.execute(&self.write)).await?) == 1 {
+            return Ok(Inserted::New);
+        }
+        // Nobody sees it if it was pruned in between.
+        let known = self.get(&session.id).await?.ok_or_else(|| Error::Conflict(session.id.clone()))?;
+        Ok(Inserted::Known(Box::new(known)))
+    }
+
+    async fn get(&self, id: &SessionId) -> Result<Option<Session>> {
+        let found = sqlx::query_as("SELECT version, document FROM sessions WHERE id = $1").bind(id.as_str());
+        bounded(found.fetch_optional(&self.read)).await?.map(read_session).transpose()
+    }
+
+    async fn update(&self, session: &mut Session) -> Result<()> {
+        let next = Session { version: session.version + 1, ..session.clone() };
+        let write = sqlx::query::<DB>(
+            "UPDATE sessions
+             SET version = $3, phase = $4, tenant = $5, owner = $6, provider = $7, over = $8, changed = (SELECT now FROM clock), document = $9
+             WHERE id = $1 AND version = $2",
+        )
+        .bind(next.id.as_str())
+        .bind(session.version)
+        .bind(next.version)
+        .bind(next.phase.as_str())
+        .bind(next.tenant.as_str())
+        .bind(next.owner.as_str())
+        .bind(next.provider.as_str())
+        .bind(next.phase.is_last())
+        .bind(document(&next)?);
+        if DB::rows(&bounded(write.execute(&self.write)).await?) == 1 {
+            session.version = next.version;
+            return Ok(());
+        }
+        Err(match self.get(&session.id).await? {
+            Some(_) => Error::Conflict(session.id.clone()),
+            None => Error::Missing(session.id.clone()),
+        })
+    }
+
+    async fn list(&self, filter: &Filter, after: Option<&SessionId>, most: usize) -> Result<Vec<Session>> {
+        let phases: String = filter.phases.iter().map(|phase| format!(",{phase},")).collect();
+        let found = sqlx::query_as(
+            "SELECT version, document FROM sessions
+             WHERE id > $1 AND (over = FALSE OR $2)
+               AND ($3 IS NULL OR owner = $3) AND ($4 IS NULL OR tenant = $4) AND ($5 IS NULL OR provider = $5)
+               AND ($6 = '' OR $6 LIKE '%,' || phase || ',%')
+             ORDER BY id LIMIT $7",
+        )
+        .bind(after.map_or("", SessionId::as_str))
+        .bind(filter.over)
+        .bind(filter.owner.as_deref())
+        .bind(filter.tenant.as_deref())
+        .bind(filter.provider.as_deref())
+        .bind(phases)
+        .bind(i64::try_from(most).unwrap_or(i64::MAX));
+        bounded(found.fetch_all(&self.read)).await?.into_iter().map(read_session).collect()
+    }
+
+    async fn count(&self) -> Result<Vec<(Phase, String, String, u64)>> {
+        let found = sqlx::query_as::<DB, (String, String, String, i64)>(
+            "SELECT phase, provider, tenant, count(*) FROM sessions GROUP BY phase, provider, tenant ORDER BY phase, provider, tenant",
+        );
+        let known = |word: &str| Phase::ALL.into_iter().find(|phase| phase.as_str() == word);
+        bounded(found.fetch_all(&self.read))
+            .await?
+            .into_iter()
+            .map(|(word, provider, tenant, n)| {
+                let phase = known(&word).ok_or_else(|| Error::Store(format!("there is no phase `{word}`")))?;
+                Ok((phase, provider, tenant, n.unsigned_abs()))
+            })
+            .collect()
+    }
+
+    async fn claim(&self, fleet: &str, lease: Duration, most: usize) -> Result<Vec<Session>> {
+        let found = sqlx::query_as::<DB, (i64, String)>(DB::CLAIM)
+            .bind(fleet)
+            .bind(millis(lease))
+            .bind(i64::try_from(most).unwrap_or(i64::MAX));
+        let claimed = bounded(found.fetch_all(&self.write)).await?;
+        // One that a newer fleet has written, and we cannot read, is left to it: the others are driven.
+        let read = |row| read_session(row).inspect_err(|error| error!(%error, "a session is not driven")).ok();
+        Ok(claimed.into_iter().filter_map(read).collect())
+    }
+
+    async fn renew(&self, fleet: &str, lease: Duration) -> Result<u64> {
+        let write = sqlx::query::<DB>("UPDATE sessions SET leased_until = (SELECT now FROM clock) + $2 WHERE leased_by = $1")
+            .bind(fleet)
+            .bind(millis(lease));
+        Ok(DB::rows(&bounded(write.execute(&self.write)).await?))
+    }
+
+    async fn release(&self, fleet: &str, id: &SessionId, wake: Option<Timestamp>) -> Result<()> {
+        let write = sqlx::query::<DB>(
+            "UPDATE sessions
+             SET leased_by = NULL, leased_until = 0, woken = FALSE,
+                 due = CASE WHEN woken THEN (SELECT now FROM clock) ELSE (SELECT now FROM clock) + $3 END
+             WHERE id = $1 AND leased_by = $2",
+        )
+        .bind(id.as_str())
+        .bind(fleet)
+        .bind(wake.map(until));
+        bounded(write.execute(&self.write)).await.map(drop)
+    }
+
+    async fn wake(&self, id: &SessionId) -> Result<()> {
+        // What is due already keeps its place among the others.
+        let write = sqlx::query::<DB>(
+            "UPDATE sessions
+             SET woken = TRUE, due = CASE WHEN due <= (SELECT now FROM clock) THEN due ELSE (SELECT now FROM clock) END
+             WHERE id = $1",
+        )
+        .bind(id.as_str());
+        match DB::rows(&bounded(write.execute(&self.write)).await?) {
+            0 => Err(Error::Missing(id.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    async fn reserve(&self, tenant: &str, period: &str, session: &SessionId, usd: f64, limit_usd: f64) -> Result<bool> {
+        bounded(async {
+            let mut transaction = self.write.begin().await?;
+            sqlx::query::<DB>(
+                "INSERT INTO budgets (tenant, period, changed) VALUES ($1, $2, (SELECT now FROM clock))
+                 ON CONFLICT (tenant, period) DO UPDATE SET changed = excluded.changed",
+            )
+            .bind(tenant)
+            .bind(period)
+            .execute(&mut *transaction)
+            .await?;
+            // Its own statement: what those have reserved whom it has waited for is seen.
+            let reserved = sqlx::query::<DB>(
+                "INSERT INTO amounts (tenant, period, session, nanos, changed)
+                 SELECT $1, $2, $3, $4, (SELECT now FROM clock)
+                 WHERE $4 + (SELECT COALESCE(SUM(nanos), 0) FROM amounts WHERE tenant = $1 AND period = $2 AND session <> $3) <= $5
+                 ON CONFLICT (tenant, period, session) DO UPDATE SET nanos = excluded.nanos, changed = excluded.changed",
+            )
+            .bind(tenant)
+            .bind(period)
+            .bind(session.as_str())
+            .bind(nanos(usd))
+            .bind(nanos(limit_usd))
+            .execute(&mut *transaction)
+            .await?;
+            transaction.commit().await?;
+            Ok(DB::rows(&reserved) == 1)
+        })
+        .await
+    }
+
+    async fn spend(&self, tenant: &str, period: &str, session: &SessionId, usd: f64) -> Result<()> {
+        let write = sqlx::query::<DB>(
+            "INSERT INTO amounts (tenant, period, session, nanos, changed) VALUES ($1, $2, $3, $4, (SELECT now FROM clock))
+             ON CONFLICT (tenant, period, session) DO UPDATE SET nanos = excluded.nanos, changed = excluded.changed",
+        )
+        .bind(tenant)
+        .bind(period)
+        .bind(session.as_str())
+        .bind(nanos(usd));
+        bounded(write.execute(&self.write)).await.map(drop)
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "billionths of a USD are exact up to nine million")]
+    async fn spent(&self, tenant: &str, period: &str) -> Result<f64> {
+        let sum = sqlx::query_as::<DB, (i64,)>(
+            "SELECT CAST(COALESCE(SUM(nanos), 0) AS BIGINT) FROM amounts WHERE tenant = $1 AND period = $2",
+        )
+        .bind(tenant)
+        .bind(period);
+        let (nanos,) = bounded(sum.fetch_one(&self.read)).await?;
+        Ok(nanos as f64 / 1e9)
+    }
+
+    async fn log_hook(&self, run: &HookRun) -> Result<()> {
+        let document = document(run)?;
+        let logged = bounded(async {
+            let mut transaction = self.write.begin().await?;
+            let logged = sqlx::query::<DB>("INSERT INTO hook_runs (session, document) SELECT id, $2 FROM sessions WHERE id = $1")
+                .bind(run.session.as_str())
+                .bind(document)
+                .execute(&mut *transaction)
+                .await?;
+            sqlx::query::<DB>(
+                "DELETE FROM hook_runs WHERE session = $1
+                 AND seq <= (SELECT seq FROM hook_runs WHERE session = $1 ORDER BY seq DESC LIMIT 1 OFFSET $2)",
+            )
+            .bind(run.session.as_str())
+            .bind(HOOK_RUNS_MOST)
+            .execute(&mut *transaction)
+            .await?;
+            transaction.commit().await?;
+            Ok(DB::rows(&logged))
+        })
+        .await?;
+        if logged == 1 { Ok(()) } else { Err(Error::Missing(run.session.clone())) }
+    }
+
+    async fn hook_runs(&self, id: &SessionId) -> Result<Vec<HookRun>> {
+        let found =
+            sqlx::query_as::<DB, (String,)>("SELECT document FROM hook_runs WHERE session = $1 ORDER BY seq").bind(id.as_str());
+        let read = |(document,): (String,)| serde_json::from_str(&document).map_err(|error| unreadable(&error));
+        bounded(found.fetch_all(&self.read)).await?.into_iter().map(read).collect()
+    }
+
+    async fn prune(&self, before: Timestamp) -> Result<u64> {
+        let mut pruned = 0;
+        loop {
+            let write = sqlx::query::<DB>(
+                "DELETE FROM sessions WHERE id IN
+                 (SELECT id FROM sessions WHERE over AND changed < (SELECT now FROM clock) + $1 LIMIT $2)",
+            )
+            .bind(until(before))
+            .bind(PRUNED_AT_ONCE);
+            let some = DB::rows(&bounded(write.execute(&self.write)).await?);
+            pruned += some;
+            if some < PRUNED_AT_ONCE.unsigned_abs() {
+                break;
+            }
+        }
+        for forget in [
+            "DELETE FROM amounts WHERE changed < (SELECT now FROM clock) + $1 - $2",
+            "DELETE FROM budgets WHERE changed < (SELECT now FROM clock) + $1 - $2",
+        ] {
+            let write = sqlx::query::<DB>(forget).bind(until(before)).bind(millis(SPENT_KEPT));
+            bounded(write.execute(&self.write)).await?;
+        }
+        Ok(pruned)
+    }
+}

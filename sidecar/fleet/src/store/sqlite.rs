@@ -1,0 +1,65 @@
+//! SQLite: one file beside its write-ahead log, for one fleet.
+
+use std::fs::{DirBuilder, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteQueryResult, SqliteSynchronous};
+use sqlx::{ConnectOptions, Sqlite};
+
+use super::sql::{self, CONNECTION, Dialect, LOCK, Sql};
+use super::{Error, Result};
+
+/// Those who read do not wait for who writes; more than these at a time wait for each other.
+const READERS: u32 = 4;
+
+impl Dialect for Sqlite {
+    const SCHEMA: &'static [&'static str] = &[include_str!("schema/sqlite-1.sql")];
+    const CLAIM: &'static str = "
+        WITH free AS MATERIALIZED (
+            SELECT id FROM sessions
+            WHERE due <= (SELECT now FROM clock) AND leased_until <= (SELECT now FROM clock)
+            ORDER BY due, id LIMIT $3)
+        UPDATE sessions SET leased_by = $1, leased_until = (SELECT now FROM clock) + $2, woken = FALSE
+        WHERE id IN (SELECT id FROM free) RETURNING version, document";
+
+    fn rows(result: &SqliteQueryResult) -> u64 {
+        result.rows_affected()
+    }
+}
+
+/// Nobody else's, and gone with its last user.
+pub(super) async fn memory() -> Result<Sql<Sqlite>> {
+    let options = SqliteConnectOptions::new().in_memory(true).disable_statement_logging();
+    // The one connection is the database.
+    let one = SqlitePoolOptions::new().max_connections(1).acquire_timeout(CONNECTION).idle_timeout(None).max_lifetime(None);
+    let pool = one.connect_with(options).await.map_err(|error| Error::Store(error.to_string()))?;
+    sql::migrate(&pool).await?;
+    Ok(Sql { write: pool.clone(), read: pool })
+}
+
+pub(super) async fn file(path: &Path) -> Result<Sql<Sqlite>> {
+    let cannot = |error: &dyn std::fmt::Display| Error::Store(format!("cannot open `{}`: {error}", path.display()));
+    make(path).map_err(|error| cannot(&error))?;
+    let options = SqliteConnectOptions::new()
+        .filename(path)
+        // An intent is on the disk before what it leads to is done.
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .busy_timeout(LOCK)
+        .disable_statement_logging();
+    let pool = SqlitePoolOptions::new().acquire_timeout(CONNECTION);
+    let write = pool.clone().max_connections(1).connect_with(options.clone()).await.map_err(|error| cannot(&error))?;
+    sql::migrate(&write).await?;
+    let read = pool.max_connections(READERS).connect_with(options.read_only(true)).await.map_err(|error| cannot(&error))?;
+    Ok(Sql { write, read })
+}
+
+/// What is made is its owner's alone: SQLite gives its log the mode of the file.
+fn make(path: &Path) -> io::Result<()> {
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+    }
+    OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path).map(drop)
+}

@@ -1,0 +1,598 @@
+//! What each store promises, of each store: SQLite in memory and in a file, and PostgreSQL where `AGENT_FLEET_TEST_POSTGRES` has the URL of a server in
+//! which schemas may be made.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_fleet::lifecycle::Phase;
+use agent_fleet::provider::{Size, Spec};
+use agent_fleet::session::{Pattern, Report, Session, SessionId, Wanted};
+use agent_fleet::store::{self, Error, Filter, HOOK_RUNS_MOST, HookRun, Inserted, Store};
+use jiff::{SignedDuration, Timestamp};
+use sqlx::{AssertSqlSafe, Connection, Executor};
+
+#[path = "store/death.rs"]
+mod death;
+#[path = "store/model.rs"]
+mod model;
+
+/// A lease that no test outlives, and one that is over as soon as it is given.
+const LONG: Duration = Duration::from_secs(3600);
+const OVER: Duration = Duration::ZERO;
+
+/// A store of a test's own, and what it is kept in.
+struct Fresh {
+    url: String,
+    store: Arc<dyn Store>,
+    _directory: Option<Directory>,
+}
+
+struct Directory(std::path::PathBuf);
+
+impl Directory {
+    fn new() -> Self {
+        let path = std::env::temp_dir().join(format!("agent-fleet-{}", uuid::Uuid::now_v7()));
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).unwrap();
+    }
+}
+
+async fn memory() -> Option<Fresh> {
+    let store = store::memory().await.unwrap();
+    Some(Fresh { url: String::new(), store, _directory: None })
+}
+
+async fn file() -> Option<Fresh> {
+    let directory = Directory::new();
+    let url = format!("sqlite:{}/fleet.db", directory.0.display());
+    let store = store::open(&url).await.unwrap();
+    Some(Fresh { url, store, _directory: Some(directory) })
+}
+
+/// In a schema of its own. `None`: there is no server to test with.
+async fn postgres() -> Option<Fresh> {
+    let server = std::env::var("AGENT_FLEET_TEST_POSTGRES").ok()?;
+    let schema = format!("test_{}", uuid::Uuid::now_v7().simple());
+    let mut connection = sqlx::PgConnection::connect(&server).await.unwrap();
+    connection.execute(AssertSqlSafe(format!("CREATE SCHEMA {schema}"))).await.unwrap();
+    connection.close().await.unwrap();
+    let joint = if server.contains('?') { '&' } else { '?' };
+    let url = format!("{server}{joint}options[search_path]={schema}");
+    let store = store::open(&url).await.unwrap();
+    Some(Fresh { url, store, _directory: None })
+}
+
+/// Each of these for each store.
+macro_rules! promises {
+    ($($promise:ident)*) => {
+        promises! { @of memory $($promise)* }
+        promises! { @of file $($promise)* }
+        promises! { @of postgres $($promise)* }
+    };
+    (@of $store:ident $($promise:ident)*) => {
+        mod $store {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $promise() {
+                if let Some(fresh) = super::$store().await {
+                    super::$promise(&fresh).await;
+                }
+            })*
+        }
+    };
+}
+
+promises! {
+    a_session_comes_back_as_it_was_written
+    one_that_is_there_is_left_as_it_is
+    who_has_not_read_the_last_version_does_not_write
+    what_is_not_there_is_said_to_be_missing
+    a_list_goes_on_where_the_last_one_ended
+    a_list_is_of_those_that_are_asked_for
+    they_are_counted_by_phase_provider_and_tenant
+    a_session_is_driven_by_one_fleet_at_a_time
+    the_longest_due_comes_first
+    a_lease_that_is_over_is_anybodys
+    a_lease_is_held_as_long_as_it_is_renewed
+    who_does_not_hold_it_does_not_let_go_of_it
+    what_is_released_is_due_when_it_was_said
+    what_happens_while_it_is_driven_is_not_forgotten
+    what_is_reserved_fits_below_the_limit
+    what_is_spent_is_in_the_place_of_what_was_reserved
+    hooks_are_remembered_in_their_order
+    of_many_runs_of_hooks_the_last_are_kept
+    what_is_over_is_forgotten_and_nothing_else
+    whatever_is_written_into_a_name_stays_text
+    two_hundred_sessions_are_each_claimed_once
+    of_many_who_change_it_one_does
+    what_many_reserve_at_once_stays_below_the_limit
+    what_is_written_is_there_when_it_is_opened_again
+}
+
+fn id(name: &str) -> SessionId {
+    name.parse().unwrap()
+}
+
+fn session(name: &str) -> Session {
+    let at: Timestamp = "2026-11-26T12:00:00.123456789Z".parse().unwrap();
+    Session {
+        id: id(name),
+        tenant: String::from("blue"),
+        owner: String::from("ada"),
+        pattern: Pattern::Ephemeral,
+        provider: String::from("docker"),
+        spec: Spec {
+            key: String::from("agent-1"),
+            image: String::from("agent:1"),
+            command: Vec::new(),
+            env: BTreeMap::new(),
+            secrets: BTreeMap::new(),
+            size: Size::default(),
+            ports: vec![8080],
+            labels: BTreeMap::new(),
+            ttl: Duration::from_secs(600),
+            idle: None,
+        },
+        wanted: Wanted::Running,
+        phase: Phase::Requested,
+        since: at,
+        created: at,
+        ends: at + SignedDuration::from_hours(1),
+        generation: 1,
+        hooked: false,
+        holds: false,
+        native: None,
+        kept_until: None,
+        idle_since: None,
+        archive: None,
+        report: None,
+        cost_before_usd: 0.0,
+        container_seconds: 0.0,
+        container_usd: 0.0,
+        metered_since: None,
+        failures: 0,
+        retry_at: None,
+        reason: None,
+        version: 0,
+    }
+}
+
+fn run(name: &str, attempt: u32) -> HookRun {
+    HookRun {
+        session: id(name),
+        generation: 1,
+        phase: Phase::Creating,
+        hook: String::from("admit"),
+        at: "2026-11-26T12:00:00.123456789Z".parse().unwrap(),
+        seconds: 0.25,
+        attempt,
+        outcome: String::from("failed"),
+        said: String::from("no\n\"quotes\" \u{0} ünd 🦀"),
+    }
+}
+
+async fn insert(store: &dyn Store, names: &[&str]) {
+    for name in names {
+        assert_eq!(store.insert(&session(name)).await.unwrap(), Inserted::New);
+    }
+}
+
+async fn claimed(store: &dyn Store, fleet: &str, lease: Duration) -> Vec<String> {
+    names(&store.claim(fleet, lease, 1000).await.unwrap())
+}
+
+fn names(sessions: &[Session]) -> Vec<String> {
+    let mut names: Vec<String> = sessions.iter().map(|session| session.id.to_string()).collect();
+    names.sort();
+    names
+}
+
+async fn a_session_comes_back_as_it_was_written(Fresh { store, .. }: &Fresh) {
+    let mut full = session("full");
+    full.spec.env.insert(String::from("GREETING"), String::from("a\n\"b\" \u{0} ünd 🦀"));
+    full.native = Some(String::from("f00"));
+    full.retry_at = Some(Timestamp::MAX);
+    full.report =
+        Some(Report { at: Timestamp::MIN, busy_until: None, cost_usd: 0.1 + 0.2, conversation: Some(String::from("c")) });
+    full.container_usd = f64::MIN_POSITIVE;
+    full.version = 7;
+    assert_eq!(store.insert(&full).await.unwrap(), Inserted::New);
+    assert_eq!(store.get(&full.id).await.unwrap().unwrap(), full);
+    full.phase = Phase::Creating;
+    full.holds = true;
+    store.update(&mut full).await.unwrap();
+    assert_eq!(full.version, 8);
+    assert_eq!(store.get(&full.id).await.unwrap().unwrap(), full);
+    assert_eq!(store.claim("a", LONG, 1).await.unwrap(), [full]);
+}
+
+async fn one_that_is_there_is_left_as_it_is(Fresh { store, .. }: &Fresh) {
+    let first = session("one");
+    store.insert(&first).await.unwrap();
+    let second = Session { tenant: String::from("red"), ..first.clone() };
+    assert_eq!(store.insert(&second).await.unwrap(), Inserted::Known(Box::new(first.clone())));
+    assert_eq!(store.get(&first.id).await.unwrap().unwrap(), first);
+}
+
+async fn who_has_not_read_the_last_version_does_not_write(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["one"]).await;
+    let mut first = store.get(&id("one")).await.unwrap().unwrap();
+    let mut second = first.clone();
+    // Whoever drives it: what is asked of a session is written beside.
+    assert_eq!(claimed(&**store, "a", LONG).await, ["one"]);
+    first.wanted = Wanted::Gone;
+    store.update(&mut first).await.unwrap();
+    second.failures = 3;
+    assert!(matches!(store.update(&mut second).await, Err(Error::Conflict(of)) if of == id("one")));
+    assert_eq!(second.version, 0);
+    assert_eq!(store.get(&id("one")).await.unwrap().unwrap(), first);
+}
+
+async fn what_is_not_there_is_said_to_be_missing(Fresh { store, .. }: &Fresh) {
+    let missing = |result| matches!(result, Err(Error::Missing(of)) if of == id("none"));
+    assert_eq!(store.get(&id("none")).await.unwrap(), None);
+    assert!(missing(store.update(&mut session("none")).await));
+    assert!(missing(store.wake(&id("none")).await));
+    assert!(missing(store.log_hook(&run("none", 1)).await));
+    assert_eq!(store.hook_runs(&id("none")).await.unwrap(), []);
+    assert_eq!(store.spent("none", "2026").await.unwrap(), 0.0);
+    store.release("a", &id("none"), None).await.unwrap();
+}
+
+async fn a_list_goes_on_where_the_last_one_ended(Fresh { store, .. }: &Fresh) {
+    // In the order of bytes: a database's language would have it otherwise.
+    let sorted = ["B", "Z_", "a", "a-1", "a1", "a_", "b"];
+    insert(&**store, &["a1", "b", "a", "Z_", "a_", "B", "a-1"]).await;
+    let (mut seen, mut after) = (Vec::new(), None);
+    loop {
+        let page = store.list(&Filter::default(), after.as_ref(), 3).await.unwrap();
+        let Some(last) = page.last() else { break };
+        after = Some(last.id.clone());
+        seen.extend(page.iter().map(|session| session.id.to_string()));
+    }
+    assert_eq!(seen, sorted);
+}
+
+async fn a_list_is_of_those_that_are_asked_for(Fresh { store, .. }: &Fresh) {
+    let of = |name: &str, owner: &str, tenant: &str, provider: &str, phase| Session {
+        owner: owner.to_owned(),
+        tenant: tenant.to_owned(),
+        provider: provider.to_owned(),
+        phase,
+        ..session(name)
+    };
+    for one in [
+        of("a", "ada", "blue", "docker", Phase::Active),
+        of("b", "bob", "blue", "docker", Phase::Idle),
+        of("c", "ada", "red", "e2b", Phase::Idle),
+        of("d", "ada", "blue", "docker", Phase::Destroyed),
+        of("e", "ada", "red", "docker", Phase::Failed),
+    ] {
+        store.insert(&one).await.unwrap();
+    }
+    let some = |text: &str| Some(text.to_owned());
+    let none = Filter::default;
+    for (filter, expected) in [
+        (none(), "abc"),
+        (Filter { over: true, ..none() }, "abcde"),
+        (Filter { owner: some("ada"), ..none() }, "ac"),
+        (Filter { owner: some("ADA"), ..none() }, ""),
+        (Filter { tenant: some("blue"), over: true, ..none() }, "abd"),
+        (Filter { provider: some("docker"), tenant: some("blue"), ..none() }, "ab"),
+        (Filter { phases: vec![Phase::Idle], ..none() }, "bc"),
+        (Filter { phases: vec![Phase::Idle, Phase::Active], owner: some("ada"), ..none() }, "ac"),
+        (Filter { phases: vec![Phase::Failed, Phase::Active], over: true, ..none() }, "ae"),
+        (Filter { phases: vec![Phase::Failed], ..none() }, ""),
+        (Filter { owner: some("nobody"), over: true, ..none() }, ""),
+    ] {
+        assert_eq!(names(&store.list(&filter, None, 10).await.unwrap()).concat(), expected, "{filter:?}");
+    }
+    // It moves to where it is now.
+    let mut moved = store.get(&id("a")).await.unwrap().unwrap();
+    moved.phase = Phase::Failed;
+    moved.tenant = String::from("red");
+    store.update(&mut moved).await.unwrap();
+    assert_eq!(names(&store.list(&none(), None, 10).await.unwrap()).concat(), "bc");
+    let red = Filter { tenant: some("red"), over: true, ..none() };
+    assert_eq!(names(&store.list(&red, None, 10).await.unwrap()).concat(), "ace");
+}
+
+async fn they_are_counted_by_phase_provider_and_tenant(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["a", "b"]).await;
+    let red = Session { tenant: String::from("red"), phase: Phase::Destroyed, ..session("c") };
+    store.insert(&red).await.unwrap();
+    let of = |phase, tenant: &str, n| (phase, String::from("docker"), tenant.to_owned(), n);
+    assert_eq!(store.count().await.unwrap(), [of(Phase::Destroyed, "red", 1), of(Phase::Requested, "blue", 2)]);
+}
+
+async fn a_session_is_driven_by_one_fleet_at_a_time(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["a", "b"]).await;
+    assert_eq!(store.claim("one", LONG, 1).await.unwrap().len(), 1);
+    assert_eq!(store.claim("two", LONG, 9).await.unwrap().len(), 1);
+    assert_eq!(claimed(&**store, "one", LONG).await, [""; 0]);
+    assert_eq!(claimed(&**store, "three", LONG).await, [""; 0]);
+}
+
+async fn the_longest_due_comes_first(Fresh { store, .. }: &Fresh) {
+    let now = Timestamp::now();
+    insert(&**store, &["a", "b", "c"]).await;
+    assert_eq!(claimed(&**store, "one", LONG).await, ["a", "b", "c"]);
+    for (name, hours) in [("a", 1), ("b", 3), ("c", 2)] {
+        store.release("one", &id(name), Some(now - SignedDuration::from_hours(hours))).await.unwrap();
+    }
+    // Woken again and again, it does not fall behind.
+    store.wake(&id("b")).await.unwrap();
+    for name in ["b", "c", "a"] {
+        assert_eq!(names(&store.claim("one", LONG, 1).await.unwrap()), [name]);
+    }
+}
+
+async fn a_lease_that_is_over_is_anybodys(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["a"]).await;
+    assert_eq!(claimed(&**store, "one", OVER).await, ["a"]);
+    assert_eq!(claimed(&**store, "two", LONG).await, ["a"]);
+    assert_eq!(claimed(&**store, "one", LONG).await, [""; 0]);
+    // Who has lost it does not get it back by renewing, and takes it from nobody by letting go.
+    assert_eq!(store.renew("one", LONG).await.unwrap(), 0);
+    store.release("one", &id("a"), Some(Timestamp::MIN)).await.unwrap();
+    assert_eq!(claimed(&**store, "one", LONG).await, [""; 0]);
+    assert_eq!(store.renew("two", LONG).await.unwrap(), 1);
+}
+
+async fn a_lease_is_held_as_long_as_it_is_renewed(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["a", "b", "c"]).await;
+    assert_eq!(claimed(&**store, "one", OVER).await, ["a", "b", "c"]);
+    assert_eq!(store.renew("one", LONG).await.unwrap(), 3);
+    assert_eq!(claimed(&**store, "two", LONG).await, [""; 0]);
+    assert_eq!(store.renew("one", OVER).await.unwrap(), 3);
+    assert_eq!(claimed(&**store, "two", LONG).await, ["a", "b", "c"]);
+    assert_eq!(store.renew("nobody", LONG).await.unwrap(), 0);
+    assert_eq!(store.renew("two", Duration::MAX).await.unwrap(), 3);
+}
+
+async fn who_does_not_hold_it_does_not_let_go_of_it(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["a"]).await;
+    assert_eq!(claimed(&**store, "one", LONG).await, ["a"]);
+    store.release("two", &id("a"), Some(Timestamp::MIN)).await.unwrap();
+    assert_eq!(claimed(&**store, "two", LONG).await, [""; 0]);
+}
+
+async fn what_is_released_is_due_when_it_was_said(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["late", "never", "now", "soon"]).await;
+    assert_eq!(claimed(&**store, "one", LONG).await.len(), 4);
+    let now = Timestamp::now();
+    store.release("one", &id("late"), Some(now + SignedDuration::from_hours(1))).await.unwrap();
+    store.release("one", &id("never"), None).await.unwrap();
+    store.release("one", &id("now"), Some(now)).await.unwrap();
+    store.release("one", &id("soon"), Some(now + SignedDuration::from_millis(700))).await.unwrap();
+    // On a machine that is slow beyond measure it may be `soon` already.
+    let first = claimed(&**store, "two", LONG).await;
+    assert!(first == ["now"] || Timestamp::now() > now + SignedDuration::from_millis(700), "{first:?}");
+    let mut all: BTreeSet<String> = first.into_iter().collect();
+    while !all.contains("soon") {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        all.extend(claimed(&**store, "two", LONG).await);
+    }
+    assert!(Timestamp::now() > now + SignedDuration::from_millis(700));
+    assert_eq!(all.into_iter().collect::<Vec<_>>(), ["now", "soon"]);
+    store.wake(&id("late")).await.unwrap();
+    store.wake(&id("never")).await.unwrap();
+    assert_eq!(claimed(&**store, "two", LONG).await, ["late", "never"]);
+    // The ends of time are times.
+    store.release("two", &id("late"), Some(Timestamp::MIN)).await.unwrap();
+    store.release("two", &id("now"), Some(Timestamp::MAX)).await.unwrap();
+    assert_eq!(claimed(&**store, "two", LONG).await, ["late"]);
+}
+
+async fn what_happens_while_it_is_driven_is_not_forgotten(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["a"]).await;
+    assert_eq!(claimed(&**store, "one", LONG).await, ["a"]);
+    store.wake(&id("a")).await.unwrap();
+    assert_eq!(claimed(&**store, "two", LONG).await, [""; 0]);
+    store.release("one", &id("a"), None).await.unwrap();
+    assert_eq!(claimed(&**store, "one", LONG).await, ["a"]);
+    // It was seen: once.
+    store.release("one", &id("a"), Some(Timestamp::MAX)).await.unwrap();
+    assert_eq!(claimed(&**store, "one", LONG).await, [""; 0]);
+    // What woke it before it was claimed is seen by who claims it.
+    store.wake(&id("a")).await.unwrap();
+    assert_eq!(claimed(&**store, "one", LONG).await, ["a"]);
+    store.release("one", &id("a"), None).await.unwrap();
+    assert_eq!(claimed(&**store, "one", LONG).await, [""; 0]);
+    // And by who claims it after one who has died over it.
+    store.wake(&id("a")).await.unwrap();
+    assert_eq!(claimed(&**store, "one", OVER).await, ["a"]);
+    assert_eq!(claimed(&**store, "two", LONG).await, ["a"]);
+}
+
+async fn what_is_reserved_fits_below_the_limit(Fresh { store, .. }: &Fresh) {
+    let reserve = |name: &'static str, usd| async move { store.reserve("blue", "2026-11", &id(name), usd, 1.0).await.unwrap() };
+    // Ten times a tenth is one, which it is not in floating point.
+    for name in ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"] {
+        assert!(reserve(name, 0.1).await, "{name}");
+    }
+    assert_eq!(store.spent("blue", "2026-11").await.unwrap(), 1.0);
+    assert!(!reserve("k", 0.000_000_001).await);
+    assert!(reserve("k", 0.0).await);
+    assert!(reserve("j", 0.05).await);
+    assert!(!reserve("j", 0.2).await);
+    assert!(reserve("l", 0.05).await);
+    assert_eq!(store.spent("blue", "2026-11").await.unwrap(), 1.0);
+    assert!(store.reserve("blue", "2026-12", &id("a"), 1.0, 1.0).await.unwrap());
+    assert!(store.reserve("red", "2026-11", &id("a"), 5.0, f64::INFINITY).await.unwrap());
+    assert!(!store.reserve("red", "2026-11", &id("b"), 5.0, 0.0).await.unwrap());
+}
+
+async fn what_is_spent_is_in_the_place_of_what_was_reserved(Fresh { store, .. }: &Fresh) {
+    assert!(store.reserve("blue", "2026", &id("a"), 3.0, 10.0).await.unwrap());
+    store.spend("blue", "2026", &id("a"), 1.25).await.unwrap();
+    assert_eq!(store.spent("blue", "2026").await.unwrap(), 1.25);
+    // Nobody's leave is asked.
+    store.spend("blue", "2026", &id("b"), 10.0).await.unwrap();
+    assert_eq!(store.spent("blue", "2026").await.unwrap(), 11.25);
+    assert!(!store.reserve("blue", "2026", &id("c"), 0.01, 10.0).await.unwrap());
+    store.spend("blue", "2026", &id("b"), f64::NAN).await.unwrap();
+    store.spend("blue", "2026", &id("a"), -5.0).await.unwrap();
+    assert_eq!(store.spent("blue", "2026").await.unwrap(), 0.0);
+}
+
+async fn hooks_are_remembered_in_their_order(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["a", "b"]).await;
+    let runs = [run("a", 1), run("a", 2), HookRun { outcome: String::from("ok"), ..run("a", 3) }];
+    for one in &runs {
+        store.log_hook(one).await.unwrap();
+        store.log_hook(&run("b", 1)).await.unwrap();
+    }
+    assert_eq!(store.hook_runs(&id("a")).await.unwrap(), runs);
+    assert_eq!(store.hook_runs(&id("b")).await.unwrap().len(), 3);
+}
+
+async fn of_many_runs_of_hooks_the_last_are_kept(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["a", "b"]).await;
+    store.log_hook(&run("b", 1)).await.unwrap();
+    let most = u32::try_from(HOOK_RUNS_MOST).unwrap();
+    for attempt in 1..=most + 2 {
+        store.log_hook(&run("a", attempt)).await.unwrap();
+    }
+    let kept: Vec<u32> = store.hook_runs(&id("a")).await.unwrap().iter().map(|run| run.attempt).collect();
+    assert_eq!(kept, (3..=most + 2).collect::<Vec<_>>());
+    assert_eq!(store.hook_runs(&id("b")).await.unwrap().len(), 1);
+}
+
+async fn what_is_over_is_forgotten_and_nothing_else(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["live"]).await;
+    // More than are forgotten at a time.
+    for n in 0..1100 {
+        let phase = if n % 2 == 0 { Phase::Destroyed } else { Phase::Failed };
+        store.insert(&Session { phase, ..session(&format!("over{n}")) }).await.unwrap();
+    }
+    store.log_hook(&run("over0", 1)).await.unwrap();
+    store.spend("blue", "2026", &id("over0"), 2.0).await.unwrap();
+    let now = Timestamp::now();
+    assert_eq!(store.prune(now - SignedDuration::from_hours(1)).await.unwrap(), 0);
+    assert_eq!(store.prune(now + SignedDuration::from_hours(1)).await.unwrap(), 1100);
+    assert_eq!(names(&store.list(&Filter { over: true, ..Filter::default() }, None, 10).await.unwrap()), ["live"]);
+    // Its hooks go with it. What it has spent in the period stays.
+    assert_eq!(store.hook_runs(&id("over0")).await.unwrap(), []);
+    assert_eq!(store.spent("blue", "2026").await.unwrap(), 2.0);
+    // Not for ever.
+    store.prune(now + SignedDuration::from_hours(401 * 24)).await.unwrap();
+    assert_eq!(store.spent("blue", "2026").await.unwrap(), 0.0);
+}
+
+async fn whatever_is_written_into_a_name_stays_text(Fresh { store, .. }: &Fresh) {
+    let name = "'; DROP TABLE sessions; -- %_\\\" $1 ?";
+    let odd = Session { tenant: name.to_owned(), owner: name.to_owned(), provider: name.to_owned(), ..session("odd") };
+    store.insert(&odd).await.unwrap();
+    insert(&**store, &["even"]).await;
+    let some = Some(name.to_owned());
+    let filter = Filter { tenant: some.clone(), owner: some.clone(), provider: some, ..Filter::default() };
+    assert_eq!(store.list(&filter, None, 10).await.unwrap(), [odd]);
+    assert!(store.reserve(name, name, &id("odd"), 1.0, 1.0).await.unwrap());
+    assert_eq!(store.spent(name, name).await.unwrap(), 1.0);
+    assert_eq!(claimed(&**store, name, LONG).await, ["even", "odd"]);
+    assert_eq!(store.renew(name, LONG).await.unwrap(), 2);
+}
+
+async fn two_hundred_sessions_are_each_claimed_once(Fresh { store, .. }: &Fresh) {
+    for n in 0..200 {
+        insert(&**store, &[&format!("s{n}")]).await;
+    }
+    let fleets: Vec<_> = (0..8)
+        .map(|n| {
+            let (store, fleet) = (store.clone(), format!("fleet{n}"));
+            tokio::spawn(async move {
+                let mut mine = Vec::new();
+                loop {
+                    let some = store.claim(&fleet, LONG, 7).await.unwrap();
+                    if some.is_empty() {
+                        return (fleet, mine);
+                    }
+                    mine.extend(some);
+                }
+            })
+        })
+        .collect();
+    let mut by: HashMap<SessionId, String> = HashMap::new();
+    for fleet in fleets {
+        let (fleet, mine) = fleet.await.unwrap();
+        assert_eq!(store.renew(&fleet, LONG).await.unwrap(), mine.len() as u64);
+        for session in mine {
+            let other = by.insert(session.id.clone(), fleet.clone());
+            assert_eq!(other, None, "{} was claimed by {fleet}, too", session.id);
+        }
+    }
+    assert_eq!(by.len(), 200);
+}
+
+async fn of_many_who_change_it_one_does(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["a"]).await;
+    let writers: Vec<_> = (0..8)
+        .map(|_| {
+            let store = store.clone();
+            tokio::spawn(async move {
+                let mut done = 0;
+                while done < 10 {
+                    let mut read = store.get(&id("a")).await.unwrap().unwrap();
+                    read.failures += 1;
+                    match store.update(&mut read).await {
+                        Ok(()) => done += 1,
+                        Err(Error::Conflict(_)) => tokio::task::yield_now().await,
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            })
+        })
+        .collect();
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    let last = store.get(&id("a")).await.unwrap().unwrap();
+    assert_eq!((last.failures, last.version), (80, 80));
+}
+
+async fn what_many_reserve_at_once_stays_below_the_limit(Fresh { store, .. }: &Fresh) {
+    let askers: Vec<_> = (0..8)
+        .map(|n| {
+            let store = store.clone();
+            tokio::spawn(async move {
+                let mut granted = 0;
+                for m in 0..10 {
+                    let session = id(&format!("s{n}-{m}"));
+                    granted += u32::from(store.reserve("blue", "2026", &session, 0.3, 10.0).await.unwrap());
+                    assert!(store.spent("blue", "2026").await.unwrap() <= 10.0);
+                }
+                granted
+            })
+        })
+        .collect();
+    let mut granted = 0;
+    for asker in askers {
+        granted += asker.await.unwrap();
+    }
+    assert_eq!(granted, 33);
+    assert_eq!(store.spent("blue", "2026").await.unwrap(), 9.9);
+}
+
+async fn what_is_written_is_there_when_it_is_opened_again(Fresh { store, url, .. }: &Fresh) {
+    if url.is_empty() {
+        // In memory there is nothing to open again, and another is another.
+        insert(&**store, &["a"]).await;
+        assert_eq!(memory().await.unwrap().store.get(&id("a")).await.unwrap(), None);
+        return;
+    }
+    insert(&**store, &["a", "b"]).await;
+    assert_eq!(claimed(&**store, "one", LONG).await, ["a", "b"]);
+    store.release("one", &id("b"), Some(Timestamp::now())).await.unwrap();
+    // Beside the first, as another process would.
+    let again = store::open(url).await.unwrap();
+    assert_eq!(again.get(&id("a")).await.unwrap().unwrap(), session("a"));
+    assert_eq!(claimed(&*again, "two", LONG).await, ["b"]);
+    assert_eq!(claimed(&**store, "one", LONG).await, [""; 0]);
+}

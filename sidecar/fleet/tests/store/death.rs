@@ -1,0 +1,1 @@
+//! Stores that go away, and those that write when they die.

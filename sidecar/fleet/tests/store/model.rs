@@ -1,0 +1,1 @@
+//! Whatever is done in whatever order comes to what a few maps would come to.
