@@ -45,7 +45,8 @@ pub fn size(text: &str) -> Option<u64> {
     (bytes < 1e18).then_some(bytes as u64)
 }
 
-/// The known name that was meant, if one is near: a few edits away, or the one that begins like it. `core` takes off what names share.
+/// The known name that was meant, if one is near: a few edits away, or one that begins like it or has its letters in another order. `core` takes off
+/// what names share.
 #[must_use]
 pub fn near<'a>(name: &str, known: impl Iterator<Item = &'a str>, core: impl Fn(&str) -> &str) -> Option<&'a str> {
     let name = core(name);
@@ -57,10 +58,16 @@ pub fn near<'a>(name: &str, known: impl Iterator<Item = &'a str>, core: impl Fn(
             let begins =
                 name.len() >= 4 && whole.starts_with(name) && !whole[name.len()..].starts_with(|c: char| c.is_alphanumeric());
             let edits = edits(name, whole);
-            (begins || edits <= few).then_some((!begins, edits, known))
+            (begins || edits <= few || letters(name) == letters(whole)).then_some((!begins, edits, known))
         })
         .min()
         .map(|(_, _, known)| known)
+}
+
+fn letters(text: &str) -> Vec<char> {
+    let mut letters: Vec<char> = text.chars().collect();
+    letters.sort_unstable();
+    letters
 }
 
 /// Levenshtein's distance.
@@ -104,6 +111,7 @@ mod tests {
         let near = |name| near(name, known.iter().copied(), |name| name);
         assert_eq!(near("timout"), Some("timeout"));
         assert_eq!(near("retry"), None);
+        assert_eq!(near("reitres"), Some("retries"));
         assert_eq!(near("retires"), Some("retries"));
         assert_eq!(near("ready"), Some("ready_within"));
         assert_eq!(near("colour"), None);
