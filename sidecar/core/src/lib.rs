@@ -37,5 +37,6 @@ pub mod timeline;
 pub mod tokens;
 pub mod update;
 pub mod who;
+pub mod written;
 
 pub use monitor::{Action, Exit, Input, Monitor, Now, Output, Settings, Signal, Stop};

@@ -4,6 +4,8 @@
 //! [`lifecycle`] and [`plan`] decide and touch nothing; [`provider`], [`store`] and [`hook`] are the edges; [`service`] drives one with the
 //! others, step by step, so that whoever dies in between leaves what the next can go on from.
 
+pub mod config;
+pub mod hook;
 pub mod inside;
 pub mod lifecycle;
 pub mod plan;

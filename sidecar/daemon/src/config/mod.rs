@@ -20,6 +20,7 @@ use agent_sidecar_core::price::PriceTable;
 use agent_sidecar_core::span::Semconv;
 use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::who::{self, Name, Who};
+use agent_sidecar_core::written::near;
 
 use crate::busy::{self, Lease};
 use crate::export::otlp::environment::{Headers, Own};
@@ -1088,38 +1089,6 @@ fn slip(name: &str) -> Option<Mistake> {
         what: String::from("there is no such variable"),
         remedy: format!("did you mean {meant}?"),
     })
-}
-
-/// The known name that was meant, if one is near: a few edits away, or the one that begins like it. `core` takes off what names share.
-fn near<'a>(name: &str, known: impl Iterator<Item = &'a str>, core: impl Fn(&str) -> &str) -> Option<&'a str> {
-    let name = core(name);
-    // Short names are near to everything.
-    let few = (name.len() / 3).min(3);
-    known
-        .filter_map(|known| {
-            let whole = core(known);
-            let begins =
-                name.len() >= 4 && whole.starts_with(name) && !whole[name.len()..].starts_with(|c: char| c.is_alphanumeric());
-            let edits = edits(name, whole);
-            (begins || edits <= few).then_some((!begins, edits, known))
-        })
-        .min()
-        .map(|(_, _, known)| known)
-}
-
-/// Levenshtein's distance.
-fn edits(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let next = (diagonal + usize::from(x != *y)).min(row[j] + 1).min(row[j + 1] + 1);
-            diagonal = std::mem::replace(&mut row[j + 1], next);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]

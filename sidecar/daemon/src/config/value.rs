@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use agent_sidecar_core::limit::Mode;
-
 use agent_sidecar_core::who::Sources;
+use agent_sidecar_core::written::{duration, size};
 
 use crate::export::otlp::environment::{self, Headers};
 use crate::hub::Zone;
@@ -267,47 +267,6 @@ impl Kind {
             Kind::Users => String::from("user,user=tenant,…"),
         }
     }
-}
-
-/// `90s`, `10m`, `1h30m`, `500ms`, `2d`.
-fn duration(text: &str) -> Option<Duration> {
-    let (mut total, mut rest) = (Duration::ZERO, text);
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let number: f64 = rest[..digits].parse().ok()?;
-        let unit_end = rest[digits..].find(|c: char| c.is_ascii_digit()).map_or(rest.len(), |end| digits + end);
-        let seconds = match &rest[digits..unit_end] {
-            "ms" => 0.001,
-            "s" => 1.0,
-            "m" | "min" => 60.0,
-            "h" => 3_600.0,
-            "d" => 86_400.0,
-            _ => return None,
-        };
-        total = total.checked_add(Duration::try_from_secs_f64(number * seconds).ok()?)?;
-        rest = &rest[unit_end..];
-    }
-    // A year is no limit any more, but a typo.
-    (!text.is_empty() && total <= Duration::from_secs(366 * 86_400)).then_some(total)
-}
-
-/// `512MiB`, `2GB`, `1048576`.
-fn size(text: &str) -> Option<u64> {
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let number: f64 = text[..digits].parse().ok()?;
-    let unit = match text[digits..].trim() {
-        "" | "B" => 1.0,
-        "KiB" | "Ki" => 1024.0,
-        "MiB" | "Mi" => 1024.0 * 1024.0,
-        "GiB" | "Gi" => 1024.0 * 1024.0 * 1024.0,
-        "KB" | "kB" => 1e3,
-        "MB" => 1e6,
-        "GB" => 1e9,
-        _ => return None,
-    };
-    let bytes = number * unit;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be in range")]
-    (bytes < 1e18).then_some(bytes as u64)
 }
 
 /// `agent`, `1000`, `agent:staff`, `1000:1000`.

@@ -82,6 +82,9 @@ pub struct HookRun {
     pub outcome: String,
     /// What it said, cut.
     pub said: String,
+    /// What it was told, as it was sent, where it may have to be told again: a failed try's event, or a dead letter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub event: Option<String>,
 }
 
 #[derive(Debug, thiserror::Error)]

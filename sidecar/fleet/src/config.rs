@@ -1,0 +1,350 @@
+//! What a fleet is told: one file, `agent-fleet.toml`, and every mistake in it at once.
+//!
+//! Secrets are named here and never written: what is kept of a caller's token is its digest.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
+use crate::hook::Hook;
+use crate::provider::{FLEET_LABEL, KEY_LABEL, SESSION_LABEL, Secret, Size, Spec};
+use crate::session::{Pattern, SessionId, container_key};
+
+mod read;
+mod secret;
+#[cfg(test)]
+mod tests;
+
+pub use secret::{Elsewhere, Hidden, Machine, Outside};
+
+/// The label that says which template a container is made from.
+pub const TEMPLATE_LABEL: &str = "agent-fleet.template";
+/// The label that says whose it is.
+pub const TENANT_LABEL: &str = "agent-fleet.tenant";
+
+/// Kinds of providers, each with what finds the mistakes in its own settings.
+pub const KINDS: &[(&str, CheckSettings)] =
+    &[("docker", ok), ("gvisor", ok), ("e2b", ok), ("daytona", ok), ("fly", ok), ("vercel", ok)];
+
+/// Says what is wrong, as the end of a sentence that begins with the provider's name.
+pub type CheckSettings = fn(&toml::Table) -> Result<(), String>;
+
+fn ok(_: &toml::Table) -> Result<(), String> {
+    Ok(())
+}
+
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub path: PathBuf,
+    pub fleet: Fleet,
+    /// Who may ask, by their names.
+    pub callers: BTreeMap<String, Caller>,
+    pub providers: BTreeMap<String, ProviderConfig>,
+    pub templates: BTreeMap<String, Template>,
+    pub tenants: BTreeMap<String, Tenant>,
+    /// In the order in which they run.
+    pub hooks: Vec<Hook>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Fleet {
+    /// On every container as a label: two fleets that share a provider and a name would destroy each other's containers.
+    pub name: String,
+    pub listen: SocketAddr,
+    /// Where containers reach this fleet.
+    pub url: Option<String>,
+    /// `sqlite:///var/lib/agent-fleet/fleet.db` or `postgres://…`.
+    pub store: Hidden,
+    /// The live page is served.
+    pub page: bool,
+    /// How long sessions that are over are remembered.
+    pub keep: Duration,
+}
+
+/// Somebody with a token.
+#[derive(Clone, PartialEq)]
+pub struct Caller {
+    pub name: String,
+    /// The tenants for whom sessions may be asked for. Empty: all there are.
+    pub tenants: Vec<String>,
+    /// Reaches what others own, too.
+    pub admin: bool,
+    /// SHA-256 of each token that is taken: several while one replaces another.
+    digests: Vec<[u8; 32]>,
+}
+
+impl Caller {
+    pub fn may_use(&self, tenant: &str) -> bool {
+        self.tenants.is_empty() || self.tenants.iter().any(|own| own == tenant)
+    }
+}
+
+impl fmt::Debug for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, tenants, admin, digests: _ } = self;
+        f.debug_struct("Caller").field("name", name).field("tenants", tenants).field("admin", admin).finish_non_exhaustive()
+    }
+}
+
+#[derive(Clone, PartialEq)]
+pub struct ProviderConfig {
+    /// One of [`KINDS`].
+    pub kind: String,
+    /// The rest, which is the provider's own business.
+    pub settings: toml::Table,
+}
+
+impl fmt::Debug for ProviderConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<&String> = self.settings.keys().collect();
+        f.debug_struct("ProviderConfig").field("kind", &self.kind).field("settings", &names).finish()
+    }
+}
+
+/// What sessions are made from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Template {
+    pub name: String,
+    pub pattern: Pattern,
+    /// The provider's name in the configuration.
+    pub provider: String,
+    pub image: String,
+    pub command: Vec<String>,
+    pub env: BTreeMap<String, String>,
+    pub secrets: BTreeMap<String, Secret>,
+    pub size: Size,
+    pub ports: Vec<u16>,
+    /// How long one container may exist.
+    pub ttl: Duration,
+    /// How long the agent is idle before its pattern acts. `None`: it never does.
+    pub idle_after: Option<Duration>,
+    /// How long the sidecar may take to speak.
+    pub ready_within: Duration,
+    pub stop_grace: Duration,
+    /// How long a session may exist, over all its containers.
+    pub max_age: Duration,
+    pub labels: BTreeMap<String, String>,
+    /// Where the sidecar inside listens.
+    pub sidecar_port: u16,
+    /// The provider's own idle timer, behind the sidecar's word.
+    pub provider_idle: Option<Duration>,
+}
+
+impl Template {
+    /// What a session's container of that generation is made of.
+    pub fn spec_for(&self, fleet: &str, id: &SessionId, tenant: &str, generation: u32) -> Spec {
+        let key = container_key(id, generation);
+        let own = [
+            (FLEET_LABEL, fleet),
+            (KEY_LABEL, key.as_str()),
+            (SESSION_LABEL, id.as_str()),
+            (TEMPLATE_LABEL, self.name.as_str()),
+            (TENANT_LABEL, tenant),
+        ];
+        let mut labels = self.labels.clone();
+        labels.extend(own.map(|(name, value)| (name.to_owned(), value.to_owned())));
+        Spec {
+            key,
+            image: self.image.clone(),
+            command: self.command.clone(),
+            env: self.env.clone(),
+            secrets: self.secrets.clone(),
+            size: self.size,
+            ports: self.ports.clone(),
+            labels,
+            ttl: self.ttl,
+            idle: self.provider_idle,
+        }
+    }
+}
+
+/// Who pays.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tenant {
+    pub name: String,
+    pub budget_usd_per_day: Option<f64>,
+    pub budget_usd_per_month: Option<f64>,
+    /// Where its days begin.
+    pub zone: TimeZone,
+    /// How many of its sessions may exist at a time.
+    pub max_sessions: Option<u64>,
+}
+
+impl Tenant {
+    /// The periods that `now` is in and that have a budget: what the store calls them, and the limit in USD.
+    pub fn periods(&self, now: Timestamp) -> Vec<(String, f64)> {
+        let date = now.to_zoned_datetime(self.zone.clone()).date();
+        let day = self.budget_usd_per_day.map(|usd| (date.to_string(), usd));
+        let month = self.budget_usd_per_month.map(|usd| (format!("{:04}-{:02}", date.year(), date.month()), usd));
+        day.into_iter().chain(month).collect()
+    }
+}
+
+/// Something that is wrong, where, and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistake {
+    pub path: PathBuf,
+    /// Both from one.
+    pub line: usize,
+    pub column: usize,
+    pub what: String,
+    pub remedy: String,
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}: {}; {}", self.path.display(), self.line, self.column, self.what, self.remedy)
+    }
+}
+
+/// All that is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub struct Mistakes(pub Vec<Mistake>);
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the configuration has {} mistake{}", self.0.len(), if self.0.len() == 1 { "" } else { "s" })?;
+        for mistake in &self.0 {
+            write!(f, "\n  {mistake}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Every mistake in the file and in what it refers to on this machine.
+pub fn check(path: &Path) -> Vec<Mistake> {
+    Config::read(path).err().map(|mistakes| mistakes.0).unwrap_or_default()
+}
+
+impl Config {
+    /// Reads the file, and the secrets it names from where they are.
+    ///
+    /// # Errors
+    /// Every mistake there is.
+    pub fn read(path: &Path) -> Result<Config, Mistakes> {
+        Config::read_with(path, &Machine)
+    }
+
+    /// The same with other surroundings: [`Elsewhere`] checks a file for a machine that this is not.
+    ///
+    /// # Errors
+    /// Every mistake there is.
+    pub fn read_with(path: &Path, outside: &dyn Outside) -> Result<Config, Mistakes> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => Config::parse(path, &text, outside),
+            Err(error) => Err(Mistakes(vec![Mistake {
+                path: path.to_owned(),
+                line: 1,
+                column: 1,
+                what: format!("the file cannot be read: {error}"),
+                remedy: String::from("name a readable file with --config"),
+            }])),
+        }
+    }
+
+    /// # Errors
+    /// Every mistake there is.
+    pub fn parse(path: &Path, text: &str, outside: &dyn Outside) -> Result<Config, Mistakes> {
+        read::read(path, text, outside)
+    }
+
+    /// Whose token this is.
+    pub fn caller(&self, token: &str) -> Option<&Caller> {
+        let digest = secret::digest(token);
+        self.callers.values().find(|caller| caller.digests.contains(&digest))
+    }
+
+    /// What is in force, as it could be written. No secret is in it.
+    pub fn print(&self) -> String {
+        let mut out = String::new();
+        self.print_to(&mut out).expect("a String takes everything");
+        out
+    }
+
+    fn print_to(&self, out: &mut String) -> fmt::Result {
+        let Fleet { name, listen, url, store, page, keep } = &self.fleet;
+        writeln!(out, "[fleet]\nname = {name:?}\nlisten = \"{listen}\"")?;
+        if let Some(url) = url {
+            writeln!(out, "url = {url:?}")?;
+        }
+        writeln!(out, "store = {:?}\npage = {page}\nkeep = {}", secret::without_password(store.reveal()), time(*keep))?;
+        for caller in self.callers.values() {
+            let tenants: &[String] = if caller.tenants.is_empty() { &[String::from("*")] } else { &caller.tenants };
+            writeln!(out, "\n[callers.{}]\ntenants = {tenants:?}\nadmin = {}", caller.name, caller.admin)?;
+        }
+        for (name, provider) in &self.providers {
+            writeln!(out, "\n[providers.{name}]\nkind = {:?}", provider.kind)?;
+            for key in provider.settings.keys() {
+                writeln!(out, "# {key} is set")?;
+            }
+        }
+        for template in self.templates.values() {
+            template.print_to(out)?;
+        }
+        for tenant in self.tenants.values() {
+            writeln!(out, "\n[tenants.{}]", tenant.name)?;
+            let amounts =
+                [("budget_usd_per_day", tenant.budget_usd_per_day), ("budget_usd_per_month", tenant.budget_usd_per_month)];
+            for (key, usd) in amounts {
+                if let Some(usd) = usd {
+                    writeln!(out, "{key} = {usd}")?;
+                }
+            }
+            writeln!(out, "time_zone = {:?}", tenant.zone.iana_name().unwrap_or("UTC"))?;
+            if let Some(most) = tenant.max_sessions {
+                writeln!(out, "max_sessions = {most}")?;
+            }
+        }
+        for hook in &self.hooks {
+            writeln!(out, "\n{hook}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Template {
+    fn print_to(&self, out: &mut String) -> fmt::Result {
+        let pattern = pattern_name(self.pattern);
+        writeln!(out, "\n[templates.{}]\npattern = \"{pattern}\"\nprovider = {:?}", self.name, self.provider)?;
+        writeln!(out, "image = {:?}\ncommand = {:?}", self.image, self.command)?;
+        let pairs = |pairs: &BTreeMap<String, String>| {
+            pairs.iter().map(|(name, value)| format!("{name:?} = {value:?}")).collect::<Vec<_>>().join(", ")
+        };
+        writeln!(out, "env = {{ {} }}", pairs(&self.env))?;
+        let secrets: Vec<String> =
+            self.secrets.iter().map(|(name, secret)| format!("{name} = {}", secret::reference(secret))).collect();
+        writeln!(out, "secrets = {{ {} }}", secrets.join(", "))?;
+        let Size { cpu_milli, memory_mib, disk_mib } = self.size;
+        let cpu = f64::from(cpu_milli) / 1000.0;
+        writeln!(out, "size = {{ cpu = {cpu:?}, memory = \"{memory_mib}MiB\", disk = \"{disk_mib}MiB\" }}")?;
+        writeln!(out, "ports = {:?}\nsidecar_port = {}", self.ports, self.sidecar_port)?;
+        writeln!(out, "ttl = {}\nmax_age = {}", time(self.ttl), time(self.max_age))?;
+        writeln!(out, "idle_after = {}", self.idle_after.map_or_else(|| String::from("\"off\""), time))?;
+        writeln!(out, "provider_idle = {}", self.provider_idle.map_or_else(|| String::from("\"off\""), time))?;
+        writeln!(out, "ready_within = {}\nstop_grace = {}", time(self.ready_within), time(self.stop_grace))?;
+        writeln!(out, "labels = {{ {} }}", pairs(&self.labels))
+    }
+}
+
+pub(crate) fn pattern_name(pattern: Pattern) -> &'static str {
+    match pattern {
+        Pattern::Ephemeral => "ephemeral",
+        Pattern::LongRunning => "long-running",
+        Pattern::Hybrid => "hybrid",
+        Pattern::Shared => "shared",
+    }
+}
+
+/// `"1h30m"`, in quotes.
+pub(crate) fn time(time: Duration) -> String {
+    let (all, milli) = (time.as_secs(), time.subsec_millis());
+    let parts = [(all / 86_400, "d"), (all / 3_600 % 24, "h"), (all / 60 % 60, "m"), (all % 60, "s"), (milli.into(), "ms")];
+    let text: String = parts.iter().filter(|(n, _)| *n > 0).map(|(n, unit)| format!("{n}{unit}")).collect();
+    format!("\"{}\"", if text.is_empty() { "0s" } else { &text })
+}

@@ -1,0 +1,918 @@
+//! The file, read as far as it can be, so that one slip does not hide the next mistake.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use agent_sidecar_core::written;
+use jiff::tz::TimeZone;
+use toml::Spanned;
+use toml::de::{DeArray, DeTable, DeValue};
+
+use super::secret::{self, holds_key, is_key};
+use super::{Caller, Config, Fleet, Hidden, KINDS, Mistake, Mistakes, Outside, ProviderConfig, Template, Tenant};
+use crate::hook::{Act, Hook, sign};
+use crate::lifecycle::Phase;
+use crate::provider::{Secret, Size};
+use crate::session::Pattern;
+
+type Span = Range<usize>;
+
+/// What a value is not, and what to write instead.
+struct Wrong {
+    what: String,
+    remedy: String,
+}
+
+fn wrong<T>(what: impl Into<String>, remedy: impl Into<String>) -> Result<T, Wrong> {
+    Err(Wrong { what: what.into(), remedy: remedy.into() })
+}
+
+struct Reader<'a> {
+    path: &'a Path,
+    text: &'a str,
+    outside: &'a dyn Outside,
+    mistakes: Vec<Mistake>,
+}
+
+/// A table, and which of its keys are known.
+struct Section<'a> {
+    name: String,
+    at: Span,
+    table: &'a DeTable<'a>,
+    known: Vec<&'static str>,
+}
+
+pub(super) fn read(path: &Path, text: &str, outside: &dyn Outside) -> Result<Config, Mistakes> {
+    let (table, errors) = DeTable::parse_recoverable(text);
+    let mut reader = Reader { path, text, outside, mistakes: Vec::new() };
+    for error in errors {
+        let span = error.span().unwrap_or_default();
+        reader.wrong(span, error.message().to_owned(), "mend the TOML here; text goes in quotes");
+    }
+    // The providers' own settings, as plain values.
+    let plain = text.parse::<toml::Table>().unwrap_or_default();
+    let config = reader.config(table.get_ref(), &plain);
+    reader.mistakes.sort_by_key(|mistake| (mistake.line, mistake.column));
+    if reader.mistakes.is_empty() { Ok(config) } else { Err(Mistakes(reader.mistakes)) }
+}
+
+impl<'a> Reader<'a> {
+    fn wrong(&mut self, span: Span, what: impl Into<String>, remedy: impl Into<String>) {
+        let before = &self.text.as_bytes()[..span.start.min(self.text.len())];
+        let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+        let start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+        let column = String::from_utf8_lossy(&before[start..]).chars().count() + 1;
+        self.mistakes.push(Mistake { path: self.path.to_owned(), line, column, what: what.into(), remedy: remedy.into() });
+    }
+
+    fn config(&mut self, table: &'a DeTable<'a>, plain: &toml::Table) -> Config {
+        let mut root = Section { name: String::new(), at: 0..0, table, known: Vec::new() };
+        let fleet = self.tables_at(&mut root, "fleet");
+        let (at, fleet) = match fleet {
+            Some(section) => (section.at.clone(), self.fleet(section)),
+            None => {
+                self.wrong(0..0, "there is no [fleet]", "add [fleet] with at least name = \"…\"");
+                (0..0, Fleet::default())
+            }
+        };
+        let providers: BTreeMap<String, ProviderConfig> = self
+            .named(&mut root, "providers")
+            .into_iter()
+            .map(|(name, section)| {
+                let settings = plain.get("providers").and_then(|all| all.get(&name)).and_then(toml::Value::as_table);
+                let provider = self.provider(section, settings.cloned().unwrap_or_default());
+                (name, provider)
+            })
+            .collect();
+        let tenants: BTreeMap<String, Tenant> = self
+            .named(&mut root, "tenants")
+            .into_iter()
+            .map(|(name, section)| (name.clone(), self.tenant(name, section)))
+            .collect();
+        let templates: BTreeMap<String, Template> = self
+            .named(&mut root, "templates")
+            .into_iter()
+            .map(|(name, section)| (name.clone(), self.template(name, section, &providers)))
+            .collect();
+        let mut callers: BTreeMap<String, Caller> = BTreeMap::new();
+        for (name, section) in self.named(&mut root, "callers") {
+            let at = section.at.clone();
+            let caller = self.caller(name.clone(), section, &tenants);
+            if let Some(other) = callers.values().find(|other| other.digests.iter().any(|one| caller.digests.contains(one))) {
+                let what = format!("`callers.{name}` and `callers.{}` have the same token", other.name);
+                self.wrong(at, what, "give each its own, so that they can be told apart");
+            }
+            callers.insert(name, caller);
+        }
+        if callers.is_empty() && !fleet.listen.ip().is_loopback() {
+            let remedy = "add [callers.NAME] with token = { file = \"…\" }, or listen on 127.0.0.1";
+            self.wrong(at, format!("nobody may ask at {}: there is no [callers.NAME]", fleet.listen), remedy);
+        }
+        let hooks = self.hooks(&mut root, &templates);
+        self.finish(root);
+        Config { path: self.path.to_owned(), fleet, callers, providers, templates, tenants, hooks }
+    }
+
+    fn fleet(&mut self, mut section: Section<'a>) -> Fleet {
+        let default = Fleet::default();
+        let name = self.need(&mut section, "name", label, "name = \"prod\": it is on every container as a label");
+        let listen = self.get(&mut section, "listen", address).unwrap_or(default.listen);
+        let url = self.get(&mut section, "url", web_url);
+        let page = self.get(&mut section, "page", switch).unwrap_or(default.page);
+        let keep = self.get(&mut section, "keep", time).unwrap_or(default.keep);
+        let (store, at) = (section.has("store"), section.at_key("store"));
+        let store = match store {
+            Some(DeValue::Table(_)) => {
+                self.secret(&mut section, "store").and_then(|secret| self.outside(&secret, "fleet.store", at.clone()))
+            }
+            Some(_) => self.get(&mut section, "store", text).map(|url| {
+                if is_key(&url) {
+                    let remedy = "write store = { env = \"…\" } or { file = \"…\" } and put the whole URL there";
+                    self.wrong(at.clone(), "`fleet.store` has a password in it", remedy);
+                }
+                Hidden::new(url)
+            }),
+            None => {
+                section.known.push("store");
+                None
+            }
+        };
+        if let Some(store) = &store
+            && !["sqlite:", "postgres://", "postgresql://"].iter().any(|scheme| store.reveal().starts_with(scheme))
+        {
+            let remedy = "write it like sqlite:///var/lib/agent-fleet/fleet.db or postgres://user@host/database";
+            self.wrong(at, "`fleet.store` is the URL of a SQLite file or of a PostgreSQL database", remedy);
+        }
+        self.finish(section);
+        Fleet { name: name.unwrap_or_default(), listen, url, store: store.unwrap_or(default.store), page, keep }
+    }
+
+    fn provider(&mut self, mut section: Section<'a>, mut settings: toml::Table) -> ProviderConfig {
+        let kinds = || KINDS.iter().map(|(kind, _)| *kind);
+        let kind = self.need(&mut section, "kind", text, "kind = \"docker\"").unwrap_or_default();
+        settings.remove("kind");
+        match KINDS.iter().find(|(known, _)| *known == kind) {
+            Some((_, check)) => {
+                if let Err(what) = check(&settings) {
+                    self.wrong(section.at.clone(), format!("`{}` {what}", section.name), "mend its settings");
+                }
+            }
+            None if kind.is_empty() => {}
+            None => {
+                let at = section.at_key("kind");
+                self.wrong(at, format!("there is no provider of the kind `{kind}`"), nearest(&kind, kinds()));
+            }
+        }
+        for (key, value) in section.table {
+            if let DeValue::String(text) = value.get_ref()
+                && holds_key(&format!("_{}", key.get_ref()), text)
+            {
+                let what = format!("`{}.{}` holds a secret", section.name, key.get_ref());
+                self.wrong(value.span(), what, "name where it is: { env = \"…\" } or { file = \"…\" }");
+            }
+        }
+        ProviderConfig { kind, settings }
+    }
+
+    fn tenant(&mut self, name: String, mut section: Section<'a>) -> Tenant {
+        let budget_usd_per_day = self.get(&mut section, "budget_usd_per_day", dollars);
+        let budget_usd_per_month = self.get(&mut section, "budget_usd_per_month", dollars);
+        let zone = self.get(&mut section, "time_zone", zone).unwrap_or(TimeZone::UTC);
+        let max_sessions = self.get(&mut section, "max_sessions", count);
+        if let (Some(day), Some(month)) = (budget_usd_per_day, budget_usd_per_month)
+            && day > month
+        {
+            let what = format!("`{}` may spend more in a day ({day}) than in a month ({month})", section.name);
+            self.wrong(section.at_key("budget_usd_per_day"), what, "lower the one or raise the other");
+        }
+        self.finish(section);
+        Tenant { name, budget_usd_per_day, budget_usd_per_month, zone, max_sessions }
+    }
+
+    fn caller(&mut self, name: String, mut section: Section<'a>, tenants: &BTreeMap<String, Tenant>) -> Caller {
+        let at = section.at_key("token");
+        let token = self.secrets(&mut section, "token");
+        if token.is_empty() && section.has("token").is_none() {
+            let what = format!("`{}` has no token", section.name);
+            self.wrong(section.at.clone(), what, "add token = { file = \"…\" } or { env = \"…\" }");
+        }
+        let key = format!("{}.token", section.name);
+        let values: Vec<Hidden> = token.iter().filter_map(|token| self.outside(token, &key, at.clone())).collect();
+        if values.iter().any(|value| value.reveal().len() < LEAST_TOKEN) {
+            let what = format!("`{key}` has fewer than {LEAST_TOKEN} characters, which can be guessed");
+            self.wrong(at, what, "make one with `openssl rand -hex 32`");
+        }
+        let mut of = self.get(&mut section, "tenants", texts).unwrap_or_default();
+        let admin = self.get(&mut section, "admin", switch).unwrap_or(false);
+        let at = section.at_key("tenants");
+        if of.is_empty() && !admin {
+            let remedy = "add tenants = [\"…\"], or [\"*\"] for all of them";
+            self.wrong(at.clone(), format!("`{}` may ask for no tenant", section.name), remedy);
+        }
+        if of.iter().any(|tenant| tenant == "*") {
+            of.clear();
+        }
+        for tenant in of.iter().filter(|tenant| !tenants.contains_key(*tenant)) {
+            let remedy = missing(tenant, tenants.keys(), &format!("[tenants.{tenant}]"));
+            self.wrong(at.clone(), format!("there is no tenant `{tenant}`"), remedy);
+        }
+        self.finish(section);
+        let digests = values.iter().map(|value| secret::digest(value.reveal())).collect();
+        Caller { name, tenants: of, admin, digests }
+    }
+
+    fn template(&mut self, name: String, mut section: Section<'a>, providers: &BTreeMap<String, ProviderConfig>) -> Template {
+        let s = &mut section;
+        let pattern = self.need(s, "pattern", pattern, "pattern = \"ephemeral\"").unwrap_or(Pattern::Ephemeral);
+        let provider = self.need(s, "provider", text, "provider = \"…\", the name of one of [providers]").unwrap_or_default();
+        if !provider.is_empty() && !providers.contains_key(&provider) {
+            let remedy = missing(&provider, providers.keys(), &format!("[providers.{provider}]"));
+            self.wrong(s.at_key("provider"), format!("there is no provider `{provider}`"), remedy);
+        }
+        let image = self.need(s, "image", text, "image = \"registry.example/agent@sha256:…\"").unwrap_or_default();
+        let command = self.get(s, "command", texts).unwrap_or_default();
+        if command.iter().any(|word| is_key(word)) {
+            let what = format!("`{}.command` holds a secret, which everybody sees who lists processes", s.name);
+            self.wrong(s.at_key("command"), what, "put it into `secrets`, as a variable");
+        }
+        let (env, secrets) = self.environment(s);
+        let size = self.size(s);
+        let ports = self.get(s, "ports", ports).unwrap_or_default();
+        let sidecar_port = self.get(s, "sidecar_port", port).unwrap_or(SIDECAR_PORT);
+        let labels = self.labels(s);
+
+        let ttl = self.get(s, "ttl", time).unwrap_or(TTL);
+        let idle_after = self.get(s, "idle_after", time_or_off).unwrap_or_else(|| match pattern {
+            Pattern::Hybrid => Some(IDLE_AFTER),
+            Pattern::Ephemeral | Pattern::LongRunning | Pattern::Shared => None,
+        });
+        let provider_idle = self.get(s, "provider_idle", time_or_off).flatten();
+        let ready_within = self.get(s, "ready_within", time).unwrap_or(READY_WITHIN);
+        let stop_grace = self.get(s, "stop_grace", time).unwrap_or(STOP_GRACE);
+        let max_age = self.get(s, "max_age", time).unwrap_or(match pattern {
+            Pattern::Hybrid => ttl.max(HYBRID_AGE),
+            Pattern::Ephemeral | Pattern::LongRunning | Pattern::Shared => ttl,
+        });
+        let life = format!("`{}.ttl` is {}", s.name, super::time(ttl));
+        for (key, within) in [("idle_after", idle_after), ("ready_within", Some(ready_within)), ("provider_idle", provider_idle)]
+        {
+            if within.is_some_and(|within| within >= ttl) && (s.has(key).is_some() || s.has("ttl").is_some()) {
+                let at = if s.has(key).is_some() { s.at_key(key) } else { s.at_key("ttl") };
+                let what =
+                    format!("`{}.{key}` is {}, which never comes: {life}", s.name, super::time(within.unwrap_or_default()));
+                self.wrong(at, what, format!("lower `{key}` or raise `ttl`"));
+            }
+        }
+        if stop_grace > MOST_GRACE {
+            let what = format!("`{}.stop_grace` is longer than {}", s.name, super::time(MOST_GRACE));
+            self.wrong(s.at_key("stop_grace"), what, "lower it: no provider waits longer for a container to end");
+        }
+        if max_age < ttl {
+            let what = format!("`{}.max_age` is {}, shorter than one container's life: {life}", s.name, super::time(max_age));
+            self.wrong(s.at_key("max_age"), what, "raise `max_age` or lower `ttl`");
+        }
+        if pattern == Pattern::Hybrid && s.has("idle_after").is_some() && idle_after.is_none() {
+            let what = format!("`{}` is hybrid and is never idle", s.name);
+            self.wrong(s.at_key("idle_after"), what, "set a time, or make it long-running");
+        }
+        self.finish(section);
+        Template {
+            name,
+            pattern,
+            provider,
+            image,
+            command,
+            env,
+            secrets,
+            size,
+            ports,
+            ttl,
+            idle_after,
+            ready_within,
+            stop_grace,
+            max_age,
+            labels,
+            sidecar_port,
+            provider_idle,
+        }
+    }
+
+    fn environment(&mut self, s: &mut Section<'a>) -> (BTreeMap<String, String>, BTreeMap<String, Secret>) {
+        let mut env = BTreeMap::new();
+        for (name, value, at) in self.entries(s, "env") {
+            let DeValue::String(text) = value.get_ref() else {
+                self.wrong(value.span(), format!("`{}.env.{name}` is a text, not {}", s.name, form(value.get_ref())), IN_QUOTES);
+                continue;
+            };
+            if holds_key(&name, text) {
+                let what = format!("`{}.env.{name}` holds a secret", s.name);
+                let remedy = format!("write secrets = {{ {name} = {{ env = \"{name}\" }} }}, or {{ file = \"…\" }}");
+                self.wrong(value.span(), what, remedy);
+            }
+            self.variable(&s.name, &name, at);
+            env.insert(name, text.to_string());
+        }
+        let mut secrets = BTreeMap::new();
+        for (name, value, at) in self.entries(s, "secrets") {
+            self.variable(&s.name, &name, at.clone());
+            if env.contains_key(&name) {
+                let what = format!("`{}` has `{name}` twice, in `env` and in `secrets`", s.name);
+                self.wrong(at, what, "remove one of them");
+            }
+            let key = format!("{}.secrets.{name}", s.name);
+            if let Some(secret) = self.reference(value, &key) {
+                self.outside(&secret, &key, value.span());
+                secrets.insert(name, secret);
+            }
+        }
+        (env, secrets)
+    }
+
+    fn variable(&mut self, section: &str, name: &str, at: Span) {
+        if !is_variable(name) {
+            let what = format!("`{name}` in `{section}` is no name of a variable");
+            self.wrong(at, what, "write letters, digits and `_`, not beginning with a digit");
+        } else if name.starts_with("AGENT_FLEET_") {
+            self.wrong(at, format!("`{name}` in `{section}` is the fleet's own"), "remove it; the fleet sets what begins so");
+        }
+    }
+
+    fn size(&mut self, s: &mut Section<'a>) -> Size {
+        let default = Size::default();
+        let Some(mut size) = self.tables_at(s, "size") else { return default };
+        let cpu_milli = self.get(&mut size, "cpu", cpus).unwrap_or(default.cpu_milli);
+        let memory_mib = self.get(&mut size, "memory", mebibytes).unwrap_or(default.memory_mib);
+        let disk_mib = self.get(&mut size, "disk", mebibytes).unwrap_or(default.disk_mib);
+        self.finish(size);
+        Size { cpu_milli, memory_mib, disk_mib }
+    }
+
+    fn labels(&mut self, s: &mut Section<'a>) -> BTreeMap<String, String> {
+        let mut labels = BTreeMap::new();
+        for (name, value, at) in self.entries(s, "labels") {
+            let own = name.starts_with("agent-fleet.");
+            match value.get_ref() {
+                _ if own => {
+                    self.wrong(at, format!("the label `{name}` in `{}` is the fleet's own", s.name), "remove it");
+                }
+                DeValue::String(text) if is_key(text) => {
+                    let what = format!("the label `{name}` in `{}` holds a secret", s.name);
+                    self.wrong(value.span(), what, "remove it; labels are seen by everybody");
+                }
+                DeValue::String(text) => {
+                    labels.insert(name, text.to_string());
+                }
+                other => {
+                    self.wrong(value.span(), format!("the label `{name}` is a text, not {}", form(other)), IN_QUOTES);
+                }
+            }
+        }
+        labels
+    }
+
+    fn hooks(&mut self, root: &mut Section<'a>, templates: &BTreeMap<String, Template>) -> Vec<Hook> {
+        root.known.push("hooks");
+        let Some(value) = root.table.get("hooks") else { return Vec::new() };
+        let DeValue::Array(rows) = value.get_ref() else {
+            self.wrong(value.span(), "`hooks` is a list", "write [[hooks]] above each");
+            return Vec::new();
+        };
+        let mut names = BTreeSet::new();
+        let mut hooks = Vec::new();
+        for (n, row) in rows.into_iter().enumerate() {
+            let DeValue::Table(table) = row.get_ref() else {
+                self.wrong(row.span(), "`hooks` is a list of tables", "write [[hooks]] above each");
+                continue;
+            };
+            let section = Section { name: format!("hooks.{}", n + 1), at: row.span(), table, known: Vec::new() };
+            let hook = self.hook(section, templates);
+            if !names.insert(hook.name.clone()) && !hook.name.is_empty() {
+                let what = format!("two hooks are called `{}`", hook.name);
+                self.wrong(row.span(), what, "give each its own name: the log tells them apart by it");
+            }
+            hooks.push(hook);
+        }
+        hooks
+    }
+
+    fn hook(&mut self, mut section: Section<'a>, templates: &BTreeMap<String, Template>) -> Hook {
+        let s = &mut section;
+        let name = self.need(s, "name", label, "name = \"…\"").unwrap_or_default();
+        if !name.is_empty() {
+            s.name = format!("hooks.{name}");
+        }
+        let on = self.phases(s);
+        let of = self.get(s, "templates", texts).unwrap_or_default();
+        for template in of.iter().filter(|template| !templates.contains_key(*template)) {
+            let remedy = missing(template, templates.keys(), &format!("[templates.{template}]"));
+            self.wrong(s.at_key("templates"), format!("there is no template `{template}`"), remedy);
+        }
+        let act = self.act(s);
+        let timeout = self.need(s, "timeout", time, "timeout = \"5s\": no hook is waited for without an end").unwrap_or_default();
+        if timeout > MOST_TIMEOUT {
+            let what = format!("`{}.timeout` is longer than {}", s.name, super::time(MOST_TIMEOUT));
+            self.wrong(s.at_key("timeout"), what, "lower it: a session waits as long");
+        }
+        let retries = self.get(s, "retries", whole).unwrap_or(0);
+        if retries > MOST_RETRIES {
+            let what = format!("`{}.retries` is {retries}", s.name);
+            self.wrong(s.at_key("retries"), what, format!("write at most {MOST_RETRIES}"));
+        }
+        let required = self.get(s, "required", switch).unwrap_or(true);
+        let veto = self.get(s, "veto", switch);
+        let deaf: Vec<&str> = on.iter().filter(|phase| !phase.can_be_vetoed()).map(|phase| phase.as_str()).collect();
+        if veto == Some(true) && !deaf.is_empty() {
+            let what = format!("`{}.veto`: nobody can say no to {}", s.name, deaf.join(", "));
+            self.wrong(s.at_key("veto"), what, "a veto is heard on requested and creating alone");
+        }
+        self.finish(section);
+        let retries = u32::try_from(retries).unwrap_or(u32::MAX);
+        Hook { name, on, templates: of, act, timeout, retries, required, veto: veto.unwrap_or(true) }
+    }
+
+    fn phases(&mut self, s: &mut Section<'a>) -> Vec<Phase> {
+        let names = self.need(s, "on", texts, "on = [\"ready\"]").unwrap_or_default();
+        let at = s.at_key("on");
+        if names.is_empty() && s.has("on").is_some() {
+            self.wrong(at.clone(), format!("`{}` runs on no phase", s.name), "add on = [\"ready\"]");
+        }
+        let mut phases: Vec<Phase> = Vec::new();
+        for name in names {
+            match Phase::ALL.into_iter().find(|phase| phase.as_str() == name) {
+                Some(phase) if phases.contains(&phase) => {
+                    self.wrong(at.clone(), format!("`{}.on` has `{name}` twice", s.name), "remove one");
+                }
+                Some(phase) => phases.push(phase),
+                None => {
+                    let remedy = nearest(&name, Phase::ALL.iter().map(|phase| phase.as_str()));
+                    self.wrong(at.clone(), format!("there is no phase `{name}`"), remedy);
+                }
+            }
+        }
+        phases
+    }
+
+    fn act(&mut self, s: &mut Section<'a>) -> Act {
+        let argv = self.get(s, "command", texts);
+        let pass = self.get(s, "pass", texts);
+        let url = self.get(s, "webhook", web_url);
+        let at = s.at_key("secret");
+        let secrets = self.secrets(s, "secret");
+        let insecure = self.get(s, "insecure", switch).unwrap_or(false);
+        match (s.has("command").is_some(), s.has("webhook").is_some()) {
+            (true, true) => {
+                let what = format!("`{}` is a command and a webhook", s.name);
+                self.wrong(s.at_key("webhook"), what, "make two hooks of it");
+            }
+            (false, false) => {
+                let what = format!("`{}` does nothing", s.name);
+                self.wrong(s.at.clone(), what, "add command = [\"…\"] or webhook = \"https://…\"");
+            }
+            (true, false) | (false, true) => {}
+        }
+        if let Some(argv) = argv {
+            match argv.first() {
+                None => self.wrong(
+                    s.at_key("command"),
+                    format!("`{}.command` is empty", s.name),
+                    "write the program and its arguments",
+                ),
+                // It is run with a PATH of ours, so that nobody's `.` is in it.
+                Some(program) if !program.starts_with('/') => {
+                    let what = format!("`{}.command` begins with `{program}`", s.name);
+                    self.wrong(s.at_key("command"), what, "write the program's whole path");
+                }
+                Some(_) if argv.iter().any(|word| is_key(word)) => {
+                    let what = format!("`{}.command` holds a secret, which everybody sees who lists processes", s.name);
+                    self.wrong(s.at_key("command"), what, "put it into a variable of the fleet's, and name it in `pass`");
+                }
+                Some(_) => {}
+            }
+            for key in ["secret", "insecure"] {
+                if s.has(key).is_some() {
+                    self.wrong(s.at_key(key), format!("`{}.{key}` is for webhooks", s.name), "remove it");
+                }
+            }
+            return Act::Command { argv, pass: pass.unwrap_or_default() };
+        }
+        let url = url.unwrap_or_default();
+        if s.has("pass").is_some() {
+            self.wrong(s.at_key("pass"), format!("`{}.pass` is for commands", s.name), "remove it");
+        }
+        if let Ok(parsed) = reqwest::Url::parse(&url) {
+            if parsed.scheme() == "http" && !is_loopback(&parsed) && !insecure {
+                let what = format!("`{}.webhook` goes over http to another machine", s.name);
+                self.wrong(s.at_key("webhook"), what, "use https, or set insecure = true");
+            }
+            if secrets.is_empty() && s.has("secret").is_none() {
+                let what = format!("`{}` is not signed: whoever finds its receiver can speak for the fleet", s.name);
+                self.wrong(s.at.clone(), what, "add secret = { file = \"…\" }, with whsec_ and `openssl rand -base64 32` in it");
+            }
+        }
+        let key = format!("{}.secret", s.name);
+        for secret in &secrets {
+            if let Some(value) = self.outside(secret, &key, at.clone())
+                && let Err(what) = sign::Key::of(value.reveal())
+            {
+                self.wrong(at.clone(), format!("`{key}` {what}"), "write whsec_ and what `openssl rand -base64 32` prints");
+            }
+        }
+        Act::Webhook { url, secrets }
+    }
+
+    // What every table is read with.
+
+    fn get<T>(&mut self, section: &mut Section<'a>, key: &'static str, parse: fn(&DeValue<'_>) -> Result<T, Wrong>) -> Option<T> {
+        section.known.push(key);
+        let value = section.table.get(key)?;
+        match parse(value.get_ref()) {
+            Ok(value) => Some(value),
+            Err(Wrong { what, remedy }) => {
+                self.wrong(value.span(), format!("`{}` {what}", section.key(key)), remedy);
+                None
+            }
+        }
+    }
+
+    /// The same of what must be there.
+    fn need<T>(
+        &mut self,
+        section: &mut Section<'a>,
+        key: &'static str,
+        parse: fn(&DeValue<'_>) -> Result<T, Wrong>,
+        remedy: &str,
+    ) -> Option<T> {
+        if section.has(key).is_none() {
+            section.known.push(key);
+            self.wrong(section.at.clone(), format!("`{}` has no `{key}`", section.name), format!("add {remedy}"));
+            return None;
+        }
+        self.get(section, key, parse)
+    }
+
+    fn tables_at(&mut self, section: &mut Section<'a>, key: &'static str) -> Option<Section<'a>> {
+        section.known.push(key);
+        let (written, value) = section.table.get_key_value(key)?;
+        let name = section.key(key);
+        match value.get_ref() {
+            DeValue::Table(table) => Some(Section { name, at: written.span(), table, known: Vec::new() }),
+            other => {
+                self.wrong(
+                    value.span(),
+                    format!("`{name}` is a table, not {}", form(other)),
+                    format!("write [{name}] above its keys"),
+                );
+                None
+            }
+        }
+    }
+
+    /// The tables of a table, by their names.
+    fn named(&mut self, root: &mut Section<'a>, key: &'static str) -> Vec<(String, Section<'a>)> {
+        let mut found = Vec::new();
+        for (name, value, at) in self.entries(root, key) {
+            let what = format!("{key}.{name}");
+            if !is_label(&name) {
+                self.wrong(at.clone(), format!("`{name}` in [{key}] is no name"), NAMES);
+            }
+            match value.get_ref() {
+                DeValue::Table(table) => found.push((name, Section { name: what, at, table, known: Vec::new() })),
+                other => {
+                    self.wrong(
+                        value.span(),
+                        format!("`{what}` is a table, not {}", form(other)),
+                        format!("write [{key}.NAME] above its keys"),
+                    );
+                }
+            }
+        }
+        found
+    }
+
+    fn entries(&mut self, section: &mut Section<'a>, key: &'static str) -> Vec<(String, &'a Spanned<DeValue<'a>>, Span)> {
+        let Some(table) = self.tables_at(section, key) else { return Vec::new() };
+        table.table.iter().map(|(name, value)| (name.get_ref().to_string(), value, name.span())).collect()
+    }
+
+    fn secret(&mut self, section: &mut Section<'a>, key: &'static str) -> Option<Secret> {
+        section.known.push(key);
+        self.reference(section.table.get(key)?, &section.key(key))
+    }
+
+    /// One, or a list of several: all of them are right while one replaces another.
+    fn secrets(&mut self, section: &mut Section<'a>, key: &'static str) -> Vec<Secret> {
+        section.known.push(key);
+        let Some(value) = section.table.get(key) else { return Vec::new() };
+        let name = section.key(key);
+        let found: Vec<Secret> = match value.get_ref() {
+            DeValue::Array(rows) => rows.into_iter().filter_map(|row| self.reference(row, &name)).collect(),
+            _ => self.reference(value, &name).into_iter().collect(),
+        };
+        if found.iter().any(|secret| matches!(secret, Secret::Provider(_))) {
+            self.wrong(value.span(), format!("`{name}` is needed here, not in a container"), "name a variable or a file");
+        }
+        found.into_iter().filter(|secret| !matches!(secret, Secret::Provider(_))).collect()
+    }
+
+    /// `{ env = "…" }`, `{ file = "…" }`, `{ provider = "…" }`.
+    fn reference(&mut self, value: &Spanned<DeValue<'_>>, key: &str) -> Option<Secret> {
+        let remedy = "write { env = \"NAME\" }, { file = \"/path\" } or { provider = \"name\" }";
+        let DeValue::Table(table) = value.get_ref() else {
+            // Not what it is: it may be the secret itself.
+            self.wrong(value.span(), format!("`{key}` says where a secret is"), remedy);
+            return None;
+        };
+        let one = table.iter().next().filter(|_| table.len() == 1);
+        let secret = one.and_then(|(kind, value)| {
+            let text = value.get_ref().as_str().filter(|text| !text.is_empty())?;
+            match kind.get_ref().as_ref() {
+                "env" => Some(Secret::Env(text.to_owned())),
+                "file" => Some(Secret::File(PathBuf::from(text))),
+                "provider" => Some(Secret::Provider(text.to_owned())),
+                _ => None,
+            }
+        });
+        if secret.is_none() {
+            self.wrong(value.span(), format!("`{key}` says where one secret is"), remedy);
+        }
+        secret
+    }
+
+    fn outside(&mut self, secret: &Secret, key: &str, at: Span) -> Option<Hidden> {
+        match self.outside.secret(secret) {
+            Ok(value) => value,
+            Err(what) => {
+                let (place, remedy) = match secret {
+                    Secret::Env(name) => (format!("the variable `{name}`"), String::from("set it where the fleet runs")),
+                    Secret::File(path) => {
+                        let path = path.display();
+                        (format!("the file {path}"), format!("write it there, and `chmod 640 {path}`"))
+                    }
+                    Secret::Provider(name) => (format!("the provider's secret `{name}`"), String::from("make it")),
+                };
+                self.wrong(at, format!("`{key}`: {place} {what}"), remedy);
+                None
+            }
+        }
+    }
+
+    fn finish(&mut self, section: Section<'a>) {
+        for (key, _) in section.table {
+            let name = key.get_ref();
+            if !section.known.iter().any(|known| known == name) {
+                let remedy = nearest(name, section.known.iter().copied());
+                self.wrong(key.span(), format!("there is no setting `{}`", section.key(name)), remedy);
+            }
+        }
+    }
+}
+
+impl<'a> Section<'a> {
+    fn key(&self, key: &str) -> String {
+        if self.name.is_empty() { key.to_owned() } else { format!("{}.{key}", self.name) }
+    }
+
+    fn has(&self, key: &str) -> Option<&'a DeValue<'a>> {
+        self.table.get(key).map(Spanned::get_ref)
+    }
+
+    /// Where the key's value is, or else the table.
+    fn at_key(&self, key: &str) -> Span {
+        self.table.get(key).map_or_else(|| self.at.clone(), Spanned::span)
+    }
+}
+
+impl Default for Fleet {
+    fn default() -> Self {
+        Fleet {
+            name: String::new(),
+            listen: SocketAddr::from(([127, 0, 0, 1], 9490)),
+            url: None,
+            store: Hidden::new(String::from("sqlite:///var/lib/agent-fleet/fleet.db")),
+            page: true,
+            keep: Duration::from_secs(30 * 86_400),
+        }
+    }
+}
+
+/// How long a container may exist where nobody says so.
+const TTL: Duration = Duration::from_secs(3_600);
+/// How long a hybrid session may exist, over all its containers.
+const HYBRID_AGE: Duration = Duration::from_secs(7 * 86_400);
+const IDLE_AFTER: Duration = Duration::from_secs(600);
+const READY_WITHIN: Duration = Duration::from_secs(120);
+const STOP_GRACE: Duration = Duration::from_secs(30);
+const MOST_GRACE: Duration = Duration::from_secs(600);
+/// The sidecar's own default.
+const SIDECAR_PORT: u16 = 9477;
+/// For one try of a hook: a session waits as long.
+const MOST_TIMEOUT: Duration = Duration::from_secs(600);
+const MOST_RETRIES: u64 = 20;
+const LEAST_TOKEN: usize = 32;
+
+const IN_QUOTES: &str = "write it in quotes";
+const NAMES: &str = "write 1 to 40 small letters, digits and `-`, beginning with a letter";
+
+// The forms that a value can have.
+
+fn text(value: &DeValue<'_>) -> Result<String, Wrong> {
+    match value {
+        DeValue::String(text) if text.is_empty() => wrong("is empty", "write it, or remove the line"),
+        DeValue::String(text) => Ok(text.to_string()),
+        other => wrong(format!("is a text, not {}", form(other)), IN_QUOTES),
+    }
+}
+
+fn texts(value: &DeValue<'_>) -> Result<Vec<String>, Wrong> {
+    let list = |rows: &DeArray<'_>| rows.iter().map(|row| row.get_ref().as_str().map(str::to_owned)).collect::<Option<Vec<_>>>();
+    match value.as_array().and_then(list) {
+        Some(texts) => Ok(texts),
+        None => wrong(format!("is a list of texts, not {}", form(value)), "write it like [\"a\", \"b\"]"),
+    }
+}
+
+/// What stands in labels, paths and metrics.
+fn label(value: &DeValue<'_>) -> Result<String, Wrong> {
+    let text = text(value)?;
+    if is_label(&text) { Ok(text) } else { wrong(format!("is no name: `{text}`"), NAMES) }
+}
+
+fn is_label(text: &str) -> bool {
+    let letter = |c: char| c.is_ascii_lowercase();
+    text.len() <= 40 && text.starts_with(letter) && text.chars().all(|c| letter(c) || c.is_ascii_digit() || c == '-')
+}
+
+fn is_variable(name: &str) -> bool {
+    !name.is_empty()
+        && !name.starts_with(|c: char| c.is_ascii_digit())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+}
+
+fn switch(value: &DeValue<'_>) -> Result<bool, Wrong> {
+    value.as_bool().map_or_else(|| wrong(format!("is true or false, not {}", form(value)), "write true or false"), Ok)
+}
+
+fn time(value: &DeValue<'_>) -> Result<Duration, Wrong> {
+    match value.as_str().and_then(written::duration) {
+        Some(Duration::ZERO) => wrong("is zero, which would allow nothing", TIMES),
+        Some(time) => Ok(time),
+        None => wrong(format!("is a duration of at most 366 days, not {}", form(value)), TIMES),
+    }
+}
+
+const TIMES: &str = "write a number and a unit, like \"90s\", \"10m\" or \"1h30m\"";
+
+fn time_or_off(value: &DeValue<'_>) -> Result<Option<Duration>, Wrong> {
+    if value.as_str() == Some("off") { Ok(None) } else { time(value).map(Some) }
+}
+
+fn number(value: &DeValue<'_>) -> Option<f64> {
+    match value {
+        DeValue::Integer(n) => n.as_str().replace('_', "").parse().ok(),
+        DeValue::Float(n) => n.as_str().replace('_', "").parse().ok(),
+        DeValue::String(text) => text.trim_start_matches('$').parse().ok(),
+        _ => None,
+    }
+}
+
+fn dollars(value: &DeValue<'_>) -> Result<f64, Wrong> {
+    match number(value).filter(|usd| *usd > 0.0 && *usd < 1e7) {
+        Some(usd) => Ok(usd),
+        None => wrong(format!("is an amount above zero and below ten million, not {}", form(value)), "write dollars, like 2.50"),
+    }
+}
+
+fn whole(value: &DeValue<'_>) -> Result<u64, Wrong> {
+    let n = value.as_integer().and_then(|n| n.as_str().replace('_', "").parse().ok());
+    n.map_or_else(|| wrong(format!("is a whole number, not {}", form(value)), "write a whole number, like 3"), Ok)
+}
+
+fn count(value: &DeValue<'_>) -> Result<u64, Wrong> {
+    match whole(value)? {
+        0 => wrong("is zero, which would allow nothing", "write a whole number above zero, like 40"),
+        n => Ok(n),
+    }
+}
+
+fn cpus(value: &DeValue<'_>) -> Result<u32, Wrong> {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be in range")]
+    match number(value).filter(|n| (0.05..=256.0).contains(n)) {
+        Some(n) => Ok((n * 1000.0).round() as u32),
+        None => wrong(format!("is a number of CPUs from 0.05 to 256, not {}", form(value)), "write it like 1.0 or 0.5"),
+    }
+}
+
+fn mebibytes(value: &DeValue<'_>) -> Result<u32, Wrong> {
+    let mib = value.as_str().and_then(written::size).map(|bytes| bytes >> 20);
+    match mib.and_then(|mib| u32::try_from(mib).ok()).filter(|mib| *mib >= 16) {
+        Some(mib) => Ok(mib),
+        None => wrong(
+            format!("is a size of at least 16MiB, not {}", form(value)),
+            "write a number and a unit, like \"512MiB\" or \"2GiB\"",
+        ),
+    }
+}
+
+fn port(value: &DeValue<'_>) -> Result<u16, Wrong> {
+    let port = value.as_integer().and_then(|n| n.as_str().parse().ok()).filter(|port| *port > 0);
+    port.map_or_else(|| wrong(format!("is a port, not {}", form(value)), "write a number from 1 to 65535"), Ok)
+}
+
+fn ports(value: &DeValue<'_>) -> Result<Vec<u16>, Wrong> {
+    let Some(rows) = value.as_array() else {
+        return wrong(format!("is a list of ports, not {}", form(value)), "write it like [8080]");
+    };
+    let ports: Vec<u16> = rows.iter().map(|row| port(row.get_ref())).collect::<Result<_, _>>()?;
+    match ports.iter().collect::<BTreeSet<_>>().len() == ports.len() {
+        true => Ok(ports),
+        false => wrong("has a port twice", "remove one"),
+    }
+}
+
+fn address(value: &DeValue<'_>) -> Result<SocketAddr, Wrong> {
+    let parse = |text: &str| match text.strip_prefix(':') {
+        Some(_) => format!("[::]{text}").parse().ok(),
+        None => text.replace("localhost:", "127.0.0.1:").parse().ok(),
+    };
+    match value.as_str().and_then(parse) {
+        Some(address) => Ok(address),
+        None => wrong(
+            format!("is an address and a port, not {}", form(value)),
+            "write it like \"127.0.0.1:9490\", or \":9490\" for every address",
+        ),
+    }
+}
+
+fn web_url(value: &DeValue<'_>) -> Result<String, Wrong> {
+    let url = text(value)?;
+    let remedy = "write it like https://hooks.example/fleet";
+    match reqwest::Url::parse(&url) {
+        // Neither says the text: it may hold a key.
+        Ok(url) if !url.username().is_empty() || url.password().is_some() => {
+            wrong("has a user or password in it", "remove it: requests are signed")
+        }
+        Ok(parsed) if matches!(parsed.scheme(), "http" | "https") && parsed.has_host() => Ok(url),
+        _ => wrong("is no URL of http or https", remedy),
+    }
+}
+
+fn pattern(value: &DeValue<'_>) -> Result<Pattern, Wrong> {
+    let all = [Pattern::Ephemeral, Pattern::LongRunning, Pattern::Hybrid, Pattern::Shared];
+    let text = text(value)?;
+    match all.into_iter().find(|pattern| super::pattern_name(*pattern) == text) {
+        Some(pattern) => Ok(pattern),
+        None => {
+            let names = all.map(super::pattern_name);
+            wrong(format!("is one of {}, not `{text}`", names.join(", ")), nearest(&text, names.into_iter()))
+        }
+    }
+}
+
+fn zone(value: &DeValue<'_>) -> Result<TimeZone, Wrong> {
+    // Lookups do not care for capitals; who reads the configuration does.
+    let known = |name: &str| TimeZone::get(name).ok().filter(|zone| zone.iana_name() == Some(name));
+    match value.as_str().and_then(known) {
+        Some(zone) => Ok(zone),
+        None => wrong(
+            format!("is a time zone, not {}", form(value)),
+            "write a name of the IANA database, like \"Europe/Berlin\", or \"UTC\"",
+        ),
+    }
+}
+
+fn is_loopback(url: &reqwest::Url) -> bool {
+    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+fn form(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::String(text) if is_key(text) => String::from("a secret"),
+        DeValue::String(text) => format!("the text `{text}`"),
+        DeValue::Integer(n) => format!("the number `{}`", n.as_str()),
+        DeValue::Float(n) => format!("the number `{}`", n.as_str()),
+        DeValue::Boolean(yes) => format!("`{yes}`"),
+        DeValue::Datetime(_) => String::from("a date"),
+        DeValue::Array(_) => String::from("a list"),
+        DeValue::Table(_) => String::from("a table"),
+    }
+}
+
+/// "Did you mean", or what there is.
+fn nearest<'n>(name: &str, known: impl Iterator<Item = &'n str> + Clone) -> String {
+    match written::near(name, known.clone(), |name| name) {
+        Some(known) => format!("did you mean `{known}`?"),
+        None => format!("there is {}", known.collect::<Vec<_>>().join(", ")),
+    }
+}
+
+/// The same for names that the file gives itself.
+fn missing<'n>(name: &str, known: impl Iterator<Item = &'n String> + Clone, add: &str) -> String {
+    match written::near(name, known.map(String::as_str), |name| name) {
+        Some(known) => format!("did you mean `{known}`?"),
+        None => format!("add {add}"),
+    }
+}

@@ -1,0 +1,318 @@
+use std::os::unix::fs::PermissionsExt;
+
+use super::*;
+use crate::hook::Act;
+use crate::lifecycle::Phase;
+
+/// What every configuration of these tests begins with.
+const HEAD: &str = r#"
+[fleet]
+name = "prod"
+[callers.ops]
+token = { env = "T" }
+admin = true
+[tenants.acme]
+[providers.local]
+kind = "docker"
+[templates.task]
+pattern = "ephemeral"
+provider = "local"
+image = "agent"
+"#;
+
+/// Surroundings in which each secret is its own name, repeated; what is called `MISSING` is missing.
+struct Fake;
+
+impl Outside for Fake {
+    fn secret(&self, secret: &Secret) -> Result<Option<Hidden>, String> {
+        match secret {
+            Secret::Env(name) if name == "MISSING" => Err(String::from("is not set")),
+            Secret::Env(name) if name == "SHORT" => Ok(Some(Hidden::new(name.clone()))),
+            Secret::Env(name) if name == "WHSEC" => Ok(Some(Hidden::new(String::from("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")))),
+            Secret::Env(name) => Ok(Some(Hidden::new(name.repeat(40)))),
+            Secret::File(_) | Secret::Provider(_) => Ok(None),
+        }
+    }
+}
+
+fn parse(text: &str) -> Result<Config, Mistakes> {
+    Config::parse(Path::new("f.toml"), text, &Fake)
+}
+
+/// The mistakes, one a line, without the name of the file.
+fn mistakes(text: &str) -> String {
+    let found = parse(text).err().map(|mistakes| mistakes.0).unwrap_or_default();
+    found.iter().map(|mistake| format!("{mistake}\n").replace("f.toml:", "")).collect()
+}
+
+/// The one mistake of a line that is put below [`HEAD`]'s template.
+fn of_template(line: &str) -> String {
+    mistakes(&format!("{HEAD}{line}\n"))
+}
+
+#[test]
+fn the_example_has_no_mistake_and_says_what_it_says() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/fleet/agent-fleet.toml");
+    let config = Config::read_with(&path, &Elsewhere).unwrap();
+    let task = &config.templates["task"];
+    assert_eq!(
+        (task.pattern, task.ttl, task.max_age),
+        (Pattern::Ephemeral, Duration::from_secs(7200), Duration::from_secs(7200))
+    );
+    assert_eq!(config.templates["chat"].idle_after, Some(Duration::from_secs(900)));
+    assert_eq!(config.tenants["acme"].budget_usd_per_day, Some(50.0));
+    assert_eq!(config.hooks.iter().map(|hook| hook.name.as_str()).collect::<Vec<_>>(), ["admission", "audit"]);
+    assert!(config.callers["shop"].may_use("acme") && !config.callers["shop"].may_use("internal"));
+    assert!(config.callers["ops"].may_use("internal"));
+}
+
+#[test]
+fn what_is_printed_is_what_is_in_force_and_no_secret() {
+    let text = format!(
+        "{HEAD}secrets = {{ KEY = {{ env = \"K\" }} }}\n[[hooks]]\nname = \"h\"\non = [\"ready\"]\nwebhook = \"https://h.example\"\n\
+         secret = {{ env = \"WHSEC\" }}\ntimeout = \"5s\"\n"
+    )
+    .replace("name = \"prod\"", "name = \"prod\"\nstore = { env = \"postgres://\" }");
+    let config = parse(&text).unwrap();
+    let printed = config.print();
+    for line in ["KEY = { env = \"K\" }", "ttl = \"1h\"", "provider_idle = \"off\"", "timeout = \"5s\"", "time_zone = \"UTC\""] {
+        assert!(printed.contains(line), "{line}: {printed}");
+    }
+    let debugged = format!("{config:?}");
+    for secret in ["TTTT", "KKKK", "whsec_", "postgres://postgres"] {
+        assert!(!debugged.contains(secret), "{secret}: {debugged}");
+        assert!(!printed.contains(secret) || secret.starts_with("postgres"), "{secret}: {printed}");
+    }
+}
+
+#[test]
+fn a_template_has_what_is_not_said() {
+    let config = parse(HEAD).unwrap();
+    let template = &config.templates["task"];
+    let id: SessionId = "s-1".parse().unwrap();
+    let spec = template.spec_for(&config.fleet.name, &id, "acme", 2);
+    assert_eq!(spec.key, container_key(&id, 2));
+    assert_eq!(spec.size, Size::default());
+    assert_eq!((spec.ttl, spec.idle), (Duration::from_secs(3600), None));
+    for (label, value) in
+        [(FLEET_LABEL, "prod"), (SESSION_LABEL, "s-1"), (KEY_LABEL, &spec.key), (TENANT_LABEL, "acme"), (TEMPLATE_LABEL, "task")]
+    {
+        assert_eq!(spec.labels[label], value);
+    }
+    let hybrid = parse(&HEAD.replace("ephemeral", "hybrid")).unwrap();
+    assert_eq!(hybrid.templates["task"].idle_after, Some(Duration::from_secs(600)));
+    assert_eq!(hybrid.templates["task"].max_age, Duration::from_secs(7 * 86_400));
+}
+
+#[test]
+fn every_mistake_is_found_at_once_and_where_it_is() {
+    let text = r#"
+[fleet]
+nmae = "prod"
+listen = "0.0.0.0:80"
+store = "postgres://fleet:hunter2@db/fleet"
+[providers.local]
+kind = "dokcer"
+token = "0123456789abcdef"
+[templates.task]
+pattern = "hybird"
+provider = "loacl"
+image = ""
+ttl = "0s"
+env = { API_KEY = "sk-ant-0123456789", OK = "1", "1X" = "", AGENT_FLEET_X = "" }
+secrets = { OK = { env = "A" }, A = { env = "MISSING" }, B = "sk-ant-0123456789" }
+size = { cpu = 0, memory = "1Gb", disc = "1GiB" }
+ports = [80, 0]
+labels = { "agent-fleet.key" = "x" }
+[[hooks]]
+name = "a"
+on = ["raedy", "ready"]
+webhook = "http://hooks.example/x"
+veto = true
+[[hooks]]
+name = "a"
+on = []
+command = ["audit"]
+secret = { env = "A" }
+timeout = "5m"
+retrys = 3
+"#;
+    let found = mistakes(text);
+    let expected = "\
+2:2: `fleet` has no `name`; add name = \"prod\": it is on every container as a label
+3:1: there is no setting `fleet.nmae`; did you mean `name`?
+5:9: `fleet.store` has a password in it; write store = { env = \"…\" } or { file = \"…\" } and put the whole URL there
+7:8: there is no provider of the kind `dokcer`; did you mean `docker`?
+8:9: `providers.local.token` holds a secret; name where it is: { env = \"…\" } or { file = \"…\" }
+10:11: `templates.task.pattern` is one of ephemeral, long-running, hybrid, shared, not `hybird`; did you mean `hybrid`?
+11:12: there is no provider `loacl`; did you mean `local`?
+12:9: `templates.task.image` is empty; write it, or remove the line
+13:7: `templates.task.ttl` is zero, which would allow nothing; write a number and a unit, like \"90s\", \"10m\" or \"1h30m\"
+";
+    assert!(found.contains("nobody may ask at 0.0.0.0:80"), "{found}");
+    let without = found.replace(found.lines().find(|line| line.contains("nobody may ask")).unwrap(), "").replace("\n\n", "\n");
+    assert!(without.trim_start().starts_with(expected), "{found}");
+    for piece in [
+        "14:19: `templates.task.env.API_KEY` holds a secret; write secrets = { API_KEY = { env = \"API_KEY\" } }",
+        "`1X` in `templates.task` is no name of a variable",
+        "`AGENT_FLEET_X` in `templates.task` is the fleet's own",
+        "`templates.task` has `OK` twice, in `env` and in `secrets`",
+        "`templates.task.secrets.A`: the variable `MISSING` is not set; set it where the fleet runs",
+        "`templates.task.secrets.B` says where a secret is",
+        "`templates.task.size.cpu` is a number of CPUs from 0.05 to 256, not the number `0`",
+        "`templates.task.size.memory` is a size of at least 16MiB, not the text `1Gb`",
+        "there is no setting `templates.task.size.disc`; did you mean `disk`?",
+        "`templates.task.ports` is a port, not the number `0`",
+        "the label `agent-fleet.key` in `templates.task` is the fleet's own",
+        "there is no phase `raedy`; did you mean `ready`?",
+        "`hooks.a` has no `timeout`",
+        "`hooks.a.webhook` goes over http to another machine; use https, or set insecure = true",
+        "`hooks.a` is not signed",
+        "`hooks.a.veto`: nobody can say no to ready",
+        "two hooks are called `a`",
+        "`hooks.a` runs on no phase",
+        "`hooks.a.command` begins with `audit`; write the program's whole path",
+        "`hooks.a.secret` is for webhooks",
+        "there is no setting `hooks.a.retrys`; did you mean `retries`?",
+    ] {
+        assert!(found.contains(piece), "{piece}\nin\n{found}");
+    }
+    for secret in ["0123456789", "hunter2"] {
+        assert!(!found.contains(secret), "{secret}: {found}");
+    }
+}
+
+#[test]
+fn times_that_cannot_come_are_mistakes() {
+    for (line, what) in [
+        (
+            "ttl = \"10m\"\nidle_after = \"10m\"",
+            "`templates.task.idle_after` is \"10m\", which never comes: `templates.task.ttl` is \"10m\"",
+        ),
+        ("ttl = \"1m\"", "`templates.task.ready_within` is \"2m\", which never comes"),
+        ("ready_within = \"2h\"", "`templates.task.ready_within` is \"2h\", which never comes"),
+        ("provider_idle = \"1d\"", "`templates.task.provider_idle` is \"1d\", which never comes"),
+        ("ttl = \"2h\"\nmax_age = \"1h\"", "`templates.task.max_age` is \"1h\", shorter than one container's life"),
+        ("stop_grace = \"1h\"", "`templates.task.stop_grace` is longer than \"10m\""),
+        ("ttl = \"400d\"", "`templates.task.ttl` is a duration of at most 366 days"),
+        ("ttl = 60", "`templates.task.ttl` is a duration of at most 366 days, not the number `60`"),
+    ] {
+        let found = of_template(line);
+        assert!(found.contains(what) && found.lines().count() == 1, "{line}: {found}");
+    }
+    assert_eq!(
+        of_template("ttl = \"10m\"\nidle_after = \"9m\"\nmax_age = \"10m\"\nready_within = \"1m\"\nprovider_idle = \"off\""),
+        ""
+    );
+}
+
+#[test]
+fn callers_are_known_by_their_token_alone() {
+    let config = parse(HEAD).unwrap();
+    assert_eq!(config.caller(&"T".repeat(40)).map(|caller| caller.name.as_str()), Some("ops"));
+    assert_eq!(config.caller("T"), None);
+    assert_eq!(config.caller(""), None);
+    let both = HEAD.replace("{ env = \"T\" }", "[{ env = \"T\" }, { env = \"U\" }]");
+    let config = parse(&both).unwrap();
+    assert!(config.caller(&"T".repeat(40)).is_some() && config.caller(&"U".repeat(40)).is_some());
+    for (add, what) in [
+        ("[callers.a]\ntoken = { env = \"SHORT\" }\nadmin = true", "`callers.a.token` has fewer than 32 characters"),
+        ("[callers.a]\ntoken = { env = \"T\" }\nadmin = true", "`callers.ops` and `callers.a` have the same token"),
+        ("[callers.a]\ntoken = { env = \"MISSING\" }\nadmin = true", "the variable `MISSING` is not set"),
+        ("[callers.a]\ntoken = { provider = \"x\" }\nadmin = true", "`callers.a.token` is needed here, not in a container"),
+        ("[callers.a]\ntoken = { env = \"A\" }", "`callers.a` may ask for no tenant"),
+        ("[callers.a]\nadmin = true", "`callers.a` has no token"),
+        ("[callers.a]\ntoken = { env = \"A\" }\ntenants = [\"acmee\"]", "there is no tenant `acmee`; did you mean `acme`?"),
+        ("[callers.A_]\ntoken = { env = \"A\" }\nadmin = true", "`A_` in [callers] is no name"),
+    ] {
+        let found = mistakes(&format!("{HEAD}{add}\n"));
+        assert!(found.contains(what), "{add}: {found}");
+        if !what.contains("same token") {
+            assert_eq!(found.lines().count(), 1, "{found}");
+        }
+    }
+}
+
+#[test]
+fn hooks_are_checked_as_what_they_are() {
+    let hook =
+        |lines: &str| mistakes(&format!("{HEAD}[[hooks]]\nname = \"h\"\non = [\"requested\"]\ntimeout = \"5s\"\n{lines}\n"));
+    let signed = "secret = { env = \"WHSEC\" }";
+    assert_eq!(hook(&format!("webhook = \"https://h.example/\"\nveto = true\n{signed}")), "");
+    assert_eq!(hook(&format!("webhook = \"http://127.0.0.1:1/\"\n{signed}")), "");
+    assert_eq!(hook(&format!("webhook = \"http://[::1]:1/\"\n{signed}")), "");
+    assert_eq!(hook(&format!("webhook = \"http://h.example/\"\ninsecure = true\n{signed}")), "");
+    assert_eq!(hook("command = [\"/bin/true\"]\npass = [\"X\"]"), "");
+    for (lines, what) in [
+        ("", "`hooks.h` does nothing"),
+        ("command = []", "`hooks.h.command` is empty"),
+        ("command = [\"/x\", \"sk-ant-0123456789\"]", "`hooks.h.command` holds a secret"),
+        ("webhook = \"https://a:b@h.example/\"\nsecret = { env = \"WHSEC\" }", "`hooks.h.webhook` has a user or password in it"),
+        ("webhook = \"ftp://h.example/\"\nsecret = { env = \"WHSEC\" }", "`hooks.h.webhook` is no URL of http or https"),
+        ("webhook = \"https://h.example/\"\nsecret = { env = \"A\" }", "`hooks.h.secret` does not begin with `whsec_`"),
+        ("webhook = \"https://h.example/\"\ncommand = [\"/x\"]\n", "`hooks.h` is a command and a webhook"),
+        ("command = [\"/x\"]\nretries = 21", "`hooks.h.retries` is 21"),
+        ("command = [\"/x\"]\nretries = -1", "`hooks.h.retries` is a whole number"),
+        ("command = [\"/x\"]\ntemplates = [\"tsk\"]", "there is no template `tsk`"),
+        ("webhook = \"https://h.example/\"\npass = [\"A\"]\nsecret = { env = \"WHSEC\" }", "`hooks.h.pass` is for commands"),
+    ] {
+        let found = hook(lines);
+        assert!(found.contains(what) && found.lines().count() == 1, "{lines}: {found}");
+    }
+    let config =
+        parse(&format!("{HEAD}[[hooks]]\nname = \"h\"\non = [\"requested\", \"ready\"]\ntimeout = \"5s\"\ncommand = [\"/x\"]\n"))
+            .unwrap();
+    let hook = &config.hooks[0];
+    assert!(hook.required && hook.may_veto(Phase::Requested) && !hook.may_veto(Phase::Ready));
+    assert!(matches!(&hook.act, Act::Command { argv, .. } if argv == &["/x"]));
+}
+
+#[test]
+fn a_budget_is_of_the_day_and_month_where_the_tenant_lives() {
+    let text = HEAD.replace(
+        "[tenants.acme]",
+        "[tenants.acme]\nbudget_usd_per_day = 5\nbudget_usd_per_month = \"$100\"\ntime_zone = \"Pacific/Auckland\"\nmax_sessions = 3",
+    );
+    let config = parse(&text).unwrap();
+    let now: Timestamp = "2026-11-30T12:00:00Z".parse().unwrap();
+    assert_eq!(config.tenants["acme"].periods(now), [(String::from("2026-12-01"), 5.0), (String::from("2026-12"), 100.0)]);
+    for (line, what) in [
+        ("budget_usd_per_day = 0", "is an amount above zero"),
+        ("budget_usd_per_day = 9\nbudget_usd_per_month = 8", "may spend more in a day (9) than in a month (8)"),
+        ("time_zone = \"europe/berlin\"", "is a time zone, not the text `europe/berlin`"),
+        ("max_sessions = 0", "is zero, which would allow nothing"),
+        ("max_sesions = 1", "did you mean `max_sessions`?"),
+    ] {
+        let found = mistakes(&HEAD.replace("[tenants.acme]", &format!("[tenants.acme]\n{line}")));
+        assert!(found.contains(what) && found.lines().count() == 1, "{line}: {found}");
+    }
+}
+
+#[test]
+fn broken_toml_hides_no_other_mistake() {
+    let found = mistakes(&format!("{HEAD}ttl = 1h\nidel_after = \"1m\"\n"));
+    assert!(found.contains("mend the TOML here") && found.contains("did you mean `idle_after`?"), "{found}");
+    assert!(mistakes("").contains("there is no [fleet]"));
+}
+
+#[test]
+fn a_secret_that_everybody_can_read_is_a_mistake() {
+    let dir = std::env::temp_dir().join(format!("agent-fleet-{}-secret", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let path = dir.join("token");
+    std::fs::write(&path, format!("{}\n", "x".repeat(32))).unwrap();
+    let mode = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+    let secret = Secret::File(path.clone());
+    mode(0o644);
+    let text = HEAD.replace("{ env = \"T\" }", &format!("{{ file = {path:?} }}"));
+    let found = Config::parse(Path::new("f.toml"), &text, &Machine).unwrap_err().to_string();
+    assert!(found.contains("can be read by everybody on this machine (mode 644); write it there, and `chmod 640"), "{found}");
+    mode(0o640);
+    let config = Config::parse(Path::new("f.toml"), &text, &Machine).unwrap();
+    assert!(config.caller(&"x".repeat(32)).is_some(), "the line feed is not part of it");
+    std::fs::write(&path, "").unwrap();
+    assert_eq!(Machine.secret(&secret), Err(String::from("is empty")));
+    std::fs::remove_dir_all(&dir).unwrap();
+    assert!(Machine.secret(&secret).unwrap_err().contains("cannot be read"));
+    assert!(check(&path)[0].to_string().contains("the file cannot be read"));
+}
