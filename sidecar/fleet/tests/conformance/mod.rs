@@ -25,7 +25,7 @@ const SOON: Duration = Duration::from_secs(60);
 
 /// What a container does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Does {
+pub(crate) enum Does {
     /// Nothing, until it is asked to end, and ends then.
     Wait,
     /// Nothing, and it does not hear that it is asked to end.
@@ -38,7 +38,7 @@ pub enum Does {
 
 /// What a disturbance is about. Of a provider's requests for it the one that does the deed is meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Call {
+pub(crate) enum Call {
     Create,
     State,
     List,
@@ -47,7 +47,7 @@ pub enum Call {
 
 /// What happens to the next request for a [`Call`], once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// It is done, and the connection is closed without an answer.
     LoseAnswer,
     /// It is done, and the connection is closed in the middle of the answer's body.
@@ -66,7 +66,7 @@ pub enum Fault {
 
 /// A provider's surroundings: the fake that it talks to, or the proxy before the real one.
 #[async_trait]
-pub trait World: Send + Sync {
+pub(crate) trait World: Send + Sync {
     /// A container that does this: image, command, what else the provider needs. Key, labels and life are the suite's. `None`: none can be had.
     fn spec(&self, does: Does) -> Option<Spec>;
     /// What the price list says of 1 CPU, 1 GiB and 5 GiB, in USD per hour, running.
@@ -102,7 +102,7 @@ struct Suite<'a> {
 }
 
 /// Tries every case, and fails with the names of those that did not hold.
-pub async fn run(provider: &dyn Provider, world: &dyn World) {
+pub(crate) async fn run(provider: &dyn Provider, world: &dyn World) {
     let suite = Suite { provider, world, can: provider.capabilities(), made: Mutex::default() };
     let mut broken = Vec::new();
     for case in cases::ALL {
