@@ -8,7 +8,7 @@ export CARGO_BUILD_TARGET := $(TARGET)
 export RUSTFLAGS := -C target-feature=+crt-static
 export AGENT_SIDECAR_BIN := $(CURDIR)/$(BIN)
 
-.PHONY: demo test build install lint unit live containers deploy alerts dashboards docs bench clean
+.PHONY: demo test build install lint unit live containers fleet deploy alerts dashboards docs bench clean
 
 ## The real CLI under the sidecar, on a scripted API on loopback: `make demo`, or with a key `make demo LIVE=1`. `make demo STACK=1` leaves agents
 ## running, and a Prometheus with the alerts' rules that scrapes them.
@@ -17,7 +17,7 @@ demo: build
 	$(if $(STACK),tests/stack start $(CLI) $(BIN),$(if $(LIVE),$(BIN) demo --live --cli $(CLI),tests/loopback $(BIN) demo --cli $(CLI)))
 
 ## Every test.
-test: lint unit live containers deploy alerts dashboards
+test: lint unit live containers fleet deploy alerts dashboards
 
 build:
 	cargo build --release --locked
@@ -38,6 +38,10 @@ live: build install
 
 containers: build install
 	tests/containers/run -n 2 --reruns 1 -q
+
+# The fleet's providers, on a real daemon.
+fleet: unit
+	tests/fleet/run -n 2 --dist loadfile --reruns 1 -q
 
 # What is in deploy/, as far as it can be tried on one machine.
 deploy: build install

@@ -40,11 +40,12 @@ GRACE = 30
 class Dockerd:
     """The daemon, for the whole run. With `bridges` containers may have networks of their own, as far as the namespace goes that we are in."""
 
-    def __init__(self, bridges: bool = False):
+    def __init__(self, bridges: bool = False, config: dict | None = None):
         self.directory = Path(tempfile.mkdtemp(prefix="dockerd-"))
         self.host = f"unix://{self.directory}/docker.sock"
         self.log = self.directory / "log"
-        paths = {"data-root": "data", "exec-root": "exec", "pidfile": "pid"}
+        (self.directory / "daemon.json").write_text(json.dumps(config or {}))
+        paths = {"data-root": "data", "exec-root": "exec", "pidfile": "pid", "config-file": "daemon.json"}
         flags = [word for name, path in paths.items() for word in (f"--{name}", self.directory / path)]
         # The daemon goes with us, even if we are killed.
         argv = ["setpriv", "--pdeathsig", "TERM", "dockerd", "--host", self.host, *flags]

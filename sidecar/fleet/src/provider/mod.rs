@@ -3,6 +3,9 @@
 //! A provider only does what it is told and says what is there; when, why and how often is [`crate::plan`]'s. It declares what it cannot do in
 //! [`Capabilities`], and [`refusals`] reads those before anything is created.
 
+pub mod docker;
+pub mod secret;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
@@ -18,6 +21,8 @@ pub const FLEET_LABEL: &str = "agent-fleet.fleet";
 pub const KEY_LABEL: &str = "agent-fleet.key";
 /// The label that holds the session's id.
 pub const SESSION_LABEL: &str = "agent-fleet.session";
+/// The label that says when a container's life is over, where the provider does not end it by itself: who has lost the store can still tell.
+pub const ENDS_LABEL: &str = "agent-fleet.ends";
 
 /// Everything that must be known before the first call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
