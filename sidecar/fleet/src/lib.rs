@@ -4,6 +4,9 @@
 //! [`lifecycle`] and [`plan`] decide and touch nothing; [`provider`], [`store`] and [`hook`] are the edges; [`service`] drives one with the
 //! others, step by step, so that whoever dies in between leaves what the next can go on from.
 
+pub mod api;
+pub mod budget;
+pub mod build;
 pub mod config;
 pub mod hook;
 pub mod inside;

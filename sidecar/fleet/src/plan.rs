@@ -248,6 +248,11 @@ impl Planner<'_> {
                 return Some(enter(if kept { Phase::Pausing } else { Phase::Failed }, what));
             }
         }
+        // The provider, or the reconciler, ends it then anyway.
+        if self.session.metered_since.is_some() && self.session.made.is_some_and(|made| made + self.session.spec.ttl <= self.now) {
+            let kept = self.policy.pause_by == PauseBy::Archive && self.session.pattern == Pattern::Hybrid;
+            return Some(enter(if kept { Phase::Pausing } else { Phase::Stopping }, "its container's time is over"));
+        }
         if self.session.wanted == Wanted::Paused && self.policy.pause_by != PauseBy::Nothing {
             return Some(enter(Phase::Pausing, "somebody asked for it"));
         }

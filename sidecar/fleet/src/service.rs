@@ -17,6 +17,8 @@ use futures_util::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::{Notify, Semaphore, watch};
 
+use crate::budget::Budgets;
+use crate::config::Tenant;
 use crate::inside::Inside;
 use crate::lifecycle::Phase;
 use crate::plan::{self, Action, Outcome, Policy, Seen, Step};
@@ -71,6 +73,7 @@ pub struct Fleet {
     hooks: Arc<dyn Hooks>,
     policies: Arc<dyn Policies>,
     inside: Arc<dyn Inside>,
+    budgets: Budgets,
     clock: Clock,
     lease: Duration,
     due: Notify,
@@ -94,6 +97,12 @@ pub enum Error {
     Store(#[from] store::Error),
     #[error("there is no provider `{0}`")]
     NoProvider(String),
+    #[error("provider `{provider}` {refusals}")]
+    Unable { provider: String, refusals: String },
+    #[error("tenant `{tenant}` has {most} sessions, which is all it may have")]
+    Full { tenant: String, most: u64 },
+    #[error("{0}")]
+    OverBudget(String),
     #[error("session {0} goes round in a circle")]
     Circle(SessionId),
 }
@@ -104,11 +113,13 @@ impl Fleet {
         store: Arc<dyn Store>,
         providers: BTreeMap<String, Arc<dyn Provider>>,
         (hooks, policies, inside): (Arc<dyn Hooks>, Arc<dyn Policies>, Arc<dyn Inside>),
+        tenants: BTreeMap<String, Tenant>,
         clock: Clock,
     ) -> Self {
+        let budgets = Budgets::new(Arc::clone(&store), tenants);
         let me = format!("{name}-{}", uuid::Uuid::now_v7());
         let (due, counts) = (Notify::new(), Counts::default());
-        Self { name: name.to_owned(), me, store, providers, hooks, policies, inside, clock, lease: LEASE, due, counts }
+        Self { name: name.to_owned(), me, store, providers, hooks, policies, inside, budgets, clock, lease: LEASE, due, counts }
     }
 
     #[must_use]
@@ -118,6 +129,10 @@ impl Fleet {
 
     pub fn store(&self) -> &Arc<dyn Store> {
         &self.store
+    }
+
+    pub fn budgets(&self) -> &Budgets {
+        &self.budgets
     }
 
     pub fn counts(&self) -> &Counts {
@@ -136,9 +151,31 @@ impl Fleet {
         &self.providers
     }
 
-    /// Keeps a new session, which is then driven. The same id twice is one.
+    /// Keeps a new session, which is then driven. The same id twice is one. Not if it is refused by what its tenant may have, or its provider can.
     pub async fn create(&self, mut session: Session) -> Result<Inserted, Error> {
-        self.provider(&session.provider)?;
+        let provider = self.provider(&session.provider)?;
+        if let Some(known) = self.store.get(&session.id).await? {
+            return Ok(Inserted::Known(Box::new(known)));
+        }
+        let refusals = provider::refusals(&provider.capabilities(), &session.spec);
+        if !refusals.is_empty() {
+            return Err(Error::Unable { provider: session.provider, refusals: refusals.join("; ") });
+        }
+        let now = self.now();
+        if let Some(tenant) = self.budgets.tenants().get(&session.tenant)
+            && let Some(most) = tenant.max_sessions
+        {
+            let counts = self.store.count().await?;
+            let open = counts.iter().filter(|(phase, _, of, _)| !phase.is_last() && *of == session.tenant);
+            if open.map(|(_, _, _, count)| count).sum::<u64>() >= most {
+                return Err(Error::Full { tenant: session.tenant, most });
+            }
+        }
+        let price = provider.price(session.spec.size);
+        if let Err(why) = self.budgets.admit(&session, &price, now).await? {
+            return Err(Error::OverBudget(why));
+        }
+        session.cost_at = self.budgets.periods(&session, now);
         self.label(&mut session);
         let inserted = self.store.insert(&session).await?;
         self.due.notify_one();
@@ -316,6 +353,9 @@ impl Fleet {
                         }
                     })
                     .await?;
+                    if report.is_some() || action == Action::Delete || session.holds && action == Action::Look {
+                        self.charge(&mut session, &price).await?;
+                    }
                     if let Outcome::Failed(error) = &outcome {
                         tracing::warn!(session = %session.id, ?action, %error, failures = session.failures, "a step failed");
                     }
@@ -329,6 +369,30 @@ impl Fleet {
             }
         }
         Err(Error::Circle(session.id))
+    }
+
+    /// Books what it has cost by now; a session whose tenant has nothing left is to end.
+    async fn charge(&self, session: &mut Session, price: &provider::Price) -> Result<(), Error> {
+        let now = self.now();
+        let mut metered = session.clone();
+        plan::meter(&mut metered, price, now);
+        let periods = self.budgets.periods(&metered, now);
+        if periods != session.cost_at {
+            self.change(session, |session| session.cost_at = periods.clone()).await?;
+            metered.cost_at = periods;
+        }
+        if let Some(why) = self.budgets.charge(&metered, now).await?
+            && session.wanted != Wanted::Gone
+            && !session.phase.is_last()
+        {
+            tracing::warn!(session = %session.id, tenant = %session.tenant, "its budget is spent");
+            self.change(session, |session| {
+                session.wanted = Wanted::Gone;
+                session.reason = Some(why.clone());
+            })
+            .await?;
+        }
+        Ok(())
     }
 
     async fn read(&self, id: &SessionId) -> Result<Session, Error> {

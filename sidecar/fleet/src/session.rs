@@ -1,5 +1,6 @@
 //! What is asked for and kept: a session, which wants a container.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -161,6 +162,9 @@ pub struct Session {
     /// Since when this container is paid for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metered_since: Option<Timestamp>,
+    /// What it had cost in all when each period of its tenant's budget began, in USD.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub cost_at: BTreeMap<String, f64>,
     /// How often in a row the provider has failed at what this phase needs.
     #[serde(default)]
     pub failures: u32,
@@ -205,6 +209,7 @@ impl Session {
             container_seconds: 0.0,
             container_usd: 0.0,
             metered_since: None,
+            cost_at: BTreeMap::new(),
             failures: 0,
             retry_at: None,
             reason: None,
@@ -215,6 +220,11 @@ impl Session {
     /// The name and label of its container, the same whoever asks: fit for every provider (a DNS label of at most 40 characters).
     pub fn key(&self) -> String {
         container_key(&self.id, self.generation)
+    }
+
+    /// What it has cost, in USD: agents and containers.
+    pub fn total_usd(&self) -> f64 {
+        self.cost_usd() + self.container_usd
     }
 
     /// What its agents have cost, in USD, in all its containers.

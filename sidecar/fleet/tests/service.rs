@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use agent_fleet::config::Tenant;
 use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::plan::{PauseBy, Policy};
@@ -229,6 +230,7 @@ struct Town {
     words: Arc<Words>,
     trail: Arc<Trail>,
     policy: Policy,
+    tenants: BTreeMap<String, Tenant>,
 }
 
 impl Town {
@@ -242,7 +244,7 @@ impl Town {
             ..Policy::default()
         };
         let words = Words(Mutex::new(Some((false, 0.5))));
-        Town { store: store::memory().await.unwrap(), cloud: Cloud::new(every), words: Arc::new(words), trail: Arc::default(), policy }
+        Town { store: store::memory().await.unwrap(), cloud: Cloud::new(every), words: Arc::new(words), trail: Arc::default(), policy, tenants: BTreeMap::new() }
     }
 
     fn fleet(&self) -> Arc<Fleet> {
@@ -252,7 +254,7 @@ impl Town {
             Arc::new(Same(self.policy.clone())) as Arc<dyn Policies>,
             Arc::clone(&self.words) as Arc<dyn Inside>,
         );
-        let fleet = Fleet::new("town", Arc::clone(&self.store), providers, edges, Arc::new(Timestamp::now));
+        let fleet = Fleet::new("town", Arc::clone(&self.store), providers, edges, self.tenants.clone(), Arc::new(Timestamp::now));
         Arc::new(fleet.with_lease(Duration::from_secs(2)))
     }
 
@@ -332,11 +334,12 @@ async fn a_session_is_created_works_sleeps_wakes_and_is_destroyed() {
     // Its last word was that it works for a minute: that it does not is heard when it is looked at.
     let paused = town.reaches("a", Phase::Paused).await;
     assert_eq!(paused.cost_usd(), 0.75);
+    *town.words.0.lock().unwrap() = Some((true, 1.0));
     assert!(fleet.want(&paused.id, Wanted::Running, "a message").await.unwrap().is_some());
-    town.reaches("a", Phase::Idle).await;
+    town.reaches("a", Phase::Active).await;
     fleet.want(&paused.id, Wanted::Gone, "enough").await.unwrap();
     let gone = town.reaches("a", Phase::Destroyed).await;
-    assert_eq!((town.cloud.alive(), gone.holds, gone.cost_usd()), (0, false, 0.75));
+    assert_eq!((town.cloud.alive(), gone.holds, gone.cost_usd()), (0, false, 1.0));
     assert!(gone.container_usd > 0.0 && gone.container_seconds > 0.0);
     // A wish for what is gone changes nothing.
     fleet.want(&paused.id, Wanted::Running, "again").await.unwrap();
@@ -372,6 +375,52 @@ async fn a_no_creates_nothing_and_an_end_is_an_end() {
     }
     assert_eq!(town.cloud.alive(), 0, "what has failed is removed, too");
     assert!(fleet.create(Session { provider: String::from("nowhere"), ..session("x", Pattern::Ephemeral) }).await.is_err());
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tenant_has_what_it_has_and_no_more() {
+    let mut town = Town::new(0).await;
+    let zone = jiff::tz::TimeZone::UTC;
+    let tenant = Tenant { name: String::from("t"), budget_usd_per_day: None, budget_usd_per_month: Some(1.0), zone, max_sessions: Some(3) };
+    town.tenants.insert(String::from("t"), tenant);
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    // An hour of a container is 0.05 USD; ten hours of it would be half of what there is.
+    let long = |id: &str, hours: u64| {
+        let mut long = session(id, Pattern::LongRunning);
+        long.spec.ttl = Duration::from_secs(hours * 3600);
+        long
+    };
+    fleet.create(long("a", 10)).await.unwrap();
+    let refused = fleet.create(long("b", 11)).await.unwrap_err().to_string();
+    assert!(refused.contains("budget of tenant `t`") && refused.contains("0.50 are spent or set aside, and this needs 0.55"), "{refused}");
+    fleet.create(long("b", 8)).await.unwrap();
+    // What it really costs takes the place of what was set aside.
+    for id in ["a", "b"] {
+        town.reaches(id, Phase::Ready).await;
+    }
+    *town.words.0.lock().unwrap() = Some((true, 0.2));
+    for id in ["a", "b"] {
+        while town.get(id).await.cost_usd() != 0.2 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+    fleet.create(long("c", 1)).await.unwrap();
+    let full = fleet.create(long("d", 1)).await.unwrap_err().to_string();
+    assert!(full.contains("has 3 sessions"), "{full}");
+    // Three that cost 0.2 are within 1; at 0.4 each they are not, and whoever is asked first ends.
+    town.reaches("c", Phase::Active).await;
+    *town.words.0.lock().unwrap() = Some((true, 0.4));
+    let mut over = None;
+    while over.is_none() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        for id in ["a", "b", "c"] {
+            over = over.or(Some(town.get(id).await).filter(|session| session.wanted == Wanted::Gone));
+        }
+    }
+    let over = town.reaches(over.unwrap().id.as_str(), Phase::Destroyed).await;
+    assert!(over.cost_usd() >= 0.4);
     running.stop().await;
 }
 

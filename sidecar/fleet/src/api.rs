@@ -1,0 +1,507 @@
+//! What callers ask for over HTTP. Each has a bearer token, and reaches its own sessions alone.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query, Request, State};
+use axum::http::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, LOCATION, WWW_AUTHENTICATE};
+use axum::http::request::Parts;
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
+use utoipa::{Modify, OpenApi, ToSchema};
+
+use crate::config::{Caller, Config, TEMPLATE_LABEL};
+use crate::lifecycle::Phase;
+use crate::provider;
+use crate::service::{self, Fleet};
+use crate::session::{Pattern, Session, SessionId, Wanted};
+use crate::store::{self, Filter, HookRun, Inserted};
+
+/// What is asked of us is small.
+const BODY_MOST: usize = 64 << 10;
+const PAGE_MOST: usize = 500;
+const LOGS_MOST: usize = 1 << 20;
+
+#[derive(Clone)]
+pub struct Api {
+    pub fleet: Arc<Fleet>,
+    pub config: Arc<Config>,
+}
+
+/// What is asked for.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewSession {
+    /// One of the configuration's.
+    #[schema(min_length = 1)]
+    pub template: String,
+    /// 1 to 64 letters, digits, `-` and `_`. The same twice is one session. Left out: a new one.
+    #[serde(default)]
+    #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+    pub id: Option<String>,
+    /// Who pays. May be left out by who has one tenant alone.
+    #[serde(default)]
+    pub tenant: Option<String>,
+}
+
+/// A session, as its owner sees it.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct View {
+    pub id: String,
+    pub template: Option<String>,
+    pub tenant: String,
+    pub owner: String,
+    #[schema(value_type = String)]
+    pub pattern: Pattern,
+    pub provider: String,
+    #[schema(value_type = String)]
+    pub phase: Phase,
+    #[schema(value_type = String)]
+    pub wanted: Wanted,
+    /// Why it is where it is.
+    pub reason: Option<String>,
+    #[schema(value_type = String, format = DateTime)]
+    pub since: Timestamp,
+    #[schema(value_type = String, format = DateTime)]
+    pub created: Timestamp,
+    /// When it is destroyed, whatever it does.
+    #[schema(value_type = String, format = DateTime)]
+    pub ends: Timestamp,
+    /// The how-manieth container this is.
+    pub generation: u32,
+    /// What the provider calls the container.
+    pub container: Option<String>,
+    /// Until when its agents work, by the sidecar's word.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub busy_until: Option<Timestamp>,
+    /// What its agents have cost, in USD.
+    pub agent_usd: f64,
+    /// What its containers have cost, in USD, by the provider's price.
+    pub container_usd: f64,
+    pub container_seconds: f64,
+}
+
+impl View {
+    pub fn of(session: &Session) -> Self {
+        Self {
+            id: session.id.to_string(),
+            template: session.spec.labels.get(TEMPLATE_LABEL).cloned(),
+            tenant: session.tenant.clone(),
+            owner: session.owner.clone(),
+            pattern: session.pattern,
+            provider: session.provider.clone(),
+            phase: session.phase,
+            wanted: session.wanted,
+            reason: session.reason.clone(),
+            since: session.since,
+            created: session.created,
+            ends: session.ends,
+            generation: session.generation,
+            container: session.native.clone(),
+            busy_until: session.report.as_ref().and_then(|report| report.busy_until),
+            agent_usd: session.cost_usd(),
+            container_usd: session.container_usd,
+            container_seconds: session.container_seconds,
+        }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Views {
+    pub sessions: Vec<View>,
+    /// What `after` is for the next page, if there is one.
+    pub next: Option<String>,
+}
+
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Which {
+    /// Sessions of this phase alone.
+    phase: Option<String>,
+    tenant: Option<String>,
+    /// Those that are over, too.
+    #[serde(default)]
+    over: bool,
+    /// The last id of the page before.
+    after: Option<String>,
+    /// At most so many, 1 to 500.
+    #[param(minimum = 1, maximum = 500)]
+    limit: Option<usize>,
+}
+
+/// What was wrong.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Wrong {
+    pub error: String,
+}
+
+#[derive(Debug)]
+struct Failure(StatusCode, String);
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let Failure(status, error) = self;
+        let mut response = (status, axum::Json(Wrong { error })).into_response();
+        if status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+impl From<service::Error> for Failure {
+    fn from(error: service::Error) -> Self {
+        let status = match &error {
+            service::Error::Unable { .. } | service::Error::NoProvider(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            service::Error::Full { .. } | service::Error::OverBudget(_) => StatusCode::TOO_MANY_REQUESTS,
+            service::Error::Store(store::Error::Missing(_)) => StatusCode::NOT_FOUND,
+            service::Error::Store(_) | service::Error::Circle(_) => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        Failure(status, error.to_string())
+    }
+}
+
+impl From<store::Error> for Failure {
+    fn from(error: store::Error) -> Self {
+        service::Error::from(error).into()
+    }
+}
+
+impl From<provider::Error> for Failure {
+    fn from(error: provider::Error) -> Self {
+        let status = match &error {
+            provider::Error::Unsupported { .. } => StatusCode::NOT_IMPLEMENTED,
+            provider::Error::Missing { .. } => StatusCode::NOT_FOUND,
+            provider::Error::Busy { .. }
+            | provider::Error::Unsure { .. }
+            | provider::Error::Failed { .. }
+            | provider::Error::Refused { .. } => StatusCode::BAD_GATEWAY,
+        };
+        Failure(status, error.to_string())
+    }
+}
+
+type Answer<T> = Result<T, Failure>;
+
+/// Whose token came with the request.
+struct Who(Caller);
+
+impl FromRequestParts<Api> for Who {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Answer<Self> {
+        let token = parts.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let token = token.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+        let caller = token.and_then(|(_, token)| api.config.caller(token.trim()));
+        let what = "a bearer token of one of [callers] is needed";
+        caller.cloned().map(Who).ok_or_else(|| Failure(StatusCode::UNAUTHORIZED, what.to_owned()))
+    }
+}
+
+impl Who {
+    fn reaches(&self, session: &Session) -> bool {
+        self.0.admin || session.owner == self.0.name
+    }
+}
+
+/// A body, with what is wrong with it in our own words.
+struct Body<T>(T);
+
+impl<T: DeserializeOwned> FromRequest<Api> for Body<T> {
+    type Rejection = Failure;
+
+    async fn from_request(request: Request, api: &Api) -> Answer<Self> {
+        match axum::Json::<T>::from_request(request, api).await {
+            Ok(axum::Json(body)) => Ok(Body(body)),
+            Err(wrong) if wrong.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(Failure(wrong.status(), wrong.body_text())),
+            Err(wrong) if wrong.status() == StatusCode::UNSUPPORTED_MEDIA_TYPE => Err(Failure(wrong.status(), wrong.body_text())),
+            Err(wrong) => Err(Failure(StatusCode::BAD_REQUEST, wrong.body_text())),
+        }
+    }
+}
+
+/// Its query, likewise.
+struct Asked<T>(T);
+
+impl<T: DeserializeOwned + Send> FromRequestParts<Api> for Asked<T> {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Answer<Self> {
+        let asked = Query::<T>::from_request_parts(parts, api).await;
+        asked.map(|Query(asked)| Asked(asked)).map_err(|wrong| Failure(StatusCode::BAD_REQUEST, wrong.body_text()))
+    }
+}
+
+fn no_session(id: &str) -> Failure {
+    Failure(StatusCode::NOT_FOUND, format!("there is no session `{}` of yours", id.escape_debug()))
+}
+
+impl Api {
+    /// What cannot be reached is not there.
+    async fn session(&self, who: &Who, id: &str) -> Answer<Session> {
+        let parsed = id.parse::<SessionId>().map_err(|_| no_session(id))?;
+        let found = self.fleet.store().get(&parsed).await?;
+        found.filter(|session| who.reaches(session)).ok_or_else(|| no_session(id))
+    }
+
+    async fn want(&self, who: &Who, id: &str, wanted: Wanted) -> Answer<Session> {
+        let session = self.session(who, id).await?;
+        if session.phase.is_last() && wanted != Wanted::Gone {
+            return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is over: it is {}", session.phase)));
+        }
+        let why = format!("`{}` asked for it", who.0.name);
+        self.fleet.want(&session.id, wanted, &why).await?.ok_or_else(|| no_session(id))
+    }
+
+    fn tenant(&self, who: &Who, asked: Option<String>) -> Answer<String> {
+        let tenant = match asked {
+            Some(tenant) => tenant,
+            None => match who.0.tenants.as_slice() {
+                [one] => one.clone(),
+                _ => return Err(Failure(StatusCode::BAD_REQUEST, String::from("`tenant` is missing: who is to pay?"))),
+            },
+        };
+        let printable = !tenant.is_empty() && tenant.len() <= 64 && !tenant.contains(|c: char| c.is_control());
+        if !printable {
+            return Err(Failure(StatusCode::BAD_REQUEST, String::from("a tenant has 1 to 64 printable characters")));
+        }
+        if !who.0.may_use(&tenant) {
+            return Err(Failure(StatusCode::FORBIDDEN, format!("`{}` may not ask for tenant `{tenant}`", who.0.name)));
+        }
+        Ok(tenant)
+    }
+}
+
+#[utoipa::path(post, path = "/v1/sessions", request_body = NewSession, security(("token" = [])),
+    responses(
+        (status = 201, body = View), (status = 200, description = "It was there already.", body = View), (status = 400, body = Wrong),
+        (status = 401, body = Wrong), (status = 403, body = Wrong), (status = 409, description = "The id is somebody else's.", body = Wrong),
+        (status = 413, body = Wrong), (status = 415, body = Wrong), (status = 422, description = "Its provider cannot do that.", body = Wrong),
+        (status = 429, description = "Its tenant has nothing left.", body = Wrong), (status = 503, body = Wrong)))]
+async fn create(State(api): State<Api>, who: Who, Body(new): Body<NewSession>) -> Answer<Response> {
+    let wrong = |what: String| Failure(StatusCode::BAD_REQUEST, what);
+    let template = api.config.templates.get(&new.template);
+    let template = template.ok_or_else(|| wrong(format!("there is no template `{}`", new.template.escape_debug())))?;
+    let id = new.id.map_or_else(|| Ok(SessionId::fresh()), |id| id.parse()).map_err(wrong)?;
+    let tenant = api.tenant(&who, new.tenant)?;
+    let spec = template.spec_for(&api.config.fleet.name, &id, &tenant, 1);
+    let now = api.fleet.now();
+    let mut session = Session::new(id, (&tenant, &who.0.name), template.pattern, &template.provider, spec, now);
+    session.ends = now + template.max_age;
+    let id = session.id.clone();
+    let (status, session) = match api.fleet.create(session.clone()).await? {
+        Inserted::New => (StatusCode::CREATED, session),
+        Inserted::Known(known) if who.reaches(&known) => (StatusCode::OK, *known),
+        Inserted::Known(_) => return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is somebody else's: choose another id"))),
+    };
+    let mut response = (status, axum::Json(View::of(&session))).into_response();
+    if let Ok(location) = HeaderValue::from_str(&format!("/v1/sessions/{id}")) {
+        response.headers_mut().insert(LOCATION, location);
+    }
+    Ok(response)
+}
+
+#[utoipa::path(get, path = "/v1/sessions", params(Which), security(("token" = [])),
+    responses((status = 200, body = Views), (status = 400, body = Wrong), (status = 401, body = Wrong), (status = 503, body = Wrong)))]
+async fn list(State(api): State<Api>, who: Who, Asked(which): Asked<Which>) -> Answer<axum::Json<Views>> {
+    let wrong = |what: String| Failure(StatusCode::BAD_REQUEST, what);
+    let limit = which.limit.unwrap_or(100);
+    if !(1..=PAGE_MOST).contains(&limit) {
+        return Err(wrong(format!("`limit` is 1 to {PAGE_MOST}")));
+    }
+    let phase = which.phase.map(|name| {
+        let found = Phase::ALL.into_iter().find(|phase| phase.as_str() == name);
+        found.ok_or_else(|| wrong(format!("there is no phase `{}`", name.escape_debug())))
+    });
+    let phases: Vec<Phase> = phase.transpose()?.into_iter().collect();
+    let after = which.after.map(|after| after.parse::<SessionId>()).transpose().map_err(|what| wrong(format!("`after`: {what}")))?;
+    let over = which.over || phases.iter().any(|phase| phase.is_last());
+    let owner = (!who.0.admin).then(|| who.0.name.clone());
+    let filter = Filter { owner, tenant: which.tenant, provider: None, phases, over };
+    let found = api.fleet.store().list(&filter, after.as_ref(), limit).await?;
+    let next = (found.len() == limit).then(|| found.last().map(|last| last.id.to_string())).flatten();
+    Ok(axum::Json(Views { sessions: found.iter().map(View::of).collect(), next }))
+}
+
+#[utoipa::path(get, path = "/v1/sessions/{id}", params(("id" = String, Path)), security(("token" = [])),
+    responses((status = 200, body = View), (status = 401, body = Wrong), (status = 404, body = Wrong), (status = 503, body = Wrong)))]
+async fn show(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answer<axum::Json<View>> {
+    Ok(axum::Json(View::of(&api.session(&who, &id).await?)))
+}
+
+/// It ends: what it is, and what becomes of it, can be seen until it is forgotten.
+#[utoipa::path(delete, path = "/v1/sessions/{id}", params(("id" = String, Path)), security(("token" = [])),
+    responses((status = 202, body = View), (status = 401, body = Wrong), (status = 404, body = Wrong), (status = 503, body = Wrong)))]
+async fn destroy(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answer<Response> {
+    let session = api.want(&who, &id, Wanted::Gone).await?;
+    Ok((StatusCode::ACCEPTED, axum::Json(View::of(&session))).into_response())
+}
+
+#[utoipa::path(post, path = "/v1/sessions/{id}/pause", params(("id" = String, Path)), security(("token" = [])),
+    responses((status = 202, body = View), (status = 401, body = Wrong), (status = 404, body = Wrong), (status = 409, body = Wrong),
+        (status = 501, description = "Its provider cannot pause.", body = Wrong), (status = 503, body = Wrong)))]
+async fn pause(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answer<Response> {
+    let session = api.session(&who, &id).await?;
+    let provider = api.fleet.provider(&session.provider)?;
+    if provider.capabilities().pause == provider::Pause::No {
+        return Err(provider::Error::Unsupported { provider: provider.name(), verb: "pause", hint: Some("stop it instead") }.into());
+    }
+    let session = api.want(&who, &id, Wanted::Paused).await?;
+    Ok((StatusCode::ACCEPTED, axum::Json(View::of(&session))).into_response())
+}
+
+#[utoipa::path(post, path = "/v1/sessions/{id}/resume", params(("id" = String, Path)), security(("token" = [])),
+    responses((status = 202, body = View), (status = 401, body = Wrong), (status = 404, body = Wrong), (status = 409, body = Wrong),
+        (status = 503, body = Wrong)))]
+async fn resume(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answer<Response> {
+    let session = api.want(&who, &id, Wanted::Running).await?;
+    Ok((StatusCode::ACCEPTED, axum::Json(View::of(&session))).into_response())
+}
+
+/// The last of what its container has printed.
+#[utoipa::path(get, path = "/v1/sessions/{id}/logs", params(("id" = String, Path)), security(("token" = [])),
+    responses((status = 200, content_type = "application/octet-stream"), (status = 401, body = Wrong), (status = 404, body = Wrong),
+        (status = 501, description = "Its provider keeps none.", body = Wrong), (status = 502, body = Wrong), (status = 503, body = Wrong)))]
+async fn logs(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answer<Response> {
+    let session = api.session(&who, &id).await?;
+    let Some(native) = session.native.as_ref().filter(|_| session.holds) else {
+        return Err(Failure(StatusCode::NOT_FOUND, format!("session `{id}` has no container now: it is {}", session.phase)));
+    };
+    let said = api.fleet.provider(&session.provider)?.logs(native, LOGS_MOST).await?;
+    // Whatever an agent prints is never a page.
+    Ok(([(CONTENT_TYPE, "application/octet-stream"), (CACHE_CONTROL, "no-store")], said).into_response())
+}
+
+/// What hooks have done for it, from the first to the last.
+#[utoipa::path(get, path = "/v1/sessions/{id}/hooks", params(("id" = String, Path)), security(("token" = [])),
+    responses((status = 200, body = Vec<Object>), (status = 401, body = Wrong), (status = 404, body = Wrong), (status = 503, body = Wrong)))]
+async fn hooks(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answer<axum::Json<Vec<HookRun>>> {
+    let session = api.session(&who, &id).await?;
+    Ok(axum::Json(api.fleet.store().hook_runs(&session.id).await?))
+}
+
+#[utoipa::path(get, path = "/livez", responses((status = 200, body = String)))]
+async fn livez() -> &'static str {
+    "ok\n"
+}
+
+/// Whether the store answers.
+#[utoipa::path(get, path = "/readyz", responses((status = 200, body = String), (status = 503, body = Wrong)))]
+async fn readyz(State(api): State<Api>) -> Answer<&'static str> {
+    api.fleet.store().count().await?;
+    Ok("ok\n")
+}
+
+#[utoipa::path(get, path = "/metrics", responses((status = 200, body = String), (status = 503, body = Wrong)))]
+async fn metrics(State(api): State<Api>) -> Answer<Response> {
+    let text = exposition(&api).await?;
+    Ok(([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())
+}
+
+/// What the fleet counts: names, labels and help are in docs/fleet.md.
+async fn exposition(api: &Api) -> Answer<String> {
+    let mut out = String::new();
+    let mut family = |name: &str, kind: &str, help: &str, series: Vec<(String, f64)>| {
+        // A String takes everything.
+        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        for (labels, value) in series {
+            let braces = if labels.is_empty() { String::new() } else { format!("{{{labels}}}") };
+            let _ = writeln!(out, "{name}{braces} {value}");
+        }
+    };
+    let quote = |value: &str| value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+    // Only what the configuration names is a label: what else there is goes together.
+    let known = |tenant: &str| if api.config.tenants.contains_key(tenant) { quote(tenant) } else { String::from("other") };
+    let mut sessions: BTreeMap<String, f64> = BTreeMap::new();
+    for (phase, provider, tenant, count) in api.fleet.store().count().await? {
+        let labels = format!("phase=\"{phase}\",provider=\"{}\",tenant=\"{}\"", quote(&provider), known(&tenant));
+        *sessions.entry(labels).or_default() += count as f64;
+    }
+    family("agent_fleet_sessions", "gauge", "Sessions that are remembered, by phase.", sessions.into_iter().collect());
+    let counts = api.fleet.counts();
+    let entered = counts.entered.lock().map(|counts| counts.clone()).unwrap_or_default();
+    let entered = Phase::ALL.map(|phase| (format!("phase=\"{phase}\""), entered.get(&phase).copied().unwrap_or_default() as f64));
+    family("agent_fleet_phases_entered_total", "counter", "How often a session came into a phase.", entered.to_vec());
+    let actions = counts.actions.lock().map(|counts| counts.clone()).unwrap_or_default();
+    let labels = |name: &str, failed: bool| format!("action=\"{name}\",outcome=\"{}\"", if failed { "failed" } else { "ok" });
+    let times = actions.iter().map(|((name, failed), (times, _))| (labels(name, *failed), *times as f64)).collect();
+    family("agent_fleet_actions_total", "counter", "What was done for sessions.", times);
+    let seconds = actions.iter().map(|((name, failed), (_, seconds))| (labels(name, *failed), *seconds)).collect();
+    family("agent_fleet_action_seconds_total", "counter", "How long that took.", seconds);
+    let orphans = counts.orphans.load(Ordering::Relaxed) as f64;
+    family("agent_fleet_orphans_removed_total", "counter", "Containers that no session held, and were removed.", vec![(String::new(), orphans)]);
+    let (mut spent, mut limits) = (Vec::new(), Vec::new());
+    for tenant in api.config.tenants.values() {
+        for (period, limit) in tenant.periods(api.fleet.now()) {
+            let length = if period.len() > "2026-11".len() { "day" } else { "month" };
+            let labels = format!("tenant=\"{}\",period=\"{length}\"", quote(&tenant.name));
+            spent.push((labels.clone(), api.fleet.store().spent(&tenant.name, &period).await?));
+            limits.push((labels, limit));
+        }
+    }
+    family("agent_fleet_budget_used_usd", "gauge", "What a tenant has spent or set aside in the period that is now.", spent);
+    family("agent_fleet_budget_limit_usd", "gauge", "What it may spend in that period.", limits);
+    Ok(out)
+}
+
+struct Token;
+
+impl Modify for Token {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let components = document.components.get_or_insert_default();
+        components.add_security_scheme("token", SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));
+    }
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "agent-fleet", description = "Containers for agents: created, watched, put to sleep, woken and destroyed."),
+    paths(create, list, show, destroy, pause, resume, logs, hooks, livez, readyz, metrics),
+    components(schemas(NewSession, View, Views, Wrong)),
+    modifiers(&Token)
+)]
+struct Document;
+
+/// The document that describes all this, in JSON.
+pub fn document() -> String {
+    Document::openapi().to_pretty_json().unwrap_or_default()
+}
+
+async fn openapi() -> Response {
+    ([(CONTENT_TYPE, "application/json")], document()).into_response()
+}
+
+async fn nothing() -> Failure {
+    Failure(StatusCode::NOT_FOUND, String::from("there is nothing here: /openapi.json says what there is"))
+}
+
+async fn not_so() -> Failure {
+    Failure(StatusCode::METHOD_NOT_ALLOWED, String::from("not with this method: /openapi.json says with which"))
+}
+
+pub fn router(api: Api) -> Router {
+    Router::new()
+        .route("/v1/sessions", post(create).get(list))
+        .route("/v1/sessions/{id}", get(show).delete(destroy))
+        .route("/v1/sessions/{id}/pause", post(pause))
+        .route("/v1/sessions/{id}/resume", post(resume))
+        .route("/v1/sessions/{id}/logs", get(logs))
+        .route("/v1/sessions/{id}/hooks", get(hooks))
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/openapi.json", get(openapi))
+        .fallback(nothing)
+        .method_not_allowed_fallback(not_so)
+        .layer(DefaultBodyLimit::max(BODY_MOST))
+        .with_state(api)
+}

@@ -1,0 +1,75 @@
+//! What tenants may spend: set aside before a container is created, and held against what it has cost while it runs.
+//!
+//! A session that goes over midnight has spent some of its money yesterday: what it had cost when a period began is kept with it
+//! ([`Session::cost_at`]), so that a day's budget is asked for that day's money alone.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use crate::config::Tenant;
+use crate::provider::Price;
+use crate::session::Session;
+use crate::store::{self, Store};
+
+pub struct Budgets {
+    store: Arc<dyn Store>,
+    tenants: BTreeMap<String, Tenant>,
+}
+
+impl Budgets {
+    pub fn new(store: Arc<dyn Store>, tenants: BTreeMap<String, Tenant>) -> Self {
+        Self { store, tenants }
+    }
+
+    pub fn tenants(&self) -> &BTreeMap<String, Tenant> {
+        &self.tenants
+    }
+
+    /// Sets aside what the container itself costs over its whole life, in every period. Why not, if it does not fit; then nothing is set aside.
+    pub async fn admit(&self, session: &Session, price: &Price, now: Timestamp) -> store::Result<Result<(), String>> {
+        let Some(tenant) = self.tenants.get(&session.tenant) else { return Ok(Ok(())) };
+        let usd = session.spec.ttl.as_secs_f64() / 3600.0 * price.running;
+        let mut set_aside: Vec<String> = Vec::new();
+        for (period, limit) in tenant.periods(now) {
+            if !self.store.reserve(&tenant.name, &period, &session.id, usd, limit).await? {
+                for period in &set_aside {
+                    self.store.spend(&tenant.name, period, &session.id, 0.0).await?;
+                }
+                let spent = self.store.spent(&tenant.name, &period).await?;
+                return Ok(Err(format!(
+                    "the budget of tenant `{}` for {period} is {limit} USD: {spent:.2} are spent or set aside, and this needs {usd:.2}",
+                    tenant.name
+                )));
+            }
+            set_aside.push(period);
+        }
+        Ok(Ok(()))
+    }
+
+    /// Which periods there are for it now, each with what it had cost when that period began for it: to be kept with it.
+    pub fn periods(&self, session: &Session, now: Timestamp) -> BTreeMap<String, f64> {
+        let Some(tenant) = self.tenants.get(&session.tenant) else { return BTreeMap::new() };
+        let total = session.total_usd();
+        // The first that it has were there when it came: all it has cost is of them.
+        let first = if session.cost_at.is_empty() { 0.0 } else { total };
+        let periods = tenant.periods(now).into_iter();
+        periods.map(|(period, _)| (period.clone(), session.cost_at.get(&period).copied().unwrap_or(first))).collect()
+    }
+
+    /// Books what it has cost. Why it has to end, if its tenant has nothing left.
+    pub async fn charge(&self, session: &Session, now: Timestamp) -> store::Result<Option<String>> {
+        let Some(tenant) = self.tenants.get(&session.tenant) else { return Ok(None) };
+        let total = session.total_usd();
+        let mut over = None;
+        for (period, limit) in tenant.periods(now) {
+            let at = session.cost_at.get(&period).copied().unwrap_or_default();
+            self.store.spend(&tenant.name, &period, &session.id, (total - at).max(0.0)).await?;
+            if self.store.spent(&tenant.name, &period).await? >= limit {
+                over = Some(format!("the budget of tenant `{}` for {period}, {limit} USD, is spent", tenant.name));
+            }
+        }
+        Ok(over)
+    }
+}

@@ -1,0 +1,97 @@
+//! A fleet, as a configuration says it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::config::{Config, ProviderConfig, TEMPLATE_LABEL, Template};
+use crate::inside::Http;
+use crate::plan::{PauseBy, Policy};
+use crate::provider::docker::Docker;
+use crate::provider::{Capabilities, Provider};
+use crate::service::{Clock, Fleet, Hooks, Policies};
+use crate::session::Session;
+use crate::store::Store;
+
+/// How far ahead a provider's timers are moved while an agent works.
+const AHEAD: std::time::Duration = std::time::Duration::from_secs(600);
+/// How often a container is looked at where looking costs nothing.
+const LOOK_NEAR: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// One provider.
+///
+/// # Errors
+/// What is wrong with its settings.
+pub fn provider(name: &str, config: &ProviderConfig) -> Result<Arc<dyn Provider>, String> {
+    let wrong = |error: toml::de::Error| format!("[providers.{name}]: {}", error.message());
+    let settings = config.settings.clone();
+    match config.kind.as_str() {
+        "docker" => Ok(Arc::new(Docker::new(settings.try_into().map_err(wrong)?))),
+        "gvisor" => Ok(Arc::new(Docker::gvisor(settings.try_into().map_err(wrong)?))),
+        kind => Err(format!("[providers.{name}]: there is no kind `{kind}`")),
+    }
+}
+
+/// Sessions are treated as their templates say.
+struct Templates {
+    templates: BTreeMap<String, Template>,
+    can: BTreeMap<String, Capabilities>,
+}
+
+impl Templates {
+    fn of(&self, session: &Session) -> Option<&Template> {
+        self.templates.get(session.spec.labels.get(TEMPLATE_LABEL)?)
+    }
+}
+
+impl Policies for Templates {
+    fn policy(&self, session: &Session) -> Policy {
+        let mut policy = Policy::default();
+        if let Some(can) = self.can.get(&session.provider) {
+            policy.pause_by = PauseBy::of(session.pattern, can.pause, false);
+            policy.keep_alive = can.idle_timer.then_some(AHEAD);
+            if !can.traffic_keeps_awake {
+                policy.look_every = LOOK_NEAR;
+            }
+        }
+        // One whose template is gone from the file ends as those end that never had one.
+        if let Some(template) = self.of(session) {
+            policy.idle_after = template.idle_after;
+            policy.ready_within = template.ready_within;
+            policy.stop_grace = template.stop_grace;
+        }
+        policy
+    }
+
+    fn port(&self, session: &Session) -> u16 {
+        self.of(session).map_or(9477, |template| template.sidecar_port)
+    }
+}
+
+/// For everything that is asked over HTTP: with the roots that are built in, and to nobody but whom it was told.
+///
+/// # Errors
+/// It cannot be made.
+pub fn client() -> Result<reqwest::Client, String> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let roots = rustls::RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
+    let tls = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let tls = tls.map_err(|error| error.to_string())?.with_root_certificates(roots).with_no_client_auth();
+    let client = reqwest::Client::builder().tls_backend_preconfigured(tls);
+    client.redirect(reqwest::redirect::Policy::none()).no_proxy().build().map_err(|error| error.to_string())
+}
+
+/// All of it. Nothing is started.
+///
+/// # Errors
+/// What is wrong, in words.
+pub fn fleet(config: &Config, store: Arc<dyn Store>, hooks: Arc<dyn Hooks>, clock: Clock) -> Result<Fleet, String> {
+    let mut providers = BTreeMap::new();
+    for (name, of) in &config.providers {
+        providers.insert(name.clone(), provider(name, of)?);
+    }
+    let can = providers.iter().map(|(name, provider)| (name.clone(), provider.capabilities())).collect();
+    let policies = Templates { templates: config.templates.clone(), can };
+    let inside = Http::new(client()?);
+    let edges = (hooks, Arc::new(policies) as Arc<dyn Policies>, Arc::new(inside) as _);
+    Ok(Fleet::new(&config.fleet.name, store, providers, edges, config.tenants.clone(), clock))
+}

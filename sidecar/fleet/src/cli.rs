@@ -1,0 +1,338 @@
+//! The command line: `serve`, what is read from the configuration alone (`check`, `plan`), and what is asked of a fleet that serves.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_fleet::api::{self, Api, View, Views, Wrong};
+use agent_fleet::config::{Config, Elsewhere};
+use agent_fleet::lifecycle::Phase;
+use agent_fleet::{build, provider, store};
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
+use jiff::Timestamp;
+use reqwest::Method;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+/// Something is wrong with what was asked, or with the machine.
+pub const FAILED: u8 = 1;
+/// Where a fleet serves that is not told otherwise.
+const HERE: &str = "http://127.0.0.1:9490";
+/// What is under way is given so long when the fleet ends.
+const LAST: Duration = Duration::from_secs(25);
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+fn command() -> Command {
+    let config = || {
+        let default = "/etc/agent-fleet/agent-fleet.toml";
+        Arg::new("config").long("config").value_name("FILE").env("AGENT_FLEET_CONFIG").default_value(default).value_parser(value_parser!(PathBuf))
+    };
+    let flag = |name: &'static str, help: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue).help(help);
+    let asking = |command: Command| {
+        command
+            .arg(Arg::new("url").long("url").env("AGENT_FLEET_URL").default_value(HERE).help("Where the fleet serves"))
+            .arg(
+                Arg::new("token-file")
+                    .long("token-file")
+                    .value_name("FILE")
+                    .value_parser(value_parser!(PathBuf))
+                    .help("The bearer token; otherwise AGENT_FLEET_TOKEN has it"),
+            )
+    };
+    let id = || Arg::new("id").value_name("SESSION").required(true);
+    let one = |name: &'static str, about: &'static str| asking(Command::new(name).about(about).arg(id()));
+    Command::new("agent-fleet")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Creates, watches, pauses, resumes and destroys the containers that agents run in")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(Command::new("serve").about("Serves callers and drives their sessions").arg(config()))
+        .subcommand(
+            Command::new("check")
+                .about("Says every mistake in the configuration")
+                .arg(config())
+                .arg(flag("print", "Prints what is in force, without secrets"))
+                .arg(flag("elsewhere", "The file is for another machine: its secrets are not looked for here")),
+        )
+        .subcommand(
+            Command::new("plan")
+                .about("Says what would happen to a session, and creates nothing")
+                .arg(config())
+                .arg(flag("elsewhere", "The file is for another machine: its secrets are not looked for here"))
+                .arg(Arg::new("template").value_name("TEMPLATE").help("This one alone")),
+        )
+        .subcommand(
+            asking(Command::new("create").about("Asks for a session"))
+                .arg(Arg::new("template").value_name("TEMPLATE").required(true))
+                .arg(Arg::new("id").long("id").value_name("SESSION").help("The same twice is one session"))
+                .arg(Arg::new("tenant").long("tenant").value_name("TENANT").help("Who pays"))
+                .arg(flag("wait", "Until it is ready, or has failed")),
+        )
+        .subcommand(
+            asking(Command::new("list").about("Lists sessions"))
+                .arg(Arg::new("phase").long("phase").value_name("PHASE"))
+                .arg(flag("over", "Those that are over, too"))
+                .arg(flag("json", "As JSON, one in a line")),
+        )
+        .subcommand(one("show", "Shows a session, as JSON"))
+        .subcommand(one("pause", "Puts a session to sleep"))
+        .subcommand(one("resume", "Wakes a session"))
+        .subcommand(one("destroy", "Ends a session, and destroys its container").visible_alias("stop").arg(flag("wait", "Until it is gone")))
+        .subcommand(one("logs", "Prints the last of what its container has said"))
+        .subcommand(one("hooks", "Prints what hooks have done for it, as JSON"))
+}
+
+pub fn run() -> Result<ExitCode> {
+    let matches = command().get_matches();
+    let (name, asked) = matches.subcommand().ok_or("a command is missing")?;
+    match name {
+        "serve" => serve(&read(asked)?),
+        "check" => check(asked),
+        "plan" => plan(asked),
+        _ => runtime()?.block_on(ask(name, asked)),
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}
+
+fn text<'a>(asked: &'a ArgMatches, name: &str) -> Option<&'a str> {
+    asked.try_get_one::<String>(name).ok().flatten().map(String::as_str)
+}
+
+fn is(asked: &ArgMatches, name: &str) -> bool {
+    asked.try_get_one::<bool>(name).ok().flatten().is_some_and(|given| *given)
+}
+
+fn read(asked: &ArgMatches) -> Result<Config> {
+    let path = asked.get_one::<PathBuf>("config").ok_or("--config is missing")?;
+    Ok(if is(asked, "elsewhere") { Config::read_with(path, &Elsewhere)? } else { Config::read(path)? })
+}
+
+fn say(line: &str) -> Result<()> {
+    Ok(writeln!(std::io::stdout().lock(), "{line}")?)
+}
+
+fn check(asked: &ArgMatches) -> Result<ExitCode> {
+    let config = read(asked)?;
+    for (name, of) in &config.providers {
+        build::provider(name, of)?;
+    }
+    if is(asked, "print") {
+        say(config.print().trim_end())?;
+    } else {
+        say("no mistake was found")?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What each template leads to: what its provider cannot do, which hooks run, and what it may cost.
+fn plan(asked: &ArgMatches) -> Result<ExitCode> {
+    let config = read(asked)?;
+    let only = text(asked, "template");
+    if let Some(only) = only.filter(|only| !config.templates.contains_key(*only)) {
+        return Err(format!("there is no template `{only}`").into());
+    }
+    let mut refused = false;
+    for template in config.templates.values().filter(|template| only.is_none_or(|only| template.name == only)) {
+        let of = config.providers.get(&template.provider).ok_or("its provider is gone")?;
+        let provider = build::provider(&template.provider, of)?;
+        let spec = template.spec_for(&config.fleet.name, &"example".parse()?, "example", 1);
+        let price = provider.price(template.size);
+        say(&format!("{}: {} on {} ({})", template.name, template.image, template.provider, of.kind))?;
+        for refusal in provider::refusals(&provider.capabilities(), &spec) {
+            refused = true;
+            say(&format!("  REFUSED: {} {refusal}", of.kind))?;
+        }
+        let most = spec.ttl.as_secs_f64() / 3600.0 * price.running;
+        say(&format!("  a container costs {} USD an hour, {most:.4} at most in its life of {} s ({})", price.running, spec.ttl.as_secs(), price.source))?;
+        for line in build::plan(&config, template) {
+            say(&format!("  {line}"))?;
+        }
+    }
+    Ok(if refused { ExitCode::from(FAILED) } else { ExitCode::SUCCESS })
+}
+
+fn serve(config: &Config) -> Result<ExitCode> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(false).init();
+    runtime()?.block_on(async {
+        let store = store::open(config.fleet.store.reveal()).await?;
+        let clock: agent_fleet::service::Clock = Arc::new(Timestamp::now);
+        let hooks = build::hooks(config, &store, &clock)?;
+        let fleet = Arc::new(build::fleet(config, Arc::clone(&store), hooks, clock)?);
+        let api = Api { fleet: Arc::clone(&fleet), config: Arc::new(config.clone()) };
+        let listener = tokio::net::TcpListener::bind(config.fleet.listen).await;
+        let listener = listener.map_err(|error| format!("{} cannot be listened at: {error}", config.fleet.listen))?;
+        tracing::info!(address = %listener.local_addr()?, fleet = %config.fleet.name, "serving");
+        let (end, ended) = watch::channel(false);
+        let driving = tokio::spawn(Arc::clone(&fleet).run(ended.clone()));
+        let pruning = tokio::spawn(prune(store, config.fleet.keep));
+        let mut served = ended;
+        let serving = axum::serve(listener, api::router(api)).with_graceful_shutdown(async move {
+            served.wait_for(|ended| *ended).await.ok();
+        });
+        let serving = tokio::spawn(serving.into_future());
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("ending: what is under way is finished, and sessions go on where they are");
+        end.send(true).ok();
+        pruning.abort();
+        // Who does not hang up is not waited for.
+        if tokio::time::timeout(LAST, async { tokio::join!(driving, serving) }).await.is_err() {
+            tracing::warn!("something is still under way; it is gone on with at the next start");
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Forgets what is over for long.
+async fn prune(store: Arc<dyn store::Store>, keep: Duration) {
+    loop {
+        if let Err(error) = store.prune(Timestamp::now() - keep).await {
+            tracing::error!(%error, "what is over cannot be forgotten");
+        }
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+    }
+}
+
+/// A fleet that serves, and who asks it.
+struct Remote {
+    client: reqwest::Client,
+    url: String,
+    token: String,
+}
+
+impl Remote {
+    fn new(asked: &ArgMatches) -> Result<Self> {
+        let token = match asked.get_one::<PathBuf>("token-file") {
+            Some(path) => std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?,
+            None => std::env::var("AGENT_FLEET_TOKEN").map_err(|_| "no token: give --token-file, or set AGENT_FLEET_TOKEN")?,
+        };
+        let client = build::client()?;
+        let url = text(asked, "url").unwrap_or(HERE).trim_end_matches('/').to_owned();
+        Ok(Self { client, url, token: token.trim().to_owned() })
+    }
+
+    async fn ask(&self, method: Method, path: &str, body: Option<serde_json::Value>) -> Result<Vec<u8>> {
+        let mut request = self.client.request(method, format!("{}{path}", self.url)).bearer_auth(&self.token);
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let answer = request.send().await.map_err(|error| format!("{}: {}", self.url, root(&error)))?;
+        let status = answer.status();
+        let body = answer.bytes().await?;
+        if status.is_success() {
+            return Ok(body.to_vec());
+        }
+        let wrong = serde_json::from_slice::<Wrong>(&body).map_or_else(|_| status.to_string(), |wrong| wrong.error);
+        Err(wrong.into())
+    }
+
+    async fn view(&self, method: Method, path: &str, body: Option<serde_json::Value>) -> Result<View> {
+        Ok(serde_json::from_slice(&self.ask(method, path, body).await?)?)
+    }
+
+    /// Asks until it is so.
+    async fn wait(&self, id: &str, so: impl Fn(Phase) -> bool) -> Result<View> {
+        loop {
+            let view = self.view(Method::GET, &format!("/v1/sessions/{id}"), None).await?;
+            if so(view.phase) {
+                return Ok(view);
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+}
+
+/// The first cause: what is around it only repeats the address.
+fn root(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
+}
+
+async fn ask(name: &str, asked: &ArgMatches) -> Result<ExitCode> {
+    let remote = Remote::new(asked)?;
+    let id = text(asked, "id").unwrap_or_default();
+    // It becomes part of a path.
+    if !id.is_empty() {
+        id.parse::<agent_fleet::session::SessionId>()?;
+    }
+    let path = format!("/v1/sessions/{id}");
+    let shown = |view: &View| say(&serde_json::to_string_pretty(view)?);
+    let last = |phase: Phase| phase.is_last();
+    match name {
+        "create" => {
+            let mut body = serde_json::json!({ "template": text(asked, "template") });
+            for (name, value) in [("id", text(asked, "id")), ("tenant", text(asked, "tenant"))] {
+                if let Some(value) = value {
+                    body[name] = value.into();
+                }
+            }
+            let mut view = remote.view(Method::POST, "/v1/sessions", Some(body)).await?;
+            if is(asked, "wait") {
+                view = remote.wait(&view.id, |phase| phase.is_up() || phase.is_last()).await?;
+            }
+            shown(&view)?;
+            return Ok(if view.phase == Phase::Failed { ExitCode::from(FAILED) } else { ExitCode::SUCCESS });
+        }
+        "list" => return list(&remote, asked).await,
+        "show" => shown(&remote.view(Method::GET, &path, None).await?)?,
+        "pause" => shown(&remote.view(Method::POST, &format!("{path}/pause"), None).await?)?,
+        "resume" => shown(&remote.view(Method::POST, &format!("{path}/resume"), None).await?)?,
+        "destroy" => {
+            let mut view = remote.view(Method::DELETE, &path, None).await?;
+            if is(asked, "wait") {
+                view = remote.wait(id, last).await?;
+            }
+            shown(&view)?;
+        }
+        "logs" => std::io::stdout().lock().write_all(&remote.ask(Method::GET, &format!("{path}/logs"), None).await?)?,
+        "hooks" => std::io::stdout().lock().write_all(&remote.ask(Method::GET, &format!("{path}/hooks"), None).await?)?,
+        other => return Err(format!("there is no command `{other}`").into()),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn list(remote: &Remote, asked: &ArgMatches) -> Result<ExitCode> {
+    let json = is(asked, "json");
+    if !json {
+        say(&format!("{:<36}  {:<10}  {:<12}  {:<16}  {:>10}  {:>10}  REASON", "SESSION", "PHASE", "TEMPLATE", "TENANT", "AGENT USD", "CONT. USD"))?;
+    }
+    let mut after = String::new();
+    loop {
+        let mut path = format!("/v1/sessions?over={}", is(asked, "over"));
+        if let Some(phase) = text(asked, "phase") {
+            let phase = Phase::ALL.iter().find(|known| known.as_str() == phase).ok_or(format!("there is no phase `{phase}`"))?;
+            path.push_str(&format!("&phase={phase}"));
+        }
+        if !after.is_empty() {
+            path.push_str(&format!("&after={after}"));
+        }
+        let page: Views = serde_json::from_slice(&remote.ask(Method::GET, &path, None).await?)?;
+        for view in &page.sessions {
+            if json {
+                say(&serde_json::to_string(view)?)?;
+                continue;
+            }
+            let (template, reason) = (view.template.as_deref().unwrap_or("-"), view.reason.as_deref().unwrap_or_default());
+            say(&format!(
+                "{:<36}  {:<10}  {:<12}  {:<16}  {:>10.4}  {:>10.4}  {reason}",
+                view.id, view.phase, template, view.tenant, view.agent_usd, view.container_usd
+            ))?;
+        }
+        match page.next {
+            Some(next) => after = next,
+            None => return Ok(ExitCode::SUCCESS),
+        }
+    }
+}
