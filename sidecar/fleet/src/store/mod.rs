@@ -82,6 +82,12 @@ pub struct HookRun {
     pub outcome: String,
     /// What it said, cut.
     pub said: String,
+    /// The same for each try of one run: the event's id.
+    #[serde(default)]
+    pub key: String,
+    /// When it is tried again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub again: Option<Timestamp>,
     /// What it was told, as it was sent, where it may have to be told again: a failed try's event, or a dead letter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub event: Option<String>,
