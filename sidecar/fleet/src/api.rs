@@ -301,7 +301,9 @@ async fn create(State(api): State<Api>, who: Who, Body(new): Body<NewSession>) -
     let (status, session) = match api.fleet.create(session.clone()).await? {
         Inserted::New => (StatusCode::CREATED, session),
         Inserted::Known(known) if who.reaches(&known) => (StatusCode::OK, *known),
-        Inserted::Known(_) => return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is somebody else's: choose another id"))),
+        Inserted::Known(_) => {
+            return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is somebody else's: choose another id")));
+        }
     };
     let mut response = (status, axum::Json(View::of(&session))).into_response();
     if let Ok(location) = HeaderValue::from_str(&format!("/v1/sessions/{id}")) {
@@ -323,7 +325,8 @@ async fn list(State(api): State<Api>, who: Who, Asked(which): Asked<Which>) -> A
         found.ok_or_else(|| wrong(format!("there is no phase `{}`", name.escape_debug())))
     });
     let phases: Vec<Phase> = phase.transpose()?.into_iter().collect();
-    let after = which.after.map(|after| after.parse::<SessionId>()).transpose().map_err(|what| wrong(format!("`after`: {what}")))?;
+    let after =
+        which.after.map(|after| after.parse::<SessionId>()).transpose().map_err(|what| wrong(format!("`after`: {what}")))?;
     let over = which.over || phases.iter().any(|phase| phase.is_last());
     let owner = (!who.0.admin).then(|| who.0.name.clone());
     let filter = Filter { owner, tenant: which.tenant, provider: None, phases, over };
@@ -353,7 +356,9 @@ async fn pause(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answ
     let session = api.session(&who, &id).await?;
     let provider = api.fleet.provider(&session.provider)?;
     if provider.capabilities().pause == provider::Pause::No {
-        return Err(provider::Error::Unsupported { provider: provider.name(), verb: "pause", hint: Some("stop it instead") }.into());
+        return Err(
+            provider::Error::Unsupported { provider: provider.name(), verb: "pause", hint: Some("stop it instead") }.into()
+        );
     }
     let session = api.want(&who, &id, Wanted::Paused).await?;
     Ok((StatusCode::ACCEPTED, axum::Json(View::of(&session))).into_response())
@@ -438,7 +443,12 @@ async fn exposition(api: &Api) -> Answer<String> {
     let seconds = actions.iter().map(|((name, failed), (_, seconds))| (labels(name, *failed), *seconds)).collect();
     family("agent_fleet_action_seconds_total", "counter", "How long that took.", seconds);
     let orphans = counts.orphans.load(Ordering::Relaxed) as f64;
-    family("agent_fleet_orphans_removed_total", "counter", "Containers that no session held, and were removed.", vec![(String::new(), orphans)]);
+    family(
+        "agent_fleet_orphans_removed_total",
+        "counter",
+        "Containers that no session held, and were removed.",
+        vec![(String::new(), orphans)],
+    );
     let (mut spent, mut limits) = (Vec::new(), Vec::new());
     for tenant in api.config.tenants.values() {
         for (period, limit) in tenant.periods(api.fleet.now()) {

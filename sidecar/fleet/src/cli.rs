@@ -28,19 +28,22 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 fn command() -> Command {
     let config = || {
         let default = "/etc/agent-fleet/agent-fleet.toml";
-        Arg::new("config").long("config").value_name("FILE").env("AGENT_FLEET_CONFIG").default_value(default).value_parser(value_parser!(PathBuf))
+        Arg::new("config")
+            .long("config")
+            .value_name("FILE")
+            .env("AGENT_FLEET_CONFIG")
+            .default_value(default)
+            .value_parser(value_parser!(PathBuf))
     };
     let flag = |name: &'static str, help: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue).help(help);
     let asking = |command: Command| {
-        command
-            .arg(Arg::new("url").long("url").env("AGENT_FLEET_URL").default_value(HERE).help("Where the fleet serves"))
-            .arg(
-                Arg::new("token-file")
-                    .long("token-file")
-                    .value_name("FILE")
-                    .value_parser(value_parser!(PathBuf))
-                    .help("The bearer token; otherwise AGENT_FLEET_TOKEN has it"),
-            )
+        command.arg(Arg::new("url").long("url").env("AGENT_FLEET_URL").default_value(HERE).help("Where the fleet serves")).arg(
+            Arg::new("token-file")
+                .long("token-file")
+                .value_name("FILE")
+                .value_parser(value_parser!(PathBuf))
+                .help("The bearer token; otherwise AGENT_FLEET_TOKEN has it"),
+        )
     };
     let id = || Arg::new("id").value_name("SESSION").required(true);
     let one = |name: &'static str, about: &'static str| asking(Command::new(name).about(about).arg(id()));
@@ -80,7 +83,11 @@ fn command() -> Command {
         .subcommand(one("show", "Shows a session, as JSON"))
         .subcommand(one("pause", "Puts a session to sleep"))
         .subcommand(one("resume", "Wakes a session"))
-        .subcommand(one("destroy", "Ends a session, and destroys its container").visible_alias("stop").arg(flag("wait", "Until it is gone")))
+        .subcommand(
+            one("destroy", "Ends a session, and destroys its container")
+                .visible_alias("stop")
+                .arg(flag("wait", "Until it is gone")),
+        )
         .subcommand(one("logs", "Prints the last of what its container has said"))
         .subcommand(one("hooks", "Prints what hooks have done for it, as JSON"))
 }
@@ -149,7 +156,12 @@ fn plan(asked: &ArgMatches) -> Result<ExitCode> {
             say(&format!("  REFUSED: {} {refusal}", of.kind))?;
         }
         let most = spec.ttl.as_secs_f64() / 3600.0 * price.running;
-        say(&format!("  a container costs {} USD an hour, {most:.4} at most in its life of {} s ({})", price.running, spec.ttl.as_secs(), price.source))?;
+        say(&format!(
+            "  a container costs {} USD an hour, {most:.4} at most in its life of {} s ({})",
+            price.running,
+            spec.ttl.as_secs(),
+            price.source
+        ))?;
         for line in build::plan(&config, template) {
             say(&format!("  {line}"))?;
         }
@@ -306,7 +318,10 @@ async fn ask(name: &str, asked: &ArgMatches) -> Result<ExitCode> {
 async fn list(remote: &Remote, asked: &ArgMatches) -> Result<ExitCode> {
     let json = is(asked, "json");
     if !json {
-        say(&format!("{:<36}  {:<10}  {:<12}  {:<16}  {:>10}  {:>10}  REASON", "SESSION", "PHASE", "TEMPLATE", "TENANT", "AGENT USD", "CONT. USD"))?;
+        say(&format!(
+            "{:<36}  {:<10}  {:<12}  {:<16}  {:>10}  {:>10}  REASON",
+            "SESSION", "PHASE", "TEMPLATE", "TENANT", "AGENT USD", "CONT. USD"
+        ))?;
     }
     let mut after = String::new();
     loop {

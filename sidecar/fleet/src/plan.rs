@@ -249,7 +249,8 @@ impl Planner<'_> {
             }
         }
         // The provider, or the reconciler, ends it then anyway.
-        if self.session.metered_since.is_some() && self.session.made.is_some_and(|made| made + self.session.spec.ttl <= self.now) {
+        if self.session.metered_since.is_some() && self.session.made.is_some_and(|made| made + self.session.spec.ttl <= self.now)
+        {
             let kept = self.policy.pause_by == PauseBy::Archive && self.session.pattern == Pattern::Hybrid;
             return Some(enter(if kept { Phase::Pausing } else { Phase::Stopping }, "its container's time is over"));
         }

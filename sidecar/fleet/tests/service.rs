@@ -10,8 +10,8 @@ use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::plan::{PauseBy, Policy};
 use agent_fleet::provider::{
-    Capabilities, Endpoint, Error, Exec, Executed, FLEET_LABEL, Happened, KEY_LABEL, Page, Pause, Price, Provider, Result, SESSION_LABEL, Sandbox,
-    Size, Spec, State,
+    Capabilities, Endpoint, Error, Exec, Executed, FLEET_LABEL, Happened, KEY_LABEL, Page, Pause, Price, Provider, Result,
+    SESSION_LABEL, Sandbox, Size, Spec, State,
 };
 use agent_fleet::service::{Fleet, Hooks, Policies};
 use agent_fleet::session::{Pattern, Report, Session, SessionId, Wanted};
@@ -73,7 +73,17 @@ impl Cloud {
 
     fn gone() -> Sandbox {
         let (labels, native) = (BTreeMap::new(), String::new());
-        Sandbox { key: None, native, state: State::Missing, reason: None, exit_code: None, size: None, created: None, deadline: None, labels }
+        Sandbox {
+            key: None,
+            native,
+            state: State::Missing,
+            reason: None,
+            exit_code: None,
+            size: None,
+            created: None,
+            deadline: None,
+            labels,
+        }
     }
 }
 
@@ -208,7 +218,11 @@ struct Trail(Mutex<Vec<(SessionId, Phase)>>);
 impl Hooks for Trail {
     async fn run(&self, session: &Session) -> std::result::Result<(), String> {
         self.0.lock().unwrap().push((session.id.clone(), session.phase));
-        if session.id.as_str().starts_with("refused") && session.phase == Phase::Creating { Err(String::from("not today")) } else { Ok(()) }
+        if session.id.as_str().starts_with("refused") && session.phase == Phase::Creating {
+            Err(String::from("not today"))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -244,7 +258,14 @@ impl Town {
             ..Policy::default()
         };
         let words = Words(Mutex::new(Some((false, 0.5))));
-        Town { store: store::memory().await.unwrap(), cloud: Cloud::new(every), words: Arc::new(words), trail: Arc::default(), policy, tenants: BTreeMap::new() }
+        Town {
+            store: store::memory().await.unwrap(),
+            cloud: Cloud::new(every),
+            words: Arc::new(words),
+            trail: Arc::default(),
+            policy,
+            tenants: BTreeMap::new(),
+        }
     }
 
     fn fleet(&self) -> Arc<Fleet> {
@@ -322,7 +343,10 @@ async fn a_session_is_created_works_sleeps_wakes_and_is_destroyed() {
     let running = run(&fleet);
     *town.words.0.lock().unwrap() = Some((true, 0.5));
     assert_eq!(fleet.create(session("a", Pattern::Hybrid)).await.unwrap(), Inserted::New);
-    assert!(matches!(fleet.create(session("a", Pattern::Hybrid)).await.unwrap(), Inserted::Known(_)), "the same once more is the same");
+    assert!(
+        matches!(fleet.create(session("a", Pattern::Hybrid)).await.unwrap(), Inserted::Known(_)),
+        "the same once more is the same"
+    );
     let active = town.reaches("a", Phase::Active).await;
     assert_eq!(active.cost_usd(), 0.5);
     let sandbox = town.cloud.sandboxes.lock().unwrap().values().next().unwrap().clone();
@@ -382,7 +406,13 @@ async fn a_no_creates_nothing_and_an_end_is_an_end() {
 async fn a_tenant_has_what_it_has_and_no_more() {
     let mut town = Town::new(0).await;
     let zone = jiff::tz::TimeZone::UTC;
-    let tenant = Tenant { name: String::from("t"), budget_usd_per_day: None, budget_usd_per_month: Some(1.0), zone, max_sessions: Some(3) };
+    let tenant = Tenant {
+        name: String::from("t"),
+        budget_usd_per_day: None,
+        budget_usd_per_month: Some(1.0),
+        zone,
+        max_sessions: Some(3),
+    };
     town.tenants.insert(String::from("t"), tenant);
     let fleet = town.fleet();
     let running = run(&fleet);
@@ -394,7 +424,10 @@ async fn a_tenant_has_what_it_has_and_no_more() {
     };
     fleet.create(long("a", 10)).await.unwrap();
     let refused = fleet.create(long("b", 11)).await.unwrap_err().to_string();
-    assert!(refused.contains("budget of tenant `t`") && refused.contains("0.50 are spent or set aside, and this needs 0.55"), "{refused}");
+    assert!(
+        refused.contains("budget of tenant `t`") && refused.contains("0.50 are spent or set aside, and this needs 0.55"),
+        "{refused}"
+    );
     fleet.create(long("b", 8)).await.unwrap();
     // What it really costs takes the place of what was set aside.
     for id in ["a", "b"] {
@@ -432,7 +465,8 @@ async fn what_no_session_holds_is_removed_when_it_is_old_enough() {
     (held.holds, held.phase, held.hooked) = (true, Phase::Idle, true);
     fleet.create(held.clone()).await.unwrap();
     let strange = |key: &str, fleet: &str, age: u64| {
-        let labels = [(FLEET_LABEL, fleet), (KEY_LABEL, key), (SESSION_LABEL, "s")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let labels = [(FLEET_LABEL, fleet), (KEY_LABEL, key), (SESSION_LABEL, "s")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()));
         let sandbox = Sandbox {
             key: Some(key.to_owned()),
             native: key.to_owned(),
