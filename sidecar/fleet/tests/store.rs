@@ -447,6 +447,12 @@ async fn what_is_spent_is_in_the_place_of_what_was_reserved(Fresh { store, .. }:
     store.spend("blue", "2026", &id("b"), 10.0).await.unwrap();
     assert_eq!(store.spent("blue", "2026").await.unwrap(), 11.25);
     assert!(!store.reserve("blue", "2026", &id("c"), 0.01, 10.0).await.unwrap());
+    // What is beyond all sense is much, and no mistake of the next who asks.
+    store.spend("blue", "2026", &id("b"), f64::INFINITY).await.unwrap();
+    store.spend("blue", "2026", &id("c"), f64::MAX).await.unwrap();
+    assert!(!store.reserve("blue", "2026", &id("d"), 0.01, 1e6).await.unwrap());
+    assert_eq!(store.spent("blue", "2026").await.unwrap(), 2e9 + 1.25);
+    store.spend("blue", "2026", &id("c"), 0.0).await.unwrap();
     store.spend("blue", "2026", &id("b"), f64::NAN).await.unwrap();
     store.spend("blue", "2026", &id("a"), -5.0).await.unwrap();
     assert_eq!(store.spent("blue", "2026").await.unwrap(), 0.0);

@@ -17,9 +17,9 @@ use crate::lifecycle::Phase;
 use crate::session::{Session, SessionId};
 
 /// What waits for its connection, for a lock and for the disk in turn is given up after this.
-const BOUND: Duration = Duration::from_secs(15);
-/// How long a connection is waited for.
-pub(super) const CONNECTION: Duration = Duration::from_secs(5);
+const BOUND: Duration = Duration::from_secs(20);
+/// How long a connection is waited for: a thousand who write at once wait for each other on a slow disk.
+pub(super) const CONNECTION: Duration = Duration::from_secs(10);
 /// How long somebody else's lock is waited for.
 pub(super) const LOCK: Duration = Duration::from_secs(5);
 /// How many rows are forgotten at a time: the others need the store too.
@@ -105,10 +105,10 @@ fn until(at: Timestamp) -> i64 {
     i64::try_from(nanos.div_euclid(1_000_000) + i128::from(nanos.rem_euclid(1_000_000) != 0)).unwrap_or(LONGEST)
 }
 
-/// Less than nothing, and what is no number, is nothing.
-#[expect(clippy::cast_possible_truncation, reason = "beyond nine billion USD it is the most there is")]
+/// Less than nothing, and what is no number, is nothing; more than a billion is a billion, so that sums of some are numbers.
+#[expect(clippy::cast_possible_truncation, reason = "a billion of billionths fits nine times")]
 fn nanos(usd: f64) -> i64 {
-    (usd.max(0.0) * 1e9).round() as i64
+    (usd.max(0.0).min(1e9) * 1e9).round() as i64
 }
 
 #[async_trait]
