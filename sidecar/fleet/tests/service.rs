@@ -9,8 +9,8 @@ use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::plan::{PauseBy, Policy};
 use agent_fleet::provider::{
-    Capabilities, Endpoint, Error, Exec, Executed, FLEET_LABEL, Happened, KEY_LABEL, Page, Pause, Price, Provider, Result, SESSION_LABEL, Sandbox,
-    Size, Spec, State,
+    Capabilities, Endpoint, Error, Exec, Executed, FLEET_LABEL, Happened, KEY_LABEL, Page, Pause, Price, Provider, Result,
+    SESSION_LABEL, Sandbox, Size, Spec, State,
 };
 use agent_fleet::service::{Fleet, Hooks, Policies};
 use agent_fleet::session::{Pattern, Report, Session, SessionId, Wanted};
@@ -72,7 +72,17 @@ impl Cloud {
 
     fn gone() -> Sandbox {
         let (labels, native) = (BTreeMap::new(), String::new());
-        Sandbox { key: None, native, state: State::Missing, reason: None, exit_code: None, size: None, created: None, deadline: None, labels }
+        Sandbox {
+            key: None,
+            native,
+            state: State::Missing,
+            reason: None,
+            exit_code: None,
+            size: None,
+            created: None,
+            deadline: None,
+            labels,
+        }
     }
 }
 
@@ -207,7 +217,11 @@ struct Trail(Mutex<Vec<(SessionId, Phase)>>);
 impl Hooks for Trail {
     async fn run(&self, session: &Session) -> std::result::Result<(), String> {
         self.0.lock().unwrap().push((session.id.clone(), session.phase));
-        if session.id.as_str().starts_with("refused") && session.phase == Phase::Creating { Err(String::from("not today")) } else { Ok(()) }
+        if session.id.as_str().starts_with("refused") && session.phase == Phase::Creating {
+            Err(String::from("not today"))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -242,7 +256,13 @@ impl Town {
             ..Policy::default()
         };
         let words = Words(Mutex::new(Some((false, 0.5))));
-        Town { store: store::memory().await.unwrap(), cloud: Cloud::new(every), words: Arc::new(words), trail: Arc::default(), policy }
+        Town {
+            store: store::memory().await.unwrap(),
+            cloud: Cloud::new(every),
+            words: Arc::new(words),
+            trail: Arc::default(),
+            policy,
+        }
     }
 
     fn fleet(&self) -> Arc<Fleet> {
@@ -320,7 +340,10 @@ async fn a_session_is_created_works_sleeps_wakes_and_is_destroyed() {
     let running = run(&fleet);
     *town.words.0.lock().unwrap() = Some((true, 0.5));
     assert_eq!(fleet.create(session("a", Pattern::Hybrid)).await.unwrap(), Inserted::New);
-    assert!(matches!(fleet.create(session("a", Pattern::Hybrid)).await.unwrap(), Inserted::Known(_)), "the same once more is the same");
+    assert!(
+        matches!(fleet.create(session("a", Pattern::Hybrid)).await.unwrap(), Inserted::Known(_)),
+        "the same once more is the same"
+    );
     let active = town.reaches("a", Phase::Active).await;
     assert_eq!(active.cost_usd(), 0.5);
     let sandbox = town.cloud.sandboxes.lock().unwrap().values().next().unwrap().clone();
@@ -383,7 +406,8 @@ async fn what_no_session_holds_is_removed_when_it_is_old_enough() {
     (held.holds, held.phase, held.hooked) = (true, Phase::Idle, true);
     fleet.create(held.clone()).await.unwrap();
     let strange = |key: &str, fleet: &str, age: u64| {
-        let labels = [(FLEET_LABEL, fleet), (KEY_LABEL, key), (SESSION_LABEL, "s")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let labels = [(FLEET_LABEL, fleet), (KEY_LABEL, key), (SESSION_LABEL, "s")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()));
         let sandbox = Sandbox {
             key: Some(key.to_owned()),
             native: key.to_owned(),

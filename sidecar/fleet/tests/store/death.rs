@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use agent_fleet::store::{self, Error, Filter, Store};
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{Connection, Executor};
+use sqlx::{AssertSqlSafe, Connection, Executor};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
@@ -158,6 +158,19 @@ async fn a_file_is_its_owners_alone_and_every_write_is_on_the_disk() {
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
     store::open(&format!("sqlite:{}", path.display())).await.unwrap();
     assert_eq!(mode(&path), 0o640);
+}
+
+#[tokio::test]
+async fn a_copy_that_is_made_while_it_is_written_is_whole() {
+    let Fresh { store, url, .. } = &file().await.unwrap();
+    insert(&**store, &["a", "b"]).await;
+    let copy = format!("{url}.copy");
+    let mut connection = sqlx::SqliteConnection::connect(url).await.unwrap();
+    connection.execute(AssertSqlSafe(format!("VACUUM INTO '{}'", copy.strip_prefix("sqlite:").unwrap()))).await.unwrap();
+    insert(&**store, &["c"]).await;
+    let copy = store::open(&copy).await.unwrap();
+    assert_eq!(claimed(&*copy, "one", LONG).await, ["a", "b"]);
+    assert_eq!(claimed(&**store, "one", LONG).await, ["a", "b", "c"]);
 }
 
 #[tokio::test]
