@@ -375,11 +375,9 @@ impl Fleet {
                 }
                 return (Outcome::Answered(said.is_ok()), None, said.ok());
             }
-            Action::Hydrate | Action::Persist => Outcome::Failed(provider::Error::Unsupported {
-                provider: provider.name(),
-                verb: "put sessions away",
-                hint: None,
-            }),
+            Action::Hydrate | Action::Persist => {
+                Outcome::Failed(provider::Error::Unsupported { provider: provider.name(), verb: "put sessions away", hint: None })
+            }
             Action::Start => done(provider.start(native(session)).await),
             Action::KeepAlive(until) => done(provider.keep_alive(native(session), *until).await),
             Action::Pause => done(provider.pause(native(session)).await),

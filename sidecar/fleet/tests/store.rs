@@ -1,6 +1,8 @@
 //! What each store promises, of each store: SQLite in memory and in a file, and PostgreSQL where `AGENT_FLEET_TEST_POSTGRES` has the URL of a server in
 //! which schemas may be made.
 
+#![expect(clippy::unwrap_used, reason = "what fails here is a test")]
+
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;

@@ -108,7 +108,7 @@ fn until(at: Timestamp) -> i64 {
 /// Less than nothing, and what is no number, is nothing; more than a billion is a billion, so that sums of some are numbers.
 #[expect(clippy::cast_possible_truncation, reason = "a billion of billionths fits nine times")]
 fn nanos(usd: f64) -> i64 {
-    (usd.max(0.0).min(1e9) * 1e9).round() as i64
+    (usd.clamp(0.0, 1e9) * 1e9).round() as i64
 }
 
 #[async_trait]
