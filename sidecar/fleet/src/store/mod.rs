@@ -20,7 +20,7 @@ use crate::lifecycle::Phase;
 use crate::session::{Session, SessionId};
 
 /// How many runs of hooks are kept for a session, the last.
-pub const HOOK_RUNS_MOST: i64 = 1000;
+pub const HOOK_RUNS_MOST: i64 = 200;
 /// How long after their sessions are forgotten amounts are kept: longer than the longest period.
 pub const SPENT_KEPT: Duration = Duration::from_secs(400 * 24 * 60 * 60);
 

@@ -42,6 +42,7 @@ impl Dialect for Postgres {
             ORDER BY due, id LIMIT $3 FOR UPDATE SKIP LOCKED)
         UPDATE sessions SET leased_by = $1, leased_until = (SELECT now FROM clock) + $2, woken = FALSE
         WHERE id IN (SELECT id FROM free) RETURNING version, document";
+    const LOCK: Option<&'static str> = Some("SELECT pg_advisory_xact_lock(hashtextextended($1, hashtextextended($2, 0)))");
 
     fn rows(result: &PgQueryResult) -> u64 {
         result.rows_affected()

@@ -1,7 +1,8 @@
 //! The store in SQL, the same for SQLite and PostgreSQL. What differs between them is in their schemas (a view that is the clock, an order of ids) and in
 //! [`Dialect`].
 //!
-//! Each operation has a bound in time. One that fails may have been done: who asks again finds out, by the version, the id or the amount.
+//! Each operation is one statement where it can be: a transaction of SQLite that a full disk ends is not over for the driver, which takes what is written
+//! after it for committed. Each has a bound in time. One that fails may have been done: who asks again finds out, by the version, the id or the amount.
 
 use std::time::Duration;
 
@@ -16,13 +17,13 @@ use crate::lifecycle::Phase;
 use crate::session::{Session, SessionId};
 
 /// What waits for its connection, for a lock and for the disk in turn is given up after this.
-const BOUND: Duration = Duration::from_secs(15);
-/// How long a connection is waited for.
-pub(super) const CONNECTION: Duration = Duration::from_secs(5);
+const BOUND: Duration = Duration::from_secs(20);
+/// How long a connection is waited for: a thousand who write at once wait for each other on a slow disk.
+pub(super) const CONNECTION: Duration = Duration::from_secs(10);
 /// How long somebody else's lock is waited for.
 pub(super) const LOCK: Duration = Duration::from_secs(5);
 /// How many rows are forgotten at a time: the others need the store too.
-const PRUNED_AT_ONCE: i64 = 500;
+const PRUNED_AT_ONCE: i64 = 200;
 /// What no lease and no delay is longer than, in milliseconds: sums of two still fit.
 const LONGEST: i64 = 1 << 52;
 
@@ -32,6 +33,8 @@ pub(super) trait Dialect: Database {
     const SCHEMA: &'static [&'static str];
     /// Leases what is free and due: by whom, for how many milliseconds, at most how many.
     const CLAIM: &'static str;
+    /// Makes who reserves for a tenant in a period wait for who does, to the end of the transaction. `None`: one statement sees what all others have done.
+    const LOCK: Option<&'static str>;
 
     fn rows(result: &Self::QueryResult) -> u64;
 }
@@ -102,10 +105,10 @@ fn until(at: Timestamp) -> i64 {
     i64::try_from(nanos.div_euclid(1_000_000) + i128::from(nanos.rem_euclid(1_000_000) != 0)).unwrap_or(LONGEST)
 }
 
-/// Less than nothing, and what is no number, is nothing.
-#[expect(clippy::cast_possible_truncation, reason = "beyond nine billion USD it is the most there is")]
+/// Less than nothing, and what is no number, is nothing; more than a billion is a billion, so that sums of some are numbers.
+#[expect(clippy::cast_possible_truncation, reason = "a billion of billionths fits nine times")]
 fn nanos(usd: f64) -> i64 {
-    (usd.max(0.0) * 1e9).round() as i64
+    (usd.clamp(0.0, 1e9) * 1e9).round() as i64
 }
 
 #[async_trait]
@@ -255,34 +258,31 @@ where
     }
 
     async fn reserve(&self, tenant: &str, period: &str, session: &SessionId, usd: f64, limit_usd: f64) -> Result<bool> {
-        bounded(async {
-            let mut transaction = self.write.begin().await?;
-            sqlx::query::<DB>(
-                "INSERT INTO budgets (tenant, period, changed) VALUES ($1, $2, (SELECT now FROM clock))
-                 ON CONFLICT (tenant, period) DO UPDATE SET changed = excluded.changed",
-            )
-            .bind(tenant)
-            .bind(period)
-            .execute(&mut *transaction)
-            .await?;
-            // Its own statement: what those have reserved whom it has waited for is seen.
-            let reserved = sqlx::query::<DB>(
-                "INSERT INTO amounts (tenant, period, session, nanos, changed)
-                 SELECT $1, $2, $3, $4, (SELECT now FROM clock)
-                 WHERE $4 + (SELECT COALESCE(SUM(nanos), 0) FROM amounts WHERE tenant = $1 AND period = $2 AND session <> $3) <= $5
-                 ON CONFLICT (tenant, period, session) DO UPDATE SET nanos = excluded.nanos, changed = excluded.changed",
-            )
-            .bind(tenant)
-            .bind(period)
-            .bind(session.as_str())
-            .bind(nanos(usd))
-            .bind(nanos(limit_usd))
-            .execute(&mut *transaction)
-            .await?;
-            transaction.commit().await?;
-            Ok(DB::rows(&reserved) == 1)
-        })
-        .await
+        let reserve = sqlx::query::<DB>(
+            "INSERT INTO amounts (tenant, period, session, nanos, changed)
+             SELECT $1, $2, $3, $4, (SELECT now FROM clock)
+             WHERE $4 + (SELECT COALESCE(SUM(nanos), 0) FROM amounts WHERE tenant = $1 AND period = $2 AND session <> $3) <= $5
+             ON CONFLICT (tenant, period, session) DO UPDATE SET nanos = excluded.nanos, changed = excluded.changed",
+        )
+        .bind(tenant)
+        .bind(period)
+        .bind(session.as_str())
+        .bind(nanos(usd))
+        .bind(nanos(limit_usd));
+        let reserved = match DB::LOCK {
+            None => bounded(reserve.execute(&self.write)).await?,
+            Some(lock) => {
+                let locked = async {
+                    let mut transaction = self.write.begin().await?;
+                    sqlx::query::<DB>(lock).bind(tenant).bind(period).execute(&mut *transaction).await?;
+                    let reserved = reserve.execute(&mut *transaction).await?;
+                    transaction.commit().await?;
+                    Ok(reserved)
+                };
+                bounded(locked).await?
+            }
+        };
+        Ok(DB::rows(&reserved) == 1)
     }
 
     async fn spend(&self, tenant: &str, period: &str, session: &SessionId, usd: f64) -> Result<()> {
@@ -309,27 +309,19 @@ where
     }
 
     async fn log_hook(&self, run: &HookRun) -> Result<()> {
-        let document = document(run)?;
-        let logged = bounded(async {
-            let mut transaction = self.write.begin().await?;
-            let logged = sqlx::query::<DB>("INSERT INTO hook_runs (session, document) SELECT id, $2 FROM sessions WHERE id = $1")
-                .bind(run.session.as_str())
-                .bind(document)
-                .execute(&mut *transaction)
-                .await?;
-            sqlx::query::<DB>(
-                "DELETE FROM hook_runs WHERE session = $1
-                 AND seq <= (SELECT seq FROM hook_runs WHERE session = $1 ORDER BY seq DESC LIMIT 1 OFFSET $2)",
-            )
+        let log = sqlx::query::<DB>("INSERT INTO hook_runs (session, document) SELECT id, $2 FROM sessions WHERE id = $1")
             .bind(run.session.as_str())
-            .bind(HOOK_RUNS_MOST)
-            .execute(&mut *transaction)
-            .await?;
-            transaction.commit().await?;
-            Ok(DB::rows(&logged))
-        })
-        .await?;
-        if logged == 1 { Ok(()) } else { Err(Error::Missing(run.session.clone())) }
+            .bind(document(run)?);
+        if DB::rows(&bounded(log.execute(&self.write)).await?) == 0 {
+            return Err(Error::Missing(run.session.clone()));
+        }
+        let forget = sqlx::query::<DB>(
+            "DELETE FROM hook_runs WHERE session = $1
+             AND seq <= (SELECT seq FROM hook_runs WHERE session = $1 ORDER BY seq DESC LIMIT 1 OFFSET $2)",
+        )
+        .bind(run.session.as_str())
+        .bind(HOOK_RUNS_MOST);
+        bounded(forget.execute(&self.write)).await.map(drop)
     }
 
     async fn hook_runs(&self, id: &SessionId) -> Result<Vec<HookRun>> {
@@ -354,13 +346,10 @@ where
                 break;
             }
         }
-        for forget in [
-            "DELETE FROM amounts WHERE changed < (SELECT now FROM clock) + $1 - $2",
-            "DELETE FROM budgets WHERE changed < (SELECT now FROM clock) + $1 - $2",
-        ] {
-            let write = sqlx::query::<DB>(forget).bind(until(before)).bind(millis(SPENT_KEPT));
-            bounded(write.execute(&self.write)).await?;
-        }
+        let forget = sqlx::query::<DB>("DELETE FROM amounts WHERE changed < (SELECT now FROM clock) + $1 - $2")
+            .bind(until(before))
+            .bind(millis(SPENT_KEPT));
+        bounded(forget.execute(&self.write)).await?;
         Ok(pruned)
     }
 }

@@ -23,6 +23,7 @@ impl Dialect for Sqlite {
             ORDER BY due, id LIMIT $3)
         UPDATE sessions SET leased_by = $1, leased_until = (SELECT now FROM clock) + $2, woken = FALSE
         WHERE id IN (SELECT id FROM free) RETURNING version, document";
+    const LOCK: Option<&'static str> = None;
 
     fn rows(result: &SqliteQueryResult) -> u64 {
         result.rows_affected()

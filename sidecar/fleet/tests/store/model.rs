@@ -295,15 +295,15 @@ fn any_order(cases: u32, fresh: impl AsyncFn() -> Option<Fresh>) {
 
 #[test]
 fn in_any_order_in_memory() {
-    any_order(200, memory);
+    any_order(100, memory);
 }
 
 #[test]
 fn in_any_order_in_a_file() {
-    any_order(8, file);
+    any_order(6, file);
 }
 
 #[test]
 fn in_any_order_in_postgres() {
-    any_order(16, postgres);
+    any_order(10, postgres);
 }

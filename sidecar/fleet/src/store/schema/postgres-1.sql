@@ -41,11 +41,3 @@ CREATE TABLE amounts (
     PRIMARY KEY (tenant, period, session)
 );
 CREATE INDEX amounts_changed ON amounts (changed);
-
--- A row to lock: who reserves waits for who reserves there.
-CREATE TABLE budgets (
-    tenant  TEXT   NOT NULL,
-    period  TEXT   NOT NULL,
-    changed BIGINT NOT NULL,
-    PRIMARY KEY (tenant, period)
-);
