@@ -42,7 +42,7 @@ containers: build install
 
 # The fleet's providers, on a real daemon.
 fleet: unit
-	tests/fleet/run -n 2 --dist loadfile --reruns 1 -q
+	tests/fleet/run -n 2 --reruns 1 -q
 
 # What is in deploy/, as far as it can be tried on one machine.
 deploy: build install

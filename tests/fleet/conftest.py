@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "containers"))
@@ -45,21 +44,44 @@ def gvisor_starts() -> str:
     return tried.stderr.strip()[-500:]
 
 
-@pytest.fixture(scope="session")
-def daemon() -> Iterator[dict[str, str]]:
-    """The environment of a test."""
-    if LEFT_OUT:
-        pytest.skip("AGENT_SIDECAR_TESTS_NO_DOCKER=1")
+daemon = pytest.StashKey[engine.Dockerd]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The workers inherit our environment, and leave the daemon to us.
+    if LEFT_OUT or config.option.collectonly or hasattr(config, "workerinput"):
+        return
     runtimes = {"runsc": {"path": str(RUNSC), "runtimeArgs": RUNSC_FLAGS}} if RUNSC else {}
-    daemon = engine.Dockerd(bridges=True, config={"runtimes": runtimes})
     try:
-        os.environ["DOCKER_HOST"] = daemon.host
+        config.stash[daemon] = engine.Dockerd(bridges=True, config={"runtimes": runtimes})
+        os.environ["DOCKER_HOST"] = config.stash[daemon].host
         engine.import_root(IMAGE, write_busybox)
         engine.docker("network", "create", NETWORK)
-        yield {
-            "AGENT_FLEET_TEST_DOCKER": daemon.host,
-            "AGENT_FLEET_TEST_IMAGE": IMAGE,
-            "AGENT_FLEET_TEST_NETWORK": NETWORK,
-        }
-    finally:
-        daemon.stop()
+    except (RuntimeError, OSError, AssertionError) as error:
+        pytest_unconfigure(config)
+        pytest.exit(f"no containers to test with: {error}", returncode=4)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # A test that failed leaves its own.
+    if session.config.stash.get(daemon, None) and session.testsfailed == 0:
+        left = engine.docker("ps", "--all", "--format", "{{.Names}} {{.Status}}").stdout
+        if left:
+            pytest.exit(f"containers are left: {left}", returncode=1)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if started := config.stash.get(daemon, None):
+        started.stop()
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    if LEFT_OUT:
+        pytest.skip("AGENT_SIDECAR_TESTS_NO_DOCKER=1")
+    return {
+        **os.environ,
+        "AGENT_FLEET_TEST_DOCKER": os.environ["DOCKER_HOST"],
+        "AGENT_FLEET_TEST_IMAGE": IMAGE,
+        "AGENT_FLEET_TEST_NETWORK": NETWORK,
+    }

@@ -403,17 +403,44 @@ async fn a_port_is_reached_at_the_containers_own_address() {
     let Some(daemon) = Daemon::find("address").await else { return };
     let provider = Docker::new(Settings { reach: Reach::Container, ..daemon.settings() });
     let up = Up::start(&provider, &Spec { ports: vec![8080], ..daemon.command(&script(Does::Serve(8080))) }).await;
-    let url = provider.endpoint(&up.native, 8080).await.expect("endpoint").url;
-    assert!(!url.contains("127.0.0.1"), "{url}");
-    for attempt in 0.. {
-        match reqwest::get(&url).await {
-            Ok(answer) if answer.status() == 200 => break,
-            said => assert!(attempt < 300, "{url}: {said:?}"),
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    let at = provider.endpoint(&up.native, 8080).await.expect("endpoint");
+    assert!(!at.url.contains("127.0.0.1"), "{at:?}");
+    conformance::serves(&at).await;
     let published = Docker::new(daemon.settings());
     let refused = published.endpoint(&up.native, 9).await;
     assert!(matches!(&refused, Err(Error::Refused { .. })), "{refused:?}");
+    up.delete().await;
+}
+
+#[tokio::test]
+async fn a_daemon_is_reached_over_tcp() {
+    let Some(daemon) = Daemon::find("tcp").await else { return };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let socket = format!("tcp://{}", listener.local_addr().expect("a port"));
+    let behind = daemon.socket.trim_start_matches("unix://").to_owned();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let behind = behind.clone();
+            tokio::spawn(async move {
+                let mut daemon = UnixStream::connect(behind).await?;
+                copy_bidirectional(&mut client, &mut daemon).await
+            });
+        }
+    });
+    let provider = Docker::new(Settings { socket, ..daemon.settings() });
+    let up = Up::start(&provider, &daemon.command(&script(Does::Wait))).await;
+    let said = provider.exec(&up.native, &Exec { stdin: b"here\n".to_vec(), ..shell("cat") }).await.expect("exec");
+    assert_eq!((said.exit_code, said.stdout), (Some(0), b"here\n".to_vec()));
+    up.delete().await;
+}
+
+/// A command that has closed its output is waited for; one whose connection breaks off is not taken for one that has said all.
+#[tokio::test]
+async fn a_command_that_says_no_more_is_waited_for() {
+    let Some(daemon) = Daemon::find("silent").await else { return };
+    let provider = Docker::new(daemon.settings());
+    let up = Up::start(&provider, &daemon.command(&script(Does::Wait))).await;
+    let said = provider.exec(&up.native, &shell("echo said; exec >&- 2>&-; sleep 1; exit 5")).await.expect("exec");
+    assert_eq!((said.exit_code, said.stdout), (Some(5), b"said\n".to_vec()));
     up.delete().await;
 }

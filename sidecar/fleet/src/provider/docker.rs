@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bollard::container::LogOutput;
@@ -41,6 +41,8 @@ pub const IMAGE_ID_LABEL: &str = "agent-fleet.image-id";
 const CALL: Duration = Duration::from_secs(60);
 /// Images for agents have gigabytes.
 const PULL: Duration = Duration::from_secs(900);
+/// A command that goes on for so long after its output has ended has not ended its output.
+const BROKE_OFF: Duration = Duration::from_secs(10);
 /// What a daemon says is not ours to repeat at length.
 const SAID_MOST: usize = 400;
 /// What tells the processes of one command from all others, to end them.
@@ -149,6 +151,7 @@ impl Docker {
         Self { name: "gvisor", ..Self::new(settings) }
     }
 
+    /// It writes whole requests, and with them secrets, into the `log` crate's records: those must not be listened to.
     async fn client(&self) -> Result<&Client> {
         let connect = || async {
             let at = self.settings.socket.as_str();
@@ -385,8 +388,9 @@ impl Provider for Docker {
     }
 
     async fn create(&self, spec: &Spec) -> Result<Sandbox> {
-        if let Some(first) = refusals(&self.capabilities(), spec).first() {
-            return Err(self.refused(first));
+        let wrong = refusals(&self.capabilities(), spec);
+        if !wrong.is_empty() {
+            return Err(self.refused(wrong.join("; ")));
         }
         if let Some(known) = self.adopt(spec).await? {
             return Ok(known);
@@ -397,7 +401,10 @@ impl Provider for Docker {
         let body = self.body(spec, image, &secrets);
         let client = self.client().await?;
         match within(CALL, client.create_container(Some(options), body)).await {
-            Ok(made) => Ok(inspected(self.inspect(&made.id).await?)),
+            Ok(made) => match self.inspect(&made.id).await {
+                Ok(found) => Ok(inspected(found)),
+                Err(error) => Err(Error::Unsure { provider: self.name, what: format!("it was made, and then: {error}") }),
+            },
             // Somebody was quicker, or we were before.
             Err(ClientError::DockerResponseServerError { status_code: 409, message }) => match self.adopt(spec).await? {
                 Some(known) => Ok(known),
@@ -416,8 +423,8 @@ impl Provider for Docker {
         match within(CALL, self.client().await?.inspect_container(native, None)).await {
             Ok(found) => Ok(inspected(found)),
             Err(error) => match (unknown(&error), self.wrong(error, Deed::Asked)) {
-                (_, Error::Missing { .. }) => Ok(Sandbox::of(native, State::Missing)),
-                (Some(word), _) => Ok(Sandbox::of(native, State::Unknown(word))),
+                (_, Error::Missing { .. }) => Ok(bare(native, State::Missing)),
+                (Some(word), _) => Ok(bare(native, State::Unknown(word))),
                 (None, error) => Err(error),
             },
         }
@@ -465,17 +472,26 @@ impl Provider for Docker {
                 all.extend_from_slice(&bytes[..kept]);
                 done.cut |= kept < bytes.len();
             }
-            Ok(())
+            Ok::<(), ClientError>(())
         };
-        match tokio::time::timeout(command.timeout, async { futures_util::join!(give, take).1 }).await {
-            Ok(Ok(())) => {
-                let over = self.ask(client.inspect_exec(&exec)).await?;
-                // It goes on although nobody is connected: we were cut off.
-                if over.running == Some(true) || over.exit_code.is_none() {
-                    return Err(Error::Unsure { provider: self.name, what: String::from("the command's output broke off") });
+        let run = async {
+            futures_util::join!(give, take).1?;
+            let silent = Instant::now();
+            loop {
+                let now = client.inspect_exec(&exec).await?;
+                if now.running != Some(true) && now.exit_code.is_some() {
+                    return Ok((now.exit_code, silent.elapsed()));
                 }
-                done.exit_code = over.exit_code.and_then(|code| i32::try_from(code).ok());
+                // Its output ends a little before it does.
+                tokio::time::sleep(Duration::from_millis(20)).await;
             }
+        };
+        match tokio::time::timeout(command.timeout, run).await {
+            // It went on, and what it said then we have not heard: the connection has broken off, or it had closed its output.
+            Ok(Ok((_, silent))) if silent > BROKE_OFF => {
+                return Err(Error::Unsure { provider: self.name, what: String::from("the command's output broke off") });
+            }
+            Ok(Ok((code, _))) => done.exit_code = code.and_then(|code| i32::try_from(code).ok()),
             Ok(Err(error)) => return Err(self.wrong(error, Deed::Done)),
             Err(_) => {
                 if let Err(error) = within(CALL, self.end_marked(native, &mark)).await {
@@ -606,19 +622,18 @@ impl fmt::Debug for Docker {
     }
 }
 
-impl Sandbox {
-    fn of(native: &str, state: State) -> Self {
-        Self {
-            key: None,
-            native: native.to_owned(),
-            state,
-            reason: None,
-            exit_code: None,
-            size: None,
-            created: None,
-            deadline: None,
-            labels: BTreeMap::new(),
-        }
+/// Of which no more is known.
+fn bare(native: &str, state: State) -> Sandbox {
+    Sandbox {
+        key: None,
+        native: native.to_owned(),
+        state,
+        reason: None,
+        exit_code: None,
+        size: None,
+        created: None,
+        deadline: None,
+        labels: BTreeMap::new(),
     }
 }
 
@@ -758,5 +773,137 @@ fn summed(found: ContainerSummary) -> Sandbox {
         created: found.created.and_then(|second| Timestamp::from_second(second).ok()),
         deadline: None,
         labels,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn docker() -> Docker {
+        Docker::new(Settings::default())
+    }
+
+    fn spec() -> Spec {
+        let text = r#"{"key": "agent-1", "image": "an-image", "ttl": {"secs": 60, "nanos": 0}, "env": {"A": "1", "B": "2"}, "ports": [8080]}"#;
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn what_is_not_set_is_safe() {
+        let body = docker().body(&spec(), String::from("sha256:1"), &BTreeMap::new());
+        assert_eq!((body.entrypoint, body.cmd, body.user), (None, None, None));
+        assert_eq!(body.image.as_deref(), Some("sha256:1"));
+        let host = body.host_config.unwrap();
+        assert_eq!(host.cap_drop, Some(vec![String::from("ALL")]));
+        assert_eq!(host.security_opt, Some(vec![String::from("no-new-privileges:true")]));
+        assert_eq!((host.privileged, host.network_mode.as_deref(), host.restart_policy), (None, None, None));
+        let bound = host.port_bindings.unwrap().remove("8080/tcp").flatten().unwrap();
+        assert_eq!(bound[0].host_ip.as_deref(), Some("127.0.0.1"));
+    }
+
+    #[test]
+    fn settings_are_read_and_a_slip_in_them_is_said() {
+        let read = |text: &str| serde_json::from_str::<Settings>(text).map_err(|error| error.to_string());
+        assert_eq!(read("{}").unwrap(), Settings::default());
+        let some = read(r#"{"reach": "container", "publish_at": "::1", "tmpfs": {"/tmp": "size=64m"}}"#).unwrap();
+        assert_eq!((some.reach, some.publish_at.to_string().as_str()), (Reach::Container, "::1"));
+        assert!(read(r#"{"cap_dorp": []}"#).unwrap_err().contains("cap_dorp"));
+        assert!(read(r#"{"reach": "nowhere"}"#).is_err());
+    }
+
+    #[test]
+    fn a_secret_comes_before_a_variable_of_its_name_and_is_in_the_environment_alone() {
+        let path = std::env::temp_dir().join(format!("agent-fleet-{}", uuid::Uuid::now_v7()));
+        std::fs::write(&path, "s3cret").unwrap();
+        let mut spec = spec();
+        spec.secrets.insert(String::from("A"), super::super::Secret::File(path.clone()));
+        let secrets = secret::read_all("docker", &spec).unwrap();
+        std::fs::remove_file(path).unwrap();
+        let mut body = docker().body(&spec, String::from("sha256:1"), &secrets);
+        assert_eq!(body.env.take().unwrap(), ["B=2", "A=s3cret"]);
+        assert!(!format!("{body:?}").contains("s3cret"));
+
+        let said =
+            |status_code, message: &str| ClientError::DockerResponseServerError { status_code, message: message.to_owned() };
+        let refused = hide(docker().wrong(said(400, "invalid environment: A=s3cret"), Deed::Done), &secrets);
+        assert!(matches!(&refused, Error::Refused { what, .. } if !what.contains("s3cret")), "{refused:?}");
+        let unsure = hide(docker().wrong(said(500, "oops: s3cret"), Deed::Done), &secrets);
+        assert!(matches!(&unsure, Error::Unsure { what, .. } if !what.contains("s3cret")), "{unsure:?}");
+        let other = hide(docker().wrong(said(400, "no such thing"), Deed::Done), &secrets);
+        assert!(matches!(&other, Error::Refused { what, .. } if what == "no such thing"), "{other:?}");
+    }
+
+    #[test]
+    fn errors_are_told_by_what_can_be_done() {
+        let said =
+            |status_code, message: &str| ClientError::DockerResponseServerError { status_code, message: message.to_owned() };
+        let name = |error: Error| match error {
+            Error::Busy { .. } => "busy",
+            Error::Unsure { .. } => "unsure",
+            Error::Failed { .. } => "failed",
+            Error::Refused { .. } => "refused",
+            Error::Missing { .. } => "missing",
+            Error::Unsupported { .. } => "unsupported",
+        };
+        let refused = || ClientError::IOError { err: std::io::ErrorKind::ConnectionReset.into() };
+        for (error, asked, done) in [
+            (said(404, "No such container: agent-1"), "missing", "missing"),
+            (said(404, "page not found"), "refused", "refused"),
+            (said(404, "network fleet not found"), "refused", "refused"),
+            (said(400, "invalid CPU"), "refused", "refused"),
+            (said(409, "Container 1 is not running"), "refused", "refused"),
+            (said(429, ""), "busy", "busy"),
+            (said(500, "oops"), "failed", "unsure"),
+            (said(503, ""), "failed", "unsure"),
+            (ClientError::RequestTimeoutError, "failed", "unsure"),
+            (refused(), "failed", "unsure"),
+            (ClientError::SocketNotFoundError(String::from("/nowhere")), "failed", "failed"),
+        ] {
+            let again = match &error {
+                ClientError::DockerResponseServerError { status_code, message } => said(*status_code, message),
+                ClientError::RequestTimeoutError => ClientError::RequestTimeoutError,
+                ClientError::SocketNotFoundError(at) => ClientError::SocketNotFoundError(at.clone()),
+                _ => refused(),
+            };
+            let what = format!("{error:?}");
+            assert_eq!(
+                (name(docker().wrong(error, Deed::Asked)), name(docker().wrong(again, Deed::Done))),
+                (asked, done),
+                "{what}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_daemons_words_are_ours() {
+        let listed = |text: &str| summed(serde_json::from_str(text).unwrap());
+        let over = listed(
+            r#"{"Id": "1", "State": "exited", "Status": "Exited (137) 2 minutes ago", "Labels": {"agent-fleet.key": "k"}, "Created": 5}"#,
+        );
+        assert_eq!((over.state, over.exit_code, over.key.as_deref()), (State::Stopped, Some(137), Some("k")));
+        assert_eq!(over.created, Timestamp::from_second(5).ok());
+        let ill = listed(r#"{"Id": "1", "State": "running", "Status": "Up 2 minutes (unhealthy)"}"#);
+        assert_eq!((ill.state, ill.exit_code, ill.reason.as_deref()), (State::Running, None, Some("unhealthy")));
+        for (word, ours) in [("removing", State::Stopping), ("dead", State::Failed), ("", State::Unknown(String::new()))] {
+            assert_eq!(state(word), ours);
+        }
+        let first = r#"{"Id": "1", "Created": "2026-11-26T22:00:00.5Z", "State": {"Status": "created", "ExitCode": 0, "Error": "no program"},
+            "HostConfig": {"NanoCpus": 250000000, "Memory": 67108864}, "Config": {"Labels": null}}"#;
+        let made = inspected(serde_json::from_str(first).unwrap());
+        assert_eq!((made.state, made.exit_code, made.reason.as_deref()), (State::Created, None, Some("no program")));
+        assert_eq!(made.size, Some(Size { cpu_milli: 250, memory_mib: 64, disk_mib: 0 }));
+    }
+
+    #[test]
+    fn a_life_has_an_end_however_long_it_is() {
+        assert_eq!(ends(Timestamp::MIN, Duration::MAX), Timestamp::MAX);
+    }
+
+    #[test]
+    fn a_machine_costs_what_its_owner_says() {
+        let own = Docker::new(Settings { cpu_usd_per_hour: 1.0, gib_usd_per_hour: 0.5, ..Settings::default() });
+        let price = own.price(Size { cpu_milli: 500, memory_mib: 2048, disk_mib: 0 });
+        assert_eq!((price.running, price.paused, price.stopped, price.source.as_str()), (1.5, 1.5, 0.0, "the configuration"));
     }
 }

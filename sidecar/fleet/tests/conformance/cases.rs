@@ -561,18 +561,7 @@ async fn endpoint(suite: &Suite<'_>) -> Outcome {
     }
     // A fake's address is nobody's.
     if url.scheme() == "http" {
-        let began = Instant::now();
-        loop {
-            let mut asked = reqwest::Client::new().get(url.clone());
-            for (name, value) in &found.headers {
-                asked = asked.header(name, value);
-            }
-            match asked.send().await {
-                Ok(answer) if answer.status() == 200 => break,
-                said => assert!(began.elapsed() < SOON, "{url}: {said:?}"),
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        serves(&found).await;
     }
     Outcome::Kept
 }

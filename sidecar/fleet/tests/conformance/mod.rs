@@ -8,8 +8,8 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use agent_fleet::provider::{
-    Capabilities, Error, Exec, Executed, Happened, KEY_LABEL, Pause, Provider, Result, SESSION_LABEL, Sandbox, Secret, Size,
-    Spec, State,
+    Capabilities, Endpoint, Error, Exec, Executed, Happened, KEY_LABEL, Pause, Provider, Result, SESSION_LABEL, Sandbox, Secret,
+    Size, Spec, State,
 };
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
@@ -227,6 +227,22 @@ fn shell(script: &str) -> Exec {
         stdin: Vec::new(),
         timeout: Duration::from_secs(60),
         detached: false,
+    }
+}
+
+/// Asks until it is answered.
+pub(crate) async fn serves(at: &Endpoint) {
+    // As the fleet's own main does, or somebody else here has.
+    drop(rustls::crypto::ring::default_provider().install_default());
+    let client = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let began = Instant::now();
+    loop {
+        let asked = at.headers.iter().fold(client.get(&at.url), |asked, (name, value)| asked.header(name, value));
+        match asked.send().await {
+            Ok(answer) if answer.status() == 200 => return,
+            said => assert!(began.elapsed() < SOON, "{}: {said:?}", at.url),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
