@@ -23,7 +23,7 @@ use crate::inside::Inside;
 use crate::lifecycle::Phase;
 use crate::plan::{self, Action, Outcome, Policy, Seen, Step};
 use crate::provider::{self, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, State};
-use crate::session::{Session, SessionId, Wanted, container_key};
+use crate::session::{Session, SessionId, Wanted};
 use crate::store::{self, Filter, Inserted, Store};
 
 /// How long a fleet that is not heard of keeps its sessions, unless somebody says otherwise.
@@ -479,7 +479,7 @@ impl Fleet {
                 loop {
                     if let Ok(mut events) = provider.events(labels).await {
                         while let Some(Ok(happened)) = events.next().await {
-                            fleet.heard(happened.key.as_deref()).await;
+                            fleet.heard(happened.session.as_deref()).await;
                         }
                     }
                     tokio::time::sleep(POLL).await;
@@ -489,19 +489,12 @@ impl Fleet {
         futures_util::future::join_all(telling).await;
     }
 
-    async fn heard(&self, key: Option<&str>) {
-        let Some(key) = key else { return };
-        // The key is a hash of the session's id, and nobody remembers it backwards: the label says whose it was.
-        if let Ok(Some(id)) = self.of_key(key).await
-            && self.store.wake(&id).await.is_ok()
-        {
+    async fn heard(&self, session: Option<&str>) {
+        let Some(id) = session.and_then(|id| id.parse::<SessionId>().ok()) else { return };
+        // One that nobody knows is the reconciler's.
+        if self.store.wake(&id).await.is_ok() {
             self.due.notify_one();
         }
-    }
-
-    async fn of_key(&self, key: &str) -> Result<Option<SessionId>, Error> {
-        let sessions = self.all().await?;
-        Ok(sessions.into_values().find(|session| session.key() == key).map(|session| session.id))
     }
 
     /// Every session that is not over.
@@ -592,9 +585,4 @@ async fn list(provider: &Arc<dyn Provider>, labels: &BTreeMap<String, String>) -
     }
     // Half a list would make orphans of the rest.
     Err(provider::Error::Failed { provider: provider.name(), what: String::from("its list has no end") })
-}
-
-/// The key that a session's first container has.
-pub fn first_key(id: &SessionId) -> String {
-    container_key(id, 1)
 }

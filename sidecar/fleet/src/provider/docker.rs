@@ -30,7 +30,7 @@ use tokio::sync::OnceCell;
 use super::secret::{self, Value};
 use super::{
     Capabilities, ENDS_LABEL, Endpoint, Error, Exec, Executed, FLEET_LABEL, Happened, KEY_LABEL, OUTPUT_MOST, Page, Pause, Price,
-    Provider, Result, Sandbox, Size, Spec, State, refusals,
+    Provider, Result, SESSION_LABEL, Sandbox, Size, Spec, State, refusals,
 };
 
 /// The image as it was asked for. The container itself is made of [`IMAGE_ID_LABEL`]'s, whatever the name means later.
@@ -606,8 +606,9 @@ impl Provider for Docker {
             match event {
                 Ok(event) => {
                     let actor = event.actor?;
-                    let key = actor.attributes.and_then(|mut attributes| attributes.remove(KEY_LABEL));
-                    Some(Ok(Happened { native: actor.id?, key }))
+                    let mut labels = actor.attributes.unwrap_or_default();
+                    let (key, session) = (labels.remove(KEY_LABEL), labels.remove(SESSION_LABEL));
+                    Some(Ok(Happened { native: actor.id?, key, session }))
                 }
                 Err(error) => Some(Err(Error::Failed { provider, what: cut(&said(&error)) })),
             }

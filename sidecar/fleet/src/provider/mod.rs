@@ -233,6 +233,8 @@ impl fmt::Debug for Endpoint {
 pub struct Happened {
     pub native: String,
     pub key: Option<String>,
+    /// What [`SESSION_LABEL`] says.
+    pub session: Option<String>,
 }
 
 /// Containers of a provider, with what is asked for on the next page.

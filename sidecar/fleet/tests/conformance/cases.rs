@@ -522,7 +522,7 @@ async fn events(suite: &Suite<'_>) -> Outcome {
         suite.started(&made).await;
         loop {
             let next = tokio::time::timeout(SOON, stream.next()).await.expect("nothing happens");
-            let Happened { native, key } = next.expect("the stream has ended").expect("an event");
+            let Happened { native, key, .. } = next.expect("the stream has ended").expect("an event");
             assert_eq!((native.as_str(), key.as_deref()), (made.native.as_str(), Some(spec.key.as_str())));
             if suite.provider.state(&native).await.expect("state").state == State::Stopped {
                 break;
