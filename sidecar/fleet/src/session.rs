@@ -177,7 +177,14 @@ pub struct Session {
 
 impl Session {
     /// One that somebody has just asked for, of `(tenant, owner)`.
-    pub fn new(id: SessionId, (tenant, owner): (&str, &str), pattern: Pattern, provider: &str, spec: Spec, now: Timestamp) -> Self {
+    pub fn new(
+        id: SessionId,
+        (tenant, owner): (&str, &str),
+        pattern: Pattern,
+        provider: &str,
+        spec: Spec,
+        now: Timestamp,
+    ) -> Self {
         Self {
             id,
             tenant: tenant.to_owned(),

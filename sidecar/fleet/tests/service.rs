@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use agent_fleet::config::Elsewhere;
+use agent_fleet::hook::{self, Act, Hook, Runner, Verdict};
 use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::plan::{PauseBy, Policy};
 use agent_fleet::provider::{
-    Capabilities, Endpoint, Error, Exec, Executed, FLEET_LABEL, Happened, KEY_LABEL, Page, Pause, Price, Provider, Result, SESSION_LABEL, Sandbox,
-    Size, Spec, State,
+    Capabilities, Endpoint, Error, Exec, Executed, FLEET_LABEL, Happened, KEY_LABEL, Page, Pause, Price, Provider, Result,
+    SESSION_LABEL, Sandbox, Size, Spec, State,
 };
 use agent_fleet::service::{Fleet, Hooks, Policies};
 use agent_fleet::session::{Pattern, Report, Session, SessionId, Wanted};
@@ -72,7 +74,17 @@ impl Cloud {
 
     fn gone() -> Sandbox {
         let (labels, native) = (BTreeMap::new(), String::new());
-        Sandbox { key: None, native, state: State::Missing, reason: None, exit_code: None, size: None, created: None, deadline: None, labels }
+        Sandbox {
+            key: None,
+            native,
+            state: State::Missing,
+            reason: None,
+            exit_code: None,
+            size: None,
+            created: None,
+            deadline: None,
+            labels,
+        }
     }
 }
 
@@ -205,9 +217,10 @@ struct Trail(Mutex<Vec<(SessionId, Phase)>>);
 
 #[async_trait]
 impl Hooks for Trail {
-    async fn run(&self, session: &Session) -> std::result::Result<(), String> {
+    async fn run(&self, session: &Session) -> Verdict {
         self.0.lock().unwrap().push((session.id.clone(), session.phase));
-        if session.id.as_str().starts_with("refused") && session.phase == Phase::Creating { Err(String::from("not today")) } else { Ok(()) }
+        let refused = session.id.as_str().starts_with("refused") && session.phase == Phase::Creating;
+        if refused { Verdict::Veto(String::from("not today")) } else { Verdict::Go }
     }
 }
 
@@ -242,16 +255,22 @@ impl Town {
             ..Policy::default()
         };
         let words = Words(Mutex::new(Some((false, 0.5))));
-        Town { store: store::memory().await.unwrap(), cloud: Cloud::new(every), words: Arc::new(words), trail: Arc::default(), policy }
+        Town {
+            store: store::memory().await.unwrap(),
+            cloud: Cloud::new(every),
+            words: Arc::new(words),
+            trail: Arc::default(),
+            policy,
+        }
     }
 
     fn fleet(&self) -> Arc<Fleet> {
+        self.fleet_with(Arc::clone(&self.trail) as Arc<dyn Hooks>)
+    }
+
+    fn fleet_with(&self, hooks: Arc<dyn Hooks>) -> Arc<Fleet> {
         let providers = BTreeMap::from([(String::from("cloud"), Arc::clone(&self.cloud) as Arc<dyn Provider>)]);
-        let edges = (
-            Arc::clone(&self.trail) as Arc<dyn Hooks>,
-            Arc::new(Same(self.policy.clone())) as Arc<dyn Policies>,
-            Arc::clone(&self.words) as Arc<dyn Inside>,
-        );
+        let edges = (hooks, Arc::new(Same(self.policy.clone())) as Arc<dyn Policies>, Arc::clone(&self.words) as Arc<dyn Inside>);
         let fleet = Fleet::new("town", Arc::clone(&self.store), providers, edges, Arc::new(Timestamp::now));
         Arc::new(fleet.with_lease(Duration::from_secs(2)))
     }
@@ -320,7 +339,10 @@ async fn a_session_is_created_works_sleeps_wakes_and_is_destroyed() {
     let running = run(&fleet);
     *town.words.0.lock().unwrap() = Some((true, 0.5));
     assert_eq!(fleet.create(session("a", Pattern::Hybrid)).await.unwrap(), Inserted::New);
-    assert!(matches!(fleet.create(session("a", Pattern::Hybrid)).await.unwrap(), Inserted::Known(_)), "the same once more is the same");
+    assert!(
+        matches!(fleet.create(session("a", Pattern::Hybrid)).await.unwrap(), Inserted::Known(_)),
+        "the same once more is the same"
+    );
     let active = town.reaches("a", Phase::Active).await;
     assert_eq!(active.cost_usd(), 0.5);
     let sandbox = town.cloud.sandboxes.lock().unwrap().values().next().unwrap().clone();
@@ -383,7 +405,8 @@ async fn what_no_session_holds_is_removed_when_it_is_old_enough() {
     (held.holds, held.phase, held.hooked) = (true, Phase::Idle, true);
     fleet.create(held.clone()).await.unwrap();
     let strange = |key: &str, fleet: &str, age: u64| {
-        let labels = [(FLEET_LABEL, fleet), (KEY_LABEL, key), (SESSION_LABEL, "s")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let labels = [(FLEET_LABEL, fleet), (KEY_LABEL, key), (SESSION_LABEL, "s")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()));
         let sandbox = Sandbox {
             key: Some(key.to_owned()),
             native: key.to_owned(),
@@ -451,4 +474,40 @@ impl Town {
         }
         panic!("waited in vain for the end of {:?}", self.get(id).await);
     }
+}
+
+/// A session waits for its hooks without being held, and what nobody waits for is tried again until it is done, also when the session is over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hooks_that_fail_are_tried_again_between_and_beside_the_steps() {
+    let town = Town::new(0).await;
+    let file = std::env::temp_dir().join(format!("agent-fleet-{}-hooks", std::process::id()));
+    let hook = |name: &str, on: Phase, required: bool| {
+        // Well done at the third try.
+        let script = format!("echo {name} >> {0}; [ $(grep -c {name} {0}) -ge 3 ]", file.display());
+        let argv = ["/bin/sh", "-c", &script].map(String::from).to_vec();
+        let act = Act::Command { argv, pass: vec![] };
+        let (name, timeout) = (String::from(name), Duration::from_secs(60));
+        Hook { name, on: vec![on], templates: vec![], act, timeout, retries: 5, required, veto: true }
+    };
+    let hooks = vec![hook("first", Phase::Requested, true), hook("last", Phase::Destroyed, false)];
+    let runner = Runner { hooks: hook::Hooks::new("town", hooks, Arc::new(Elsewhere)).unwrap(), store: Arc::clone(&town.store) };
+    let fleet = town.fleet_with(Arc::new(runner));
+    let running = run(&fleet);
+    fleet.create(session("a", Pattern::LongRunning)).await.unwrap();
+    town.reaches("a", Phase::Ready).await;
+    fleet.want(&"a".parse().unwrap(), Wanted::Gone, "somebody asked for it").await.unwrap();
+    town.reaches("a", Phase::Destroyed).await;
+    let tried = async || {
+        let runs = town.store.hook_runs(&"a".parse().unwrap()).await.unwrap();
+        runs.iter().map(|run| format!("{} {}", run.hook, run.outcome)).collect::<Vec<_>>()
+    };
+    for _ in 0..3000 {
+        if tried().await.len() >= 6 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    running.stop().await;
+    assert_eq!(tried().await, ["first failed", "first failed", "first ok", "last failed", "last failed", "last ok"]);
+    std::fs::remove_file(file).unwrap();
 }
