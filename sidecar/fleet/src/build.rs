@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::config::{Config, ProviderConfig, TEMPLATE_LABEL, Template};
+use crate::config::{Config, Machine, ProviderConfig, TEMPLATE_LABEL, Template};
+use crate::hook::{self, Runner};
 use crate::inside::Http;
 use crate::plan::{PauseBy, Policy};
 use crate::provider::docker::Docker;
@@ -65,6 +66,15 @@ impl Policies for Templates {
     fn port(&self, session: &Session) -> u16 {
         self.of(session).map_or(9477, |template| template.sidecar_port)
     }
+}
+
+/// Hooks, with what the service runs them with.
+///
+/// # Errors
+/// What is wrong, in words.
+pub fn hooks(config: &Config, store: &Arc<dyn Store>, clock: &Clock) -> Result<Arc<dyn Hooks>, String> {
+    let hooks = hook::Hooks::new(&config.fleet.name, config.hooks.clone(), Arc::new(Machine))?.with_clock(Arc::clone(clock));
+    Ok(Arc::new(Runner { hooks, store: Arc::clone(store) }))
 }
 
 /// For everything that is asked over HTTP: with the roots that are built in, and to nobody but whom it was told.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use agent_fleet::api::{self, Api, View, Views, Wrong};
 use agent_fleet::config::{Config, Elsewhere};
+use agent_fleet::hook::plan_hooks;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::{build, provider, store};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
@@ -162,7 +163,7 @@ fn plan(asked: &ArgMatches) -> Result<ExitCode> {
             spec.ttl.as_secs(),
             price.source
         ))?;
-        for line in build::plan(&config, template) {
+        for line in plan_hooks(&config, &template.name) {
             say(&format!("  {line}"))?;
         }
     }

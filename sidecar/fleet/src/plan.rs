@@ -135,6 +135,8 @@ pub enum Outcome {
     Done,
     /// The hooks have said no, or one that must not fail has.
     Vetoed(String),
+    /// A hook is to be tried again then.
+    Later(Timestamp),
     Made(Box<Sandbox>),
     Answered(bool),
     /// What was put away, by its name in the store of conversations.
@@ -548,6 +550,10 @@ pub fn record(session: &mut Session, action: &Action, outcome: &Outcome, policy:
             if session.phase.can_be_vetoed() {
                 enter_phase(session, Phase::Failed, Some(why.clone()), price, now);
             }
+            return;
+        }
+        Outcome::Later(at) => {
+            session.retry_at = Some(*at);
             return;
         }
         Outcome::Made(sandbox) => session.native = Some(sandbox.native.clone()),

@@ -19,6 +19,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::budget::Budgets;
 use crate::config::Tenant;
+use crate::hook::Verdict;
 use crate::inside::Inside;
 use crate::lifecycle::Phase;
 use crate::plan::{self, Action, Outcome, Policy, Seen, Step};
@@ -46,11 +47,13 @@ const PAGES: usize = 1000;
 /// What runs when a session comes into a phase.
 #[async_trait]
 pub trait Hooks: Send + Sync {
-    /// Each that is due has run when this ends.
-    ///
-    /// # Errors
-    /// No, in words; heard where [`Phase::can_be_vetoed`].
-    async fn run(&self, session: &Session) -> Result<(), String>;
+    /// Runs what is due of its phase. No and failures are heard where [`Phase::can_be_vetoed`].
+    async fn run(&self, session: &Session) -> Verdict;
+
+    /// Runs again what nobody waits for, of whatever phase. When there is more of that.
+    async fn beside(&self, _: &Session) -> Option<Timestamp> {
+        None
+    }
 }
 
 /// How each session is treated, from its template.
@@ -304,7 +307,7 @@ impl Fleet {
                 return Ok(Some(self.now()));
             }
             match plan::next(&session, seen.as_ref(), &policy, self.now()) {
-                Step::Wait(until) => return Ok(until),
+                Step::Wait(until) => return Ok(until.into_iter().chain(self.hooks.beside(&session).await).min()),
                 Step::Enter(phase, reason) => {
                     let now = self.now();
                     // Who has written meanwhile may have wanted something else: then it is thought over again.
@@ -417,8 +420,9 @@ impl Fleet {
     ) -> (Outcome, Option<Sandbox>, Option<crate::session::Report>) {
         let outcome = match action {
             Action::Hooks => match self.hooks.run(session).await {
-                Ok(()) => Outcome::Done,
-                Err(why) => Outcome::Vetoed(why),
+                Verdict::Go => Outcome::Done,
+                Verdict::Retry(at) => Outcome::Later(at),
+                Verdict::Veto(why) | Verdict::Failed(why) => Outcome::Vetoed(why),
             },
             Action::Create => match provider.create(&session.spec).await {
                 Ok(sandbox) => Outcome::Made(Box::new(sandbox)),

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use agent_fleet::config::Tenant;
+use agent_fleet::config::{Elsewhere, Tenant};
+use agent_fleet::hook::{self, Act, Hook, Runner, Verdict};
 use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::plan::{PauseBy, Policy};
@@ -216,13 +217,10 @@ struct Trail(Mutex<Vec<(SessionId, Phase)>>);
 
 #[async_trait]
 impl Hooks for Trail {
-    async fn run(&self, session: &Session) -> std::result::Result<(), String> {
+    async fn run(&self, session: &Session) -> Verdict {
         self.0.lock().unwrap().push((session.id.clone(), session.phase));
-        if session.id.as_str().starts_with("refused") && session.phase == Phase::Creating {
-            Err(String::from("not today"))
-        } else {
-            Ok(())
-        }
+        let refused = session.id.as_str().starts_with("refused") && session.phase == Phase::Creating;
+        if refused { Verdict::Veto(String::from("not today")) } else { Verdict::Go }
     }
 }
 
@@ -269,12 +267,12 @@ impl Town {
     }
 
     fn fleet(&self) -> Arc<Fleet> {
+        self.fleet_with(Arc::clone(&self.trail) as Arc<dyn Hooks>)
+    }
+
+    fn fleet_with(&self, hooks: Arc<dyn Hooks>) -> Arc<Fleet> {
         let providers = BTreeMap::from([(String::from("cloud"), Arc::clone(&self.cloud) as Arc<dyn Provider>)]);
-        let edges = (
-            Arc::clone(&self.trail) as Arc<dyn Hooks>,
-            Arc::new(Same(self.policy.clone())) as Arc<dyn Policies>,
-            Arc::clone(&self.words) as Arc<dyn Inside>,
-        );
+        let edges = (hooks, Arc::new(Same(self.policy.clone())) as Arc<dyn Policies>, Arc::clone(&self.words) as Arc<dyn Inside>);
         let fleet = Fleet::new("town", Arc::clone(&self.store), providers, edges, self.tenants.clone(), Arc::new(Timestamp::now));
         Arc::new(fleet.with_lease(Duration::from_secs(2)))
     }
@@ -534,4 +532,40 @@ impl Town {
         }
         panic!("waited in vain for the end of {:?}", self.get(id).await);
     }
+}
+
+/// A session waits for its hooks without being held, and what nobody waits for is tried again until it is done, also when the session is over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hooks_that_fail_are_tried_again_between_and_beside_the_steps() {
+    let town = Town::new(0).await;
+    let file = std::env::temp_dir().join(format!("agent-fleet-{}-hooks", std::process::id()));
+    let hook = |name: &str, on: Phase, required: bool| {
+        // Well done at the third try.
+        let script = format!("echo {name} >> {0}; [ $(grep -c {name} {0}) -ge 3 ]", file.display());
+        let argv = ["/bin/sh", "-c", &script].map(String::from).to_vec();
+        let act = Act::Command { argv, pass: vec![] };
+        let (name, timeout) = (String::from(name), Duration::from_secs(60));
+        Hook { name, on: vec![on], templates: vec![], act, timeout, retries: 5, required, veto: true }
+    };
+    let hooks = vec![hook("first", Phase::Requested, true), hook("last", Phase::Destroyed, false)];
+    let runner = Runner { hooks: hook::Hooks::new("town", hooks, Arc::new(Elsewhere)).unwrap(), store: Arc::clone(&town.store) };
+    let fleet = town.fleet_with(Arc::new(runner));
+    let running = run(&fleet);
+    fleet.create(session("a", Pattern::LongRunning)).await.unwrap();
+    town.reaches("a", Phase::Ready).await;
+    fleet.want(&"a".parse().unwrap(), Wanted::Gone, "somebody asked for it").await.unwrap();
+    town.reaches("a", Phase::Destroyed).await;
+    let tried = async || {
+        let runs = town.store.hook_runs(&"a".parse().unwrap()).await.unwrap();
+        runs.iter().map(|run| format!("{} {}", run.hook, run.outcome)).collect::<Vec<_>>()
+    };
+    for _ in 0..3000 {
+        if tried().await.len() >= 6 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    running.stop().await;
+    assert_eq!(tried().await, ["first failed", "first failed", "first ok", "last failed", "last failed", "last ok"]);
+    std::fs::remove_file(file).unwrap();
 }

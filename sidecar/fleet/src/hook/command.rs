@@ -1,7 +1,7 @@
 //! A hook that is a program: argv without a shell, the event on its standard input, and an environment with nothing of ours in it that it was not given.
 
-use std::cell::RefCell;
 use std::process::Stdio;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -55,7 +55,7 @@ pub(super) async fn run(argv: &[String], pass: &[String], told: &Told<'_>, withi
     };
     let group = Group(child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)));
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let said = RefCell::new(Vec::new());
+    let said = Mutex::new(Vec::new());
     let feed = async {
         if let Some(mut stdin) = stdin {
             // It need not read it.
@@ -92,7 +92,7 @@ pub(super) async fn run(argv: &[String], pass: &[String], told: &Told<'_>, withi
             }
         }
     };
-    let said = String::from_utf8_lossy(&said.into_inner()).into_owned();
+    let said = String::from_utf8_lossy(&said.into_inner().unwrap_or_else(PoisonError::into_inner)).into_owned();
     match status.map(|status| (status.code(), status)) {
         Ok((Some(0), _)) => Outcome::Ok(said),
         Ok((Some(VETO), _)) if may_veto => Outcome::Veto(said),
@@ -102,11 +102,11 @@ pub(super) async fn run(argv: &[String], pass: &[String], told: &Told<'_>, withi
 }
 
 /// Reads to the end, so that it is not held up, and keeps the beginning.
-async fn keep(from: Option<impl AsyncRead + Unpin>, said: &RefCell<Vec<u8>>) {
+async fn keep(from: Option<impl AsyncRead + Unpin>, said: &Mutex<Vec<u8>>) {
     let Some(mut from) = from else { return };
     let mut buffer = [0; 4096];
     while let Ok(n @ 1..) = from.read(&mut buffer).await {
-        let mut said = said.borrow_mut();
+        let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
         let room = SAID_MOST.saturating_sub(said.len()).min(n);
         said.extend_from_slice(&buffer[..room]);
     }

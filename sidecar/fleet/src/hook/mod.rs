@@ -14,6 +14,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use jiff::Timestamp;
 use tracing::warn;
 
@@ -47,7 +48,7 @@ pub struct Hook {
     pub timeout: Duration,
     /// How often it is tried again.
     pub retries: u32,
-    /// Where it fails, so does the step. Where not, the step goes on and it is tried again beside it.
+    /// It is waited for. Where not, the session goes on after the first try, and it is tried again beside it.
     pub required: bool,
     /// Its no is heard, where one can be.
     pub veto: bool,
@@ -286,6 +287,48 @@ fn logged(
         key: told.key.to_owned(),
         again,
         event: (!matches!(word, "ok" | "veto")).then(|| told.event.to_owned()),
+    }
+}
+
+/// Hooks, as the service runs them.
+pub struct Runner {
+    pub hooks: Hooks,
+    pub store: Arc<dyn Store>,
+}
+
+/// How long the hooks of one phase hold a session up, from the first try.
+const HELD_MOST: Duration = Duration::from_secs(600);
+/// The store may be back then.
+const STORE_AGAIN: Duration = Duration::from_secs(5);
+
+#[async_trait]
+impl crate::service::Hooks for Runner {
+    async fn run(&self, session: &Session) -> Verdict {
+        let phase = session.phase;
+        let tried = async {
+            let keys: Vec<String> = self.hooks.hooks.iter().map(|hook| key(session, phase, hook)).collect();
+            let runs = self.store.hook_runs(&session.id).await?;
+            // Not from when it came into the phase: then nobody may have been there to run them.
+            let first = runs.iter().filter(|run| keys.contains(&run.key)).map(|run| run.at).min();
+            let until = first.unwrap_or_else(|| (self.hooks.clock)()) + HELD_MOST;
+            self.hooks.run(session, phase, until, &*self.store).await
+        };
+        tried.await.unwrap_or_else(|error: store::Error| {
+            warn!(session = %session.id, %phase, %error, "hooks cannot be run now");
+            Verdict::Retry((self.hooks.clock)() + STORE_AGAIN)
+        })
+    }
+
+    async fn beside(&self, session: &Session) -> Option<Timestamp> {
+        match self.hooks.beside(session, &*self.store).await {
+            Ok(again) => again,
+            // There is none of it any more.
+            Err(store::Error::Missing(_)) => None,
+            Err(error) => {
+                warn!(session = %session.id, %error, "hooks cannot be run again now");
+                Some((self.hooks.clock)() + STORE_AGAIN)
+            }
+        }
     }
 }
 

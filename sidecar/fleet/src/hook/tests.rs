@@ -18,7 +18,8 @@ use tokio::net::TcpListener;
 use super::*;
 use crate::config::{Config, Elsewhere, Hidden};
 use crate::provider::{Size, Spec};
-use crate::session::{Pattern, Report, Wanted};
+use crate::service::Hooks as _;
+use crate::session::{Pattern, Report};
 use crate::store::{Filter, Inserted};
 
 const OLD: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
@@ -151,51 +152,24 @@ impl World {
 }
 
 fn session(phase: Phase) -> Session {
-    Session {
-        id: "s-1".parse().unwrap(),
-        tenant: String::from("acme"),
-        owner: String::from("shop"),
-        pattern: Pattern::Ephemeral,
-        provider: String::from("local"),
-        spec: Spec {
-            key: String::from("agent-x-1"),
-            image: String::from("agent:1"),
-            command: vec![String::from("say-hello")],
-            env: BTreeMap::from([(String::from("PROMPT"), String::from("the-prompt"))]),
-            secrets: BTreeMap::from([(String::from("KEY"), Secret::Env(String::from("THE_KEY")))]),
-            size: Size::default(),
-            ports: Vec::new(),
-            labels: BTreeMap::from([(String::from(TEMPLATE_LABEL), String::from("task"))]),
-            ttl: LONG,
-            idle: None,
-        },
-        wanted: Wanted::Running,
-        phase,
-        since: start(),
-        created: start(),
-        ends: seconds(7_200),
-        generation: 1,
-        hooked: false,
-        holds: false,
-        native: None,
-        kept_until: None,
-        idle_since: None,
-        archive: None,
-        report: Some(Report {
-            at: start(),
-            busy_until: None,
-            cost_usd: 0.25,
-            conversation: Some(String::from("the-conversation")),
-        }),
-        cost_before_usd: 1.0,
-        container_seconds: 0.0,
-        container_usd: 0.0,
-        metered_since: None,
-        failures: 0,
-        retry_at: None,
-        reason: None,
-        version: 1,
-    }
+    let spec = Spec {
+        key: String::from("agent-x-1"),
+        image: String::from("agent:1"),
+        command: vec![String::from("say-hello")],
+        env: BTreeMap::from([(String::from("PROMPT"), String::from("the-prompt"))]),
+        secrets: BTreeMap::from([(String::from("KEY"), Secret::Env(String::from("THE_KEY")))]),
+        size: Size::default(),
+        ports: Vec::new(),
+        labels: BTreeMap::from([(String::from(TEMPLATE_LABEL), String::from("task"))]),
+        ttl: Duration::from_secs(7_200),
+        idle: None,
+    };
+    let mut session = Session::new("s-1".parse().unwrap(), ("acme", "shop"), Pattern::Ephemeral, "local", spec, start());
+    session.phase = phase;
+    session.cost_before_usd = 1.0;
+    session.report =
+        Some(Report { at: start(), busy_until: None, cost_usd: 0.25, conversation: Some(String::from("the-conversation")) });
+    session
 }
 
 fn command(name: &str, script: &str) -> Hook {
@@ -650,6 +624,46 @@ async fn a_dead_letter_is_kept_and_told_again_when_somebody_asks() {
     assert_eq!(world.log.lines(), ["h 1 failed", "h 2 dead-letter", "h 3 dead-letter", "h 4 ok"]);
     let requests = receiver.requests();
     assert!(requests.len() == 4 && requests.iter().all(|request| request.1 == requests[0].1 && is_signed(request, OLD)));
+}
+
+#[tokio::test]
+async fn the_service_is_told_to_come_back_and_for_how_long_at_most() {
+    let dir = scratch("runner");
+    let file = dir.join("tries");
+    let beside = Hook { required: false, retries: 1, ..command("b", "exit 1") };
+    let hooks = vec![Hook { retries: 20, ..command("a", &format!("echo x >> {}; exit 1", file.display())) }, beside];
+    let World { hooks, now, .. } = World::new(hooks);
+    let store = store::memory().await.unwrap();
+    let mut session = session(Phase::Creating);
+    store.insert(&session).await.unwrap();
+    let runner = Runner { hooks, store: Arc::clone(&store) };
+    // It came into the phase when no fleet was there.
+    let came_back = 50_000;
+    now.store(came_back, Ordering::SeqCst);
+    let (mut tries, why) = (
+        0,
+        loop {
+            match runner.run(&session).await {
+                Verdict::Retry(at) => now.store(at.as_second() + 1 - start().as_second(), Ordering::SeqCst),
+                Verdict::Failed(why) => break why,
+                other => panic!("{other:?}"),
+            };
+        },
+    );
+    assert!(why.starts_with("hook `a`: exit status: 1"), "{why}");
+    let held = now.load(Ordering::SeqCst) - came_back;
+    assert!(held < 600, "{held}");
+    tries += std::fs::read_to_string(&file).unwrap().lines().count();
+    assert!((8..21).contains(&tries), "{tries}");
+    assert_eq!(runner.beside(&session).await, None);
+    session.phase = Phase::Failed;
+    session.spec.labels.clear();
+    assert!(matches!(runner.run(&session).await, Verdict::Retry(_)), "`a` is for failed, too");
+    // One that was forgotten has nothing beside it.
+    session.id = "unknown".parse().unwrap();
+    assert_eq!(runner.beside(&session).await, None);
+    assert!(matches!(runner.run(&session).await, Verdict::Retry(_)), "what cannot be logged is not done with");
+    std::fs::remove_dir_all(dir).unwrap();
 }
 
 // Order, for whatever hooks come to.
