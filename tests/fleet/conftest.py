@@ -57,6 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["DOCKER_HOST"] = config.stash[daemon].host
         engine.import_root(IMAGE, write_busybox)
         engine.docker("network", "create", NETWORK)
+        # Agents as people have them.
+        engine.make_images()
     except (RuntimeError, OSError, AssertionError) as error:
         pytest_unconfigure(config)
         pytest.exit(f"no containers to test with: {error}", returncode=4)

@@ -18,7 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 /// Something is wrong with what was asked, or with the machine.
-pub const FAILED: u8 = 1;
+pub(crate) const FAILED: u8 = 1;
 /// Where a fleet serves that is not told otherwise.
 const HERE: &str = "http://127.0.0.1:9490";
 /// What is under way is given so long when the fleet ends.
@@ -93,7 +93,7 @@ fn command() -> Command {
         .subcommand(one("hooks", "Prints what hooks have done for it, as JSON"))
 }
 
-pub fn run() -> Result<ExitCode> {
+pub(crate) fn run() -> Result<ExitCode> {
     let matches = command().get_matches();
     let (name, asked) = matches.subcommand().ok_or("a command is missing")?;
     match name {

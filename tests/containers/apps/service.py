@@ -1,7 +1,7 @@
 """An app as people host it: an agent for each name that is posted to, in one process, over HTTP. It knows nothing of a sidecar.
 
 `POST /NAME` with a text answers with the result of that turn; `?resume=ID` goes on with a session of an earlier container. SIGTERM ends it. `AGENT_USER`
-is who the agents are.
+is who the agents are, `LISTEN` where it is reached.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 async def main() -> None:
     end = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end.set)
-    server = await asyncio.start_server(answer, "127.0.0.1", 8080)
+    server = await asyncio.start_server(answer, os.environ.get("LISTEN", "127.0.0.1"), 8080)
     print("ready", flush=True)
     await end.wait()
     server.close()
