@@ -453,6 +453,7 @@ async fn ended(suite: &Suite<'_>) -> Outcome {
 async fn stop_heard(suite: &Suite<'_>) -> Outcome {
     let spec = spec!(suite, Does::Wait);
     let native = suite.up(&spec).await.native;
+    suite.world.listens(&native).await;
     let grace = Duration::from_secs(60);
     let began = Instant::now();
     match suite.provider.stop(&native, grace).await {
@@ -469,6 +470,7 @@ async fn stop_heard(suite: &Suite<'_>) -> Outcome {
 async fn stop_ignored(suite: &Suite<'_>) -> Outcome {
     let spec = spec!(suite, Does::Ignore);
     let native = suite.up(&spec).await.native;
+    suite.world.listens(&native).await;
     let grace = Duration::from_secs(2);
     let began = Instant::now();
     match suite.provider.stop(&native, grace).await {
