@@ -11,8 +11,9 @@ use std::time::Duration;
 use agent_fleet::provider::docker::{Docker, IMAGE_ID_LABEL, Reach, Settings};
 use agent_fleet::provider::{ENDS_LABEL, Error, Exec, FLEET_LABEL, Provider, Size, Spec, State};
 use async_trait::async_trait;
-use bollard::query_parameters::ListContainersOptionsBuilder;
+use bollard::query_parameters::{ListContainersOptionsBuilder, LogsOptionsBuilder};
 use conformance::{Call, Does, Fault, World};
+use futures_util::StreamExt;
 use jiff::Timestamp;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{UnixListener, UnixStream};
@@ -22,8 +23,8 @@ mod conformance;
 /// Makes containers do what is asked for: a busybox is in the image.
 fn script(does: Does) -> String {
     match does {
-        Does::Wait => String::from("trap 'exit 0' TERM; while :; do sleep 1 & wait $!; done"),
-        Does::Ignore => String::from("trap '' TERM; while :; do sleep 1; done"),
+        Does::Wait => String::from("trap 'exit 0' TERM; echo ready; while :; do sleep 1 & wait $!; done"),
+        Does::Ignore => String::from("trap '' TERM; echo ready; while :; do sleep 1; done"),
         Does::Exit(code) => format!("echo exits with {code}; exit {code}"),
         Does::Serve(port) => format!("mkdir /www; echo here > /www/index.html; exec httpd -f -p {port} -h /www"),
     }
@@ -75,15 +76,13 @@ impl Daemon {
         bollard::Docker::connect_with_unix(&self.socket, 60, bollard::API_DEFAULT_VERSION).expect("a socket")
     }
 
-    /// All containers' names and ids, in whatever state.
-    async fn names(&self) -> Vec<(String, String)> {
+    /// All containers' names, in whatever state.
+    async fn names(&self) -> Vec<String> {
         let client = self.client().negotiate_version().await.expect("a daemon");
         let all = client.list_containers(Some(ListContainersOptionsBuilder::new().all(true).build())).await.expect("a list");
         all.into_iter()
-            .flat_map(|found| {
-                let id = found.id.expect("an id");
-                found.names.into_iter().flatten().map(move |name| (name.trim_start_matches('/').to_owned(), id.clone()))
-            })
+            .flat_map(|found| found.names.into_iter().flatten())
+            .map(|name| name.trim_start_matches('/').to_owned())
             .collect()
     }
 }
@@ -116,7 +115,14 @@ impl World for Daemon {
     }
 
     async fn count(&self, key: &str) -> usize {
-        self.names().await.iter().filter(|(name, _)| name == key).count()
+        self.names().await.iter().filter(|name| *name == key).count()
+    }
+
+    async fn listens(&self, native: &str) {
+        let all = LogsOptionsBuilder::new().stdout(true).follow(true).build();
+        let mut said = self.client().logs(native, Some(all));
+        let ready = async { while !said.next().await.expect("it has ended").expect("a log").to_string().contains("ready") {} };
+        tokio::time::timeout(Duration::from_secs(60), ready).await.expect("it is not ready");
     }
 }
 
@@ -355,7 +361,7 @@ async fn what_cannot_be_made_leaves_nothing() {
     let too_much = Spec { size: Size { cpu_milli: 1_000_000, ..Size::default() }, ..spec.clone() };
     let refused = provider.create(&too_much).await;
     assert!(matches!(&refused, Err(Error::Refused { .. })), "{refused:?}");
-    assert!(!daemon.names().await.iter().any(|(name, _)| *name == spec.key));
+    assert!(!daemon.names().await.contains(&spec.key));
 
     let no_program = Spec { command: vec![String::from("/no/such/program")], ..spec };
     let native = provider.create(&no_program).await.expect("create").native;

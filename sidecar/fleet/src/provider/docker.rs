@@ -332,6 +332,14 @@ impl Docker {
         }
     }
 
+    /// What is killed while it stands still is a zombie for a while, of which the daemon says that it cannot be removed: gVisor's do.
+    async fn thaw(&self, native: &str) -> Result<()> {
+        if self.state(native).await?.state == State::Paused {
+            self.resume(native).await?;
+        }
+        Ok(())
+    }
+
     /// Ends what was executed, if the container has a shell and `grep`.
     async fn end_marked(&self, native: &str, mark: &str) -> std::result::Result<(), ClientError> {
         let Ok(client) = self.client().await else { return Ok(()) };
@@ -542,6 +550,7 @@ impl Provider for Docker {
     }
 
     async fn stop(&self, native: &str, grace: Duration) -> Result<()> {
+        self.thaw(native).await?;
         // In whole seconds, and never less than asked for.
         let seconds = grace.as_secs() + u64::from(grace.subsec_nanos() > 0);
         let options = StopContainerOptionsBuilder::new().t(i32::try_from(seconds).unwrap_or(i32::MAX)).build();
@@ -551,6 +560,7 @@ impl Provider for Docker {
     }
 
     async fn delete(&self, native: &str) -> Result<()> {
+        self.thaw(native).await?;
         let options = RemoveContainerOptionsBuilder::new().force(true).v(true).build();
         match within(CALL, self.client().await?.remove_container(native, Some(options))).await {
             // Somebody else is at it.

@@ -79,6 +79,8 @@ pub(crate) trait World: Send + Sync {
     fn armed(&self) -> usize;
     /// How many containers there truly are with this key, in whatever state: not by the provider's word.
     async fn count(&self, key: &str) -> usize;
+    /// Waits until a container that runs hears, or has stopped its ears: a real one needs a moment for that.
+    async fn listens(&self, _native: &str) {}
 }
 
 /// One thing that a provider must do.
