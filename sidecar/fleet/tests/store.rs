@@ -567,5 +567,8 @@ async fn what_is_written_is_there_when_it_is_opened_again(Fresh { store, url, ..
     let again = store::open(url).await.unwrap();
     assert_eq!(again.get(&id("a")).await.unwrap().unwrap(), session("a"));
     assert_eq!(claimed(&*again, "two", LONG).await, ["b"]);
+    // Who has the name of one that has died does not go on holding what that held.
+    assert_eq!(again.renew("one", LONG).await.unwrap(), 0);
+    assert_eq!(store.renew("one", LONG).await.unwrap(), 1);
     assert_eq!(claimed(&**store, "one", LONG).await, [""; 0]);
 }
