@@ -124,7 +124,8 @@ pub trait Store: Send + Sync {
     /// Takes sessions that nobody drives and that are due (`wake` at or before now), for so long. A session is driven by one fleet at a time: by the
     /// store's own clock, so that it does not matter whose is wrong. `fleet` is a name of this process alone: the one that it replaces may still hold some.
     async fn claim(&self, fleet: &str, lease: Duration, most: usize) -> Result<Vec<Session>>;
-    /// Goes on holding what it holds. How many these are: what it has lost is not among them.
+    /// Goes on holding what it has claimed here and not let go of. How many these are: what it has lost is not among them. What it does not know of is nobody's
+    /// when the lease ends: a claim whose answer was lost, a release that has failed.
     async fn renew(&self, fleet: &str, lease: Duration) -> Result<u64>;
     /// Lets go of one, which is due again at `wake`, or at once if it was woken since it was claimed. `None`: nothing is due, until somebody wakes it. What
     /// it does not hold it does not let go of.

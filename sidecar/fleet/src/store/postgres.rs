@@ -43,6 +43,9 @@ impl Dialect for Postgres {
         UPDATE sessions SET leased_by = $1, leased_until = (SELECT now FROM clock) + $2, woken = FALSE
         WHERE id IN (SELECT id FROM free) RETURNING version, document";
     const LOCK: Option<&'static str> = Some("SELECT pg_advisory_xact_lock(hashtextextended($1, hashtextextended($2, 0)))");
+    const RENEW: &'static str = "
+        UPDATE sessions SET leased_until = (SELECT now FROM clock) + $2
+        WHERE leased_by = $1 AND id IN (SELECT json_array_elements_text(CAST($3 AS json)))";
 
     fn rows(result: &PgQueryResult) -> u64 {
         result.rows_affected()
@@ -70,7 +73,7 @@ pub(super) async fn connect(url: &str) -> Result<Sql<Postgres>> {
         .await
         .map_err(|error| Error::Store(format!("cannot connect to PostgreSQL at {place}: {error}")))?;
     sql::migrate(&pool).await?;
-    Ok(Sql { write: pool.clone(), read: pool })
+    Ok(Sql::new(pool.clone(), pool))
 }
 
 fn unknown_parameter(url: &str) -> Option<&str> {

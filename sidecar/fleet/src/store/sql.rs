@@ -4,6 +4,8 @@
 //! Each operation is one statement where it can be: a transaction of SQLite that a full disk ends is not over for the driver, which takes what is written
 //! after it for committed. Each has a bound in time. One that fails may have been done: who asks again finds out, by the version, the id or the amount.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -35,6 +37,8 @@ pub(super) trait Dialect: Database {
     const CLAIM: &'static str;
     /// Makes who reserves for a tenant in a period wait for who does, to the end of the transaction. `None`: one statement sees what all others have done.
     const LOCK: Option<&'static str>;
+    /// Renews the leases of one, for so many milliseconds, of the sessions in an array of JSON.
+    const RENEW: &'static str;
 
     fn rows(result: &Self::QueryResult) -> u64;
 }
@@ -43,6 +47,20 @@ pub(super) struct Sql<DB: Database> {
     /// Where it is written, and where it is read: SQLite has one writer, who does not keep readers waiting.
     pub(super) write: Pool<DB>,
     pub(super) read: Pool<DB>,
+    /// What each has claimed and has not let go of. Nothing else is renewed: a claim whose answer was lost, and a release that did not come through, end with
+    /// their leases.
+    held: Mutex<BTreeMap<String, BTreeSet<SessionId>>>,
+}
+
+impl<DB: Database> Sql<DB> {
+    pub(super) fn new(write: Pool<DB>, read: Pool<DB>) -> Self {
+        Self { write, read, held: Mutex::default() }
+    }
+
+    fn held(&self) -> MutexGuard<'_, BTreeMap<String, BTreeSet<SessionId>>> {
+        // Whole in every state.
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Brings the schema up to ours.
@@ -220,17 +238,21 @@ where
         let claimed = bounded(found.fetch_all(&self.write)).await?;
         // One that a newer fleet has written, and we cannot read, is left to it: the others are driven.
         let read = |row| read_session(row).inspect_err(|error| error!(%error, "a session is not driven")).ok();
-        Ok(claimed.into_iter().filter_map(read).collect())
+        let claimed: Vec<Session> = claimed.into_iter().filter_map(read).collect();
+        self.held().entry(fleet.to_owned()).or_default().extend(claimed.iter().map(|session| session.id.clone()));
+        Ok(claimed)
     }
 
     async fn renew(&self, fleet: &str, lease: Duration) -> Result<u64> {
-        let write = sqlx::query::<DB>("UPDATE sessions SET leased_until = (SELECT now FROM clock) + $2 WHERE leased_by = $1")
-            .bind(fleet)
-            .bind(millis(lease));
+        let held = document(&self.held().get(fleet).into_iter().flatten().collect::<Vec<_>>())?;
+        let write = sqlx::query::<DB>(DB::RENEW).bind(fleet).bind(millis(lease)).bind(held);
         Ok(DB::rows(&bounded(write.execute(&self.write)).await?))
     }
 
     async fn release(&self, fleet: &str, id: &SessionId, wake: Option<Timestamp>) -> Result<()> {
+        if let Some(held) = self.held().get_mut(fleet) {
+            held.remove(id);
+        }
         let write = sqlx::query::<DB>(
             "UPDATE sessions
              SET leased_by = NULL, leased_until = 0, woken = FALSE,

@@ -24,6 +24,9 @@ impl Dialect for Sqlite {
         UPDATE sessions SET leased_by = $1, leased_until = (SELECT now FROM clock) + $2, woken = FALSE
         WHERE id IN (SELECT id FROM free) RETURNING version, document";
     const LOCK: Option<&'static str> = None;
+    const RENEW: &'static str = "
+        UPDATE sessions SET leased_until = (SELECT now FROM clock) + $2
+        WHERE leased_by = $1 AND id IN (SELECT value FROM json_each($3))";
 
     fn rows(result: &SqliteQueryResult) -> u64 {
         result.rows_affected()
@@ -37,7 +40,7 @@ pub(super) async fn memory() -> Result<Sql<Sqlite>> {
     let one = SqlitePoolOptions::new().max_connections(1).acquire_timeout(CONNECTION).idle_timeout(None).max_lifetime(None);
     let pool = one.connect_with(options).await.map_err(|error| Error::Store(error.to_string()))?;
     sql::migrate(&pool).await?;
-    Ok(Sql { write: pool.clone(), read: pool })
+    Ok(Sql::new(pool.clone(), pool))
 }
 
 pub(super) async fn file(path: &Path) -> Result<Sql<Sqlite>> {
@@ -54,7 +57,7 @@ pub(super) async fn file(path: &Path) -> Result<Sql<Sqlite>> {
     let write = pool.clone().max_connections(1).connect_with(options.clone()).await.map_err(|error| cannot(&error))?;
     sql::migrate(&write).await?;
     let read = pool.max_connections(READERS).connect_with(options.read_only(true)).await.map_err(|error| cannot(&error))?;
-    Ok(Sql { write, read })
+    Ok(Sql::new(write, read))
 }
 
 /// What is made is its owner's alone: SQLite gives its log the mode of the file.

@@ -15,7 +15,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-use super::{Directory, Fresh, LONG, SERVER, claimed, file, id, insert, postgres, run, schema_of_its_own, session};
+use super::{Directory, Fresh, LONG, OVER, SERVER, claimed, file, id, insert, postgres, run, schema_of_its_own, session};
 
 /// Beyond every bound of a store, on the slowest machine.
 const AT_LAST: Duration = Duration::from_secs(60);
@@ -131,13 +131,18 @@ async fn a_full_disk_is_an_error_and_loses_nothing() {
 #[tokio::test]
 async fn a_file_that_somebody_locks_is_an_error_while_it_is_locked() {
     let Fresh { store, url, .. } = &file().await.unwrap();
-    insert(&**store, &["a"]).await;
+    insert(&**store, &["a", "b"]).await;
+    assert_eq!(claimed(&**store, "one", OVER).await, ["a", "b"]);
     let mut other = sqlx::SqliteConnection::connect(url).await.unwrap();
     other.execute("BEGIN IMMEDIATE").await.unwrap();
     assert!(is_away(&**store).await);
     assert!(store.get(&id("a")).await.unwrap().is_some(), "who writes keeps no reader waiting");
+    assert!(matches!(store.release("one", &id("a"), None).await, Err(Error::Store(_))));
     other.execute("ROLLBACK").await.unwrap();
     insert(&**store, &["away"]).await;
+    // What could not be let go of is not held for ever.
+    assert_eq!(store.renew("one", LONG).await.unwrap(), 1);
+    assert_eq!(claimed(&**store, "two", LONG).await, ["a", "away"]);
 }
 
 #[tokio::test]
