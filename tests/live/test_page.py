@@ -324,6 +324,20 @@ def test_whatever_it_is_called_it_is_text(yard, page):
     page.clean()
 
 
+def test_long_names_do_not_push_the_rest_out_of_sight(yard, page):
+    one = yard.puppet("88888888-abab-4eee-8eee-888888888888", "--tenant", "a tenant that has a rather long name", "--max-cost-usd", "1")
+    one.prompt()
+    one.tool("mcp__a_server_with_a_long_name__do_something_quite_long")
+    page.look("light", 1400, 900)
+    page.open()
+    page.shows("#rows", "mcp__a_server_with_a_long_name__do_something_quite_long", "a tenant that has a rather long name")
+    hidden = "const it = document.querySelector('#table').parentElement; return it.scrollWidth - it.clientWidth"
+    assert page.js(hidden) == 0
+    titles = page.js("return [...document.querySelectorAll('#rows [title]')].map((cell) => cell.title).join(' ')")
+    assert "quite_long" in titles and "a tenant that has a rather long name" in titles
+    page.clean()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_accessible_and_fits_a_phone(scheme, yard, page):
     one = yard.puppet("99999999-ffff-4fff-8fff-999999999999", "--max-cost-usd", "0.10", "--mode", "shadow", "--tenant", "acme")

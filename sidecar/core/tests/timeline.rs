@@ -417,6 +417,26 @@ fn where_nobody_can_be_asked_an_answer_counts_when_its_tool_starts() {
 }
 
 #[test]
+fn where_nobody_can_be_asked_an_answer_in_one_piece_counts_when_it_is_there() {
+    let whole = |n: u64, reason: &str| {
+        format!(
+            r#"{{"type":"assistant","session_id":"s","message":{{"id":"m{n}","model":"claude-opus-5-5","stop_reason":{reason},"usage":{{"input_tokens":10000,"output_tokens":5000}},"content":[{{"type":"text","text":"x"}}]}}}}"#
+        )
+    };
+    let mut b = Bench::one_shot(&[]);
+    b.cli(INIT).cli(&whole(1, r#""max_tokens""#));
+    assert_eq!(b.count(&metric::COST, &["claude-opus-5-5", "main"]), 0.14);
+    // Its other blocks say the same again.
+    b.cli(&whole(1, r#""max_tokens""#));
+    assert_eq!(b.count(&metric::COST, &["claude-opus-5-5", "main"]), 0.14);
+    // Without a reason more of it may come.
+    b.cli(&whole(2, "null"));
+    assert_eq!(b.count(&metric::COST, &["claude-opus-5-5", "main"]), 0.14);
+    b.cli(&whole(3, r#""end_turn""#));
+    assert!((b.count(&metric::COST, &["claude-opus-5-5", "main"]) - 0.42).abs() < 1e-9);
+}
+
+#[test]
 fn a_signal_becomes_a_graceful_end_where_it_can() {
     let mut b = Bench::new(&[]);
     b.ask();

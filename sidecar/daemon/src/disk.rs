@@ -269,14 +269,14 @@ mod tests {
     #[test]
     fn what_is_on_a_network_is_known_without_asking_it() {
         let mounts = "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n\
-                      30 22 0:40 / /work rw - nfs4 server:/x rw\n\
-                      31 30 0:41 / /work/local\\040disk rw - ext4 /dev/sdb rw\n\
+                      30 22 0:40 / /srv rw - nfs4 server:/x rw\n\
+                      31 30 0:41 / /srv/local\\040disk rw - ext4 /dev/sdb rw\n\
                       32 22 0:42 / /over rw - ext4 /dev/sdc rw\n\
                       33 22 0:43 / /over rw - fuse.sshfs x rw\n";
         for (path, kind, remote) in [
-            ("/workspaces/a", "ext4", false),
-            ("/work/a", "nfs4", true),
-            ("/work/local disk/a", "ext4", false),
+            ("/srv2/a", "ext4", false),
+            ("/srv/a", "nfs4", true),
+            ("/srv/local disk/a", "ext4", false),
             ("/over/a", "fuse.sshfs", true),
         ] {
             let found = mounted(mounts, Path::new(path));

@@ -25,12 +25,16 @@ impl Session {
         let model = assistant.model.as_deref().unwrap_or_default();
         let Some(id) = assistant.id.as_deref().filter(|_| model != SYNTHETIC_MODEL) else { return };
         self.thread_says(id, model, parent, assistant.usage.as_ref(), false, now);
+        let streamed = self.threads.get(thread(parent)).is_some_and(|current| current.streamed);
         if let (Some(reason), Some(usage)) = (&assistant.stop_reason, &assistant.usage) {
-            // Only answers that came in one piece carry their final usage here.
+            // Only answers that came in one piece carry their final usage here, and nothing comes after it.
             self.ledger.final_usage(id, usage);
             self.stop_reason(parent, reason);
+            if !streamed {
+                self.ledger.complete(id, now.unix);
+                self.flush();
+            }
         }
-        let streamed = self.threads.get(thread(parent)).is_some_and(|current| current.streamed);
         for block in assistant.blocks {
             match block {
                 Block::Text { bytes } | Block::Thinking { bytes } if !streamed => self.ledger.grow(id, bytes),

@@ -153,7 +153,10 @@ const COLUMNS = [
       if (s.tools_in_flight > 1) more.push(`+ ${s.tools_in_flight - 1} more`);
       if (s.subagents_active) more.push(`${s.subagents_active} subagent${s.subagents_active > 1 ? "s" : ""}`);
       if (s.background_tasks) more.push(`${s.background_tasks} in background`);
-      fill(cell, s.tool?.name ?? "–", more.join(" · "));
+      const name = s.tool?.name ?? "–";
+      fill(cell, name, more.join(" · "));
+      cell.firstChild.className = "name";
+      cell.title = name.length > 20 ? name : "";
     },
   },
   { id: "model", head: "Model", by: (s) => s.model ?? "", draw: (cell, s) => fill(cell, s.model ? brief(s.model) : "–") },
@@ -200,7 +203,9 @@ function drawName(cell, session) {
   put(button, short(session));
   button.setAttribute("aria-expanded", String(view.open === session.key));
   const slot = session.slot === "other" ? "" : `slot ${session.slot}`;
-  put(cell.lastChild, [...labels(session), slot].filter(Boolean).join(" · "));
+  const whose = [...labels(session), slot].filter(Boolean).join(" · ");
+  put(cell.lastChild, whose);
+  cell.title = whose.length > 24 ? whose : "";
 }
 
 function makeHeads() {

@@ -244,9 +244,10 @@ impl Progress {
 
 impl<M: Watch> Init<M> {
     fn run(mut self) -> u8 {
-        // What arrived before there was a CLI rings no bell any more.
+        // What arrived before there was a CLI rings no bell any more, and was not said to the CLI, not even at a terminal.
         for (signal, sender) in self.signals.pending() {
-            self.arrived(signal, sender);
+            let unheard = self.told_by_terminal(signal, sender);
+            self.arrived(signal, if unheard { Sender::Process } else { sender });
         }
         loop {
             self.reap();

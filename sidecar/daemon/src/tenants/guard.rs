@@ -436,29 +436,29 @@ mod tests {
     #[test]
     fn memory_that_others_may_read_and_sessions_that_others_have_are_claimed() {
         let root = scratch("memory");
-        fs::create_dir_all(root.join("work/acme")).unwrap();
-        fs::write(root.join("work/CLAUDE.md"), "").unwrap();
-        fs::write(root.join("work/acme/CLAUDE.md"), "").unwrap();
+        fs::create_dir_all(root.join("srv/acme")).unwrap();
+        fs::write(root.join("srv/CLAUDE.md"), "").unwrap();
+        fs::write(root.join("srv/acme/CLAUDE.md"), "").unwrap();
         fs::write(root.join("common.md"), "").unwrap();
-        symlink(root.join("common.md"), root.join("work/acme/CLAUDE.local.md")).unwrap();
-        let expected = ["config_dir /config", "cwd /work/acme", "memory /common.md", "memory /work/CLAUDE.md"];
-        let memory = said(&root, "claude -p hi", "work/acme", "config");
+        symlink(root.join("common.md"), root.join("srv/acme/CLAUDE.local.md")).unwrap();
+        let expected = ["config_dir /config", "cwd /srv/acme", "memory /common.md", "memory /srv/CLAUDE.md"];
+        let memory = said(&root, "claude -p hi", "srv/acme", "config");
         assert_eq!(memory, expected);
         // What another user may only read is the operator's.
-        for (name, mode) in [("common.md", 0o644), ("work/CLAUDE.md", 0o666)] {
+        for (name, mode) in [("common.md", 0o644), ("srv/CLAUDE.md", 0o666)] {
             fs::set_permissions(root.join(name), fs::Permissions::from_mode(mode)).unwrap();
         }
-        let others = said_of(&root, "claude -p hi", "work/acme", "config", &User::stranger());
-        assert_eq!(others, ["config_dir /config", "cwd /work/acme", "memory /work/CLAUDE.md"]);
+        let others = said_of(&root, "claude -p hi", "srv/acme", "config", &User::stranger());
+        assert_eq!(others, ["config_dir /config", "cwd /srv/acme", "memory /srv/CLAUDE.md"]);
         let sessions = |line: &str| -> Vec<String> {
-            let all = said(&root, line, "work/acme", "config");
+            let all = said(&root, line, "srv/acme", "config");
             all.into_iter().filter_map(|one| one.strip_prefix("session ").map(str::to_owned)).collect()
         };
         assert_eq!(sessions("claude --resume a-b -p hi"), ["a-b"]);
         assert_eq!(sessions("claude --resume=/some/where/a-c.jsonl --fork-session"), ["a-c"]);
         assert_eq!(sessions("claude --session-id a-d -p hi"), ["a-d"]);
         assert!(sessions("claude --continue").is_empty(), "there is none yet");
-        let places = Places { cwd: root.join("work/acme"), config: Some(root.join("config")) };
+        let places = Places { cwd: root.join("srv/acme"), config: Some(root.join("config")) };
         let project = places.project().unwrap();
         fs::create_dir_all(&project).unwrap();
         for (age, id) in [(60, "old"), (0, "new")] {

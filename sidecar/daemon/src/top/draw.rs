@@ -66,24 +66,36 @@ struct Column {
     right: bool,
     /// Where there is no room, the highest goes first.
     dispensable: u8,
+    /// How wide it may become on a screen.
+    most: usize,
     cell: fn(&Value, f64) -> Cell,
 }
 
+/// Names are others': a long one is not to take the place of what is told beside it.
+const NAMES: usize = 24;
+const ANY: usize = usize::MAX;
+
 const COLUMNS: [Column; 14] = [
-    Column { head: "SESSION", right: false, dispensable: 0, cell: |s, _| cell(name(s)) },
-    Column { head: "PID", right: true, dispensable: 7, cell: |s, _| cell(s["pid"].to_string()).rank(number(&s["pid"])) },
-    Column { head: "FOR", right: false, dispensable: 6, cell: |s, _| cell(dash(labels(s))) },
-    Column { head: "STATE", right: false, dispensable: 0, cell: state },
-    Column { head: "SINCE", right: true, dispensable: 2, cell: |s, now| since(&s["state_since"], now) },
-    Column { head: "TURN", right: true, dispensable: 3, cell: turn },
-    Column { head: "TOOL", right: false, dispensable: 1, cell: tool },
-    Column { head: "MODEL", right: false, dispensable: 8, cell: |s, _| cell(dash(model(s))) },
-    Column { head: "CONTEXT", right: true, dispensable: 4, cell: context },
-    Column { head: "IN", right: true, dispensable: 9, cell: |s, _| tokens(inputs(s)) },
-    Column { head: "OUT", right: true, dispensable: 10, cell: |s, _| tokens(number(&s["tokens"]["output"])) },
-    Column { head: "COST", right: true, dispensable: 0, cell: cost },
-    Column { head: "LIMIT", right: false, dispensable: 5, cell: limit },
-    Column { head: "UP", right: true, dispensable: 11, cell: |s, now| since(&s["started"], now) },
+    Column { head: "SESSION", right: false, dispensable: 0, most: ANY, cell: |s, _| cell(name(s)) },
+    Column {
+        head: "PID",
+        right: true,
+        dispensable: 7,
+        most: ANY,
+        cell: |s, _| cell(s["pid"].to_string()).rank(number(&s["pid"])),
+    },
+    Column { head: "FOR", right: false, dispensable: 6, most: NAMES, cell: |s, _| cell(dash(labels(s))) },
+    Column { head: "STATE", right: false, dispensable: 0, most: ANY, cell: state },
+    Column { head: "SINCE", right: true, dispensable: 2, most: ANY, cell: |s, now| since(&s["state_since"], now) },
+    Column { head: "TURN", right: true, dispensable: 3, most: ANY, cell: turn },
+    Column { head: "TOOL", right: false, dispensable: 1, most: NAMES, cell: tool },
+    Column { head: "MODEL", right: false, dispensable: 8, most: ANY, cell: |s, _| cell(dash(model(s))) },
+    Column { head: "CONTEXT", right: true, dispensable: 4, most: ANY, cell: context },
+    Column { head: "IN", right: true, dispensable: 9, most: ANY, cell: |s, _| tokens(inputs(s)) },
+    Column { head: "OUT", right: true, dispensable: 10, most: ANY, cell: |s, _| tokens(number(&s["tokens"]["output"])) },
+    Column { head: "COST", right: true, dispensable: 0, most: ANY, cell: cost },
+    Column { head: "LIMIT", right: false, dispensable: 5, most: ANY, cell: limit },
+    Column { head: "UP", right: true, dispensable: 11, most: ANY, cell: |s, now| since(&s["started"], now) },
 ];
 
 fn state(session: &Value, _: f64) -> Cell {
@@ -344,7 +356,10 @@ impl Screen {
             ];
         }
         let cells: Vec<&Vec<Cell>> = rows.iter().map(|(_, cells)| cells).collect();
-        let widths = widths_of(cells.iter().copied());
+        let mut widths = widths_of(cells.iter().copied());
+        for (width, column) in widths.iter_mut().zip(&COLUMNS) {
+            *width = (*width).min(column.most);
+        }
         let mut shown: Vec<usize> = (0..COLUMNS.len()).collect();
         while shown.iter().map(|at| widths[*at] + GAP).sum::<usize>() > width + GAP && shown.len() > 3 {
             let least = shown.iter().copied().filter(|at| *at != self.sort).max_by_key(|at| COLUMNS[*at].dispensable);
@@ -367,7 +382,8 @@ impl Screen {
             let mut left = width;
             for (n, column) in shown.iter().enumerate() {
                 let gap = if n == 0 { 0 } else { GAP };
-                let text = clip(&pad(&cells[*column].text, widths[*column], COLUMNS[*column].right), left.saturating_sub(gap));
+                let text = shorten(&cells[*column].text, widths[*column]);
+                let text = clip(&pad(&text, widths[*column], COLUMNS[*column].right), left.saturating_sub(gap));
                 left = left.saturating_sub(gap + wide(&text));
                 // Upside down, the whole line is of one look.
                 let text = if at == selected { text } else { self.paint(&text, cells[*column].look) };
@@ -416,9 +432,10 @@ impl Screen {
         for entry in entries.iter().rev().skip(scroll).take(page) {
             let (word, told, took, look) = tell(entry);
             let ago = age(&entry["at"], now);
-            let line =
-                clip(&format!("{}  {}  {}", pad(&ago, 9, true), pad(word, 10, false), clean(&told)), width.saturating_sub(24));
-            let line = format!("{}{}", pad(&line, width.saturating_sub(24), false), pad(&clean(&took), 23, true));
+            let took = clean(&took);
+            let room = width.saturating_sub(if took.is_empty() { 0 } else { wide(&took) + 2 });
+            let line = clip(&format!("{}  {}  {}", pad(&ago, 9, true), pad(word, 10, false), clean(&told)), room);
+            let line = format!("{line}{}", pad(&took, width.saturating_sub(wide(&line)), true));
             lines.push(self.paint(&clip(&line, width), look));
         }
         self.page = page;
@@ -638,6 +655,23 @@ fn clip(text: &str, width: usize) -> String {
     text.chars().take_while(fits).collect()
 }
 
+/// Its middle goes: who it is stands in front, and since when at the end.
+fn shorten(text: &str, width: usize) -> String {
+    if wide(text) <= width {
+        return text.to_owned();
+    }
+    let room = width.saturating_sub(1);
+    let mut end: Vec<char> = Vec::new();
+    let mut left = room / 2;
+    for c in text.chars().rev() {
+        let Some(rest) = left.checked_sub(columns(c)) else { break };
+        left = rest;
+        end.push(c);
+    }
+    let start = clip(text, room - room / 2);
+    start + "…" + &end.into_iter().rev().collect::<String>()
+}
+
 fn pad(text: &str, width: usize, right: bool) -> String {
     let space = " ".repeat(width.saturating_sub(wide(text)));
     if right { space + text } else { text.to_owned() + &space }
@@ -688,6 +722,25 @@ pid 9        9  -     idle        0s  1 done  ·[2J名前 0s  -                0
             }
         }
         out
+    }
+
+    #[test]
+    fn long_names_leave_room_for_the_rest_and_keep_their_ends() {
+        let mut status = status();
+        status["sessions"][0]["tool"]["name"] = json!("mcp__a_server_with_a_long_name__do_something_quite_long");
+        status["sessions"][0]["tenant"] = json!("a tenant that has a rather long name");
+        let mut screen = Screen::new(status, 1000.0, true);
+        let shown = text_of(&screen.lines((160, 10), 1000.0));
+        assert!(shown.contains("  mcp__a_serve…te_long 40s  "), "{shown}");
+        assert!(shown.contains("  a tenant tha…r long name  "), "{shown}");
+        for head in COLUMNS.map(|column| column.head) {
+            assert!(shown.contains(head), "{head} has its place: {shown}");
+        }
+        screen.press(Key::Enter);
+        let conflict = json!({"n": 1, "at": 995.0, "kind": "tenant_conflict", "shared": "config_dir", "owner": "globex", "action": "flagged"});
+        screen.happened(10, vec![conflict]);
+        let shown = text_of(&screen.lines((80, 24), 1000.0));
+        assert!(shown.contains("shares its config dir with globex: flagged"), "{shown}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::support::*;
 
 /// Plays a person at a terminal: types, and waits for what appears. `$1` is the wrapper.
 const PERSON: &str = r#"
-import os, pty, re, select, struct, fcntl, termios, sys, time
+import json, os, pty, re, select, struct, fcntl, termios, sys, time
 pid, tty = pty.fork()
 if pid == 0:
     os.environ["PS1"] = "PROMPT> "
@@ -82,6 +82,32 @@ type("on\r"); expect(r"\[read on ints 1\]")
 type("\x03"); expect(r"\[heard 2 time 2 ")
 type("on\r"); expect(r"\[read on ints 2\]")
 type("quit\r"); expect(r"\[bye\]")
+"#,
+    );
+}
+
+#[test]
+fn ctrl_c_between_the_seat_and_the_start_reaches_the_cli() {
+    at_a_terminal(
+        "early-ctrl-c",
+        r#"
+expect(r"\[up 1 1 \d+\]")
+type("quit\r"); expect("PROMPT> ")
+state = os.path.join(os.path.dirname(sys.argv[2]), "hub.state")
+os.mkdir(state, 0o700)
+# Whoever wants to know who serves waits here, with its seat and without a CLI.
+os.mkfifo(os.path.join(state, "lock"))
+where = f"--listen 127.0.0.1:0 --socket {os.path.dirname(sys.argv[2])}/hub.sock --max-sessions 1 --queue-timeout 5m"
+type(f"{sys.argv[1]} run {where} -- sh -c 'exec cat' sh --output-format stream-json\r")
+def sits():
+    try: places = json.load(open(os.path.join(state, "seats.json")))["places"].values()
+    except (OSError, ValueError): return False
+    return [place["number"] for place in places] == [None]
+until = time.monotonic() + 30
+while not sits(): time.sleep(0.02 if time.monotonic() < until else sys.exit("no seat"))
+# The CLI has the terminal as its input, and would wait for it.
+type("\x03"); expect("PROMPT> ")
+type("echo code $?\r"); expect("code 130")
 "#,
     );
 }
