@@ -23,8 +23,8 @@ def fine() -> Row:
             runbook="ClaudeAgentWaitsForPerson", limits=over("ClaudeAgentWaitsForPerson", worse=False)),
         number("Tenants that met", "What agents of different tenants shared, or would have. Bad: any.", "sum(grown(claude_agent_tenant_conflicts_total{@}[$__range]))",
             limits=over("ClaudeAgentTenantConflict"), runbook="ClaudeAgentTenantConflict"),
-        number("CLIs without a sidecar", "Neither counted nor limited. Bad: any.", "sum(max by (@where) (agent_sidecar_unwrapped_processes{@}))", limits=over("AgentSidecarUnwrapped"),
-            runbook="AgentSidecarUnwrapped"),
+        number("Files changed", "Ledgers, events, journals and books of budgets that somebody else changed, in this time. Bad: any.",
+            "sum(grown(agent_sidecar_tampered_total{@}[$__range]))", limits=over("AgentSidecarTampered"), runbook="AgentSidecarTampered"),
     ])  # fmt: skip
 
 
