@@ -176,6 +176,7 @@ def test_the_page_says_how_long_each_takes():
     """Who adds an alert has a fault for it, and has measured (AGENT_SIDECAR_WRITE_DOCS=1 tests/alerts/run test_live.py)."""
     assert re.findall(r"^\| (\w+) \| .* s / .* s \|", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE) == list(ALERT_RULES)
     assert f": {len(ALERT_RULES)} alerts, " in (ROOT / "docs/for-sre.md").read_text()
+    assert f"[{len(ALERT_RULES)} alerts](docs/alerts.md)" in (ROOT / "README.md").read_text()
 
 
 # Told by the panel of another: the same turns, in longer windows.
