@@ -23,8 +23,8 @@ def fine() -> Row:
             runbook="ClaudeAgentWaitsForPerson", limits=over("ClaudeAgentWaitsForPerson", worse=False)),
         number("Tenants that met", "What agents of different tenants shared, or would have. Bad: any.", "sum(grown(claude_agent_tenant_conflicts_total{@}[$__range]))",
             limits=over("ClaudeAgentTenantConflict"), runbook="ClaudeAgentTenantConflict"),
-        number("CLIs without a sidecar", "Neither counted nor limited. Bad: any.", "sum(max by (@where) (agent_sidecar_unwrapped_processes{@}))", limits=over("AgentSidecarUnwrapped"),
-            runbook="AgentSidecarUnwrapped"),
+        number("Files changed", "Ledgers, events, journals and books of budgets that somebody else changed, in this time. Bad: any.",
+            "sum(grown(agent_sidecar_tampered_total{@}[$__range]))", limits=over("AgentSidecarTampered"), runbook="AgentSidecarTampered"),
     ])  # fmt: skip
 
 
@@ -80,8 +80,10 @@ def people() -> Row:
         graph("Requests to control agents", "Per interval, by whether they were let in. Bad: unauthorized or limited: somebody without a right to tries.",
             ("sum by (outcome) (grown(agent_sidecar_control_requests_total{@}[$__interval]))", "{{outcome}}"), bars=True, every="1m", runbook="AgentSidecarControlRefused"),
         graph("Tenants that met", "Per interval, by what they shared and what was done. Bad: any; flagged means that the agent runs.",
-            ("sum by (kind, action) (grown(claude_agent_tenant_conflicts_total{@}[$__interval]))", "{{kind}} {{action}}"), bars=True, every="1m", w=12, h=6, runbook="ClaudeAgentTenantConflict"),
-        graph("CLIs without a sidecar", "By container. Bad: any.", ("max by (@where) (agent_sidecar_unwrapped_processes{@})", "{{pod}} {{instance}}"), w=12, h=6, runbook="AgentSidecarUnwrapped", link=True),
+            ("sum by (kind, action) (grown(claude_agent_tenant_conflicts_total{@}[$__interval]))", "{{kind}} {{action}}"), bars=True, every="1m", h=6, runbook="ClaudeAgentTenantConflict"),
+        graph("CLIs without a sidecar", "By container. Bad: any.", ("max by (@where) (agent_sidecar_unwrapped_processes{@})", "{{pod}} {{instance}}"), h=6, runbook="AgentSidecarUnwrapped", link=True),
+        graph("Files changed by somebody else", "Ledgers, events, journals and books of budgets, per interval. Bad: any: what a ledger lacks, a bill lacks.",
+            ("sum by (file) (grown(agent_sidecar_tampered_total{@}[$__interval]))", "{{file}}"), bars=True, every="1m", h=6, runbook="AgentSidecarTampered"),
     ], collapsed=True)  # fmt: skip
 
 

@@ -406,6 +406,17 @@ def control_refused(pod: Pod) -> None:
     pod.wait()
 
 
+@fault("AgentSidecarTampered", "a tool cuts the ledger that its agent is billed by", real=True)
+def tampered(pod: Pod) -> None:
+    ledger = pod.home / "work/ledger.jsonl"
+    cli = pod.agent(pod.api(on("cut", bash("truncate -s 0 ledger.jsonl"))), *ALLOWED, flags=("--ledger", ledger))
+    pod.scraped()
+    assert ledger.stat().st_size, "there is nothing to cut"
+    pod.fault()
+    cli.ask("cut", PATIENCE)
+    pod.wait()
+
+
 def budget_of_a_blind_one(pod: Pod) -> None:
     """No fault of its own: what one alert says is held back by another."""
     (pod.directory / "a-file").touch()

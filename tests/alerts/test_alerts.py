@@ -175,6 +175,12 @@ def test_an_alert_says_what_is_to_be_done(alert: str):
 def test_the_page_says_how_long_each_takes():
     """Who adds an alert has a fault for it, and has measured (AGENT_SIDECAR_WRITE_DOCS=1 tests/alerts/run test_live.py)."""
     assert re.findall(r"^\| (\w+) \| .* s / .* s \|", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE) == list(ALERT_RULES)
+    assert f": {len(ALERT_RULES)} alerts, " in (ROOT / "docs/for-sre.md").read_text()
+    assert f"[{len(ALERT_RULES)} alerts](docs/alerts.md)" in (ROOT / "README.md").read_text()
+
+
+# Told by the panel of another: the same turns, in longer windows.
+SHOWN_BY = {"ClaudeAgentTurnErrorsSlow": "ClaudeAgentTurnErrorsFast"}
 
 
 @cache
@@ -184,11 +190,19 @@ def dashboards() -> dict[str, set[str]]:
     return {one["uid"]: {variable["name"] for variable in one["templating"]["list"]} for one in read if "templating" in one}
 
 
+@cache
+def explained(uid: str) -> set[str]:
+    """The alerts that panels of it have the runbook of."""
+    (text,) = [text for text in (path.read_text() for path in (ROOT / "dashboards").glob("*.json")) if json.loads(text)["uid"] == uid]
+    return set(re.findall(r'"Runbook: (\w+)"', text))
+
+
 @pytest.mark.parametrize("alert", ALERT_RULES)
 def test_an_alert_leads_to_a_dashboard_of_what_it_is_about(alert: str):
     link = ALERT_RULES[alert]["annotations"]["dashboard_url"]
     uid = re.match(r"http://localhost:3000/d/([\w-]+)\?from=now-6h", link)[1]
     assert uid in dashboards(), f"no dashboard has the uid {uid}"
+    assert SHOWN_BY.get(alert, alert) in explained(uid), f"no panel of {uid} is about it"
     asked = re.findall(r"(?:(?:with )?\$labels\.(\w+) \}\})?&var-(\w+)=\{\{ urlquery (\S+) \}\}", link)
     assert asked and {variable for _, variable, _ in asked} <= dashboards()[uid]
     found = promql.names(ALERT_RULES[alert]["expr"])

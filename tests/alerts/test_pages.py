@@ -37,8 +37,8 @@ def test_what_a_page_names_is_there(page: str):
     settings = (DOCS / "settings.md").read_text()
     for flag in re.findall(r"`(?:agent-sidecar run )?(--[a-z-]+)", text):
         known = [settings, *(flags(verb) for verb in ["bill", "replay", "explain", "install", "top"])]
-        # Of the CLI itself, where a page compares.
-        assert flag in {"--max-budget-usd", "--help", "--output-format", "--version", "--bg", "--tmux", "--bare", "--config"} or any(flag in one for one in known), flag
+        # Of the CLI itself, where a page compares, and of Prometheus.
+        assert flag in {"--enable-feature", "--max-budget-usd", "--help", "--output-format", "--version", "--bg", "--tmux", "--bare", "--config"} or any(flag in one for one in known), flag
 
 
 @pytest.fixture(scope="module")

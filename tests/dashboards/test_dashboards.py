@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import time
 import urllib.parse
 from pathlib import Path
@@ -76,6 +77,42 @@ def test_a_field_that_is_none_is_found(path: list):
         at = at[step]
     at[path[-1]] = "x"
     assert round_trip(board) != board
+
+
+def compiled(directory: Path, boards: dict[str, dict]) -> list[str]:
+    """What TypeScript says of them as values of the types that Grafana itself is built with."""
+    cache = ROOT / ".cache"
+    (directory / "node_modules").mkdir()
+    (directory / "node_modules/@grafana").symlink_to((cache / "grafana/node_modules/@grafana").resolve())
+    (directory / "board.ts").write_text((Path(__file__).parent / "board.ts").read_text())
+    for name, board in boards.items():
+        (directory / f"{name}.ts").write_text(f'import type {{ Board }} from "./board";\nexport const board: Board = {json.dumps(board, indent=1)};\n')
+    flags = ["--noEmit", "--strict", "--skipLibCheck", "--target", "es2022", "--module", "esnext", "--moduleResolution", "bundler"]
+    argv = [cache / "deploy/npm/node_modules/.bin/tsc", *flags, *(f"{name}.ts" for name in boards)]
+    return subprocess.run(argv, cwd=directory, capture_output=True, text=True, timeout=300).stdout.splitlines()
+
+
+def test_grafanas_schema_takes_them(tmp_path: Path):
+    """Of the newest release; the SDK that they are made with has types of its own."""
+    assert compiled(tmp_path, BOARDS) == []
+
+
+def test_grafanas_schema_does_not_take_others(tmp_path: Path):
+    changes = {
+        "titel": lambda board, panel: panel.update(titel="x"),
+        "palette": lambda board, panel: panel["fieldConfig"]["defaults"].update(color={"mode": "rainbow"}),
+        "drawStyle": lambda board, panel: panel["fieldConfig"]["defaults"]["custom"].update(drawStyle="scribble"),
+        "tooltip": lambda board, panel: panel["options"].update(tooltips={}),
+        "a panel of no kind": lambda board, panel: panel.update(type="graph"),
+        "exprs": lambda board, panel: panel["targets"][0].update(exprs="up"),
+        "refresh": lambda board, panel: board.update(refresh=30),
+        "quarry": lambda board, panel: board["templating"]["list"][1].update(quarry="x"),
+    }
+    broken = {}
+    for n, change in enumerate(changes.values()):
+        broken[f"broken{n}"] = copy.deepcopy(BOARDS["internals"])
+        change(broken[f"broken{n}"], next(panel for panel in boards.panels(broken[f"broken{n}"]) if panel["type"] == "timeseries"))
+    assert {line.partition(".ts(")[0] for line in compiled(tmp_path, broken)} == set(broken)
 
 
 @pytest.mark.parametrize("name", UIDS)

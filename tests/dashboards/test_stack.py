@@ -26,9 +26,12 @@ def test_the_stack_runs_and_ends(tmp_path):
     place = next(tmp_path.glob("agent-sidecar-stack-*"))
     try:
         assert done.returncode == 0, done.stdout + done.stderr
-        server = re.search(r"(http://127\.0\.0\.1:\d+)/alerts", done.stdout)[1]
+        server = re.search(r"name (http://127\.0\.0\.1:\d+) as", done.stdout)[1]
         page = re.search(r"agents\s+(\S+)", done.stdout)[1]
         assert f"tests/stack stop {place}" in done.stdout
+        # Whoever clicks sees something.
+        alerts_page, graph = (get(url).decode() for url in re.findall(r"(http://\S+/(?:alerts|graph)\S*)", done.stdout))
+        assert "AgentSidecarBlind" in alerts_page or 'id="root"' in alerts_page and "<title>Prometheus" in graph
         groups = json.loads(get(f"{server}/api/v1/rules"))["data"]["groups"]
         assert sum(rule["type"] == "alerting" for group in groups for rule in group["rules"]) == len(alerts.ALERT_RULES)
         assert b"claude_agent_cost_usd_total" in get(f"{page}metrics") and b"sessions" in get(f"{page}status")

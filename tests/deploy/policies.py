@@ -74,6 +74,11 @@ def library(pod: dict) -> Iterator[str]:
             yield f"{name} may write to its root"
         if any("secretKeyRef" in variable.get("valueFrom", {}) for variable in one.get("env", [])):
             yield f"{name} has a secret in its environment"
+    # A native sidecar's app has the readiness of both.
+    for one, probes in [(one, ("livenessProbe", "readinessProbe")) for one in pod["containers"]] + [
+        (one, ("livenessProbe", "startupProbe")) for one in pod.get("initContainers", []) if one.get("restartPolicy") == "Always"
+    ]:
+        yield from (f"{one['name']} has no {probe}" for probe in probes if probe not in one)
     for volume in pod.get("volumes", []):
         if "emptyDir" in volume and not volume["emptyDir"].get("sizeLimit"):
             yield f"volume {volume['name']} has no end"

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import tarfile
+from pathlib import Path
 
 import engine
 import images
@@ -22,13 +23,33 @@ def config(image: str) -> dict:
 
 def files(image: str) -> list[tarfile.TarInfo]:
     """What a container of it has."""
-    name = engine.docker("create", image).stdout.strip()
+    return exported(engine.docker("create", image).stdout.strip())
+
+
+def exported(name: str) -> list[tarfile.TarInfo]:
     try:
-        exported = subprocess.run(["docker", "export", name], capture_output=True, check=True).stdout
-        with tarfile.open(fileobj=io.BytesIO(exported)) as tar:
+        out = subprocess.run(["docker", "export", name], capture_output=True, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(out)) as tar:
             return tar.getmembers()
     finally:
         engine.docker("rm", name)
+
+
+def test_what_is_sent_to_be_built_is_the_source_and_nothing_else(tmp_path: Path):
+    """Beside it here are a target of gigabytes, CLIs, and what nobody should have in an image."""
+    assert (images.ROOT / ".cache").exists() and (images.ROOT / "docs").exists()
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /context/\n")
+    engine.docker("build", "--network", "none", "-f", tmp_path / "Dockerfile", "-t", "context:test", images.ROOT, timeout=300)
+    try:
+        # An image without a command makes no container otherwise.
+        name = engine.docker("create", "context:test", "none").stdout.strip()
+        sent = [file for file in exported(name) if file.isfile() and file.name.startswith("context/")]
+    finally:
+        engine.docker("rmi", "--force", "context:test")
+    assert {file.name.split("/")[1] for file in sent} == {"Cargo.lock", "Cargo.toml", "LICENSE", "sidecar"}
+    assert not any({"target", "node_modules", ".git", ".cache"} & set(file.name.split("/")) for file in sent)
+    # Recordings are most of it.
+    assert 1_000_000 < sum(file.size for file in sent) < 20_000_000
 
 
 def test_the_sidecars_image_is_the_binary_and_nothing_else():

@@ -40,19 +40,30 @@ def the(overlay: str, kind: str) -> dict:
 # ---- schemas
 
 
-@pytest.mark.parametrize("release", ["1.33", "1.37"])
+def said(release: str, *files: Path) -> subprocess.CompletedProcess:
+    argv = [kustomize.TOOLS / "venv/bin/python", "-m", "kubernetes_validate", "--strict", "-k", release, *files]
+    return subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("release", ["1.29", "1.31", "1.33", "1.35", "1.37"])
 def test_core_kinds_are_as_kubernetes_has_them(release: str, tmp_path: Path):
-    """The operator's kinds are below."""
+    """From the oldest that the page names to the newest that there are schemas of. The operator's kinds are below."""
     files, number = [], 0
     for overlay in kustomize.OVERLAYS:
         core = [each for each in kustomize.build(overlay) if "monitoring.coreos.com" not in each["apiVersion"]]
         files.append(tmp_path / f"{overlay}.yaml")
         files[-1].write_text(yaml.safe_dump_all(core))
         number += len(core)
-    argv = [kustomize.TOOLS / "venv/bin/kubernetes-validate", "--strict", "-k", release, *files]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0 and "WARN" not in said and said.count("passed") == number, said
+    done = said(release, *files)
+    assert done.returncode == 0 and "WARN" not in done.stdout and done.stdout.count("passed") == number, done.stdout
+
+
+def test_a_field_that_kubernetes_does_not_have_is_found(tmp_path: Path):
+    broken = workload("native-sidecar")
+    broken["spec"]["template"]["spec"]["initContainers"][0]["restartPolice"] = "Always"
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(broken))
+    done = said("1.37", tmp_path / "broken.yaml")
+    assert done.returncode != 0 and "restartPolice" in done.stdout
 
 
 def operators(objects: list[dict]) -> str:
@@ -118,6 +129,8 @@ BREAKS = {
     "latest": (policies.library, lambda pod, one: one.update(image="registry.example.com/agent:latest")),
     "no tag": (policies.library, lambda pod, one: one.update(image="registry.example.com:5000/agent")),
     "no registry": (policies.library, lambda pod, one: one.update(image="agent:1.0.0")),
+    "no readiness": (policies.library, lambda pod, one: one.pop("readinessProbe")),
+    "no sign of the sidecar's life": (policies.library, lambda pod, one: pod["initContainers"][0].pop("livenessProbe")),
     "no limit": (policies.library, lambda pod, one: one["resources"]["limits"].pop("memory")),
     "a token": (policies.library, lambda pod, one: pod.pop("automountServiceAccountToken")),
     "the default account": (policies.library, lambda pod, one: pod.pop("serviceAccountName")),

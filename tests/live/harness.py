@@ -9,6 +9,7 @@ import http.server
 import json
 import os
 import queue
+import select
 import socket
 import ssl
 import subprocess
@@ -79,12 +80,13 @@ class Api:
         self.log_file = directory / "api.jsonl"
         script_file = directory / "script.json"
         script_file.write_text(json.dumps(script))
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        flags = ["--script", script_file, "--listen", f"127.0.0.1:{self.port}", "--log", self.log_file]
-        self.process = subprocess.Popen([binary(), "messages-api", *flags], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        # A port that was free may be taken by the time it is listened at, where dozens start at once: it picks its own, and says which.
+        flags = ["--script", script_file, "--listen", "127.0.0.1:0", "--log", self.log_file]
+        self.process = subprocess.Popen([binary(), "messages-api", *flags], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
         try:
-            wait_for("messages API", lambda: listens(self.port))
+            wait_for("messages API", lambda: bool(select.select([self.process.stdout], [], [], 0)[0]))
+            self.url = self.process.stdout.readline().strip()
+            assert self.url.startswith("http://"), "the messages API has ended"
         except AssertionError:
             self.close()
             raise
@@ -130,6 +132,7 @@ class Api:
     def close(self) -> None:
         self.process.terminate()
         self.process.wait(5)
+        self.process.stdout.close()
 
 
 def environment(api: Api, home: Path, **more: str) -> dict[str, str]:
