@@ -245,7 +245,7 @@ impl<'a> Reader<'a> {
         let labels = self.labels(s);
 
         let ttl = self.get(s, "ttl", time).unwrap_or(TTL);
-        let idle_after = self.get(s, "idle_after", time_or_off).unwrap_or_else(|| match pattern {
+        let idle_after = self.get(s, "idle_after", time_or_off).unwrap_or(match pattern {
             Pattern::Hybrid => Some(IDLE_AFTER),
             Pattern::Ephemeral | Pattern::LongRunning | Pattern::Shared => None,
         });
@@ -645,15 +645,12 @@ impl<'a> Reader<'a> {
         match self.outside.secret(secret) {
             Ok(value) => value,
             Err(what) => {
-                let (place, remedy) = match secret {
-                    Secret::Env(name) => (format!("the variable `{name}`"), String::from("set it where the fleet runs")),
-                    Secret::File(path) => {
-                        let path = path.display();
-                        (format!("the file {path}"), format!("write it there, and `chmod 640 {path}`"))
-                    }
-                    Secret::Provider(name) => (format!("the provider's secret `{name}`"), String::from("make it")),
+                let remedy = match secret {
+                    Secret::Env(_) => String::from("set it where the fleet runs"),
+                    Secret::File(path) => format!("write it there, and `chmod 640 {}`", path.display()),
+                    Secret::Provider(_) => String::from("keep it there"),
                 };
-                self.wrong(at, format!("`{key}`: {place} {what}"), remedy);
+                self.wrong(at, format!("`{key}`: {what}"), remedy);
                 None
             }
         }
