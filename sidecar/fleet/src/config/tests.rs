@@ -207,6 +207,15 @@ fn times_that_cannot_come_are_mistakes() {
 }
 
 #[test]
+fn a_provider_says_what_it_does_not_know_and_cannot_do() {
+    let found = mistakes(&HEAD.replace("kind = \"docker\"", "kind = \"docker\"\nsockte = \"/x\""));
+    assert!(found.contains("[providers.local]: unknown field `sockte`") && found.lines().count() == 1, "{found}");
+    let found = of_template("secrets = { A = { provider = \"a\" } }");
+    let what = "`templates.task`: `local` keeps no secrets: name an environment variable or a file for `A`";
+    assert!(found.contains(what) && found.lines().count() == 1, "{found}");
+}
+
+#[test]
 fn callers_are_known_by_their_token_alone() {
     let config = parse(HEAD).unwrap();
     assert_eq!(config.caller(&"T".repeat(40)).map(|caller| caller.name.as_str()), Some("ops"));
