@@ -28,16 +28,8 @@ pub const TEMPLATE_LABEL: &str = "agent-fleet.template";
 /// The label that says whose it is.
 pub const TENANT_LABEL: &str = "agent-fleet.tenant";
 
-/// Kinds of providers, each with what finds the mistakes in its own settings.
-pub const KINDS: &[(&str, CheckSettings)] =
-    &[("docker", ok), ("gvisor", ok), ("e2b", ok), ("daytona", ok), ("fly", ok), ("vercel", ok)];
-
-/// Says what is wrong, as the end of a sentence that begins with the provider's name.
-pub type CheckSettings = fn(&toml::Table) -> Result<(), String>;
-
-fn ok(_: &toml::Table) -> Result<(), String> {
-    Ok(())
-}
+/// Kinds of providers: those that [`crate::build::provider`] knows.
+pub const KINDS: &[&str] = &["docker", "gvisor"];
 
 #[derive(Clone, Debug)]
 pub struct Config {

@@ -13,10 +13,11 @@ use toml::de::{DeArray, DeTable, DeValue};
 
 use super::secret::{self, holds_key, is_key};
 use super::{Caller, Config, Fleet, Hidden, KINDS, Mistake, Mistakes, Outside, ProviderConfig, Template, Tenant};
+use crate::build;
 use crate::hook::{Act, Hook, sign};
 use crate::lifecycle::Phase;
-use crate::provider::{Secret, Size};
-use crate::session::Pattern;
+use crate::provider::{Capabilities, Secret, Size, refusals};
+use crate::session::{Pattern, SessionId};
 
 type Span = Range<usize>;
 
@@ -35,6 +36,8 @@ struct Reader<'a> {
     text: &'a str,
     outside: &'a dyn Outside,
     mistakes: Vec<Mistake>,
+    /// What the providers can do whose settings are right.
+    can: BTreeMap<String, Capabilities>,
 }
 
 /// A table, and which of its keys are known.
@@ -47,7 +50,7 @@ struct Section<'a> {
 
 pub(super) fn read(path: &Path, text: &str, outside: &dyn Outside) -> Result<Config, Mistakes> {
     let (table, errors) = DeTable::parse_recoverable(text);
-    let mut reader = Reader { path, text, outside, mistakes: Vec::new() };
+    let mut reader = Reader { path, text, outside, mistakes: Vec::new(), can: BTreeMap::new() };
     for error in errors {
         let span = error.span().unwrap_or_default();
         reader.wrong(span, error.message().to_owned(), "mend the TOML here; text goes in quotes");
@@ -83,7 +86,7 @@ impl<'a> Reader<'a> {
             .into_iter()
             .map(|(name, section)| {
                 let settings = plain.get("providers").and_then(|all| all.get(&name)).and_then(toml::Value::as_table);
-                let provider = self.provider(section, settings.cloned().unwrap_or_default());
+                let provider = self.provider(&name, section, settings.cloned().unwrap_or_default());
                 (name, provider)
             })
             .collect();
@@ -150,21 +153,20 @@ impl<'a> Reader<'a> {
         Fleet { name: name.unwrap_or_default(), listen, url, store: store.unwrap_or(default.store), page, keep }
     }
 
-    fn provider(&mut self, mut section: Section<'a>, mut settings: toml::Table) -> ProviderConfig {
-        let kinds = || KINDS.iter().map(|(kind, _)| *kind);
+    fn provider(&mut self, name: &str, mut section: Section<'a>, mut settings: toml::Table) -> ProviderConfig {
         let kind = self.need(&mut section, "kind", text, "kind = \"docker\"").unwrap_or_default();
         settings.remove("kind");
-        match KINDS.iter().find(|(known, _)| *known == kind) {
-            Some((_, check)) => {
-                if let Err(what) = check(&settings) {
-                    self.wrong(section.at.clone(), format!("`{}` {what}", section.name), "mend its settings");
+        let config = ProviderConfig { kind, settings };
+        if KINDS.contains(&config.kind.as_str()) {
+            match build::provider(name, &config) {
+                Ok(provider) => {
+                    self.can.insert(name.to_owned(), provider.capabilities());
                 }
+                Err(what) => self.wrong(section.at.clone(), what, "mend its settings"),
             }
-            None if kind.is_empty() => {}
-            None => {
-                let at = section.at_key("kind");
-                self.wrong(at, format!("there is no provider of the kind `{kind}`"), nearest(&kind, kinds()));
-            }
+        } else if !config.kind.is_empty() {
+            let what = format!("there is no provider of the kind `{}`", config.kind);
+            self.wrong(section.at_key("kind"), what, nearest(&config.kind, KINDS.iter().copied()));
         }
         for (key, value) in section.table {
             if let DeValue::String(text) = value.get_ref()
@@ -174,7 +176,7 @@ impl<'a> Reader<'a> {
                 self.wrong(value.span(), what, "name where it is: { env = \"…\" } or { file = \"…\" }");
             }
         }
-        ProviderConfig { kind, settings }
+        config
     }
 
     fn tenant(&mut self, name: String, mut section: Section<'a>) -> Tenant {
@@ -245,7 +247,7 @@ impl<'a> Reader<'a> {
         let labels = self.labels(s);
 
         let ttl = self.get(s, "ttl", time).unwrap_or(TTL);
-        let idle_after = self.get(s, "idle_after", time_or_off).unwrap_or_else(|| match pattern {
+        let idle_after = self.get(s, "idle_after", time_or_off).unwrap_or(match pattern {
             Pattern::Hybrid => Some(IDLE_AFTER),
             Pattern::Ephemeral | Pattern::LongRunning | Pattern::Shared => None,
         });
@@ -278,8 +280,9 @@ impl<'a> Reader<'a> {
             let what = format!("`{}` is hybrid and is never idle", s.name);
             self.wrong(s.at_key("idle_after"), what, "set a time, or make it long-running");
         }
+        let at = section.at.clone();
         self.finish(section);
-        Template {
+        let template = Template {
             name,
             pattern,
             provider,
@@ -297,7 +300,15 @@ impl<'a> Reader<'a> {
             labels,
             sidecar_port,
             provider_idle,
+        };
+        if let Some(can) = self.can.get(&template.provider) {
+            let refused = refusals(can, &template.spec_for("", &SessionId::fresh(), "", 1));
+            for what in refused {
+                let remedy = "change the template, or take another provider";
+                self.wrong(at.clone(), format!("`templates.{}`: `{}` {what}", template.name, template.provider), remedy);
+            }
         }
+        template
     }
 
     fn environment(&mut self, s: &mut Section<'a>) -> (BTreeMap<String, String>, BTreeMap<String, Secret>) {
@@ -645,15 +656,12 @@ impl<'a> Reader<'a> {
         match self.outside.secret(secret) {
             Ok(value) => value,
             Err(what) => {
-                let (place, remedy) = match secret {
-                    Secret::Env(name) => (format!("the variable `{name}`"), String::from("set it where the fleet runs")),
-                    Secret::File(path) => {
-                        let path = path.display();
-                        (format!("the file {path}"), format!("write it there, and `chmod 640 {path}`"))
-                    }
-                    Secret::Provider(name) => (format!("the provider's secret `{name}`"), String::from("make it")),
+                let remedy = match secret {
+                    Secret::Env(_) => String::from("set it where the fleet runs"),
+                    Secret::File(path) => format!("write it there, and `chmod 640 {}`", path.display()),
+                    Secret::Provider(_) => String::from("keep it there"),
                 };
-                self.wrong(at, format!("`{key}`: {place} {what}"), remedy);
+                self.wrong(at, format!("`{key}`: {what}"), remedy);
                 None
             }
         }

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 
 use crate::provider::Secret;
 
@@ -31,7 +30,7 @@ pub trait Outside: Sync {
     /// `Ok(None)`: it cannot be known here.
     ///
     /// # Errors
-    /// What is wrong, as the end of a sentence that begins with where the secret is.
+    /// What is wrong, in a sentence that says where the secret is, and nothing of what it is.
     fn secret(&self, secret: &Secret) -> Result<Option<Hidden>, String>;
 }
 
@@ -49,33 +48,20 @@ impl Outside for Elsewhere {
     }
 }
 
-/// No secret is longer; who names a device by mistake is told so.
-const MOST: u64 = 64 * 1024;
-
 impl Outside for Machine {
     fn secret(&self, secret: &Secret) -> Result<Option<Hidden>, String> {
-        let text = match secret {
-            Secret::Env(name) => std::env::var(name).map_err(|_| String::from("is not set"))?,
-            Secret::File(path) => file(path)?,
+        match secret {
             Secret::Provider(_) => return Ok(None),
-        };
-        if text.is_empty() {
-            return Err(String::from("is empty"));
+            Secret::File(path) => {
+                let mode = std::fs::metadata(path).map_or(0, |about| about.permissions().mode() & 0o777);
+                if mode & 0o007 != 0 {
+                    return Err(format!("everybody on this machine can get at {} (mode {mode:o})", path.display()));
+                }
+            }
+            Secret::Env(_) => {}
         }
-        Ok(Some(Hidden(text)))
+        Ok(Some(Hidden(secret.read()?.expose().to_owned())))
     }
-}
-
-fn file(path: &Path) -> Result<String, String> {
-    let about = std::fs::metadata(path).map_err(|error| format!("cannot be read: {error}"))?;
-    if !about.is_file() || about.len() > MOST {
-        return Err(format!("is no file of at most {} KiB", MOST / 1024));
-    }
-    if about.permissions().mode() & 0o007 != 0 {
-        return Err(format!("can be read by everybody on this machine (mode {:o})", about.permissions().mode() & 0o777));
-    }
-    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
-    Ok(text.strip_suffix('\n').unwrap_or(&text).to_owned())
 }
 
 pub(crate) fn digest(token: &str) -> [u8; 32] {

@@ -102,7 +102,7 @@ impl Outside for Said {
     fn secret(&self, secret: &Secret) -> Result<Option<Hidden>, String> {
         match secret {
             Secret::Env(name) => Ok(Some(Hidden::new(name.clone()))),
-            Secret::File(_) | Secret::Provider(_) => Err(String::from("is not set")),
+            Secret::File(_) | Secret::Provider(_) => Err(String::from("it is not there")),
         }
     }
 }
@@ -580,7 +580,7 @@ async fn a_receiver_that_is_slow_or_breaks_off_or_is_not_there_is_asked_again() 
     let at = rude.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = rude.accept().await {
-            stream.read(&mut [0; 16]).await.unwrap();
+            stream.read_exact(&mut [0; 16]).await.unwrap();
         }
     });
     let world = World::new(vec![Hook { retries: 1, ..webhook("h", at) }]);
@@ -600,7 +600,7 @@ async fn a_receiver_that_is_slow_or_breaks_off_or_is_not_there_is_asked_again() 
     let Act::Webhook { secrets, .. } = &mut hook.act else { panic!() };
     secrets.push(Secret::File(PathBuf::from("/gone")));
     let Verdict::Failed(why) = World::new(vec![hook]).run(&session(Phase::Ready)).await else { panic!() };
-    assert_eq!((why.as_str(), receiver.requests().len()), ("hook `h`: its secret is not set", 0));
+    assert_eq!((why.as_str(), receiver.requests().len()), ("hook `h`: its secret: it is not there", 0));
 }
 
 #[tokio::test]

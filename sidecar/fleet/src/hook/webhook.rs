@@ -68,7 +68,7 @@ impl Hooks {
         let key = |secret: &Secret| match self.outside.secret(secret) {
             Ok(Some(value)) => sign::Key::of(value.reveal()).map_err(|what| format!("its secret {what}")),
             Ok(None) => Err(String::from("its secret is not here")),
-            Err(what) => Err(format!("its secret {what}")),
+            Err(what) => Err(format!("its secret: {what}")),
         };
         secrets.iter().map(key).collect()
     }
