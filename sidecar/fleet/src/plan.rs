@@ -524,7 +524,10 @@ pub fn enter_phase(session: &mut Session, phase: Phase, reason: Option<String>, 
     session.hooked = false;
     session.failures = 0;
     session.retry_at = None;
-    session.reason = reason;
+    // Why it ended is what is asked of one that is over.
+    if reason.is_some() || !matches!(phase, Phase::Stopped | Phase::Destroyed) {
+        session.reason = reason;
+    }
 }
 
 /// What is to be kept before an action is done; says whether that is anything.

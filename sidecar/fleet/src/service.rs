@@ -322,10 +322,7 @@ impl Fleet {
                         }
                         Err(error) => return Err(error.into()),
                     }
-                    if let Ok(mut counts) = self.counts.entered.lock() {
-                        *counts.entry(phase).or_default() += 1;
-                    }
-                    tracing::info!(session = %session.id, %phase, reason, "a session");
+                    self.entered(&session);
                 }
                 Step::Do(action) => {
                     let mut about = session.clone();
@@ -356,6 +353,9 @@ impl Fleet {
                         }
                     })
                     .await?;
+                    if session.phase != before {
+                        self.entered(&session);
+                    }
                     if report.is_some() || action == Action::Delete || session.holds && action == Action::Look {
                         self.charge(&mut session, &price).await?;
                     }
@@ -372,6 +372,13 @@ impl Fleet {
             }
         }
         Err(Error::Circle(session.id))
+    }
+
+    fn entered(&self, session: &Session) {
+        if let Ok(mut counts) = self.counts.entered.lock() {
+            *counts.entry(session.phase).or_default() += 1;
+        }
+        tracing::info!(session = %session.id, phase = %session.phase, reason = session.reason, "a session");
     }
 
     /// Books what it has cost by now; a session whose tenant has nothing left is to end.

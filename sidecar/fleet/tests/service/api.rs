@@ -1,0 +1,206 @@
+//! What callers are answered: over a real socket, with a provider in memory behind it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use agent_fleet::api::{self, Api};
+use agent_fleet::config::{Config, Machine};
+use agent_fleet::lifecycle::Phase;
+use serde_json::{Value, json};
+
+use crate::town::{Running, Town, run};
+
+/// Who may ask, and what for. The tokens are made by the test: each is its owner's name, again and again.
+fn config(dir: &Path) -> Config {
+    for name in ["shop", "bank", "ops"] {
+        std::fs::write(dir.join(name), name.repeat(12)).unwrap();
+        std::os::unix::fs::chown(dir.join(name), None, None).unwrap();
+        std::fs::set_permissions(dir.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    }
+    let file = |name: &str| dir.join(name).display().to_string();
+    let text = format!(
+        r#"
+        [fleet]
+        name = "town"
+        store = "sqlite:{}"
+        [callers.shop]
+        token = {{ file = "{}" }}
+        tenants = ["acme"]
+        [callers.bank]
+        token = {{ file = "{}" }}
+        tenants = ["acme", "globex"]
+        [callers.ops]
+        token = {{ file = "{}" }}
+        tenants = ["*"]
+        admin = true
+        [tenants.acme]
+        [tenants.globex]
+        max_sessions = 1
+        [providers.cloud]
+        kind = "docker"
+        [templates.task]
+        pattern = "ephemeral"
+        provider = "cloud"
+        image = "i"
+        ttl = "1h"
+        "#,
+        file("db"),
+        file("shop"),
+        file("bank"),
+        file("ops")
+    );
+    Config::parse(Path::new("test.toml"), &text, &Machine).unwrap()
+}
+
+struct Served {
+    town: Town,
+    url: String,
+    client: reqwest::Client,
+    _running: Running,
+    dir: std::path::PathBuf,
+}
+
+impl Served {
+    async fn new(name: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("agent-fleet-api-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let config = Arc::new(config(&dir));
+        let mut town = Town::new(0).await;
+        town.tenants = config.tenants.clone();
+        let fleet = town.fleet();
+        let running = run(&fleet);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(axum::serve(listener, api::router(Api { fleet, config })).into_future());
+        Served { town, url, client: agent_fleet::build::client().unwrap(), _running: running, dir }
+    }
+
+    async fn ask(&self, who: &str, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+        let mut request = self.client.request(method.parse().unwrap(), format!("{}{path}", self.url));
+        if !who.is_empty() {
+            request = request.bearer_auth(who.repeat(12));
+        }
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let answer = request.send().await.unwrap();
+        let status = answer.status().as_u16();
+        let text = answer.text().await.unwrap();
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    async fn create(&self, who: &str, body: Value) -> (u16, Value) {
+        self.ask(who, "POST", "/v1/sessions", Some(body)).await
+    }
+
+    fn listed(answer: &(u16, Value)) -> Vec<&str> {
+        assert_eq!(answer.0, 200, "{answer:?}");
+        answer.1["sessions"].as_array().unwrap().iter().map(|session| session["id"].as_str().unwrap()).collect()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.dir).ok();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_caller_reaches_its_own_sessions_and_no_other() {
+    let served = Served::new("own").await;
+    for (who, path) in
+        [("", "/v1/sessions"), ("nobody", "/v1/sessions"), ("", "/v1/sessions/a"), ("nobody", "/v1/sessions/a/logs")]
+    {
+        let (status, said) = served.ask(who, "GET", path, None).await;
+        assert!(status == 401 && said["error"].as_str().unwrap().contains("bearer token"), "{said}");
+    }
+    let (status, made) = served.create("shop", json!({ "template": "task", "id": "a" })).await;
+    assert_eq!((status, made["tenant"].as_str(), made["owner"].as_str()), (201, Some("acme"), Some("shop")), "its only tenant");
+    assert_eq!(served.create("shop", json!({ "template": "task", "id": "a" })).await.0, 200, "the same is the same");
+    // An id that another has is neither told of nor taken over.
+    let (status, said) = served.create("bank", json!({ "template": "task", "id": "a", "tenant": "acme" })).await;
+    assert!(status == 409 && said.get("phase").is_none(), "{said}");
+    assert_eq!(served.create("bank", json!({ "template": "task", "id": "b", "tenant": "acme" })).await.0, 201);
+    for (method, path) in
+        [("GET", ""), ("DELETE", ""), ("POST", "/pause"), ("POST", "/resume"), ("GET", "/logs"), ("GET", "/hooks")]
+    {
+        let mine = served.ask("bank", method, &format!("/v1/sessions/a{path}"), None).await;
+        let none = served.ask("bank", method, &format!("/v1/sessions/x{path}"), None).await;
+        assert_eq!((mine.0, none.0), (404, 404), "{method} {path}: what is another's is as if it were not there");
+    }
+    served.town.reaches("a", Phase::Ready).await;
+    assert_eq!(Served::listed(&served.ask("shop", "GET", "/v1/sessions", None).await), ["a"]);
+    assert_eq!(Served::listed(&served.ask("ops", "GET", "/v1/sessions", None).await), ["a", "b"]);
+    assert_eq!(served.ask("ops", "DELETE", "/v1/sessions/a", None).await.0, 202);
+    served.town.reaches("a", Phase::Destroyed).await;
+    // Over is over: it can be seen, and ended again, and nothing else.
+    assert_eq!(served.ask("shop", "GET", "/v1/sessions/a", None).await.1["phase"], "destroyed");
+    assert_eq!(served.ask("shop", "POST", "/v1/sessions/a/resume", None).await.0, 409);
+    assert_eq!(served.ask("shop", "DELETE", "/v1/sessions/a", None).await.0, 202);
+    assert!(Served::listed(&served.ask("shop", "GET", "/v1/sessions", None).await).is_empty());
+    assert_eq!(Served::listed(&served.ask("shop", "GET", "/v1/sessions?over=true", None).await), ["a"]);
+    assert_eq!(Served::listed(&served.ask("shop", "GET", "/v1/sessions?phase=destroyed", None).await), ["a"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_wrong_is_said_and_nothing_is_created() {
+    let served = Served::new("wrong").await;
+    for (body, status, why) in [
+        (json!({ "template": "none" }), 400, "no template `none`"),
+        (json!({ "template": "task", "id": "../x" }), 400, "a session id has"),
+        (json!({ "template": "task", "tenant": "globex" }), 403, "may not ask for tenant `globex`"),
+        (json!({ "template": "task", "prompt": "hi" }), 400, "unknown field `prompt`"),
+        (json!({ "id": "x" }), 400, "missing field `template`"),
+        (json!([]), 400, ""),
+    ] {
+        let (said, answer) = served.create("shop", body.clone()).await;
+        assert!(said == status && answer["error"].as_str().unwrap().contains(why), "{body}: {said} {answer}");
+    }
+    assert_eq!(served.create("bank", json!({ "template": "task" })).await.0, 400, "which of its tenants?");
+    for path in ["?limit=0", "?limit=501", "?limit=x", "?phase=gone", "?after=%20", "?nothing=1"] {
+        assert_eq!(served.ask("shop", "GET", &format!("/v1/sessions{path}"), None).await.0, 400, "{path}");
+    }
+    assert_eq!(served.ask("shop", "PUT", "/v1/sessions", None).await.0, 405);
+    assert_eq!(served.ask("shop", "GET", "/v2", None).await.0, 404);
+    let large = served.create("shop", json!({ "template": "x".repeat(100_000) })).await;
+    assert_eq!(large.0, 413);
+    assert_eq!(served.create("bank", json!({ "template": "task", "id": "one", "tenant": "globex" })).await.0, 201);
+    let (status, said) = served.create("bank", json!({ "template": "task", "id": "two", "tenant": "globex" })).await;
+    assert!(status == 429 && said["error"].as_str().unwrap().contains("has 1 sessions"), "{said}");
+    served.town.reaches("one", Phase::Ready).await;
+    assert_eq!(served.ask("bank", "GET", "/v1/sessions/one/logs", None).await.0, 501, "this provider keeps none");
+    assert_eq!(served.town.cloud.created.lock().unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_tells_what_it_is_and_what_it_counts() {
+    let served = Served::new("tells").await;
+    served.create("bank", json!({ "template": "task", "id": "a", "tenant": "globex" })).await;
+    served.town.reaches("a", Phase::Ready).await;
+    for path in ["/livez", "/readyz"] {
+        assert_eq!(served.ask("", "GET", path, None).await.0, 200, "{path}");
+    }
+    let (_, metrics) = served.ask("", "GET", "/metrics", None).await;
+    let metrics = metrics.as_str().unwrap().to_owned();
+    for line in [
+        "agent_fleet_sessions{phase=\"ready\",provider=\"cloud\",tenant=\"globex\"} 1",
+        "agent_fleet_phases_entered_total{phase=\"ready\"} 1",
+        "agent_fleet_phases_entered_total{phase=\"failed\"} 0",
+        "agent_fleet_actions_total{action=\"create\",outcome=\"ok\"} 1",
+        "agent_fleet_orphans_removed_total 0",
+    ] {
+        assert!(metrics.lines().any(|found| found == line), "{line}\n{metrics}");
+    }
+    let (_, document) = served.ask("", "GET", "/openapi.json", None).await;
+    let paths: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
+    for path in ["/v1/sessions", "/v1/sessions/{id}", "/v1/sessions/{id}/pause", "/v1/sessions/{id}/hooks", "/metrics"] {
+        assert!(paths.iter().any(|found| *found == path), "{path}: {paths:?}");
+    }
+    // Every metric is on the page, and every one of the page's is there.
+    let page = include_str!("../../../../docs/fleet.md");
+    let named: std::collections::BTreeSet<&str> =
+        page.split(|c: char| !c.is_ascii_lowercase() && c != '_').filter(|word| word.starts_with("agent_fleet_")).collect();
+    let served: std::collections::BTreeSet<&str> =
+        metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    assert_eq!(named, served);
+}
