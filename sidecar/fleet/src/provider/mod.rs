@@ -4,6 +4,8 @@
 //! [`Capabilities`], and [`refusals`] reads those before anything is created.
 
 pub mod docker;
+pub mod e2b;
+mod rest;
 pub mod secret;
 
 use std::collections::BTreeMap;
