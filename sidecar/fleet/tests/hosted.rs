@@ -3,6 +3,7 @@
 mod conformance;
 mod fakes;
 mod hosted {
+    pub(crate) mod daytona;
     pub(crate) mod e2b;
 }
 

@@ -2,6 +2,7 @@
 //! and fail when they are told to.
 
 pub(crate) mod contract;
+pub(crate) mod daytona;
 pub(crate) mod e2b;
 pub(crate) mod machine;
 
