@@ -5,6 +5,7 @@ mod fakes;
 mod hosted {
     pub(crate) mod daytona;
     pub(crate) mod e2b;
+    pub(crate) mod fly;
 }
 
 use std::collections::BTreeMap;

@@ -50,7 +50,7 @@ pub(super) struct Client {
     base: Url,
     auth: Auth,
     token: Secret,
-    rate: fn(&str) -> Option<Rate>,
+    rate: Box<dyn Fn(&str) -> Option<Rate> + Send + Sync>,
     /// When the next request of each kind is due, were they evenly spaced.
     due: Mutex<HashMap<String, Instant>>,
 }
@@ -63,7 +63,7 @@ impl Client {
         base: &str,
         auth: Auth,
         token: &Secret,
-        rate: fn(&str) -> Option<Rate>,
+        rate: impl Fn(&str) -> Option<Rate> + Send + Sync + 'static,
     ) -> std::result::Result<Self, String> {
         let roots = rustls::RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
         let tls = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
@@ -82,7 +82,15 @@ impl Client {
         if let Secret::Provider(name) = token {
             return Err(format!("`token` is `{name}` of the provider: name a file or an environment variable"));
         }
-        Ok(Self { provider, http, base: parse_base(base)?, auth, token: token.clone(), rate, due: Mutex::default() })
+        Ok(Self {
+            provider,
+            http,
+            base: parse_base(base)?,
+            auth,
+            token: token.clone(),
+            rate: Box::new(rate),
+            due: Mutex::default(),
+        })
     }
 
     pub(super) fn get<'a>(&'a self, action: &'static str, path: &'a [&'a str]) -> Call<'a> {

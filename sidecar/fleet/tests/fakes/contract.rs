@@ -23,8 +23,12 @@ impl Contract {
             let lists = [&operation["parameters"], &node["parameters"]];
             lists.into_iter().filter_map(Value::as_array).flatten().map(|parameter| self.resolved(parameter))
         };
+        // One of many names: `metadata.{key}`.
+        let named = |known: &Value, name: &str| {
+            known.as_str().is_some_and(|known| known.split_once('{').map_or(known == name, |(begin, _)| name.starts_with(begin)))
+        };
         for (name, value) in query {
-            let known = parameters().find(|parameter| parameter["in"] == "query" && parameter["name"] == **name);
+            let known = parameters().find(|parameter| parameter["in"] == "query" && named(&parameter["name"], name));
             let Some(parameter) = known else { return Err(format!("there is no parameter `{name}`")) };
             self.text(&parameter["schema"], value).map_err(|why| format!("`{name}`: {why}"))?;
         }

@@ -13,7 +13,6 @@ use super::contract::Contract;
 use super::machine::{Machine, kill};
 use super::{Api, Content, Reply, Request, TOKEN};
 use crate::conformance::Call;
-use agent_fleet::provider::KEY_LABEL;
 
 pub(crate) const PAGE: usize = 3;
 /// How long a start takes.

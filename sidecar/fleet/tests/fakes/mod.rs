@@ -4,6 +4,7 @@
 pub(crate) mod contract;
 pub(crate) mod daytona;
 pub(crate) mod e2b;
+pub(crate) mod fly;
 pub(crate) mod machine;
 
 use std::collections::VecDeque;
