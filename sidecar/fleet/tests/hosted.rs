@@ -6,6 +6,7 @@ mod hosted {
     pub(crate) mod daytona;
     pub(crate) mod e2b;
     pub(crate) mod fly;
+    pub(crate) mod vercel;
 }
 
 use std::collections::BTreeMap;

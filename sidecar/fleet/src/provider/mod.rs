@@ -9,6 +9,7 @@ pub mod e2b;
 pub mod fly;
 mod rest;
 pub mod secret;
+pub mod vercel;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -106,6 +106,10 @@ impl Client {
         self.call(action, Method::POST, path)
     }
 
+    pub(super) fn patch<'a>(&'a self, action: &'static str, path: &'a [&'a str]) -> Call<'a> {
+        self.call(action, Method::PATCH, path).safe()
+    }
+
     fn call<'a>(&'a self, action: &'static str, method: Method, path: &'a [&'a str]) -> Call<'a> {
         Call {
             client: self,
@@ -385,6 +389,10 @@ pub(super) struct Answer {
 }
 
 impl Answer {
+    pub(super) fn is_missing(&self) -> bool {
+        matches!(self.status, StatusCode::NOT_FOUND | StatusCode::GONE)
+    }
+
     /// Itself, if it is a yes.
     pub(super) fn ok(self) -> Result<Self> {
         if self.status.is_success() { Ok(self) } else { Err(self.into_error()) }
@@ -412,7 +420,7 @@ impl Answer {
     pub(super) fn into_error(self) -> Error {
         let (provider, what) = (self.provider, self.words());
         match self.status.as_u16() {
-            404 => Error::Missing { provider },
+            404 | 410 => Error::Missing { provider },
             429 => Error::Busy { provider, after: self.retry_after() },
             // Too early, in the way of something else, or no room now.
             408 | 409 | 412 | 425 => Error::Failed { provider, what },
@@ -442,7 +450,7 @@ impl Answer {
 
 /// What a deletion's answer means: what is not there is gone.
 pub(super) fn gone(answer: Answer) -> Result<()> {
-    if answer.status == StatusCode::NOT_FOUND { Ok(()) } else { answer.ok().map(drop) }
+    if answer.is_missing() { Ok(()) } else { answer.ok().map(drop) }
 }
 
 /// What the provider knows nothing of.
@@ -532,9 +540,21 @@ d=${HOME:-/tmp}/.agent-fleet; mkdir -p "$d" || exit 1
 if [ -n "$2" ]; then printf '%s\n' "$2" >"$d/start.$$" && mv "$d/start.$$" "$d/start" || exit 1; fi
 [ -f "$d/start" ] || exit 0
 mkdir "$m/$1" 2>/dev/null || { [ -d "$m/$1" ] && exit 0; exit 1; }
+echo $$ >"$d/pid"
 exec sh "$d/start" >>"$d/log" 2>&1 </dev/null"#;
     let what = command.map(|argv| format!("exec {}", command_line(argv))).unwrap_or_default();
     ["sh", "-c", SCRIPT, "agent-fleet", key, &what].map(String::from).to_vec()
+}
+
+/// Asks the command that was begun to end, and waits for that, no longer than the grace.
+pub(super) fn end(grace: Duration) -> Vec<String> {
+    // Five looks a second.
+    let script = format!(
+        "p=$(cat \"${{HOME:-/tmp}}/.agent-fleet/pid\" 2>/dev/null) || exit 0; kill -TERM \"$p\" 2>/dev/null || exit 0; i={}; \
+         while [ $i -gt 0 ] && kill -0 \"$p\" 2>/dev/null; do sleep 0.2; i=$((i-1)); done",
+        grace.as_millis().div_ceil(200)
+    );
+    ["sh", "-c", &script].map(String::from).to_vec()
 }
 
 /// Prints the last of what the command has printed.

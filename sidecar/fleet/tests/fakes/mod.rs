@@ -6,6 +6,7 @@ pub(crate) mod daytona;
 pub(crate) mod e2b;
 pub(crate) mod fly;
 pub(crate) mod machine;
+pub(crate) mod vercel;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
