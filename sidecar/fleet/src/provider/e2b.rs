@@ -17,15 +17,13 @@ use serde_json::{Value, json};
 
 use super::rest::{self, Auth, Call, Client, InFlight, Rate};
 use super::{
-    Bounds, Capabilities, Endpoint, Error, Exec, Executed, Happened, KEY_LABEL, OUTPUT_MOST, Page, Pause, Price, Provider,
-    Result, Sandbox, Secret, Size, Spec, State, secret,
+    Bounds, Capabilities, ENDS_LABEL, Endpoint, Error, Exec, Executed, Happened, KEY_LABEL, OUTPUT_MOST, Page, Pause, Price,
+    Provider, Result, Sandbox, Secret, Size, Spec, State, secret,
 };
 
 const NAME: &str = "e2b";
 /// The port of the daemon in each sandbox.
 const DAEMON: u16 = 49983;
-/// When we promised that it would be over, in seconds since 1970: no timer is moved beyond.
-const ENDS_LABEL: &str = "agent-fleet.ends";
 /// Containers on a page: as many as they give.
 const PAGE: u16 = 100;
 /// A piece of standard input.
@@ -116,10 +114,9 @@ impl E2b {
         let mut env = spec.env.clone();
         env.extend(secrets.iter().map(|(name, value)| (name.clone(), value.expose().to_owned())));
         let now = Timestamp::now();
-        let ends = now + spec.ttl;
         let mut labels = spec.labels.clone();
         labels.insert(String::from(KEY_LABEL), spec.key.clone());
-        labels.insert(String::from(ENDS_LABEL), ends.as_second().to_string());
+        labels.insert(String::from(ENDS_LABEL), rest::ends(spec.ttl));
         let life = spec.idle.map_or(spec.ttl, |idle| idle.min(spec.ttl)).max(Duration::from_secs(1));
         let body = json!({
             "templateID": spec.image,
@@ -345,14 +342,10 @@ impl E2b {
         Ok(())
     }
 
-    /// What is left of its life, in whole seconds.
+    /// What is left of its life, in whole seconds: no timer is moved beyond.
     fn left(detail: &Detail) -> Duration {
-        let ends = detail
-            .metadata
-            .get(ENDS_LABEL)
-            .and_then(|text| Timestamp::from_second(text.parse().ok()?).ok())
-            .unwrap_or(detail.end_at);
-        Duration::from_secs(ends.duration_since(Timestamp::now()).as_secs().try_into().unwrap_or(0))
+        let timer = || detail.end_at.duration_since(Timestamp::now()).try_into().unwrap_or(Duration::ZERO);
+        Duration::from_secs(rest::left(&detail.metadata).unwrap_or_else(timer).as_secs())
     }
 }
 
@@ -415,12 +408,10 @@ impl Provider for E2b {
     }
 
     async fn list(&self, labels: &BTreeMap<String, String>, page: Option<&str>) -> Result<Page> {
-        let mut metadata = reqwest::Url::parse("query:").expect("it is one");
-        metadata.query_pairs_mut().extend_pairs(labels);
         let mut call = self
             .api
             .get("list", &["v2", "sandboxes"])
-            .query("metadata", metadata.query().unwrap_or_default())
+            .query("metadata", rest::pairs(labels))
             .query("state", "running,paused")
             .query("limit", PAGE.to_string());
         if let Some(page) = page {

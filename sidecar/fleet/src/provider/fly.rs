@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 
 use super::rest::{self, Answer, Auth, Call, Client, Rate};
 use super::{
-    Capabilities, Endpoint, Error, Exec, Executed, Happened, KEY_LABEL, OUTPUT_MOST, Page, Pause, Price, Provider, Result,
-    Sandbox, Secret, Size, Spec, State, secret,
+    Capabilities, ENDS_LABEL, Endpoint, Error, Exec, Executed, Happened, KEY_LABEL, OUTPUT_MOST, Page, Pause, Price, Provider,
+    Result, Sandbox, Secret, Size, Spec, State, secret,
 };
 
 const NAME: &str = "fly";
@@ -133,6 +133,7 @@ impl Fly {
         let (cpus, memory) = self.guest(spec.size);
         let mut labels = spec.labels.clone();
         labels.insert(String::from(KEY_LABEL), spec.key.clone());
+        labels.insert(String::from(ENDS_LABEL), rest::ends(spec.ttl));
         let kind = match self.settings.cpu {
             Cpu::Shared => "shared",
             Cpu::Performance => "performance",

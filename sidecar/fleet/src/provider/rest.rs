@@ -7,12 +7,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
+use jiff::Timestamp;
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use reqwest::{Method, StatusCode, Url};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
-use super::{Error, Result, Sandbox, Secret, State};
+use super::{ENDS_LABEL, Error, Result, Sandbox, Secret, State};
 
 /// How often what is safe is tried.
 const TRIES: u32 = 3;
@@ -76,6 +77,7 @@ impl Client {
             .connect_timeout(CONNECT_TIMEOUT)
             // A token goes where it is meant to, and nowhere else.
             .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
             .user_agent(concat!("agent-fleet/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|error| format!("no HTTP client: {error}"))?;
@@ -504,6 +506,30 @@ impl InFlight {
         let fresh = sent.get(key).is_some_and(|at| at.elapsed() < Self::SETTLES);
         Self::LOOKS.into_iter().take(if fresh { Self::LOOKS.len() } else { 0 })
     }
+}
+
+/// `name=value&…`, with whatever is in them.
+pub(super) fn pairs(pairs: &BTreeMap<String, String>) -> String {
+    let mut url = Url::parse("query:").expect("it is one");
+    url.query_pairs_mut().extend_pairs(pairs);
+    url.query().unwrap_or_default().to_owned()
+}
+
+pub(super) fn unpaired(text: &str) -> BTreeMap<String, String> {
+    let mut url = Url::parse("query:").expect("it is one");
+    url.set_query(Some(text));
+    url.query_pairs().into_owned().collect()
+}
+
+/// When its life is over, as [`super::ENDS_LABEL`] says it.
+pub(super) fn ends(ttl: Duration) -> String {
+    Timestamp::now().checked_add(ttl).unwrap_or(Timestamp::MAX).to_string()
+}
+
+/// What is left of it, by the label.
+pub(super) fn left(labels: &BTreeMap<String, String>) -> Option<Duration> {
+    let ends: Timestamp = labels.get(ENDS_LABEL)?.parse().ok()?;
+    Some(ends.duration_since(Timestamp::now()).try_into().unwrap_or(Duration::ZERO))
 }
 
 /// A name that an environment variable can have, where a shell has to set it.

@@ -14,16 +14,17 @@ use serde_json::{Value, json};
 
 use super::rest::{self, Answer, Auth, Call, Client, Rate};
 use super::{
-    Bounds, Capabilities, Endpoint, Error, Exec, Executed, FLEET_LABEL, Happened, KEY_LABEL, OUTPUT_MOST, Page, Pause, Price,
-    Provider, Result, SESSION_LABEL, Sandbox, Secret, Size, Spec, State, secret,
+    Bounds, Capabilities, ENDS_LABEL, Endpoint, Error, Exec, Executed, FLEET_LABEL, Happened, KEY_LABEL, OUTPUT_MOST, Page,
+    Pause, Price, Provider, Result, SESSION_LABEL, Sandbox, Secret, Size, Spec, State, secret,
 };
 
 const NAME: &str = "vercel";
-/// When we promised that it would be over, in seconds since 1970: no timer is moved beyond.
-const ENDS_LABEL: &str = "agent-fleet.ends";
 const PAGE: u16 = 50;
-/// Each sandbox has so many tags and open ports, and no more.
-const TAGS_MOST: usize = 5;
+/// The labels that have a tag of their own. A sandbox has five, which are fewer than our labels: the others share one.
+const TAGGED: [&str; 3] = [KEY_LABEL, SESSION_LABEL, FLEET_LABEL];
+/// The tag of the others, as in a query: `name=value&…`.
+const OTHERS: &str = "agent-fleet.labels";
+/// Each sandbox has so many open ports, and no more.
 const PORTS_MOST: usize = 4;
 /// What a command's time is to the network's.
 const SLACK: Duration = Duration::from_secs(20);
@@ -108,16 +109,10 @@ impl Vercel {
         let secrets = secret::read_all(NAME, spec)?;
         let mut env = spec.env.clone();
         env.extend(secrets.iter().map(|(name, value)| (name.clone(), value.expose().to_owned())));
-        let mut tags = spec.labels.clone();
-        tags.insert(String::from(KEY_LABEL), spec.key.clone());
-        tags.insert(String::from(ENDS_LABEL), (Timestamp::now() + spec.ttl).as_second().to_string());
+        let mut labels = spec.labels.clone();
+        labels.insert(String::from(KEY_LABEL), spec.key.clone());
+        labels.insert(String::from(ENDS_LABEL), rest::ends(spec.ttl));
         let refused = |what: String| Err(Error::Refused { provider: NAME, what });
-        if tags.len() > TAGS_MOST {
-            return refused(format!(
-                "a sandbox has at most {TAGS_MOST} tags, and with ours it has {}: leave labels out",
-                tags.len()
-            ));
-        }
         if spec.ports.len() > PORTS_MOST {
             return refused(format!("a sandbox has at most {PORTS_MOST} open ports: leave `ports` out"));
         }
@@ -130,7 +125,7 @@ impl Vercel {
             "timeout": millis(life),
             "ports": spec.ports,
             "env": env,
-            "tags": tags,
+            "tags": pack(labels),
             "persistent": true,
             "keepLastSnapshots": { "count": 1, "deleteEvicted": true },
             "snapshotExpiration": millis(SNAPSHOT),
@@ -216,10 +211,9 @@ impl Vercel {
             .ok_or_else(|| Error::Unsure { provider: NAME, what: String::from("the command's stream ends without an end") })
     }
 
-    /// What is left of its life.
+    /// What is left of its life: no timer is moved beyond.
     fn left(sandbox: &Named) -> Duration {
-        let ends = sandbox.tags.get(ENDS_LABEL).and_then(|text| Timestamp::from_second(text.parse().ok()?).ok());
-        ends.and_then(|ends| ends.duration_since(Timestamp::now()).try_into().ok()).unwrap_or(Duration::ZERO)
+        rest::left(&unpack(sandbox.tags.clone())).unwrap_or(Duration::ZERO)
     }
 
     async fn end_session(&self, session: &str) -> Result<()> {
@@ -228,6 +222,22 @@ impl Vercel {
         // It has ended by itself.
         if answer.is_missing() || answer.status == 422 { Ok(()) } else { answer.ok().map(drop) }
     }
+}
+
+/// Labels as tags.
+fn pack(labels: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let (mut tags, others): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        labels.into_iter().partition(|(name, _)| TAGGED.contains(&name.as_str()));
+    tags.insert(String::from(OTHERS), rest::pairs(&others));
+    tags
+}
+
+/// Tags as labels.
+fn unpack(mut tags: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    if let Some(others) = tags.remove(OTHERS) {
+        tags.extend(rest::unpaired(&others));
+    }
+    tags
 }
 
 fn millis(time: Duration) -> u64 {
@@ -345,16 +355,15 @@ impl Provider for Vercel {
             .ours(self.api.get("list", &path))
             .query("project", self.settings.project.as_str())
             .query("limit", PAGE.to_string());
-        let few = [KEY_LABEL, SESSION_LABEL, FLEET_LABEL].into_iter().find_map(|name| labels.get_key_value(name));
-        if let Some((name, value)) = few.or(labels.first_key_value()) {
+        if let Some((name, value)) = TAGGED.into_iter().find_map(|name| labels.get_key_value(name)) {
             call = call.query("tags", format!("{name}:{value}"));
         }
         if let Some(page) = page {
             call = call.query("cursor", page);
         }
         let listed: Listed = call.send().await?.ok()?.json()?;
-        let fits = |sandbox: &Named| labels.iter().all(|(name, value)| sandbox.tags.get(name) == Some(value));
-        let sandboxes = listed.sandboxes.into_iter().filter(fits).map(|sandbox| sandbox.into_sandbox(None)).collect();
+        let fits = |sandbox: &Sandbox| labels.iter().all(|(name, value)| sandbox.labels.get(name) == Some(value));
+        let sandboxes = listed.sandboxes.into_iter().map(|sandbox| sandbox.into_sandbox(None)).filter(fits).collect();
         Ok(Page { sandboxes, next: listed.pagination.next })
     }
 
@@ -498,7 +507,7 @@ impl Named {
             created: Timestamp::from_millisecond(self.created_at).ok(),
             deadline: deadline.filter(|_| state == State::Running),
             state,
-            labels: self.tags,
+            labels: unpack(self.tags),
         }
     }
 }

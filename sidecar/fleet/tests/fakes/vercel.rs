@@ -165,7 +165,15 @@ async fn command(machine: Arc<Machine>, session: &str, body: &Value) -> Reply {
     }
     let most = Duration::from_millis(body["timeout"].as_u64().unwrap_or(300_000));
     let (words, env) = (argv.clone(), env.clone());
-    let done = tokio::task::spawn_blocking(move || machine.run(&words, &env, b"", most)).await.expect("it runs");
+    let asks = argv.iter().any(|word| word.contains("kill -TERM"));
+    let done = tokio::task::spawn_blocking(move || {
+        if asks {
+            machine.settle();
+        }
+        machine.run(&words, &env, b"", most)
+    })
+    .await
+    .expect("it runs");
     let mut lines = vec![said(Value::Null)];
     match done {
         Ok(done) => {

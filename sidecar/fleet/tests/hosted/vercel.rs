@@ -122,11 +122,21 @@ async fn what_sleeps_is_not_woken_by_being_looked_at() {
 #[tokio::test]
 async fn what_does_not_fit_is_refused_before_it_is_made() {
     let world = Hosted::new().await;
-    let labels = (0..4).map(|n| (format!("label-{n}"), String::from("x"))).collect();
-    let spec = Spec { labels, ..spec("agent-many-1") };
-    let refused = world.provider.create(&spec).await.unwrap_err();
-    assert!(refused.to_string().contains("at most 5 tags"), "{refused}");
-    let refused = world.provider.create(&Spec { labels: BTreeMap::new(), ports: vec![1, 2, 3, 4, 5], ..spec }).await.unwrap_err();
+    let refused = world.provider.create(&Spec { ports: vec![1, 2, 3, 4, 5], ..spec("agent-many-1") }).await.unwrap_err();
     assert!(refused.to_string().contains("at most 4 open ports"), "{refused}");
     assert_eq!(world.fake.seen(), Vec::<String>::new());
+}
+
+/// They have five tags: labels that are more share one.
+#[tokio::test]
+async fn as_many_labels_as_there_are() {
+    let world = Hosted::new().await;
+    let labels: BTreeMap<String, String> = (0..20).map(|n| (format!("label.{n}&="), format!("a b&c=d:{n}é"))).collect();
+    let native = world.provider.create(&Spec { labels: labels.clone(), ..spec("agent-labels-1") }).await.unwrap().native;
+    let told = world.provider.state(&native).await.unwrap().labels;
+    assert!(labels.iter().all(|(name, value)| told.get(name) == Some(value)), "{told:?}");
+    assert_eq!(world.provider.list(&labels, None).await.unwrap().sandboxes.len(), 1);
+    let other = BTreeMap::from([(String::from("label.1&="), String::from("x"))]);
+    assert_eq!(world.provider.list(&other, None).await.unwrap().sandboxes, []);
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
 }
