@@ -243,6 +243,9 @@ impl Sandbox {
             "id": self.id, "organizationId": "fake", "name": self.asked["name"], "user": "daytona", "env": {}, "labels": self.asked["labels"],
             "public": false, "networkBlockAll": false, "target": "us", "cpu": 1, "gpu": 0, "memory": 1, "disk": 5, "state": self.state,
             "createdAt": self.created.to_string(), "autoDestroyAt": (self.created + Duration::from_secs(60 * minutes)).to_string(),
+            // What their newer SDKs ask for, and the contract does not know yet.
+            "kvm": false,
+            "autoStopInterval": self.asked["autoStopInterval"],
             "toolboxProxyUrl": format!("{address}/toolbox"),
         })
     }

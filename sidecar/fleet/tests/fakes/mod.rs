@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 
 use crate::conformance::{Call, Fault};
 
-pub(crate) const TOKEN: &str = "t0ken-of-nobody";
+pub(crate) const TOKEN: &str = "e2b_0000000000000000000000000000000000000000";
 
 pub(crate) struct Request {
     pub(crate) method: String,
