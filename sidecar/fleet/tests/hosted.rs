@@ -1,5 +1,7 @@
 //! The providers that are reached over HTTP, each against a fake that holds them to the published contract.
 
+#![expect(clippy::unwrap_used, reason = "a fake that cannot go on fails its test")]
+
 mod conformance;
 mod fakes;
 mod hosted {

@@ -182,7 +182,7 @@ impl Daytona {
 
     fn toolbox<'a>(&'a self, item: &'a Item, path: &'a [&'a str]) -> Result<Call<'a>> {
         let base = format!("{}/{}", item.toolbox.as_deref().unwrap_or_default().trim_end_matches('/'), item.id);
-        Ok(self.ours(self.api.post("exec", path)).at_with_token(&base)?)
+        self.ours(self.api.post("exec", path)).at_with_token(&base)
     }
 
     async fn run(&self, native: &str, command: &Exec) -> Result<Executed> {

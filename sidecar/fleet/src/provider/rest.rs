@@ -45,13 +45,16 @@ pub(super) struct Rate {
     pub(super) burst: u32,
 }
 
+/// The rate of an action, if it has one.
+type Rates = dyn Fn(&str) -> Option<Rate> + Send + Sync;
+
 pub(super) struct Client {
     provider: &'static str,
     http: reqwest::Client,
     base: Url,
     auth: Auth,
     token: Secret,
-    rate: Box<dyn Fn(&str) -> Option<Rate> + Send + Sync>,
+    rate: Box<Rates>,
     /// When the next request of each kind is due, were they evenly spaced.
     due: Mutex<HashMap<String, Instant>>,
 }

@@ -95,7 +95,7 @@ impl Machine {
         }
         for memory in ["/dev/shm", "/tmp"] {
             // It may be in neither.
-            let _ = std::fs::remove_dir(PathBuf::from(memory).join(&self.key));
+            drop(std::fs::remove_dir(PathBuf::from(memory).join(&self.key)));
         }
     }
 }
@@ -103,7 +103,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.halt();
-        let _ = std::fs::remove_dir_all(&self.home);
+        drop(std::fs::remove_dir_all(&self.home));
     }
 }
 
@@ -111,8 +111,8 @@ fn whole(mut from: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
     let (tell, told) = mpsc::channel();
     std::thread::spawn(move || {
         let mut all = Vec::new();
-        let _ = from.read_to_end(&mut all);
-        let _ = tell.send(all);
+        drop(from.read_to_end(&mut all));
+        drop(tell.send(all));
     });
     told
 }
