@@ -30,8 +30,8 @@ lint:
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
 unit: build install
-# With a database for the fleet's store.
-	tests/fleet/postgres cargo test --locked --workspace
+# With a database for the fleet's store, and the SDKs of the providers that are faked.
+	AGENT_FLEET_TEST_SDKS=$(CURDIR)/.cache/deploy/venv/bin/python tests/fleet/postgres cargo test --locked --workspace
 
 live: build install
 # Two CLIs at a time for two cores. What they are late for once on a busy machine is asked again, and said in the closing line.

@@ -7,7 +7,11 @@ use crate::config::{Config, Machine, ProviderConfig, TEMPLATE_LABEL, Template};
 use crate::hook::{self, Runner};
 use crate::inside::Http;
 use crate::plan::{PauseBy, Policy};
+use crate::provider::daytona::Daytona;
 use crate::provider::docker::Docker;
+use crate::provider::e2b::E2b;
+use crate::provider::fly::Fly;
+use crate::provider::vercel::Vercel;
 use crate::provider::{Capabilities, Provider};
 use crate::service::{Clock, Fleet, Hooks, Policies};
 use crate::session::Session;
@@ -24,9 +28,14 @@ const LOOK_NEAR: std::time::Duration = std::time::Duration::from_secs(5);
 /// What is wrong with its settings.
 pub fn provider(name: &str, config: &ProviderConfig) -> Result<Arc<dyn Provider>, String> {
     let wrong = |error: toml::de::Error| format!("[providers.{name}]: {}", error.message());
+    let said = |what: String| format!("[providers.{name}]: {what}");
     let settings = config.settings.clone();
     match config.kind.as_str() {
         "docker" => Ok(Arc::new(Docker::new(settings.try_into().map_err(wrong)?))),
+        "daytona" => Ok(Arc::new(Daytona::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
+        "e2b" => Ok(Arc::new(E2b::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
+        "fly" => Ok(Arc::new(Fly::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
+        "vercel" => Ok(Arc::new(Vercel::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "gvisor" => Ok(Arc::new(Docker::gvisor(settings.try_into().map_err(wrong)?))),
         kind => Err(format!("[providers.{name}]: there is no kind `{kind}`")),
     }

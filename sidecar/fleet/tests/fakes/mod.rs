@@ -1,0 +1,237 @@
+//! Providers that do not exist: they keep what the real ones say they keep, judge each request by the real ones' contracts, run commands for real,
+//! and fail when they are told to.
+
+pub(crate) mod contract;
+pub(crate) mod daytona;
+pub(crate) mod e2b;
+pub(crate) mod fly;
+pub(crate) mod machine;
+pub(crate) mod vercel;
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderMap, Method, StatusCode, Uri};
+use axum::response::Response;
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use serde_json::Value;
+use tokio::sync::mpsc;
+
+use crate::conformance::{Call, Fault};
+
+pub(crate) const TOKEN: &str = "e2b_0000000000000000000000000000000000000000";
+
+pub(crate) struct Request {
+    pub(crate) method: String,
+    pub(crate) path: Vec<String>,
+    pub(crate) query: Vec<(String, String)>,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Vec<u8>,
+}
+
+impl Request {
+    pub(crate) fn segments(&self) -> Vec<&str> {
+        self.path.iter().map(String::as_str).collect()
+    }
+
+    pub(crate) fn query(&self, name: &str) -> Option<&str> {
+        self.query.iter().find(|(has, _)| has == name).map(|(_, value)| value.as_str())
+    }
+
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_default()
+    }
+}
+
+pub(crate) enum Content {
+    Json(Value),
+    Bytes(&'static str, Vec<u8>),
+    Stream(&'static str, mpsc::UnboundedReceiver<Vec<u8>>),
+}
+
+pub(crate) struct Reply {
+    pub(crate) status: u16,
+    pub(crate) headers: Vec<(&'static str, String)>,
+    pub(crate) content: Content,
+}
+
+impl Reply {
+    pub(crate) fn json(status: u16, body: Value) -> Self {
+        Self { status, headers: Vec::new(), content: Content::Json(body) }
+    }
+
+    pub(crate) fn empty(status: u16) -> Self {
+        Self { status, headers: Vec::new(), content: Content::Bytes("text/plain", Vec::new()) }
+    }
+}
+
+/// One provider's own.
+pub(crate) trait Api: Send + Sync + 'static {
+    /// What this request is, for those that can be disturbed.
+    fn call(&self, request: &Request) -> Option<Call>;
+    /// Whether it may be asked like this.
+    fn judge(&self, request: &Request) -> Result<(), String>;
+    /// Whether the real one could answer like that.
+    fn judge_reply(&self, request: &Request, reply: &Reply) -> Result<(), String>;
+    fn answer<'a>(&'a self, request: &'a Request) -> BoxFuture<'a, Reply>;
+    /// How it says no.
+    fn refuse(&self, status: u16, message: &str) -> Value;
+    /// Makes the state in this answer one that nobody knows.
+    fn unknown_state(&self, body: &mut Value);
+}
+
+/// The server of one.
+pub(crate) struct Fake<A> {
+    pub(crate) api: Arc<A>,
+    pub(crate) address: String,
+    shared: Arc<Shared>,
+    server: tokio::task::JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct Shared {
+    faults: Mutex<VecDeque<(Call, Fault)>>,
+    wrong: Mutex<Vec<String>>,
+    seen: Mutex<Vec<String>>,
+}
+
+impl<A> Drop for Fake<A> {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl<A: Api> Fake<A> {
+    pub(crate) async fn serve(make: impl FnOnce(&str) -> A) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = format!("http://{}", listener.local_addr().expect("an address"));
+        let (api, shared) = (Arc::new(make(&address)), Arc::<Shared>::default());
+        let (for_api, for_shared) = (api.clone(), shared.clone());
+        let handler = move |method: Method, uri: Uri, headers: HeaderMap, body: Bytes| {
+            let (api, shared) = (for_api.clone(), for_shared.clone());
+            async move { handle(&*api, &shared, read(&method, &uri, headers, &body)).await }
+        };
+        let app = axum::Router::new().fallback(handler).layer(axum::extract::DefaultBodyLimit::max(64 << 20));
+        let server = tokio::spawn(async move { axum::serve(listener, app).await.expect("it serves") });
+        Self { api, address, shared, server }
+    }
+
+    pub(crate) fn arm(&self, call: Call, fault: Fault) {
+        self.shared.faults.lock().unwrap().push_back((call, fault));
+    }
+
+    pub(crate) fn armed(&self) -> usize {
+        self.shared.faults.lock().unwrap().len()
+    }
+
+    /// Method and path of each request until now.
+    pub(crate) fn seen(&self) -> Vec<String> {
+        self.shared.seen.lock().unwrap().clone()
+    }
+
+    /// What was asked or answered against the contract.
+    pub(crate) fn wrong(&self) -> Vec<String> {
+        self.shared.wrong.lock().unwrap().clone()
+    }
+}
+
+fn read(method: &Method, uri: &Uri, headers: HeaderMap, body: &[u8]) -> Request {
+    let url = reqwest::Url::parse(&format!("http://fake{uri}")).expect("an address");
+    let decode = |part: &str| {
+        let fake = reqwest::Url::parse(&format!("query:?x={}", part.replace('+', "%2B"))).expect("a part of one");
+        fake.query_pairs().next().expect("it has one").1.into_owned()
+    };
+    Request {
+        method: method.to_string(),
+        path: url.path().trim_start_matches('/').split('/').map(decode).collect(),
+        query: url.query_pairs().map(|(name, value)| (name.into_owned(), value.into_owned())).collect(),
+        headers,
+        body: body.to_vec(),
+    }
+}
+
+async fn handle<A: Api>(api: &A, shared: &Shared, request: Request) -> Response {
+    let what = format!("{} /{}", request.method, request.path.join("/"));
+    shared.seen.lock().unwrap().push(what.clone());
+    if let Err(why) = api.judge(&request) {
+        shared.wrong.lock().unwrap().push(format!("{what}: {why}"));
+        return respond(Reply::json(400, api.refuse(400, &why)));
+    }
+    let fault = {
+        let mut faults = shared.faults.lock().unwrap();
+        let call = api.call(&request);
+        let at = faults.iter().position(|(about, _)| Some(*about) == call);
+        at.and_then(|at| faults.remove(at)).map(|(_, fault)| fault)
+    };
+    match fault {
+        Some(Fault::Status(status)) => return respond(Reply::json(status, api.refuse(status, "told to"))),
+        Some(Fault::Limit(after)) => {
+            let mut reply = Reply::json(429, api.refuse(429, "too often"));
+            reply.headers.push(("retry-after", after.as_secs().to_string()));
+            return respond(reply);
+        }
+        _ => {}
+    }
+    let mut reply = api.answer(&request).await;
+    if let Err(why) = api.judge_reply(&request, &reply) {
+        shared.wrong.lock().unwrap().push(format!("{what}: {why}"));
+    }
+    match (fault, &mut reply.content) {
+        // What unwinds takes its connection along, and prints nothing.
+        (Some(Fault::LoseAnswer), _) => std::panic::resume_unwind(Box::new("told to")),
+        (Some(Fault::CutAnswer), Content::Json(body)) => {
+            let body = body.to_string().into_bytes();
+            let half = Bytes::copy_from_slice(&body[..body.len() / 2]);
+            let pieces: [std::io::Result<Bytes>; 2] = [Ok(half), Err(std::io::Error::other("told to"))];
+            let pieces = futures_util::stream::iter(pieces).then(|piece| async move {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                piece
+            });
+            let answer = Response::builder().status(reply.status).header("content-type", "application/json");
+            return answer.body(Body::from_stream(pieces)).expect("an answer");
+        }
+        (Some(Fault::UnknownState), Content::Json(body)) => api.unknown_state(body),
+        (Some(Fault::UnknownField), Content::Json(body)) => {
+            drop(body.as_object_mut().map(|body| body.insert("newer".into(), Value::from([1]))))
+        }
+        (Some(Fault::Slow(late)), _) => tokio::time::sleep(late).await,
+        (None, _) => {}
+        (Some(other), _) => panic!("{other:?} cannot be done to {what}"),
+    }
+    respond(reply)
+}
+
+fn respond(reply: Reply) -> Response {
+    let mut answer = Response::builder().status(StatusCode::from_u16(reply.status).expect("a status"));
+    for (name, value) in reply.headers {
+        answer = answer.header(name, value);
+    }
+    let (kind, body) = match reply.content {
+        Content::Json(body) => ("application/json", Body::from(body.to_string())),
+        Content::Bytes(kind, body) => (kind, Body::from(body)),
+        Content::Stream(kind, pieces) => {
+            let pieces = futures_util::stream::unfold(pieces, |mut pieces| async move {
+                pieces.recv().await.map(|piece| (std::io::Result::Ok(Bytes::from(piece)), pieces))
+            });
+            (kind, Body::from_stream(pieces))
+        }
+    };
+    answer.header("content-type", kind).body(body).expect("an answer")
+}
+
+/// Where [`TOKEN`] is found: a file, for tests that run side by side.
+pub(crate) fn token() -> Value {
+    static PATH: std::sync::LazyLock<std::path::PathBuf> = std::sync::LazyLock::new(|| {
+        let path = std::env::temp_dir().join("agent-fleet-fake-token");
+        std::fs::write(&path, format!("{TOKEN}\n")).expect("a file");
+        path
+    });
+    serde_json::json!({ "file": *PATH })
+}

@@ -1,0 +1,138 @@
+//! The providers that are reached over HTTP, each against a fake that holds them to the published contract.
+
+#![expect(clippy::unwrap_used, reason = "a fake that cannot go on fails its test")]
+
+mod conformance;
+mod fakes;
+mod hosted {
+    pub(crate) mod daytona;
+    pub(crate) mod e2b;
+    pub(crate) mod fly;
+    mod sdks;
+    pub(crate) mod vercel;
+}
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use agent_fleet::provider::{Size, Spec};
+
+use conformance::Does;
+
+fn spec(key: &str) -> Spec {
+    Spec {
+        key: key.to_owned(),
+        image: String::from("base"),
+        command: Vec::new(),
+        env: BTreeMap::new(),
+        secrets: BTreeMap::new(),
+        size: Size::default(),
+        ports: Vec::new(),
+        labels: BTreeMap::from([(String::from("team"), String::from("a&b=c d"))]),
+        ttl: Duration::from_secs(3600),
+        idle: None,
+    }
+}
+
+fn sh(script: &str) -> Vec<String> {
+    ["sh", "-c", script].map(String::from).to_vec()
+}
+
+/// What does that, where the container outlives its command: then there is none that ends with it.
+fn command(does: Does) -> Option<Vec<String>> {
+    match does {
+        Does::Wait | Does::Serve(_) => Some(sh("trap 'exit 0' TERM; : >\"$HOME/ready\"; while :; do sleep 0.05; done")),
+        Does::Ignore => Some(sh("trap '' TERM; : >\"$HOME/ready\"; while :; do sleep 0.05; done")),
+        Does::Exit(_) => None,
+    }
+}
+
+/// Each as its least settings make it.
+fn providers() -> Vec<Box<dyn agent_fleet::provider::Provider>> {
+    fn of<T: serde::de::DeserializeOwned>(more: &str) -> T {
+        toml::from_str(&format!("token = {{ env = \"TOKEN\" }}\n{more}")).unwrap()
+    }
+    use agent_fleet::provider::{daytona, e2b, fly, vercel};
+    vec![
+        Box::new(e2b::E2b::new(of("")).unwrap()),
+        Box::new(daytona::Daytona::new(of("")).unwrap()),
+        Box::new(fly::Fly::new(of("app = \"agents\"")).unwrap()),
+        Box::new(vercel::Vercel::new(of("team = \"t\"\nproject = \"p\"")).unwrap()),
+    ]
+}
+
+/// The tables that docs/fleet-providers.md has to have.
+fn tables() -> [(&'static str, String); 2] {
+    use agent_fleet::provider::Pause;
+    let word = |yes: bool| if yes { "yes" } else { "no" };
+    let heads = [
+        "command",
+        "environment",
+        "provider's secrets",
+        "size",
+        "ports",
+        "list by label",
+        "ends it",
+        "idle timer",
+        "pause",
+        "exec",
+        "logs",
+        "events",
+        "endpoint",
+        "traffic wakes",
+    ];
+    let mut can = format!("| | {} |\n|---{}|\n", heads.join(" | "), "|---".repeat(heads.len()));
+    let mut prices = String::from("| | running | paused | stopped | from |\n|---|---|---|---|---|\n");
+    for provider in providers() {
+        let c = provider.capabilities();
+        let ttl = c
+            .ttl
+            .map_or(String::from("no"), |bounds| format!("{} s to {} h", bounds.least.as_secs(), bounds.most.as_secs() / 3600));
+        let pause = match c.pause {
+            Pause::No => "no",
+            Pause::Frozen => "frozen",
+            Pause::Memory => "memory",
+            Pause::Disk => "disk",
+        };
+        let row = [
+            word(c.command),
+            word(c.env),
+            word(c.provider_secrets),
+            word(c.size),
+            word(c.ports),
+            word(c.list),
+            &ttl,
+            word(c.idle_timer),
+            pause,
+            word(c.exec),
+            word(c.logs),
+            word(c.events),
+            word(c.endpoint),
+            word(c.traffic_keeps_awake),
+        ];
+        can += &format!("| `{}` | {} |\n", provider.name(), row.join(" | "));
+        let price = provider.price(Size::default());
+        prices += &format!(
+            "| `{}` | {:.4} | {:.4} | {:.4} | {} |\n",
+            provider.name(),
+            price.running,
+            price.paused,
+            price.stopped,
+            price.source
+        );
+    }
+    [("capabilities", can), ("prices", prices)]
+}
+
+#[test]
+fn the_page_of_providers_says_what_they_can() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/fleet-providers.md");
+    let page = std::fs::read_to_string(path).unwrap();
+    for (name, table) in tables() {
+        let has = page
+            .split_once(&format!("<!-- {name} -->\n"))
+            .and_then(|(_, rest)| rest.split_once(&format!("<!-- /{name} -->")))
+            .map(|(has, _)| has);
+        assert_eq!(has, Some(table.as_str()), "put this between the marks `{name}`:\n{table}");
+    }
+}
