@@ -7,6 +7,7 @@ CLI := .cache/cli/new/node_modules/@anthropic-ai/claude-code-linux-x64/claude
 export CARGO_BUILD_TARGET := $(TARGET)
 export RUSTFLAGS := -C target-feature=+crt-static
 export AGENT_SIDECAR_BIN := $(CURDIR)/$(BIN)
+export AGENT_FLEET_BIN := $(CURDIR)/target/$(TARGET)/release/agent-fleet
 
 .PHONY: demo test build install lint unit live containers fleet deploy alerts dashboards docs bench clean
 

@@ -25,7 +25,7 @@ CARGO = """#!/bin/bash
 # Stands in for cargo: crates cannot be fetched here.
 set -eu
 target=x86_64-unknown-linux-gnu
-[ "$*" = "build --release --locked --target $target" ]
+[ "$*" = "build --release --locked -p agent-sidecar --target $target" ]
 [ "$RUSTFLAGS" = "-C target-feature=+crt-static" ]
 [ -e Cargo.toml ] && [ -e Cargo.lock ] && [ -e sidecar/core/src/lib.rs ] && [ -e sidecar/daemon/src/main.rs ]
 [ ! -e target ] && [ ! -e tests ] && [ ! -e .git ]
