@@ -16,7 +16,7 @@ import pytest
 from conftest import LEFT_OUT, NETWORK, ROOT
 from harness import wait_for
 
-BINARY = Path(os.environ.get("AGENT_FLEET_BIN") or ROOT / "target/x86_64-unknown-linux-gnu/release/agent-fleet")
+BINARY = Path(os.environ.get("AGENT_FLEET_BIN") or ROOT / "target/x86_64-unknown-linux-gnu/debug/agent-fleet")
 TOKENS = {name: f"{name}-{'0123456789abcdef' * 2}" for name in ("shop", "other")}
 USAGE = {"input_tokens": 11, "output_tokens": 130, "cache_read_input_tokens": 5000}
 BASH = {"tool": "Bash", "input": {"command": "echo 1", "description": "a step"}}
