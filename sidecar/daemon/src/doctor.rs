@@ -145,6 +145,9 @@ fn configuration(patient: &Patient<'_>, report: &mut Report) {
     for Mistake { origin, what, remedy } in &patient.mistakes {
         report.broken(origin, what.as_str(), remedy.as_str());
     }
+    for Mistake { origin, what, remedy } in patient.config.strangers() {
+        report.warning(origin, what.as_str(), remedy.as_str());
+    }
     let file = Path::new(DEFAULT_FILE);
     let agent = patient.config.user().unwrap_or_else(|error| {
         report.broken("run.user", error.to_string(), "until then no agent is started");

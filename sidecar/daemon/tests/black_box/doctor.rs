@@ -278,3 +278,11 @@ fn tenants_that_nobody_names_and_agents_that_share() {
         all.first().map(|finding| assert!(finding[3].contains("2 agents that run keep their sessions"), "{all:?}"))
     });
 }
+
+#[test]
+fn a_variable_that_no_setting_has_is_found_and_its_value_not_told() {
+    let (_dir, mut command) = place("stranger");
+    command.env("AGENT_SIDECAR_COST_LIMIT_USD", "5.4321").env("AGENT_SIDECAR_PORT_9477_TCP", "tcp://10.0.0.7:9477");
+    one(&mut command, "warning", "configuration", "AGENT_SIDECAR_COST_LIMIT_USD", "no setting is called so");
+    assert!(!String::from_utf8(command.output().unwrap().stdout).unwrap().contains("5.4321"));
+}
