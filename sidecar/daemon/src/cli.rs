@@ -390,6 +390,7 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
         Some(("hub", matches)) => {
             let config = config(matches)?;
             crate::logging::start(&config);
+            crate::logging::strangers(&config);
             let meeting = config.meeting().ok_or(NoMeeting)?;
             let mut options = config.hub_options();
             let place = match config.hub_users()? {
@@ -477,6 +478,9 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             } else {
                 writeln!(out, "the configuration is right")?;
             }
+            for stranger in config.strangers() {
+                eprintln!("warning: {stranger}");
+            }
         }
         Some(("catalog", matches)) => match matches.get_one::<String>("format").map(String::as_str) {
             Some("markdown") => reference::metrics_page(&mut out)?,
@@ -539,6 +543,7 @@ fn run_command(matches: &ArgMatches) -> Result<ExitCode, Failure> {
     let own = |error: Box<dyn Error>| Failure { error, code: OWN_FAILURE.into() };
     let config = config(matches).map_err(|mistakes| own(Box::new(mistakes)))?;
     crate::logging::start(&config);
+    crate::logging::strangers(&config);
     let argv: Vec<OsString> = matches.get_many("command").into_iter().flatten().cloned().collect();
     if hides_command(&std::env::args_os().collect::<Vec<_>>(), &argv) {
         tracing::warn!(

@@ -30,6 +30,8 @@ use crate::tenants::Places;
 const ROOM: u64 = 64 * 1024 * 1024;
 /// The oldest release of the CLI that was tried.
 const OLDEST: [u64; 3] = [2, 1, 197];
+/// On a large machine, not all can be looked at while somebody waits.
+const SEARCH: Duration = Duration::from_secs(30);
 /// The kernel's, without the byte that ends it.
 const LONGEST_SOCKET: usize = 107;
 /// When this was written, and when somebody has other troubles: 2026 and 2100.
@@ -65,6 +67,8 @@ struct Patient<'a> {
     /// Where to look for CLIs; empty for everywhere.
     dirs: &'a [PathBuf],
     now: Duration,
+    /// For CLIs that are looked for and asked.
+    patience: Duration,
 }
 
 type Check = fn(&Patient<'_>, &mut Report);
@@ -113,7 +117,7 @@ impl Report {
 pub(crate) fn examine(read: (Config, Vec<Mistake>), dirs: &[PathBuf], json: bool, out: &mut impl Write) -> io::Result<bool> {
     let (config, mistakes) = read;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let patient = Patient { config, mistakes, user: Surroundings::here(), dirs, now };
+    let patient = Patient { config, mistakes, user: Surroundings::here(), dirs, now, patience: SEARCH };
     let mut report = Report { check: "", findings: Vec::new() };
     for (name, check) in CHECKS {
         report.check = name;
@@ -144,6 +148,9 @@ pub(crate) fn examine(read: (Config, Vec<Mistake>), dirs: &[PathBuf], json: bool
 fn configuration(patient: &Patient<'_>, report: &mut Report) {
     for Mistake { origin, what, remedy } in &patient.mistakes {
         report.broken(origin, what.as_str(), remedy.as_str());
+    }
+    for Mistake { origin, what, remedy } in patient.config.strangers() {
+        report.warning(origin, what.as_str(), remedy.as_str());
     }
     let file = Path::new(DEFAULT_FILE);
     let agent = patient.config.user().unwrap_or_else(|error| {
@@ -181,8 +188,17 @@ fn limits(patient: &Patient<'_>, report: &mut Report) {
 }
 
 fn clis(patient: &Patient<'_>, report: &mut Report) {
-    let found = install::survey(patient.dirs);
-    if found.is_empty() {
+    let install::Survey { found, unsearched, unasked } = install::survey(patient.dirs, patient.patience);
+    if unsearched > 0 {
+        let what = format!("there was no time to look into {unsearched} directories, and what is below them");
+        let root = patient.dirs.first().map_or(Path::new("/"), PathBuf::as_path);
+        report.warning(root.display(), what, "name directories: `agent-sidecar doctor DIR…`");
+    }
+    if let Some(first) = unasked.first() {
+        let what = format!("no time was left to ask it for its version, nor {} more", unasked.len() - 1);
+        report.warning(first.display(), what, "name its directory: `agent-sidecar doctor DIR…`");
+    }
+    if found.is_empty() && unsearched == 0 && unasked.is_empty() {
         report.warning("claude", "no Claude CLI was found", "install the CLI or an SDK, then run `agent-sidecar install --all`");
     }
     for (path, standing) in found {
@@ -436,16 +452,28 @@ fn socket(patient: &Patient<'_>, report: &mut Report) {
                 report.warning(path.display(), "no socket, and left alone: nothing is served there", remedy);
             }
             Ok(_) => report.fine(path.display(), "a socket"),
-            Err(_) if path.parent().is_some_and(Path::is_dir) => report.fine(path.display(), "free"),
-            Err(error) => {
-                report.warning(
-                    path.display(),
-                    format!("agents cannot meet there: {error}"),
-                    "make its directory, for the agents' user alone",
-                );
-            }
+            Err(error) => match path.parent().filter(|dir| dir.is_dir()).map(may_make_in) {
+                Some(Ok(())) => report.fine(path.display(), "free"),
+                Some(Err(error)) => {
+                    let uid = rustix::process::geteuid().as_raw();
+                    let what = format!("agents cannot meet there: uid {uid} can make none ({})", io::Error::from(error));
+                    report.warning(path.display(), what, remedy);
+                }
+                None => {
+                    let what = format!("agents cannot meet there: {error}");
+                    report.warning(path.display(), what, "make its directory, for the agents' user alone");
+                }
+            },
         }
     }
+}
+
+/// Whether something new can be made in a directory. In `/proc` nobody can, and root is told otherwise.
+fn may_make_in(dir: &Path) -> rustix::io::Result<()> {
+    if rustix::fs::statfs(dir).is_ok_and(|disk| disk.f_type == rustix::fs::PROC_SUPER_MAGIC) {
+        return Err(rustix::io::Errno::ROFS);
+    }
+    rustix::fs::access(dir, Access::WRITE_OK | Access::EXEC_OK)
 }
 
 fn telemetry(patient: &Patient<'_>, report: &mut Report) {
@@ -536,8 +564,8 @@ mod tests {
     fn a_clock_before_our_time_or_long_after_it_is_wrong() {
         let level = |seconds| {
             let (config, mistakes) = Config::read(&crate::config::Sources::default());
-            let patient =
-                Patient { config, mistakes, user: Surroundings::default(), dirs: &[], now: Duration::from_secs(seconds) };
+            let now = Duration::from_secs(seconds);
+            let patient = Patient { config, mistakes, user: Surroundings::default(), dirs: &[], now, patience: Duration::ZERO };
             let mut report = Report { check: "clock", findings: Vec::new() };
             clock(&patient, &mut report);
             let found = report.findings.remove(0);
@@ -548,6 +576,17 @@ mod tests {
             let (level, what) = level(seconds);
             assert!(level == Level::Broken && what.starts_with(&format!("it says {year}")), "{what}");
         }
+    }
+
+    #[test]
+    fn what_there_is_no_time_for_is_said() {
+        let (config, mistakes) = Config::read(&crate::config::Sources::default());
+        let (dirs, now) = ([std::env::temp_dir()], Duration::ZERO);
+        let patient = Patient { config, mistakes, user: Surroundings::default(), dirs: &dirs, now, patience: Duration::ZERO };
+        let mut report = Report { check: "cli", findings: Vec::new() };
+        clis(&patient, &mut report);
+        let [left_out] = report.findings.as_slice() else { panic!("{:?}", report.findings) };
+        assert!(left_out.level == Level::Warning && left_out.what.contains("no time to look into 1 directories"), "{left_out:?}");
     }
 
     #[test]

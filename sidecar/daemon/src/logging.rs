@@ -10,3 +10,11 @@ pub(crate) fn start(config: &Config) {
         log.without_time().with_ansi(false).init();
     }
 }
+
+/// Says which variables look like settings and are none: a limit that somebody believes in may not be there.
+pub(crate) fn strangers(config: &Config) {
+    let all: Vec<String> = config.strangers().iter().map(|one| format!("{} ({})", one.origin, one.remedy)).collect();
+    if !all.is_empty() {
+        tracing::warn!(variables = %all.join(", "), "nothing reads these: no settings are called so");
+    }
+}

@@ -63,6 +63,10 @@ pub(crate) fn settings(out: &mut impl Write) -> io::Result<()> {
     )?;
     writeln!(
         out,
+        "A variable `AGENT_SIDECAR_*` that is no setting is a mistake where it is near one, and otherwise a warning of `check`, `doctor` and the log; what Kubernetes sets for a service called `agent-sidecar` is neither.\n"
+    )?;
+    writeln!(
+        out,
         "Limits are unset by default, but those on loops, which only say what they would do; `off` unsets one again. `[limits.modes]` sets the mode of one limit: `max_cost_usd = \"shadow\"`.\n"
     )?;
     writeln!(out, "| in the file | flag | environment | takes | default | |\n|---|---|---|---|---|---|")?;

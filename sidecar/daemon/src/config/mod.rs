@@ -6,7 +6,7 @@
 mod file;
 mod value;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -352,6 +352,8 @@ pub(crate) struct Config {
     file: Option<PathBuf>,
     /// Settings, or tables of them (`limits.*`), that environment and flags cannot loosen, and where that is said.
     finals: Vec<(String, Origin)>,
+    /// Variables under our prefix that are nobody's here.
+    strangers: Vec<Mistake>,
 }
 
 impl Config {
@@ -371,7 +373,14 @@ impl Config {
                 .then(|| setting.kind.parse(setting.default).expect("defaults are right: a test reads them all"));
             values.insert(setting.key, Effective { text: setting.default.to_owned(), value, origin: Origin::Default });
         }
-        let mut config = Config { values, modes: BTreeMap::new(), prices: PriceTable::default(), file: None, finals: Vec::new() };
+        let mut config = Config {
+            values,
+            modes: BTreeMap::new(),
+            prices: PriceTable::default(),
+            file: None,
+            finals: Vec::new(),
+            strangers: Vec::new(),
+        };
         if let Some((path, text)) = &sources.file {
             config.file = Some(path.clone());
             file::read(&mut config, path, text, &mut mistakes);
@@ -379,7 +388,11 @@ impl Config {
         for (name, text) in &sources.environment {
             match SETTINGS.iter().find(|setting| variable(setting) == *name) {
                 Some(setting) => config.set(setting, text, Origin::Environment(name.clone()), &mut mistakes),
-                None => mistakes.extend(slip(name)),
+                None if is_ours(name) || is_kubernetes(name, text) => {}
+                None => match slip(name) {
+                    Some(mistake) => mistakes.push(mistake),
+                    None => config.strangers.push(stranger(name)),
+                },
             }
         }
         for (flag, text) in &sources.flags {
@@ -560,6 +573,11 @@ impl Config {
                 remedy: String::from("set `listen`, or leave `linger` out"),
             });
         }
+    }
+
+    /// Variables that look like settings and are none, so many of them at most as anybody reads.
+    pub(crate) fn strangers(&self) -> &[Mistake] {
+        &self.strangers[..self.strangers.len().min(10)]
     }
 
     fn value(&self, key: &str) -> Option<&Value> {
@@ -1055,8 +1073,45 @@ fn renamed(key: &str) -> Option<&'static Setting> {
     SETTINGS.iter().find(|setting| setting.key == *now)
 }
 
-/// A variable that means nothing and was meant for one of ours: a limit that nobody holds costs money. Others are none of our business:
-/// Kubernetes makes such names for a service called like us, and other programs of the platform may share the prefix.
+/// What the project itself reads beside settings: the shim, and the tests.
+const OURS: &[&str] =
+    &["BIN", "SHIM_DEPTH", "SPAWNED", "TESTS_NO_DOCKER", "TEST_OTLP_CHILD", "TEST_OTLP_COST", "WRAPS", "WRITE_DOCS"];
+
+fn is_ours(name: &str) -> bool {
+    name.strip_prefix(PREFIX).is_some_and(|name| OURS.contains(&name))
+}
+
+/// What Kubernetes sets for a service that is called like us, or begins so; the first is an address, and no port that somebody chose.
+fn is_kubernetes(name: &str, value: &str) -> bool {
+    let name = format!("_{}", name.strip_prefix(PREFIX).unwrap_or(name));
+    let numbered = |rest: &str| {
+        let mut parts = rest.split('_');
+        parts.next().is_some_and(|port| port.parse::<u16>().is_ok()) && matches!(parts.next(), Some("TCP" | "UDP" | "SCTP"))
+    };
+    name.ends_with("_PORT") && value.contains("://")
+        || ["_SERVICE_HOST", "_SERVICE_PORT"].iter().any(|end| name.ends_with(end))
+        || name.contains("_SERVICE_PORT_")
+        || name.match_indices("_PORT_").any(|(at, port)| numbered(&name[at + port.len()..]))
+}
+
+/// A variable that means nothing, and may have been meant for something: it is said, and refuses nothing, since other programs of a
+/// platform may share the prefix. Its name alone: the value may be a key.
+fn stranger(name: &str) -> Mistake {
+    let words = |name: &str| -> BTreeSet<String> { name.split('_').map(str::to_owned).collect() };
+    let its = words(name.strip_prefix(PREFIX).unwrap_or(name));
+    let shared = |setting: &Setting| words(&setting.flag.replace('-', "_").to_uppercase()).intersection(&its).count();
+    // Of those that have as many words of it the shortest.
+    let nearest = SETTINGS.iter().max_by_key(|setting| (shared(setting), std::cmp::Reverse(setting.flag.len())));
+    let remedy = match nearest.filter(|setting| shared(setting) > 0) {
+        Some(nearest) => format!("the nearest is {}", variable(nearest)),
+        None => String::from("`agent-sidecar check --print` lists what there is"),
+    };
+    // A name may hold anything but `=`.
+    let name = name.chars().take(100).flat_map(char::escape_default).collect();
+    Mistake { origin: Origin::Environment(name), what: String::from("no setting is called so, and nothing reads it"), remedy }
+}
+
+/// A variable that means nothing and was meant for one of ours: a limit that nobody holds costs money.
 fn slip(name: &str) -> Option<Mistake> {
     let before = RENAMED
         .iter()

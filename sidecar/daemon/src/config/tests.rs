@@ -165,6 +165,42 @@ fn a_variable_that_was_meant_for_us_is_a_mistake_and_others_are_not() {
 }
 
 #[test]
+fn a_variable_that_is_near_nothing_is_a_stranger() {
+    let strange = |name: &str, value: &str| {
+        let name = format!("AGENT_SIDECAR_{name}");
+        let all = load("", &[(&name, value)], &[]).unwrap().strangers().to_vec();
+        all.first().map(|one| (one.origin.to_string(), one.remedy.clone()))
+    };
+    let nearest = |name: &str| strange(name, "3").map(|(_, remedy)| remedy);
+    assert_eq!(nearest("COST_LIMIT_USD").as_deref(), Some("the nearest is AGENT_SIDECAR_MAX_COST_USD"));
+    assert_eq!(nearest("VERSION").as_deref(), Some("`agent-sidecar check --print` lists what there is"));
+    // Kubernetes sets an address; a number is somebody's wish.
+    assert!(nearest("PORT").is_some() && nearest("PORT_NUMBER").is_some());
+    assert_eq!(strange("A\nB", "3").unwrap().0, "AGENT_SIDECAR_A\\nB");
+    for name in ["PORT", "HUB_PORT", "MAX_COST_PORT"] {
+        assert_eq!(strange(name, "tcp://10.0.0.7:9477"), None, "{name}");
+    }
+    for name in [
+        "SERVICE_HOST",
+        "SERVICE_PORT",
+        "SERVICE_PORT_METRICS",
+        "PORT_9477_TCP",
+        "PORT_9477_TCP_PROTO",
+        "PORT_9477_UDP_ADDR",
+        "METRICS_SERVICE_HOST",
+        "METRICS_PORT_9477_TCP_PORT",
+        "BIN",
+        "SHIM_DEPTH",
+        "TESTS_NO_DOCKER",
+    ] {
+        assert_eq!(strange(name, "3"), None, "{name}");
+    }
+    let many: Vec<String> = (0..50).map(|n| format!("AGENT_SIDECAR_XYZZY{n}")).collect();
+    let many: Vec<(&str, &str)> = many.iter().map(|name| (name.as_str(), "1")).collect();
+    assert_eq!(load("", &many, &[]).unwrap().strangers().len(), 10);
+}
+
+#[test]
 fn mistakes_come_in_the_order_of_the_file() {
     let file = "[stop]\ngrace = 1\n[limits]\nmax_turns = 1\nmax_turns = 2\nidle = \"3m\"\n[limit]\na = 1\n[labels]\nteam = \"a\\nb\"\n[prices]\nmodel = 3\n";
     let mistakes = load(file, &[], &[]).unwrap_err();

@@ -201,9 +201,19 @@ pub(crate) enum Standing {
     Broken { why: String },
 }
 
-/// Every CLI below some directories, or everywhere. Changes nothing.
-pub(crate) fn survey(dirs: &[PathBuf]) -> Vec<(PathBuf, Standing)> {
-    let mut search = Search::default();
+/// What was found, and what there was no time for.
+pub(crate) struct Survey {
+    pub(crate) found: Vec<(PathBuf, Standing)>,
+    /// Directories, with all that is below them.
+    pub(crate) unsearched: usize,
+    pub(crate) unasked: Vec<PathBuf>,
+}
+
+/// Every CLI below some directories, or everywhere. Changes nothing. Half of the time is for the search; a CLI that is asked in the last
+/// moment has as long as any to answer.
+pub(crate) fn survey(dirs: &[PathBuf], time: Duration) -> Survey {
+    let began = Instant::now();
+    let mut search = Search { until: Some(began + time / 2), ..Search::default() };
     if dirs.is_empty() {
         search.everywhere();
     }
@@ -229,7 +239,15 @@ pub(crate) fn survey(dirs: &[PathBuf]) -> Vec<(PathBuf, Standing)> {
         };
         Some((place, standing))
     };
-    places.into_iter().filter_map(standing).collect()
+    let (mut found, mut unasked) = (Vec::new(), Vec::new());
+    for place in places {
+        if began.elapsed() < time {
+            found.extend(standing(place));
+        } else {
+            unasked.push(place);
+        }
+    }
+    Survey { found, unsearched: search.unsearched, unasked }
 }
 
 // ---- which places
@@ -244,13 +262,15 @@ struct Search {
     /// CLIs that are behind no shim any more.
     left: BTreeSet<PathBuf>,
     unread: usize,
+    /// When the search is given up, and how many directories were still to be looked into.
+    until: Option<Instant>,
+    unsearched: usize,
 }
 
 impl Search {
     /// The file system that holds `/`, and what this user's shell and home hold on others.
     fn everywhere(&mut self) {
         let root = Path::new("/");
-        self.below(root);
         let device = |dir: &Path| dir.metadata().map(|dir| dir.dev()).ok();
         let path = std::env::var_os("PATH").unwrap_or_default();
         let dirs: Vec<PathBuf> = std::env::split_paths(&path).filter(|dir| dir.is_absolute()).collect();
@@ -259,7 +279,9 @@ impl Search {
         let prefixes = dirs.iter().filter(|dir| dir.ends_with("bin")).filter_map(|dir| dir.parent().map(Path::to_owned));
         let more = prefixes.chain(std::env::home_dir()).chain(std::env::current_dir().ok());
         let more: BTreeSet<PathBuf> = more.filter(|dir| device(dir).is_some() && device(dir) != device(root)).collect();
+        // The large one last: there may be no time for all of it.
         more.iter().for_each(|dir| self.below(dir));
+        self.below(root);
     }
 
     /// All of a directory on its own file system; links are not followed.
@@ -267,6 +289,10 @@ impl Search {
         let Ok(device) = root.metadata().map(|dir| dir.dev()) else { return };
         let mut dirs = vec![root.to_owned()];
         while let Some(dir) = dirs.pop() {
+            if self.until.is_some_and(|until| Instant::now() > until) {
+                self.unsearched += dirs.len() + 1;
+                return;
+            }
             let entries = match fs::read_dir(&dir) {
                 Ok(entries) => entries,
                 Err(error) => {

@@ -87,6 +87,7 @@ impl Shim {
             return Err(self.exec(&real, env));
         }
         crate::logging::start(&config);
+        crate::logging::strangers(&config);
         if !mistakes.is_empty() {
             if config.shim_strict() {
                 return Err(failure(OWN_FAILURE, Mistakes(mistakes)));

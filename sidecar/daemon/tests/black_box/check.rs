@@ -142,3 +142,38 @@ fn a_time_zone_that_is_none_and_the_setting_of_old_say_what_to_write() {
         assert_eq!(ask(&["check", "--time-zone", zone]).status.code(), Some(0), "{zone}");
     }
 }
+
+#[test]
+fn a_variable_that_nothing_reads_is_said_and_refuses_nothing() {
+    let dir = Scratch::new("check", "strangers");
+    let with = |command: &mut Command| {
+        // A typo that is near nothing, and what Kubernetes sets for a service that is called like us.
+        command.env("AGENT_SIDECAR_COST_LIMIT_USD", "5.4321").env("AGENT_SIDECAR_SERVICE_HOST", "10.0.0.7");
+        command.env("AGENT_SIDECAR_PORT", "tcp://10.0.0.7:9477").env("AGENT_SIDECAR_PORT_9477_TCP_ADDR", "10.0.0.7");
+        let out = command.output().unwrap();
+        (out.status.code(), said(&out))
+    };
+    let told = |said: &str| {
+        assert!(
+            said.contains("AGENT_SIDECAR_COST_LIMIT_USD") && said.contains("the nearest is AGENT_SIDECAR_MAX_COST_USD"),
+            "{said}"
+        );
+        assert!(!said.contains("5.4321") && !said.contains("SERVICE_HOST") && !said.contains("AGENT_SIDECAR_PORT"), "{said}");
+    };
+    let (code, said) = with(Command::new(SIDECAR).arg("check"));
+    assert_eq!(code, Some(0), "{said}");
+    told(&said);
+    let (code, said) = with(Command::new(SIDECAR).args(["run", "--listen", "off", "--", "sh", "-c", "exit 7"]));
+    assert_eq!(code, Some(7), "{said}");
+    told(&said);
+    assert_eq!(said.matches("WARN").count(), 1, "{said}");
+    let (code, said) = with(Command::new(SIDECAR).args(["hub", "--hub", "off"]));
+    assert_eq!(code, Some(1), "it has nothing to serve: {said}");
+    told(&said);
+    // Under the name of the CLI, too.
+    script(&dir.join("claude"), "echo '2.1.330 (Claude Code)'; [ \"$1\" = --version ] || exit 7");
+    assert!(Command::new(SIDECAR).arg("install").arg(&*dir).output().unwrap().status.success());
+    let (code, said) = with(Command::new(dir.join("claude")).args(["-p", "hi"]).env("AGENT_SIDECAR_LISTEN", "off"));
+    assert_eq!(code, Some(7), "{said}");
+    told(&said);
+}

@@ -1,8 +1,9 @@
 //! `doctor`, in containers that have something wrong with them.
 
 use std::net::TcpListener;
-use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::support::*;
@@ -80,6 +81,7 @@ fn a_socket_that_cannot_be_one() {
     let long = dir.join("x".repeat(120));
     for (path, what) in [
         (dir.join("book"), "no socket"),
+        (PathBuf::from("/proc/hub.sock"), "can make none"),
         (long, "longer than the 107 bytes"),
         (dir.join("missing/hub.sock"), "agents cannot meet there: No such file"),
     ] {
@@ -277,4 +279,31 @@ fn tenants_that_nobody_names_and_agents_that_share() {
         let (_, all) = findings(&mut command);
         all.first().map(|finding| assert!(finding[3].contains("2 agents that run keep their sessions"), "{all:?}"))
     });
+}
+
+#[test]
+fn a_variable_that_no_setting_has_is_found_and_its_value_not_told() {
+    let (_dir, mut command) = place("stranger");
+    command.env("AGENT_SIDECAR_COST_LIMIT_USD", "5.4321").env("AGENT_SIDECAR_PORT_9477_TCP", "tcp://10.0.0.7:9477");
+    one(&mut command, "warning", "configuration", "AGENT_SIDECAR_COST_LIMIT_USD", "no setting is called so");
+    assert!(!String::from_utf8(command.output().unwrap().stdout).unwrap().contains("5.4321"));
+}
+
+#[test]
+fn a_socket_in_a_directory_of_somebody_else() {
+    if !crate::user::may_change_users() {
+        return;
+    }
+    let (dir, mut command) = place("others");
+    // What another user may look at, but not change.
+    std::fs::create_dir(dir.join("roots")).unwrap();
+    std::fs::set_permissions(dir.join("roots"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let (socket, ledger) = (dir.join("roots/hub.sock"), dir.join("ledger.jsonl"));
+    std::fs::write(&ledger, "").unwrap();
+    std::os::unix::fs::chown(&ledger, Some(65534), Some(65534)).unwrap();
+    let free = |command: &mut Command| String::from_utf8(command.output().unwrap().stdout).unwrap().contains("\"free\"");
+    command.env("AGENT_SIDECAR_SOCKET", &socket).env("AGENT_SIDECAR_LISTEN", "off");
+    assert!(free(&mut command), "root may make one there");
+    command.uid(65534).gid(65534);
+    one(&mut command, "warning", "socket", socket.to_str().unwrap(), "uid 65534 can make none");
 }
