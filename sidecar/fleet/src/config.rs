@@ -49,12 +49,8 @@ pub struct Fleet {
     /// On every container as a label: two fleets that share a provider and a name would destroy each other's containers.
     pub name: String,
     pub listen: SocketAddr,
-    /// Where containers reach this fleet.
-    pub url: Option<String>,
     /// `sqlite:///var/lib/agent-fleet/fleet.db` or `postgres://…`.
     pub store: Hidden,
-    /// The live page is served.
-    pub page: bool,
     /// How long sessions that are over are remembered.
     pub keep: Duration,
 }
@@ -260,12 +256,9 @@ impl Config {
     }
 
     fn print_to(&self, out: &mut String) -> fmt::Result {
-        let Fleet { name, listen, url, store, page, keep } = &self.fleet;
+        let Fleet { name, listen, store, keep } = &self.fleet;
         writeln!(out, "[fleet]\nname = {name:?}\nlisten = \"{listen}\"")?;
-        if let Some(url) = url {
-            writeln!(out, "url = {url:?}")?;
-        }
-        writeln!(out, "store = {:?}\npage = {page}\nkeep = {}", secret::without_password(store.reveal()), time(*keep))?;
+        writeln!(out, "store = {:?}\nkeep = {}", secret::without_password(store.reveal()), time(*keep))?;
         for caller in self.callers.values() {
             let tenants: &[String] = if caller.tenants.is_empty() { &[String::from("*")] } else { &caller.tenants };
             writeln!(out, "\n[callers.{}]\ntenants = {tenants:?}\nadmin = {}", caller.name, caller.admin)?;

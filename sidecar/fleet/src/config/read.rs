@@ -123,8 +123,6 @@ impl<'a> Reader<'a> {
         let default = Fleet::default();
         let name = self.need(&mut section, "name", label, "name = \"prod\": it is on every container as a label");
         let listen = self.get(&mut section, "listen", address).unwrap_or(default.listen);
-        let url = self.get(&mut section, "url", web_url);
-        let page = self.get(&mut section, "page", switch).unwrap_or(default.page);
         let keep = self.get(&mut section, "keep", time).unwrap_or(default.keep);
         let (store, at) = (section.has("store"), section.at_key("store"));
         let store = match store {
@@ -150,7 +148,7 @@ impl<'a> Reader<'a> {
             self.wrong(at, "`fleet.store` is the URL of a SQLite file or of a PostgreSQL database", remedy);
         }
         self.finish(section);
-        Fleet { name: name.unwrap_or_default(), listen, url, store: store.unwrap_or(default.store), page, keep }
+        Fleet { name: name.unwrap_or_default(), listen, store: store.unwrap_or(default.store), keep }
     }
 
     fn provider(&mut self, name: &str, mut section: Section<'a>, mut settings: toml::Table) -> ProviderConfig {
@@ -698,9 +696,7 @@ impl Default for Fleet {
         Fleet {
             name: String::new(),
             listen: SocketAddr::from(([127, 0, 0, 1], 9490)),
-            url: None,
             store: Hidden::new(String::from("sqlite:///var/lib/agent-fleet/fleet.db")),
-            page: true,
             keep: Duration::from_secs(30 * 86_400),
         }
     }
