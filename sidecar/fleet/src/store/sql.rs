@@ -155,7 +155,7 @@ where
         .bind(session.tenant.as_str())
         .bind(session.owner.as_str())
         .bind(session.provider.as_str())
-        .bind(session.phase.is_last())
+        .bind(session.is_over())
         .bind(document(session)?);
         if DB::rows(&bounded(write.execute(&self.write)).await?) == 1 {
             return Ok(Inserted::New);
@@ -184,7 +184,7 @@ where
         .bind(next.tenant.as_str())
         .bind(next.owner.as_str())
         .bind(next.provider.as_str())
-        .bind(next.phase.is_last())
+        .bind(next.is_over())
         .bind(document(&next)?);
         if DB::rows(&bounded(write.execute(&self.write)).await?) == 1 {
             session.version = next.version;
