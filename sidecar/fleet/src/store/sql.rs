@@ -368,6 +368,14 @@ where
                 break;
             }
         }
+        // Who is called the same after that begins at nothing, and what was spent stays spent.
+        let rename = sqlx::query::<DB>(
+            "UPDATE amounts SET session = session || '~' || CAST(random() AS TEXT)
+             WHERE changed < (SELECT now FROM clock) + $1 AND session NOT LIKE '%~%'
+               AND NOT EXISTS (SELECT 1 FROM sessions WHERE sessions.id = amounts.session)",
+        )
+        .bind(until(before));
+        bounded(rename.execute(&self.write)).await?;
         let forget = sqlx::query::<DB>("DELETE FROM amounts WHERE changed < (SELECT now FROM clock) + $1 - $2")
             .bind(until(before))
             .bind(millis(SPENT_KEPT));
