@@ -36,8 +36,8 @@ const POLL: Duration = Duration::from_secs(1);
 const AT_ONCE: usize = 64;
 /// Steps of one session in one go: more is no way to an end.
 const STEPS: usize = 200;
-/// How often somebody else may have written in between.
-const CONFLICTS: usize = 20;
+/// How often somebody else may have written in between: where the store is slow, who drives it has its next write waiting already.
+const CONFLICTS: u64 = 100;
 /// How often everything that exists is held against everything that is kept.
 const RECONCILE: Duration = Duration::from_secs(60);
 /// A container without a session is younger than this only while it is being made.
@@ -239,7 +239,7 @@ impl Fleet {
 
     /// Reads, changes and writes until nobody has written in between.
     async fn change(&self, session: &mut Session, change: impl Fn(&mut Session)) -> Result<(), Error> {
-        for _ in 0..CONFLICTS {
+        for n in 0..CONFLICTS {
             let mut changed = session.clone();
             change(&mut changed);
             match self.store.update(&mut changed).await {
@@ -248,6 +248,8 @@ impl Fleet {
                     return Ok(());
                 }
                 Err(store::Error::Conflict(_)) => {
+                    // Out of step with who writes all the time, and 5 s in all.
+                    tokio::time::sleep(Duration::from_millis(n)).await;
                     let id = &session.id;
                     *session = self.store.get(id).await?.ok_or_else(|| store::Error::Missing(id.clone()))?;
                 }

@@ -175,7 +175,11 @@ async fn what_no_session_holds_is_removed_when_it_is_old_enough() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fleets_die_and_the_line_is_cut_and_nothing_is_left_or_created_twice() {
-    let town = Town::new(5).await;
+    let dir = std::env::temp_dir().join(format!("agent-fleet-{}-deaths", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let mut town = Town::new(5).await;
+    // One in memory is gone with its connection, which may be closed when who waits for it is killed.
+    town.store = agent_fleet::store::open(&format!("sqlite:{}", dir.join("db").display())).await.unwrap();
     let sessions = 120;
     let mut fleets: Vec<(Arc<Fleet>, Running)> = Vec::new();
     for _ in 0..2 {
@@ -208,6 +212,7 @@ async fn fleets_die_and_the_line_is_cut_and_nothing_is_left_or_created_twice() {
     for (_, running) in fleets {
         running.stop().await;
     }
+    std::fs::remove_dir_all(dir).unwrap();
 }
 
 /// One that is let go of is driven again: a lease that is only renewed would keep it for ever.
