@@ -49,6 +49,7 @@ pub struct NewSession {
     pub id: Option<String>,
     /// Who pays. May be left out by who has one tenant alone.
     #[serde(default)]
+    #[schema(pattern = r"^[^\x00-\x1f\x7f-\x9f]{1,64}$")]
     pub tenant: Option<String>,
 }
 
@@ -126,12 +127,16 @@ pub struct Views {
 #[into_params(parameter_in = Query)]
 struct Which {
     /// Sessions of this phase alone.
+    #[param(
+        pattern = "^(requested|creating|starting|ready|active|idle|pausing|paused|resuming|stopping|stopped|destroyed|failed)$"
+    )]
     phase: Option<String>,
     tenant: Option<String>,
     /// Those that are over, too.
     #[serde(default)]
     over: bool,
     /// The last id of the page before.
+    #[param(pattern = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
     after: Option<String>,
     /// At most so many, 1 to 500.
     #[param(minimum = 1, maximum = 500)]
@@ -241,6 +246,18 @@ impl<T: DeserializeOwned + Send> FromRequestParts<Api> for Asked<T> {
     }
 }
 
+/// The id in its path. One that is no text names no session.
+struct Named(String);
+
+impl FromRequestParts<Api> for Named {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Answer<Self> {
+        let named = Path::<String>::from_request_parts(parts, api).await;
+        named.map(|Path(id)| Named(id)).map_err(|_| no_session("\u{fffd}"))
+    }
+}
+
 fn no_session(id: &str) -> Failure {
     Failure(StatusCode::NOT_FOUND, format!("there is no session `{}` of yours", id.escape_debug()))
 }
@@ -258,6 +275,9 @@ impl Api {
         if session.phase.is_last() && wanted != Wanted::Gone {
             return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is over: it is {}", session.phase)));
         }
+        if session.wanted == Wanted::Gone && wanted != Wanted::Gone {
+            return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is to end: it is {}", session.phase)));
+        }
         let why = format!("`{}` asked for it", who.0.name);
         self.fleet.want(&session.id, wanted, &why).await?.ok_or_else(|| no_session(id))
     }
@@ -270,7 +290,7 @@ impl Api {
                 _ => return Err(Failure(StatusCode::BAD_REQUEST, String::from("`tenant` is missing: who is to pay?"))),
             },
         };
-        let printable = !tenant.is_empty() && tenant.len() <= 64 && !tenant.contains(|c: char| c.is_control());
+        let printable = !tenant.is_empty() && tenant.chars().count() <= 64 && !tenant.contains(|c: char| c.is_control());
         if !printable {
             return Err(Failure(StatusCode::BAD_REQUEST, String::from("a tenant has 1 to 64 printable characters")));
         }
@@ -337,14 +357,14 @@ async fn list(State(api): State<Api>, who: Who, Asked(which): Asked<Which>) -> A
 
 #[utoipa::path(get, path = "/v1/sessions/{id}", params(("id" = String, Path)), security(("token" = [])),
     responses((status = 200, body = View), (status = 401, body = Wrong), (status = 404, body = Wrong), (status = 503, body = Wrong)))]
-async fn show(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answer<axum::Json<View>> {
+async fn show(State(api): State<Api>, who: Who, Named(id): Named) -> Answer<axum::Json<View>> {
     Ok(axum::Json(View::of(&api.session(&who, &id).await?)))
 }
 
 /// It ends: what it is, and what becomes of it, can be seen until it is forgotten.
 #[utoipa::path(delete, path = "/v1/sessions/{id}", params(("id" = String, Path)), security(("token" = [])),
     responses((status = 202, body = View), (status = 401, body = Wrong), (status = 404, body = Wrong), (status = 503, body = Wrong)))]
-async fn destroy(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answer<Response> {
+async fn destroy(State(api): State<Api>, who: Who, Named(id): Named) -> Answer<Response> {
     let session = api.want(&who, &id, Wanted::Gone).await?;
     Ok((StatusCode::ACCEPTED, axum::Json(View::of(&session))).into_response())
 }
@@ -352,7 +372,7 @@ async fn destroy(State(api): State<Api>, who: Who, Path(id): Path<String>) -> An
 #[utoipa::path(post, path = "/v1/sessions/{id}/pause", params(("id" = String, Path)), security(("token" = [])),
     responses((status = 202, body = View), (status = 401, body = Wrong), (status = 404, body = Wrong), (status = 409, body = Wrong),
         (status = 501, description = "Its provider cannot pause.", body = Wrong), (status = 503, body = Wrong)))]
-async fn pause(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answer<Response> {
+async fn pause(State(api): State<Api>, who: Who, Named(id): Named) -> Answer<Response> {
     let session = api.session(&who, &id).await?;
     let provider = api.fleet.provider(&session.provider)?;
     if provider.capabilities().pause == provider::Pause::No {
@@ -367,7 +387,7 @@ async fn pause(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answ
 #[utoipa::path(post, path = "/v1/sessions/{id}/resume", params(("id" = String, Path)), security(("token" = [])),
     responses((status = 202, body = View), (status = 401, body = Wrong), (status = 404, body = Wrong), (status = 409, body = Wrong),
         (status = 503, body = Wrong)))]
-async fn resume(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answer<Response> {
+async fn resume(State(api): State<Api>, who: Who, Named(id): Named) -> Answer<Response> {
     let session = api.want(&who, &id, Wanted::Running).await?;
     Ok((StatusCode::ACCEPTED, axum::Json(View::of(&session))).into_response())
 }
@@ -375,11 +395,12 @@ async fn resume(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Ans
 /// The last of what its container has printed.
 #[utoipa::path(get, path = "/v1/sessions/{id}/logs", params(("id" = String, Path)), security(("token" = [])),
     responses((status = 200, content_type = "application/octet-stream"), (status = 401, body = Wrong), (status = 404, body = Wrong),
+        (status = 409, description = "It has no container now.", body = Wrong),
         (status = 501, description = "Its provider keeps none.", body = Wrong), (status = 502, body = Wrong), (status = 503, body = Wrong)))]
-async fn logs(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answer<Response> {
+async fn logs(State(api): State<Api>, who: Who, Named(id): Named) -> Answer<Response> {
     let session = api.session(&who, &id).await?;
     let Some(native) = session.native.as_ref().filter(|_| session.holds) else {
-        return Err(Failure(StatusCode::NOT_FOUND, format!("session `{id}` has no container now: it is {}", session.phase)));
+        return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` has no container now: it is {}", session.phase)));
     };
     let said = api.fleet.provider(&session.provider)?.logs(native, LOGS_MOST).await?;
     // Whatever an agent prints is never a page.
@@ -389,7 +410,7 @@ async fn logs(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answe
 /// What hooks have done for it, from the first to the last.
 #[utoipa::path(get, path = "/v1/sessions/{id}/hooks", params(("id" = String, Path)), security(("token" = [])),
     responses((status = 200, body = Vec<Object>), (status = 401, body = Wrong), (status = 404, body = Wrong), (status = 503, body = Wrong)))]
-async fn hooks(State(api): State<Api>, who: Who, Path(id): Path<String>) -> Answer<axum::Json<Vec<HookRun>>> {
+async fn hooks(State(api): State<Api>, who: Who, Named(id): Named) -> Answer<axum::Json<Vec<HookRun>>> {
     let session = api.session(&who, &id).await?;
     Ok(axum::Json(api.fleet.store().hook_runs(&session.id).await?))
 }

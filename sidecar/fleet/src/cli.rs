@@ -21,6 +21,10 @@ use tokio::sync::watch;
 pub(crate) const FAILED: u8 = 1;
 /// Where a fleet serves that is not told otherwise.
 const HERE: &str = "http://127.0.0.1:9490";
+/// How long a fleet may take for an answer: its provider may be slow with logs.
+const ANSWER: Duration = Duration::from_secs(120);
+/// How long a fleet may be away while it is waited for: it is being restarted.
+const AWAY: Duration = Duration::from_secs(60);
 /// What is under way is given so long when the fleet ends.
 const LAST: Duration = Duration::from_secs(25);
 
@@ -182,7 +186,7 @@ fn serve(config: &Config) -> Result<ExitCode> {
         let listener = listener.map_err(|error| format!("{} cannot be listened at: {error}", config.fleet.listen))?;
         tracing::info!(address = %listener.local_addr()?, fleet = %config.fleet.name, "serving");
         let (end, ended) = watch::channel(false);
-        let driving = tokio::spawn(Arc::clone(&fleet).run(ended.clone()));
+        let mut driving = tokio::spawn(Arc::clone(&fleet).run(ended.clone()));
         let pruning = tokio::spawn(prune(store, config.fleet.keep));
         let mut served = ended;
         let serving = axum::serve(listener, api::router(api)).with_graceful_shutdown(async move {
@@ -193,6 +197,8 @@ fn serve(config: &Config) -> Result<ExitCode> {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
+            // Who asks for sessions that nobody drives is not to be told that all is well.
+            _ = &mut driving => return Err("sessions are driven no more: start it again".into()),
         }
         tracing::info!("ending: what is under way is finished, and sessions go on where they are");
         end.send(true).ok();
@@ -215,6 +221,11 @@ async fn prune(store: Arc<dyn store::Store>, keep: Duration) {
     }
 }
 
+/// Nobody has answered.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct NoAnswer(String);
+
 /// A fleet that serves, and who asks it.
 struct Remote {
     client: reqwest::Client,
@@ -234,13 +245,14 @@ impl Remote {
     }
 
     async fn ask(&self, method: Method, path: &str, body: Option<serde_json::Value>) -> Result<Vec<u8>> {
-        let mut request = self.client.request(method, format!("{}{path}", self.url)).bearer_auth(&self.token);
+        let mut request = self.client.request(method, format!("{}{path}", self.url)).bearer_auth(&self.token).timeout(ANSWER);
         if let Some(body) = body {
             request = request.json(&body);
         }
-        let answer = request.send().await.map_err(|error| format!("{}: {}", self.url, root(&error)))?;
+        let gone = |error: reqwest::Error| NoAnswer(format!("{}: {}", self.url, root(&error)));
+        let answer = request.send().await.map_err(gone)?;
         let status = answer.status();
-        let body = answer.bytes().await?;
+        let body = answer.bytes().await.map_err(gone)?;
         if status.is_success() {
             return Ok(body.to_vec());
         }
@@ -252,12 +264,15 @@ impl Remote {
         Ok(serde_json::from_slice(&self.ask(method, path, body).await?)?)
     }
 
-    /// Asks until it is so.
+    /// Asks until it is so, also over a restart of the fleet.
     async fn wait(&self, id: &str, so: impl Fn(Phase) -> bool) -> Result<View> {
+        let mut heard = std::time::Instant::now();
         loop {
-            let view = self.view(Method::GET, &format!("/v1/sessions/{id}"), None).await?;
-            if so(view.phase) {
-                return Ok(view);
+            match self.view(Method::GET, &format!("/v1/sessions/{id}"), None).await {
+                Ok(view) if so(view.phase) => return Ok(view),
+                Ok(_) => heard = std::time::Instant::now(),
+                Err(error) if error.is::<NoAnswer>() && heard.elapsed() < AWAY => {}
+                Err(error) => return Err(error),
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
@@ -293,7 +308,9 @@ async fn ask(name: &str, asked: &ArgMatches) -> Result<ExitCode> {
             }
             let mut view = remote.view(Method::POST, "/v1/sessions", Some(body)).await?;
             if is(asked, "wait") {
-                view = remote.wait(&view.id, |phase| phase.is_up() || phase.is_last()).await?;
+                // It may be at rest again before it was seen to be up.
+                let there = |phase: Phase| phase.is_up() || phase.is_last() || matches!(phase, Phase::Pausing | Phase::Paused);
+                view = remote.wait(&view.id, there).await?;
             }
             shown(&view)?;
             return Ok(if view.phase == Phase::Failed { ExitCode::from(FAILED) } else { ExitCode::SUCCESS });

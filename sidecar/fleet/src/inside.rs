@@ -13,6 +13,8 @@ use crate::session::Report;
 const ANSWER: Duration = Duration::from_secs(5);
 /// A container has at most 1,500 series; more than this is no sidecar.
 const MOST: usize = 4 << 20;
+/// A container may say what it likes: more than this is not believed. Infinity has no JSON, and a session that has it could not be read again.
+const USD_MOST: f64 = 1e9;
 const COST: &str = "claude_agent_cost_usd_total";
 
 /// Who is asked.
@@ -78,7 +80,7 @@ impl Inside for Http {
 fn cost(metrics: &str) -> f64 {
     let series = metrics.lines().filter(|line| line.starts_with(COST) && line[COST.len()..].starts_with(['{', ' ']));
     let values = series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
-    values.filter(|value| value.is_finite() && *value > 0.0).sum()
+    values.filter(|value| value.is_finite() && *value > 0.0).sum::<f64>().min(USD_MOST)
 }
 
 #[cfg(test)]
@@ -92,5 +94,11 @@ mod tests {
             claude_agent_cost_usd_total{model=\"d\"} NaN\nclaude_agent_cost_usd_totally 7\n";
         assert_eq!(cost(text), 0.75);
         assert_eq!(cost(""), 0.0);
+    }
+
+    #[test]
+    fn what_no_agent_can_have_cost_is_still_a_number() {
+        let text = "claude_agent_cost_usd_total{slot=\"0\"} 1e308\nclaude_agent_cost_usd_total{slot=\"1\"} 1.7e308\n";
+        assert_eq!(cost(text), USD_MOST);
     }
 }

@@ -11,7 +11,7 @@ use jiff::Timestamp;
 
 use crate::lifecycle::Phase;
 use crate::provider::{self, KEY_LABEL, Pause, Price, SESSION_LABEL, Sandbox, State};
-use crate::session::{Pattern, Session, SessionId, Wanted};
+use crate::session::{Pattern, Report, Session, SessionId, Wanted};
 
 /// How a session is to be treated.
 #[derive(Clone, Debug, PartialEq)]
@@ -80,6 +80,11 @@ impl PauseBy {
 const BACKOFF_MOST: Duration = Duration::from_secs(60);
 /// How often a container is looked at that is about to change.
 const LOOK_SOON: Duration = Duration::from_secs(1);
+/// How often what sleeps is thought of: it may cost all the same.
+const SLEEP: Duration = Duration::from_secs(600);
+
+/// Sums of the same in another order differ by less, in USD.
+const ROUNDED: f64 = 1e-6;
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Step {
@@ -347,7 +352,7 @@ impl Planner<'_> {
         if self.session.wanted == Wanted::Running {
             return Some(Step::Enter(Phase::Resuming, None));
         }
-        Some(self.wait(vec![self.session.ends]))
+        Some(self.wait(vec![self.session.ends, self.now + SLEEP]))
     }
 
     fn resuming(&self) -> Maybe {
@@ -606,6 +611,16 @@ pub fn saw(session: &mut Session, sandbox: &Sandbox, policy: &Policy, price: &Pr
         session.cost_before_usd = session.cost_usd();
         session.report = None;
     }
+}
+
+/// What its sidecar has said. One that says less than before has begun anew, and what was before is not forgotten.
+pub fn heard(session: &mut Session, report: &Report) {
+    if let Some(last) = &session.report
+        && report.cost_usd + ROUNDED < last.cost_usd
+    {
+        session.cost_before_usd += last.cost_usd;
+    }
+    session.report = Some(report.clone());
 }
 
 fn failed(session: &mut Session, action: &Action, error: &provider::Error, policy: &Policy, price: &Price, now: Timestamp) {

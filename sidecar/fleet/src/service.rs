@@ -9,15 +9,16 @@
 //! A fleet that dies loses its lease, and another (or it itself, anew) goes on from what was kept.
 
 use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use jiff::Timestamp;
 use tokio::sync::{Notify, Semaphore, watch};
 
-use crate::budget::Budgets;
+use crate::budget::{Budgets, needs};
 use crate::config::Tenant;
 use crate::hook::Verdict;
 use crate::inside::Inside;
@@ -35,8 +36,8 @@ const POLL: Duration = Duration::from_secs(1);
 const AT_ONCE: usize = 64;
 /// Steps of one session in one go: more is no way to an end.
 const STEPS: usize = 200;
-/// How often somebody else may have written in between.
-const CONFLICTS: usize = 20;
+/// How often somebody else may have written in between: where the store is slow, who drives it has its next write waiting already.
+const CONFLICTS: u64 = 100;
 /// How often everything that exists is held against everything that is kept.
 const RECONCILE: Duration = Duration::from_secs(60);
 /// A container without a session is younger than this only while it is being made.
@@ -80,6 +81,8 @@ pub struct Fleet {
     clock: Clock,
     lease: Duration,
     due: Notify,
+    /// Who asks for a session counts what there is: one at a time.
+    admitting: tokio::sync::Mutex<()>,
     counts: Counts,
 }
 
@@ -121,8 +124,9 @@ impl Fleet {
     ) -> Self {
         let budgets = Budgets::new(Arc::clone(&store), tenants);
         let me = format!("{name}-{}", uuid::Uuid::now_v7());
-        let (due, counts) = (Notify::new(), Counts::default());
-        Self { name: name.to_owned(), me, store, providers, hooks, policies, inside, budgets, clock, lease: LEASE, due, counts }
+        let (due, admitting, counts) = (Notify::new(), tokio::sync::Mutex::default(), Counts::default());
+        let name = name.to_owned();
+        Self { name, me, store, providers, hooks, policies, inside, budgets, clock, lease: LEASE, due, admitting, counts }
     }
 
     #[must_use]
@@ -164,6 +168,7 @@ impl Fleet {
         if !refusals.is_empty() {
             return Err(Error::Unable { provider: session.provider, refusals: refusals.join("; ") });
         }
+        let _admitting = self.admitting.lock().await;
         let now = self.now();
         if let Some(tenant) = self.budgets.tenants().get(&session.tenant)
             && let Some(most) = tenant.max_sessions
@@ -178,11 +183,25 @@ impl Fleet {
         if let Err(why) = self.budgets.admit(&session, &price, now).await? {
             return Err(Error::OverBudget(why));
         }
-        session.cost_at = self.budgets.periods(&session, now);
         self.label(&mut session);
-        let inserted = self.store.insert(&session).await?;
+        let inserted = self.store.insert(&session).await;
+        match &inserted {
+            Ok(Inserted::New) => {}
+            // Another fleet was asked for the same. What was set aside for it here is not its own, or no more what it has cost.
+            Ok(Inserted::Known(known)) if known.tenant != session.tenant => self.budgets.release(&session, now).await?,
+            Ok(Inserted::Known(known)) if !known.cost_at.is_empty() || known.is_over() => {
+                self.charge(&mut known.as_ref().clone(), &price).await?;
+            }
+            Ok(Inserted::Known(_)) => {}
+            // It may be there all the same.
+            Err(_) => {
+                if let Ok(None) = self.store.get(&session.id).await {
+                    self.budgets.release(&session, now).await?;
+                }
+            }
+        }
         self.due.notify_one();
-        Ok(inserted)
+        Ok(inserted?)
     }
 
     /// The container's name and labels, by which it is found again.
@@ -203,6 +222,10 @@ impl Fleet {
             // What is to be gone stays so.
             if session.wanted != Wanted::Gone && !session.phase.is_last() {
                 session.wanted = wanted;
+                // It is about to be talked to: its rest begins anew.
+                if wanted == Wanted::Running {
+                    session.idle_since = session.idle_since.map(|_| self.now());
+                }
                 if wanted == Wanted::Gone {
                     session.reason = Some(why.to_owned());
                 }
@@ -216,7 +239,7 @@ impl Fleet {
 
     /// Reads, changes and writes until nobody has written in between.
     async fn change(&self, session: &mut Session, change: impl Fn(&mut Session)) -> Result<(), Error> {
-        for _ in 0..CONFLICTS {
+        for n in 0..CONFLICTS {
             let mut changed = session.clone();
             change(&mut changed);
             match self.store.update(&mut changed).await {
@@ -225,6 +248,8 @@ impl Fleet {
                     return Ok(());
                 }
                 Err(store::Error::Conflict(_)) => {
+                    // Out of step with who writes all the time, and 5 s in all.
+                    tokio::time::sleep(Duration::from_millis(n)).await;
                     let id = &session.id;
                     *session = self.store.get(id).await?.ok_or_else(|| store::Error::Missing(id.clone()))?;
                 }
@@ -240,9 +265,12 @@ impl Fleet {
         let mut tasks = tokio::task::JoinSet::new();
         // They end with us, however that is.
         let mut beside = tokio::task::JoinSet::new();
-        beside.spawn(Arc::clone(&self).renew());
-        beside.spawn(Arc::clone(&self).listen());
-        beside.spawn(Arc::clone(&self).reconcile_for_ever());
+        let fleet = Arc::clone(&self);
+        beside.spawn(again_and_again("renewing leases", move || Arc::clone(&fleet).renew()));
+        let fleet = Arc::clone(&self);
+        beside.spawn(again_and_again("listening to providers", move || Arc::clone(&fleet).listen()));
+        let fleet = Arc::clone(&self);
+        beside.spawn(again_and_again("looking for orphans", move || Arc::clone(&fleet).reconcile_for_ever()));
         while !*end.borrow() {
             while tasks.try_join_next().is_some() {}
             let free = room.available_permits();
@@ -284,10 +312,15 @@ impl Fleet {
 
     async fn drive_and_release(&self, session: Session, end: &watch::Receiver<bool>) {
         let id = session.id.clone();
-        let wake = match self.drive(session, end).await {
-            Ok(wake) => wake,
-            Err(error) => {
+        // A session that is not released is renewed, and driven by nobody.
+        let wake = match AssertUnwindSafe(self.drive(session, end)).catch_unwind().await {
+            Ok(Ok(wake)) => wake,
+            Ok(Err(error)) => {
                 tracing::error!(session = %id, %error, "a session cannot be driven now");
+                Some(self.now() + POLL * 5)
+            }
+            Err(_) => {
+                tracing::error!(session = %id, "driving a session has panicked: it is tried again");
                 Some(self.now() + POLL * 5)
             }
         };
@@ -307,7 +340,16 @@ impl Fleet {
                 return Ok(Some(self.now()));
             }
             match plan::next(&session, seen.as_ref(), &policy, self.now()) {
-                Step::Wait(until) => return Ok(until.into_iter().chain(self.hooks.beside(&session).await).min()),
+                Step::Wait(until) => {
+                    // While it sleeps nobody looks at it, and when it is over nobody will.
+                    let wanted = session.wanted;
+                    if session.is_over() || session.phase == Phase::Paused && session.holds {
+                        self.charge(&mut session, &price).await?;
+                    }
+                    if session.wanted == wanted {
+                        return Ok(until.into_iter().chain(self.hooks.beside(&session).await).min());
+                    }
+                }
                 Step::Enter(phase, reason) => {
                     let now = self.now();
                     // Who has written meanwhile may have wanted something else: then it is thought over again.
@@ -345,8 +387,9 @@ impl Fleet {
                         if let Some(sandbox) = &looked {
                             plan::saw(session, sandbox, &policy, &price, now);
                         }
-                        if let Some(report) = &report {
-                            session.report = Some(report.clone());
+                        // What others have ended meanwhile has been added up.
+                        if let Some(report) = report.as_ref().filter(|_| session.holds) {
+                            plan::heard(session, report);
                         }
                         if session.phase == before {
                             plan::record(session, &action, &outcome, &policy, &price, now);
@@ -388,12 +431,15 @@ impl Fleet {
         plan::meter(&mut metered, price, now);
         let periods = self.budgets.periods(&metered, now);
         if periods != session.cost_at {
+            self.budgets.close(&metered, &periods).await?;
             self.change(session, |session| session.cost_at = periods.clone()).await?;
             metered.cost_at = periods;
         }
-        if let Some(why) = self.budgets.charge(&metered, now).await?
+        if let Some((why, beyond)) = self.budgets.charge(&metered, now).await?
             && session.wanted != Wanted::Gone
             && !session.phase.is_last()
+            // What is set aside for others is not spent: nobody ends for that.
+            && beyond >= self.set_aside(&session.tenant).await?
         {
             tracing::warn!(session = %session.id, tenant = %session.tenant, "its budget is spent");
             self.change(session, |session| {
@@ -403,6 +449,18 @@ impl Fleet {
             .await?;
         }
         Ok(())
+    }
+
+    /// What is set aside for those of a tenant that have not cost anything yet, in USD.
+    async fn set_aside(&self, tenant: &str) -> Result<f64, Error> {
+        let phases = vec![Phase::Requested, Phase::Creating, Phase::Starting];
+        let filter = Filter { tenant: Some(tenant.to_owned()), phases, ..Filter::default() };
+        let waiting = self.matching(&filter).await?;
+        let usd = waiting.values().filter(|session| session.cost_at.is_empty()).filter_map(|session| {
+            let provider = self.providers.get(&session.provider)?;
+            Some(needs(session, &provider.price(session.spec.size)))
+        });
+        Ok(usd.sum())
     }
 
     async fn read(&self, id: &SessionId) -> Result<Session, Error> {
@@ -437,7 +495,9 @@ impl Fleet {
             },
             Action::Look => match self.look(session, provider).await {
                 Ok(sandbox) => {
-                    let up = session.phase.is_up() && sandbox.state == State::Running;
+                    // Also for the last time, before it ends.
+                    let up = session.phase.is_up() || matches!(session.phase, Phase::Pausing | Phase::Stopping);
+                    let up = up && sandbox.state == State::Running;
                     let report = if up { self.ask(session, provider).await.ok() } else { None };
                     return (Outcome::Done, Some(sandbox), report);
                 }
@@ -510,11 +570,14 @@ impl Fleet {
 
     /// Every session that is not over.
     async fn all(&self) -> Result<BTreeMap<SessionId, Session>, Error> {
+        self.matching(&Filter::default()).await
+    }
+
+    async fn matching(&self, filter: &Filter) -> Result<BTreeMap<SessionId, Session>, Error> {
         let mut all = BTreeMap::new();
-        let filter = Filter::default();
         let mut after: Option<SessionId> = None;
         loop {
-            let page = self.store.list(&filter, after.as_ref(), 500).await?;
+            let page = self.store.list(filter, after.as_ref(), 500).await?;
             let Some(last) = page.last() else { return Ok(all) };
             after = Some(last.id.clone());
             all.extend(page.into_iter().map(|session| (session.id.clone(), session)));
@@ -556,6 +619,14 @@ impl Fleet {
             }
         }
         Ok(removed)
+    }
+}
+
+/// A mistake in what one provider does is not the end of what every session needs.
+async fn again_and_again<F: Future<Output = ()>>(what: &'static str, begin: impl Fn() -> F) {
+    while AssertUnwindSafe(begin()).catch_unwind().await.is_err() {
+        tracing::error!("{what} has panicked: it is begun again");
+        tokio::time::sleep(POLL).await;
     }
 }
 

@@ -229,6 +229,11 @@ impl Session {
         container_key(&self.id, self.generation)
     }
 
+    /// Whether nothing is left to be done: what has failed may still have a container.
+    pub fn is_over(&self) -> bool {
+        self.phase.is_last() && !self.holds
+    }
+
     /// What it has cost, in USD: agents and containers.
     pub fn total_usd(&self) -> f64 {
         self.cost_usd() + self.container_usd

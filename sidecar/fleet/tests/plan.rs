@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use agent_fleet::lifecycle::Phase;
-use agent_fleet::plan::{Action, Outcome, PauseBy, Policy, Seen, Step, about_to, enter_phase, next, orphans, record, saw};
+use agent_fleet::plan::{Action, Outcome, PauseBy, Policy, Seen, Step, about_to, enter_phase, heard, next, orphans, record, saw};
 use agent_fleet::provider::{Error, KEY_LABEL, Price, SESSION_LABEL, Sandbox, Size, Spec, State};
 use agent_fleet::session::{Pattern, Report, Session, Wanted};
 use jiff::Timestamp;
@@ -291,6 +291,18 @@ fn who_has_never_been_heard_of_is_not_idle() {
         assert!(world.step());
         assert_eq!(world.kept.phase, Phase::Ready);
     }
+}
+
+#[test]
+fn a_sidecar_that_begins_anew_does_not_take_back_what_it_has_cost() {
+    let mut kept = session(Pattern::Hybrid);
+    let mut say = |cost_usd| {
+        heard(&mut kept, &Report { at: start(), busy_until: None, cost_usd, conversation: None });
+        kept.cost_usd()
+    };
+    // Sums of the same in another order are the same.
+    let said = [1.0, 1.5, 1.5 - 1e-12, 0.0, 0.25].map(&mut say);
+    assert_eq!(said.map(|usd| (usd * 1e6).round() / 1e6), [1.0, 1.5, 1.5, 1.5, 1.75]);
 }
 
 #[test]

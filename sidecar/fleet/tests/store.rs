@@ -458,6 +458,10 @@ async fn what_is_over_is_forgotten_and_nothing_else(Fresh { store, .. }: &Fresh)
     // Its hooks go with it. What it has spent in the period stays.
     assert_eq!(store.hook_runs(&id("over0")).await.unwrap(), []);
     assert_eq!(store.spent("blue", "2026").await.unwrap(), 2.0);
+    // Also when another is called the same.
+    assert!(!store.reserve("blue", "2026", &id("over0"), 1.0, 2.5).await.unwrap());
+    assert!(store.reserve("blue", "2026", &id("over0"), 0.5, 2.5).await.unwrap());
+    assert_eq!(store.spent("blue", "2026").await.unwrap(), 2.5);
     // Not for ever.
     store.prune(now + SignedDuration::from_hours(401 * 24)).await.unwrap();
     assert_eq!(store.spent("blue", "2026").await.unwrap(), 0.0);

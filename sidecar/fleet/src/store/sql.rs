@@ -155,7 +155,7 @@ where
         .bind(session.tenant.as_str())
         .bind(session.owner.as_str())
         .bind(session.provider.as_str())
-        .bind(session.phase.is_last())
+        .bind(session.is_over())
         .bind(document(session)?);
         if DB::rows(&bounded(write.execute(&self.write)).await?) == 1 {
             return Ok(Inserted::New);
@@ -184,7 +184,7 @@ where
         .bind(next.tenant.as_str())
         .bind(next.owner.as_str())
         .bind(next.provider.as_str())
-        .bind(next.phase.is_last())
+        .bind(next.is_over())
         .bind(document(&next)?);
         if DB::rows(&bounded(write.execute(&self.write)).await?) == 1 {
             session.version = next.version;
@@ -368,6 +368,14 @@ where
                 break;
             }
         }
+        // Who is called the same after that begins at nothing, and what was spent stays spent.
+        let rename = sqlx::query::<DB>(
+            "UPDATE amounts SET session = session || '~' || CAST(random() AS TEXT)
+             WHERE changed < (SELECT now FROM clock) + $1 AND session NOT LIKE '%~%'
+               AND NOT EXISTS (SELECT 1 FROM sessions WHERE sessions.id = amounts.session)",
+        )
+        .bind(until(before));
+        bounded(rename.execute(&self.write)).await?;
         let forget = sqlx::query::<DB>("DELETE FROM amounts WHERE changed < (SELECT now FROM clock) + $1 - $2")
             .bind(until(before))
             .bind(millis(SPENT_KEPT));

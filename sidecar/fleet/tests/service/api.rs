@@ -132,10 +132,15 @@ async fn a_caller_reaches_its_own_sessions_and_no_other() {
     assert_eq!(Served::listed(&served.ask("shop", "GET", "/v1/sessions", None).await), ["a"]);
     assert_eq!(Served::listed(&served.ask("ops", "GET", "/v1/sessions", None).await), ["a", "b"]);
     assert_eq!(served.ask("ops", "DELETE", "/v1/sessions/a", None).await.0, 202);
+    for wish in ["pause", "resume"] {
+        let (status, _) = served.ask("shop", "POST", &format!("/v1/sessions/a/{wish}"), None).await;
+        assert_eq!(status, 409, "{wish}: what is to end stays so, and nobody is told otherwise");
+    }
     served.town.reaches("a", Phase::Destroyed).await;
     // Over is over: it can be seen, and ended again, and nothing else.
     assert_eq!(served.ask("shop", "GET", "/v1/sessions/a", None).await.1["phase"], "destroyed");
     assert_eq!(served.ask("shop", "POST", "/v1/sessions/a/resume", None).await.0, 409);
+    assert_eq!(served.ask("shop", "GET", "/v1/sessions/a/logs", None).await.0, 409, "it is there, and has no container");
     assert_eq!(served.ask("shop", "DELETE", "/v1/sessions/a", None).await.0, 202);
     assert!(Served::listed(&served.ask("shop", "GET", "/v1/sessions", None).await).is_empty());
     assert_eq!(Served::listed(&served.ask("shop", "GET", "/v1/sessions?over=true", None).await), ["a"]);
@@ -161,6 +166,8 @@ async fn what_is_wrong_is_said_and_nothing_is_created() {
         assert_eq!(served.ask("shop", "GET", &format!("/v1/sessions{path}"), None).await.0, 400, "{path}");
     }
     assert_eq!(served.ask("shop", "PUT", "/v1/sessions", None).await.0, 405);
+    let (status, said) = served.ask("shop", "GET", "/v1/sessions/%ff", None).await;
+    assert!(status == 404 && said["error"].as_str().unwrap().contains("there is no session"), "{status} {said}");
     assert_eq!(served.ask("shop", "GET", "/v2", None).await.0, 404);
     let large = served.create("shop", json!({ "template": "x".repeat(100_000) })).await;
     assert_eq!(large.0, 413);
@@ -193,6 +200,11 @@ async fn it_tells_what_it_is_and_what_it_counts() {
     }
     let (_, document) = served.ask("", "GET", "/openapi.json", None).await;
     let paths: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
+    // What it says of phases is what there is.
+    let asked = document["paths"]["/v1/sessions"]["get"]["parameters"].as_array().unwrap();
+    let phase = asked.iter().find(|asked| asked["name"] == "phase").unwrap()["schema"]["pattern"].as_str().unwrap();
+    let phases: Vec<&str> = Phase::ALL.iter().map(|phase| phase.as_str()).collect();
+    assert_eq!(phase, format!("^({})$", phases.join("|")));
     for path in ["/v1/sessions", "/v1/sessions/{id}", "/v1/sessions/{id}/pause", "/v1/sessions/{id}/hooks", "/metrics"] {
         assert!(paths.iter().any(|found| *found == path), "{path}: {paths:?}");
     }

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed; helpers are tests, too")]
 
 mod api;
+mod money;
 mod town;
 
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use agent_fleet::config::{Elsewhere, Tenant};
 use agent_fleet::hook::{self, Act, Hook, Runner};
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::provider::{FLEET_LABEL, KEY_LABEL, SESSION_LABEL, Sandbox, State};
-use agent_fleet::service::{Fleet, Hooks};
+use agent_fleet::service::Fleet;
 use agent_fleet::session::{Pattern, Session, SessionId, Wanted};
 use agent_fleet::store::{Filter, Inserted};
 use jiff::Timestamp;
@@ -174,7 +175,11 @@ async fn what_no_session_holds_is_removed_when_it_is_old_enough() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fleets_die_and_the_line_is_cut_and_nothing_is_left_or_created_twice() {
-    let town = Town::new(5).await;
+    let dir = std::env::temp_dir().join(format!("agent-fleet-{}-deaths", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let mut town = Town::new(5).await;
+    // One in memory is gone with its connection, which may be closed when who waits for it is killed.
+    town.store = agent_fleet::store::open(&format!("sqlite:{}", dir.join("db").display())).await.unwrap();
     let sessions = 120;
     let mut fleets: Vec<(Arc<Fleet>, Running)> = Vec::new();
     for _ in 0..2 {
@@ -207,6 +212,51 @@ async fn fleets_die_and_the_line_is_cut_and_nothing_is_left_or_created_twice() {
     for (_, running) in fleets {
         running.stop().await;
     }
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+/// One that is let go of is driven again: a lease that is only renewed would keep it for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mistake_of_ours_does_not_keep_a_session() {
+    let town = Town::new(0).await;
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    town.cloud.panics.store(true, std::sync::atomic::Ordering::SeqCst);
+    fleet.create(session("a", Pattern::LongRunning)).await.unwrap();
+    town.reaches("a", Phase::Ready).await;
+    assert!(!town.cloud.panics.load(std::sync::atomic::Ordering::SeqCst));
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn what_has_failed_and_has_a_container_is_neither_an_orphan_nor_forgotten() {
+    let town = Town::new(0).await;
+    let fleet = town.fleet();
+    let failed = Session { holds: true, phase: Phase::Failed, ..session("a", Pattern::Ephemeral) };
+    fleet.create(failed.clone()).await.unwrap();
+    let labels = town.get("a").await.spec.labels;
+    let created = Some(Timestamp::now() - Duration::from_secs(1000));
+    let (key, native) = (Some(failed.key()), failed.key());
+    let sandbox = Sandbox { key, native, state: State::Running, created, labels, ..Cloud::gone() };
+    town.cloud.sandboxes.lock().unwrap().insert(failed.key(), sandbox);
+    // Hooks may want to see what has failed before it is removed.
+    assert_eq!(fleet.reconcile().await.unwrap(), 0);
+    assert_eq!(town.store.prune(Timestamp::now() + Duration::from_secs(1000)).await.unwrap(), 0);
+    let mut gone = town.get("a").await;
+    gone.holds = false;
+    town.store.update(&mut gone).await.unwrap();
+    assert_eq!(town.store.prune(Timestamp::now() + Duration::from_secs(1000)).await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn who_is_wanted_again_is_not_put_to_sleep_at_that_moment() {
+    let town = Town::new(0).await;
+    let fleet = town.fleet();
+    let long_ago = Timestamp::now() - Duration::from_secs(1000);
+    let idle = Session { holds: true, phase: Phase::Idle, idle_since: Some(long_ago), ..session("a", Pattern::Hybrid) };
+    fleet.create(idle.clone()).await.unwrap();
+    let wanted = fleet.want(&idle.id, Wanted::Running, "a message").await.unwrap().unwrap();
+    assert!(wanted.idle_since > Some(long_ago + Duration::from_secs(900)));
 }
 
 /// A session waits for its hooks without being held, and what nobody waits for is tried again until it is done, also when the session is over.

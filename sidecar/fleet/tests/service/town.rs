@@ -1,7 +1,7 @@
 //! A provider, sidecars and hooks in memory, and fleets that drive sessions between them.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,8 +11,7 @@ use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::plan::{PauseBy, Policy};
 use agent_fleet::provider::{
-    Capabilities, Endpoint, Error, Exec, Executed, FLEET_LABEL, Happened, KEY_LABEL, Page, Pause, Price, Provider, Result,
-    SESSION_LABEL, Sandbox, Size, Spec, State,
+    Capabilities, Endpoint, Error, Exec, Executed, Happened, Page, Pause, Price, Provider, Result, Sandbox, Size, Spec, State,
 };
 use agent_fleet::service::{Fleet, Hooks, Policies};
 use agent_fleet::session::{Pattern, Report, Session, SessionId};
@@ -28,12 +27,17 @@ pub(crate) struct Cloud {
     pub(crate) created: Mutex<BTreeMap<String, u32>>,
     pub(crate) calls: AtomicU64,
     pub(crate) every: AtomicU64,
+    /// The next look is a mistake of ours.
+    pub(crate) panics: AtomicBool,
+    /// In USD an hour.
+    pub(crate) paused: Mutex<f64>,
 }
 
 impl Cloud {
     pub(crate) fn new(every: u64) -> Arc<Self> {
         let (calls, every) = (AtomicU64::new(0), AtomicU64::new(every));
-        Arc::new(Self { sandboxes: Mutex::default(), created: Mutex::default(), calls, every })
+        let (sandboxes, created, panics, paused) = (Mutex::default(), Mutex::default(), AtomicBool::default(), Mutex::default());
+        Arc::new(Self { sandboxes, created, calls, every, panics, paused })
     }
 
     /// Whether this call is done, and what is answered.
@@ -114,7 +118,7 @@ impl Provider for Cloud {
     }
 
     fn price(&self, _: Size) -> Price {
-        Price { running: 0.05, paused: 0.0, stopped: 0.0, source: String::from("a test") }
+        Price { running: 0.05, paused: *self.paused.lock().unwrap(), stopped: 0.0, source: String::from("a test") }
     }
 
     async fn create(&self, spec: &Spec) -> Result<Sandbox> {
@@ -144,6 +148,7 @@ impl Provider for Cloud {
 
     async fn state(&self, native: &str) -> Result<Sandbox> {
         let (_, error) = self.fate().await;
+        assert!(!self.panics.swap(false, Ordering::SeqCst), "as the test wants it");
         let found = self.sandboxes.lock().unwrap().get(native).cloned();
         error.map_or(Ok(found.unwrap_or_else(Cloud::gone)), Err)
     }
@@ -211,7 +216,7 @@ impl Inside for Words {
     }
 }
 
-/// Writes down each phase that it is called for, and says no to sessions named so.
+/// Writes down each phase that it is called for, and says no to sessions named so, or not now.
 #[derive(Default)]
 pub(crate) struct Trail(pub(crate) Mutex<Vec<(SessionId, Phase)>>);
 
@@ -219,6 +224,9 @@ pub(crate) struct Trail(pub(crate) Mutex<Vec<(SessionId, Phase)>>);
 impl Hooks for Trail {
     async fn run(&self, session: &Session) -> Verdict {
         self.0.lock().unwrap().push((session.id.clone(), session.phase));
+        if session.id.as_str().starts_with("held") {
+            return Verdict::Retry(Timestamp::now() + Duration::from_secs(3600));
+        }
         let refused = session.id.as_str().starts_with("refused") && session.phase == Phase::Creating;
         if refused { Verdict::Veto(String::from("not today")) } else { Verdict::Go }
     }

@@ -117,6 +117,8 @@ struct Model {
     rows: BTreeMap<SessionId, Row>,
     hooks: BTreeMap<SessionId, Vec<HookRun>>,
     cents: BTreeMap<(&'static str, &'static str), u32>,
+    /// Of those that are forgotten.
+    pruned: BTreeMap<&'static str, u32>,
 }
 
 impl Model {
@@ -125,7 +127,8 @@ impl Model {
     }
 
     fn cents(&self, tenant: &str) -> u32 {
-        self.cents.iter().filter(|((of, _), _)| *of == tenant).map(|(_, cents)| cents).sum()
+        let kept: u32 = self.cents.iter().filter(|((of, _), _)| *of == tenant).map(|(_, cents)| cents).sum();
+        kept + self.pruned.get(tenant).unwrap_or(&0)
     }
 
     /// Does it to both, and holds what the store says against what should be.
@@ -257,6 +260,12 @@ impl Model {
                 let had = self.rows.len();
                 self.rows.retain(|_, row| !(*all && row.session.phase.is_last()));
                 self.hooks.retain(|id, _| self.rows.contains_key(id));
+                // What they have spent is nobody's who is called the same after that.
+                let gone = self.cents.extract_if(.., |(_, name), _| *all && !self.rows.contains_key(&id(name)));
+                let gone: Vec<_> = gone.collect();
+                for ((tenant, _), cents) in gone {
+                    *self.pruned.entry(tenant).or_default() += cents;
+                }
                 assert_eq!(store.prune(before).await.unwrap(), (had - self.rows.len()) as u64);
             }
         }
