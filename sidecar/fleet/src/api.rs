@@ -438,10 +438,10 @@ async fn exposition(api: &Api) -> Answer<String> {
     let mut out = String::new();
     let mut family = |name: &str, kind: &str, help: &str, series: Vec<(String, f64)>| {
         // A String takes everything.
-        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}").ok();
         for (labels, value) in series {
             let braces = if labels.is_empty() { String::new() } else { format!("{{{labels}}}") };
-            let _ = writeln!(out, "{name}{braces} {value}");
+            writeln!(out, "{name}{braces} {value}").ok();
         }
     };
     let quote = |value: &str| value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");

@@ -200,12 +200,11 @@ impl Planner<'_> {
     }
 
     fn creating(&self) -> Maybe {
-        self.unwanted().or_else(|| self.late("created")).or_else(|| self.hooks()).or_else(|| self.later()).or_else(|| {
-            Some(match self.session.native {
-                None => Step::Do(Action::Create),
-                Some(_) => Step::Enter(Phase::Starting, None),
-            })
-        })
+        let first = self.unwanted().or_else(|| self.late("created")).or_else(|| self.hooks()).or_else(|| self.later());
+        first.or(Some(match self.session.native {
+            None => Step::Do(Action::Create),
+            Some(_) => Step::Enter(Phase::Starting, None),
+        }))
     }
 
     fn starting(&self) -> Maybe {

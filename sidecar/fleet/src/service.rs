@@ -86,6 +86,9 @@ pub struct Fleet {
     counts: Counts,
 }
 
+/// How often, and how long in all, in seconds.
+type Actions = BTreeMap<(&'static str, bool), (u64, f64)>;
+
 /// What the fleet counts of itself.
 #[derive(Default)]
 pub struct Counts {
@@ -94,7 +97,7 @@ pub struct Counts {
     /// Containers that nobody held, and were removed.
     pub orphans: std::sync::atomic::AtomicU64,
     /// Actions, by name and whether they failed.
-    pub actions: std::sync::Mutex<BTreeMap<(&'static str, bool), (u64, f64)>>,
+    pub actions: std::sync::Mutex<Actions>,
 }
 
 #[derive(Debug, thiserror::Error)]

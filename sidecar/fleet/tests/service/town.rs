@@ -45,7 +45,7 @@ impl Cloud {
         let call = self.calls.fetch_add(1, Ordering::SeqCst);
         tokio::task::yield_now().await;
         let every = self.every.load(Ordering::SeqCst);
-        if every == 0 || call % every != 0 {
+        if every == 0 || !call.is_multiple_of(every) {
             return (true, None);
         }
         let what = String::from("the line is cut");
