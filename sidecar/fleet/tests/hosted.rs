@@ -1,6 +1,7 @@
 //! The providers that are reached over HTTP, each against a fake that holds them to the published contract.
 
 #![expect(clippy::unwrap_used, reason = "a fake that cannot go on fails its test")]
+#![expect(clippy::disallowed_methods, reason = "a fake has processes of its own, and nobody else waits for them")]
 
 mod conformance;
 mod fakes;

@@ -358,7 +358,7 @@ impl Api for E2b {
             }
             return self.api.request(&request.method, &request.path, &request.query, &request.body);
         }
-        if request.header("x-api-key") != "" {
+        if !request.header("x-api-key").is_empty() {
             return Err(String::from("a sandbox learns the token"));
         }
         if request.header("connect-protocol-version") != "1" || request.header("e2b-sandbox-port") != "49983" {
