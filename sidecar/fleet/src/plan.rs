@@ -660,19 +660,23 @@ pub fn meter(session: &mut Session, price: &Price, now: Timestamp) {
     session.metered_since = Some(now);
 }
 
-/// Containers with our label that no session holds: of a fleet's own, and old enough that nobody is about to write down that they are theirs.
+/// Containers with our label that no session holds: of a fleet's own, and old enough that nobody is about to write down that they are theirs. Those
+/// that are older than the store are not: it may be the wrong one, or a new one in the place of one that was lost.
 pub fn orphans<'a>(
     found: &'a [Sandbox],
     sessions: &BTreeMap<SessionId, Session>,
+    born: Timestamp,
     grace: Duration,
     now: Timestamp,
 ) -> Vec<&'a Sandbox> {
     let held: BTreeSet<String> = sessions.values().filter(|session| session.holds).map(Session::key).collect();
+    // Whose age nobody says is taken for neither.
     let young = |sandbox: &Sandbox| sandbox.created.is_some_and(|created| created + grace > now);
+    let before = |sandbox: &Sandbox| sandbox.created.is_some_and(|created| created < born);
     let labelled = |sandbox: &Sandbox| sandbox.labels.contains_key(SESSION_LABEL) && sandbox.labels.contains_key(KEY_LABEL);
     found
         .iter()
-        .filter(|sandbox| labelled(sandbox) && !sandbox.state.is_gone() && !young(sandbox))
+        .filter(|sandbox| labelled(sandbox) && !sandbox.state.is_gone() && !young(sandbox) && !before(sandbox))
         .filter(|sandbox| sandbox.key.as_ref().is_none_or(|key| !held.contains(key)))
         .collect()
 }

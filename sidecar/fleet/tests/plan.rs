@@ -334,7 +334,8 @@ fn what_nobody_holds_is_an_orphan_when_it_is_not_just_being_made() {
     let sessions = BTreeMap::from([(held.id.clone(), held)]);
     let mut strange = sandbox("strange", 100);
     strange.labels.clear();
-    let found = [sandbox(&key, 100), sandbox("old", 100), sandbox("young", 10), strange];
-    let left: Vec<&str> = orphans(&found, &sessions, grace, now).iter().map(|one| one.native.as_str()).collect();
+    let found = [sandbox(&key, 100), sandbox("old", 100), sandbox("young", 10), sandbox("older than what we know", 501), strange];
+    let left: Vec<&str> =
+        orphans(&found, &sessions, now - Duration::from_secs(500), grace, now).iter().map(|one| one.native.as_str()).collect();
     assert_eq!(left, ["old"]);
 }

@@ -106,6 +106,8 @@ promises! {
     what_is_not_there_is_said_to_be_missing
     a_list_goes_on_where_the_last_one_ended
     a_list_is_of_those_that_are_asked_for
+    what_is_wanted_is_written_whoever_writes_beside_it
+    it_knows_since_when_it_is_there
     they_are_counted_by_phase_provider_and_tenant
     a_session_is_driven_by_one_fleet_at_a_time
     the_longest_due_comes_first
@@ -272,6 +274,45 @@ async fn a_list_is_of_those_that_are_asked_for(Fresh { store, .. }: &Fresh) {
     assert_eq!(names(&store.list(&none(), None, 10).await.unwrap()).concat(), "bc");
     let red = Filter { tenant: some("red"), over: true, ..none() };
     assert_eq!(names(&store.list(&red, None, 10).await.unwrap()).concat(), "ace");
+}
+
+async fn what_is_wanted_is_written_whoever_writes_beside_it(Fresh { store, .. }: &Fresh) {
+    let now: Timestamp = "2026-11-26T10:00:00.5Z".parse().unwrap();
+    let idle = Session {
+        idle_since: Some(now - Duration::from_secs(60)),
+        reason: Some(String::from("tired")),
+        cost_before_usd: 0.1,
+        ..session("a")
+    };
+    store.insert(&idle).await.unwrap();
+    let mut driven = store.get(&id("a")).await.unwrap().unwrap();
+    assert!(store.want(&id("a"), Wanted::Paused, "not said", now).await.unwrap());
+    assert!(matches!(store.update(&mut driven).await, Err(Error::Conflict(_))), "who drives it reads it again");
+    let read = || async { store.get(&id("a")).await.unwrap().unwrap() };
+    let paused = read().await;
+    let same = Session { wanted: Wanted::Paused, version: paused.version, ..idle.clone() };
+    assert_eq!(paused, same, "and nothing else is changed");
+    assert!(store.want(&id("a"), Wanted::Running, "", now).await.unwrap());
+    assert_eq!(read().await.idle_since, Some(now), "its rest begins anew");
+    assert!(store.want(&id("a"), Wanted::Gone, "enough", now).await.unwrap());
+    let gone = read().await;
+    assert_eq!((gone.wanted, gone.reason.as_deref()), (Wanted::Gone, Some("enough")));
+    assert!(!store.want(&id("a"), Wanted::Running, "", now).await.unwrap(), "what is to be gone stays so");
+    assert!(!store.want(&id("nobody"), Wanted::Gone, "", now).await.unwrap());
+    store.insert(&Session { phase: Phase::Failed, ..session("b") }).await.unwrap();
+    assert!(!store.want(&id("b"), Wanted::Running, "", now).await.unwrap());
+    insert(&**store, &["c"]).await;
+    assert!(store.want(&id("c"), Wanted::Running, "", now).await.unwrap());
+    assert_eq!(store.get(&id("c")).await.unwrap().unwrap().idle_since, None);
+}
+
+async fn it_knows_since_when_it_is_there(Fresh { store, .. }: &Fresh) {
+    // By its own clock, which is this machine's here, in whole seconds.
+    let born = store.born().await.unwrap();
+    let age = Timestamp::now().duration_since(born).as_secs();
+    assert!((0..3600).contains(&age), "{born}");
+    insert(&**store, &["a"]).await;
+    assert_eq!(store.born().await.unwrap(), born);
 }
 
 async fn they_are_counted_by_phase_provider_and_tenant(Fresh { store, .. }: &Fresh) {

@@ -19,7 +19,7 @@ use super::*;
 use crate::config::{Config, Elsewhere, Hidden};
 use crate::provider::{Size, Spec};
 use crate::service::Hooks as _;
-use crate::session::{Pattern, Report};
+use crate::session::{Pattern, Report, Wanted};
 use crate::store::{Filter, Inserted};
 
 const OLD: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
@@ -85,6 +85,12 @@ impl Store for Log {
         unreachable!("{NONE}")
     }
     async fn spend(&self, _: &str, _: &str, _: &SessionId, _: f64) -> store::Result<()> {
+        unreachable!("{NONE}")
+    }
+    async fn want(&self, _: &SessionId, _: Wanted, _: &str, _: Timestamp) -> store::Result<bool> {
+        unreachable!("{NONE}")
+    }
+    async fn born(&self) -> store::Result<Timestamp> {
         unreachable!("{NONE}")
     }
     async fn spent(&self, _: &str, _: &str) -> store::Result<f64> {

@@ -17,7 +17,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::lifecycle::Phase;
-use crate::session::{Session, SessionId};
+use crate::session::{Session, SessionId, Wanted};
 
 /// How many runs of hooks are kept for a session, the last.
 pub const HOOK_RUNS_MOST: i64 = 200;
@@ -116,6 +116,9 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// [`Error::Conflict`] if it is not the version that was read.
     async fn update(&self, session: &mut Session) -> Result<()>;
+    /// What somebody wants of one, in one write: nobody has to have read it, and who drives it all the time keeps nobody waiting. Why, where it is to be gone;
+    /// one that is to run is not idle until now. Says whether that can still be wanted: not of one that is to be gone, is over, or is not there.
+    async fn want(&self, id: &SessionId, wanted: Wanted, why: &str, now: Timestamp) -> Result<bool>;
     /// In the order of their ids, from the one after.
     async fn list(&self, filter: &Filter, after: Option<&SessionId>, most: usize) -> Result<Vec<Session>>;
     /// How many there are in each phase, by provider and tenant.
@@ -140,6 +143,9 @@ pub trait Store: Send + Sync {
     async fn spend(&self, tenant: &str, period: &str, session: &SessionId, usd: f64) -> Result<()>;
     /// What is set aside and spent there.
     async fn spent(&self, tenant: &str, period: &str) -> Result<f64>;
+
+    /// When there was nothing in it yet, by its own clock: what is older than that it cannot know.
+    async fn born(&self) -> Result<Timestamp>;
 
     async fn log_hook(&self, run: &HookRun) -> Result<()>;
     /// What hooks have done for it, from the first to the last, of which the last [`HOOK_RUNS_MOST`] are kept.

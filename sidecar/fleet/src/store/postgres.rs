@@ -47,6 +47,16 @@ impl Dialect for Postgres {
         UPDATE sessions SET leased_until = (SELECT now FROM clock) + $2
         WHERE leased_by = $1 AND id IN (SELECT json_array_elements_text(CAST($3 AS json)))";
 
+    const WANT: &'static str = "
+        UPDATE sessions SET version = version + 1, changed = (SELECT now FROM clock), document = (document::jsonb || jsonb_build_object(
+            'wanted', $2::text,
+            'reason', COALESCE(NULLIF($3::text, ''), document::jsonb->>'reason'),
+            'idle_since', CASE WHEN $2::text = 'running' AND document::jsonb->>'idle_since' IS NOT NULL
+                THEN $4::text ELSE document::jsonb->>'idle_since' END))::text
+        WHERE id = $1 AND phase NOT IN ('destroyed', 'failed') AND document::jsonb->>'wanted' <> 'gone'";
+    const BORN: &'static str =
+        "SELECT CAST(floor(extract(epoch FROM installed_on)) AS BIGINT) FROM _sqlx_migrations WHERE version = 1";
+
     fn rows(result: &PgQueryResult) -> u64 {
         result.rows_affected()
     }

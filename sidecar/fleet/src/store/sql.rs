@@ -16,7 +16,7 @@ use tracing::error;
 
 use super::{Error, Filter, HOOK_RUNS_MOST, HookRun, Inserted, Result, SPENT_KEPT, Store};
 use crate::lifecycle::Phase;
-use crate::session::{Session, SessionId};
+use crate::session::{Session, SessionId, Wanted};
 
 /// What waits for its connection, for a lock and for the disk in turn is given up after this.
 const BOUND: Duration = Duration::from_secs(20);
@@ -39,6 +39,11 @@ pub(super) trait Dialect: Database {
     const LOCK: Option<&'static str>;
     /// Renews the leases of one, for so many milliseconds, of the sessions in an array of JSON.
     const RENEW: &'static str;
+
+    /// Writes into a document, of the session: what is wanted, why (or nothing), and what time it is.
+    const WANT: &'static str;
+    /// When the first schema came, in whole seconds since 1970, rounded down.
+    const BORN: &'static str;
 
     fn rows(result: &Self::QueryResult) -> u64;
 }
@@ -196,6 +201,16 @@ where
         })
     }
 
+    async fn want(&self, id: &SessionId, wanted: Wanted, why: &str, now: Timestamp) -> Result<bool> {
+        let (wanted, why) = match wanted {
+            Wanted::Running => ("running", ""),
+            Wanted::Paused => ("paused", ""),
+            Wanted::Gone => ("gone", why),
+        };
+        let write = sqlx::query::<DB>(DB::WANT).bind(id.as_str()).bind(wanted).bind(why).bind(now.to_string());
+        Ok(DB::rows(&bounded(write.execute(&self.write)).await?) == 1)
+    }
+
     async fn list(&self, filter: &Filter, after: Option<&SessionId>, most: usize) -> Result<Vec<Session>> {
         let phases: String = filter.phases.iter().map(|phase| format!(",{phase},")).collect();
         let found = sqlx::query_as(
@@ -328,6 +343,11 @@ where
         .bind(period);
         let (nanos,) = bounded(sum.fetch_one(&self.read)).await?;
         Ok(nanos as f64 / 1e9)
+    }
+
+    async fn born(&self) -> Result<Timestamp> {
+        let (second,) = bounded(sqlx::query_as::<DB, (i64,)>(DB::BORN).fetch_one(&self.read)).await?;
+        Timestamp::from_second(second).map_err(|error| Error::Store(format!("when it was made: {error}")))
     }
 
     async fn log_hook(&self, run: &HookRun) -> Result<()> {

@@ -28,6 +28,15 @@ impl Dialect for Sqlite {
         UPDATE sessions SET leased_until = (SELECT now FROM clock) + $2
         WHERE leased_by = $1 AND id IN (SELECT value FROM json_each($3))";
 
+    const WANT: &'static str = "
+        UPDATE sessions SET version = version + 1, changed = (SELECT now FROM clock), document = json_set(document,
+            '$.wanted', $2,
+            '$.reason', COALESCE(NULLIF($3, ''), json_extract(document, '$.reason')),
+            '$.idle_since', CASE WHEN $2 = 'running' AND json_extract(document, '$.idle_since') IS NOT NULL
+                THEN $4 ELSE json_extract(document, '$.idle_since') END)
+        WHERE id = $1 AND phase NOT IN ('destroyed', 'failed') AND json_extract(document, '$.wanted') <> 'gone'";
+    const BORN: &'static str = "SELECT unixepoch(installed_on) FROM _sqlx_migrations WHERE version = 1";
+
     fn rows(result: &SqliteQueryResult) -> u64 {
         result.rows_affected()
     }

@@ -147,7 +147,9 @@ async fn a_tenant_has_what_it_has_and_no_more() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_no_session_holds_is_removed_when_it_is_old_enough() {
     let town = Town::new(0).await;
-    let fleet = town.fleet();
+    // An hour later: what is in the store is older than anything that it could not know.
+    let later = || Timestamp::now() + Duration::from_secs(3600);
+    let fleet = town.fleet_at(Arc::new(later));
     let mut held = session("held", Pattern::LongRunning);
     (held.holds, held.phase, held.hooked) = (true, Phase::Idle, true);
     fleet.create(held.clone()).await.unwrap();
@@ -158,7 +160,7 @@ async fn what_no_session_holds_is_removed_when_it_is_old_enough() {
             key: Some(key.to_owned()),
             native: key.to_owned(),
             state: State::Running,
-            created: Some(Timestamp::now() - Duration::from_secs(age)),
+            created: Some(later() - Duration::from_secs(age)),
             labels: labels.into(),
             ..Cloud::gone()
         };
@@ -168,9 +170,10 @@ async fn what_no_session_holds_is_removed_when_it_is_old_enough() {
     (0..20).for_each(|n| strange(&format!("lost-{n}"), "town", 1000));
     strange("young", "town", 1);
     strange("of-another", "elsewhere", 1000);
+    strange("of-another-store", "town", 4000);
     assert_eq!(fleet.reconcile().await.unwrap(), 20, "over all pages of the list");
     let left: Vec<String> = town.cloud.sandboxes.lock().unwrap().keys().cloned().collect();
-    assert_eq!(left, [held.key(), String::from("of-another"), String::from("young")]);
+    assert_eq!(left, [held.key(), String::from("of-another"), String::from("of-another-store"), String::from("young")]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -13,7 +13,7 @@ use agent_fleet::plan::{PauseBy, Policy};
 use agent_fleet::provider::{
     Capabilities, Endpoint, Error, Exec, Executed, Happened, Page, Pause, Price, Provider, Result, Sandbox, Size, Spec, State,
 };
-use agent_fleet::service::{Fleet, Hooks, Policies};
+use agent_fleet::service::{Clock, Fleet, Hooks, Policies};
 use agent_fleet::session::{Pattern, Report, Session, SessionId};
 use agent_fleet::store::{self, Store};
 use async_trait::async_trait;
@@ -279,9 +279,17 @@ impl Town {
     }
 
     pub(crate) fn fleet_with(&self, hooks: Arc<dyn Hooks>) -> Arc<Fleet> {
+        self.made(hooks, Arc::new(Timestamp::now))
+    }
+
+    pub(crate) fn fleet_at(&self, clock: Clock) -> Arc<Fleet> {
+        self.made(Arc::clone(&self.trail) as Arc<dyn Hooks>, clock)
+    }
+
+    fn made(&self, hooks: Arc<dyn Hooks>, clock: Clock) -> Arc<Fleet> {
         let providers = BTreeMap::from([(String::from("cloud"), Arc::clone(&self.cloud) as Arc<dyn Provider>)]);
         let edges = (hooks, Arc::new(Same(self.policy.clone())) as Arc<dyn Policies>, Arc::clone(&self.words) as Arc<dyn Inside>);
-        let fleet = Fleet::new("town", Arc::clone(&self.store), providers, edges, self.tenants.clone(), Arc::new(Timestamp::now));
+        let fleet = Fleet::new("town", Arc::clone(&self.store), providers, edges, self.tenants.clone(), clock);
         Arc::new(fleet.with_lease(Duration::from_secs(2)))
     }
 
