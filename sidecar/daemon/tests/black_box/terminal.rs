@@ -98,16 +98,21 @@ os.mkdir(state, 0o700)
 # Whoever wants to know who serves waits here, with its seat and without a CLI.
 os.mkfifo(os.path.join(state, "lock"))
 where = f"--listen 127.0.0.1:0 --socket {os.path.dirname(sys.argv[2])}/hub.sock --max-sessions 1 --queue-timeout 5m"
-type(f"{sys.argv[1]} run {where} -- sh -c 'exec cat' sh --output-format stream-json\r")
 def sits():
     try: places = json.load(open(os.path.join(state, "seats.json")))["places"].values()
     except (OSError, ValueError): return False
     return [place["number"] for place in places] == [None]
-until = time.monotonic() + 30
-while not sits(): time.sleep(0.02 if time.monotonic() < until else sys.exit("no seat"))
-# The CLI has the terminal as its input, and would wait for it.
-type("\x03"); expect("PROMPT> ")
-type("echo code $?\r"); expect("code 130")
+# On a busy machine it may have a CLI before it is typed, and be about something else: once in three is how it is meant.
+for n in range(3):
+    type(f"{sys.argv[1]} run {where} -- sh -c 'exec cat' sh --output-format stream-json\r")
+    until = time.monotonic() + 30
+    while not sits(): time.sleep(0.02 if time.monotonic() < until else sys.exit("no seat"))
+    # The CLI has the terminal as its input, and would wait for it.
+    type("\x03"); expect("PROMPT> ")
+    type(f"echo {n} code $?\r")
+    if expect(rf"{n} code (130|137)\r").group(1) == b"130": break
+else: sys.exit("killed, thrice")
+expect("PROMPT> ")
 "#,
     );
 }
