@@ -30,32 +30,10 @@ CLI = ["claude", "-p", "Say hello", "--output-format", "stream-json", "--verbose
 PATIENCE = 120
 
 
-class Api(harness.Api):
-    """The scripted API, where containers reach it."""
-
-    def __init__(self, script: dict, directory: Path):
-        gateway = engine.docker("network", "inspect", "--format", "{{(index .IPAM.Config 0).Gateway}}", NETWORK).stdout.strip()
-        directory.mkdir()
-        self.log_file = directory / "api.jsonl"
-        (directory / "script.json").write_text(json.dumps(script))
-        self.port = harness.free_port()
-        self.url = f"http://{gateway}:{self.port}"
-        flags = ["--script", directory / "script.json", "--listen", f"{gateway}:{self.port}", "--log", self.log_file]
-        self.process = subprocess.Popen([harness.binary(), "messages-api", *flags], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        wait_for("messages API", self.answers)
-
-    def answers(self) -> bool:
-        try:
-            http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=5).request("GET", "/")
-        except OSError:
-            return False
-        return True
-
-
 class Fleet:
     """`agent-fleet serve`, with a configuration that a test adds to."""
 
-    def __init__(self, directory: Path, api: Api, more: str = "", shop: str = ""):
+    def __init__(self, directory: Path, api: harness.Api, more: str = "", shop: str = ""):
         self.directory, self.port = directory, harness.free_port()
         self.process: subprocess.Popen | None = None
         for name, token in TOKENS.items():
@@ -144,13 +122,15 @@ class Fleet:
 def api(tmp_path: Path):
     if LEFT_OUT:
         pytest.skip("AGENT_SIDECAR_TESTS_NO_DOCKER=1")
-    one = Api(SCRIPT, tmp_path / "api")
+    # Where containers reach it.
+    gateway = engine.docker("network", "inspect", "--format", "{{(index .IPAM.Config 0).Gateway}}", NETWORK).stdout.strip()
+    one = harness.Api(SCRIPT, tmp_path / "api", gateway)
     yield one
     one.close()
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, api: Api):
+def fleet(tmp_path: Path, api: harness.Api):
     made = []
 
     def make(*more: str) -> Fleet:

@@ -75,13 +75,13 @@ def listens(port: int) -> bool:
 class Api:
     """The scripted Messages API, and its log: the truth."""
 
-    def __init__(self, script: dict, directory: Path):
+    def __init__(self, script: dict, directory: Path, address: str = "127.0.0.1"):
         directory.mkdir(parents=True, exist_ok=True)
         self.log_file = directory / "api.jsonl"
         script_file = directory / "script.json"
         script_file.write_text(json.dumps(script))
         # A port that was free may be taken by the time it is listened at, where dozens start at once: it picks its own, and says which.
-        flags = ["--script", script_file, "--listen", "127.0.0.1:0", "--log", self.log_file]
+        flags = ["--script", script_file, "--listen", f"{address}:0", "--log", self.log_file]
         self.process = subprocess.Popen([binary(), "messages-api", *flags], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
         try:
             wait_for("messages API", lambda: bool(select.select([self.process.stdout], [], [], 0)[0]))
