@@ -110,12 +110,15 @@ def test_a_bill_is_what_was_served_and_what_metrics_say(version, api, session, s
     assert all(row["x_CostEstimated"] == "false" for row in rows)
 
 
-def test_who_is_killed_has_paid_for_the_time_it_booked(version, api, session, sidecar):
+def test_who_is_killed_has_paid_for_the_time_it_booked(version, api, session, sidecar, tmp_path):
     served, wrapper = api(SCRIPT), sidecar("--container-usd-per-hour", "3600")
     cli = session(served, sidecar=wrapper)
     cli.ask("one")
     harness.wait_for("booked time", lambda: '"container_used"' in wrapper.ledger_file.read_text())
     session_id = wrapper.status()["sessions"][0]["session_id"]
+    # The CLI writes its transcript a while after it has answered, and one that is killed before that cannot be resumed.
+    said = lambda path: any(json.loads(line)["type"] == "assistant" for line in path.read_text().splitlines(True) if line.endswith("\n"))
+    harness.wait_for("the transcript", lambda: any(map(said, tmp_path.glob(f"home/.claude/projects/*/{session_id}.jsonl"))))
     os.kill(cli.process.pid, 9)
     cli.process.wait(10)
     # In another container it goes on, with a ledger of its own; one bill has both, and each line once.
