@@ -26,7 +26,7 @@ CARGO = """#!/bin/bash
 set -eu
 target=x86_64-unknown-linux-gnu
 [ "$*" = "build --release --locked -p agent-sidecar --target $target" ]
-[ "$RUSTFLAGS" = "-C target-feature=+crt-static" ]
+[ "$RUSTFLAGS" = "-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs" ]
 [ -e Cargo.toml ] && [ -e Cargo.lock ] && [ -e sidecar/core/src/lib.rs ] && [ -e sidecar/daemon/src/main.rs ]
 [ ! -e target ] && [ ! -e tests ] && [ ! -e .git ]
 mkdir -p target/$target/release
