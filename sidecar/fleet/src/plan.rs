@@ -428,10 +428,8 @@ impl Planner<'_> {
         (self.session.ends <= self.now).then(|| enter(Phase::Stopping, "its time is over"))
     }
 
+    /// A provider that is away for a while is waited for as long as a container may take.
     fn late(&self, what: &str) -> Maybe {
-        if self.session.failures >= self.policy.tries {
-            return Some(enter(Phase::Failed, format!("it could not be {what}: {}", self.reason())));
-        }
         let late = self.session.since + self.policy.ready_within <= self.now;
         let seconds = self.policy.ready_within.as_secs();
         late.then(|| enter(Phase::Failed, format!("it was not {what} within {seconds} s{}", self.last_words())))

@@ -314,6 +314,31 @@ fn a_veto_creates_nothing() {
 }
 
 #[test]
+fn a_provider_that_is_away_is_waited_for_as_long_as_a_container_may_take() {
+    let mut world = World::new(Pattern::Ephemeral, PauseBy::Nothing, vec![], Duration::ZERO);
+    while world.kept.phase != Phase::Creating || !world.kept.hooked {
+        assert!(world.step());
+    }
+    let began = world.now;
+    let mut tried = 0;
+    let end = loop {
+        match next(&world.kept, None, &world.policy, world.now) {
+            Step::Do(Action::Create) => {
+                tried += 1;
+                about_to(&mut world.kept, &Action::Create, world.now);
+                let away = Outcome::Failed(Error::Failed { provider: "test", what: String::from("away") });
+                record(&mut world.kept, &Action::Create, &away, &world.policy, &price(), world.now);
+            }
+            Step::Wait(Some(until)) => world.now = until,
+            step => break step,
+        }
+    };
+    let failed = Step::Enter(Phase::Failed, Some(String::from("it was not created within 120 s: test: away")));
+    assert_eq!((end, tried), (failed, 8), "after 0.5, 1, 2, 4, 8, 16 and 32 s, and once a minute");
+    assert!(world.now.duration_since(began).as_secs() >= 120);
+}
+
+#[test]
 fn what_nobody_holds_is_an_orphan_when_it_is_not_just_being_made() {
     let now = start();
     let grace = Duration::from_secs(60);
