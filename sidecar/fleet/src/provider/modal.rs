@@ -333,13 +333,20 @@ impl Modal {
             include_finished,
             tags,
         };
-        let listed: m::SandboxListResponse = self.api.ask(&api!("SandboxList"), request).await.map_err(refuse_missing)?;
+        let mut listed: m::SandboxListResponse = self.api.ask(&api!("SandboxList"), request).await.map_err(refuse_missing)?;
         let oldest = listed.sandboxes.iter().map(|row| row.created_at).reduce(f64::min);
         if let (Some(oldest), Some(before)) = (oldest, before)
             && oldest >= before
         {
             // Half a list would make orphans of the rest.
             return Err(Error::Failed { provider: NAME, what: String::from("its list does not go on") });
+        }
+        // Each of ours has tags: a row without any does not say them.
+        for row in listed.sandboxes.iter_mut().filter(|row| row.tags.is_empty()) {
+            row.tags = match self.tags(&row.id).await {
+                Err(Error::Missing { .. }) => Vec::new(),
+                tags => tags?,
+            };
         }
         Ok((listed.sandboxes.into_iter().map(|row| self.listed(row)).collect(), oldest))
     }

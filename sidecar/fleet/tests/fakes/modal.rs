@@ -27,6 +27,8 @@ pub(crate) const CONTRACT: &str = include_str!("../../../../tests/specs/modal/co
 
 pub(crate) struct Modal {
     address: String,
+    /// Lists do not say tags, as those of Modal's own mock.
+    pub(crate) bare: std::sync::atomic::AtomicBool,
     state: Arc<Mutex<State>>,
 }
 
@@ -148,7 +150,7 @@ impl Box {
 
 impl Modal {
     pub(crate) fn new(address: &str) -> Self {
-        Self { address: address.to_owned(), state: Arc::default() }
+        Self { address: address.to_owned(), bare: Default::default(), state: Arc::default() }
     }
 
     /// Those that nobody has terminated.
@@ -265,9 +267,11 @@ impl Modal {
                         && (body["include_finished"] == true || sandbox.result().is_none())
                         && wanted.iter().all(|tag| sandbox.tags.contains(tag))
                 });
+                let bare = self.bare.load(std::sync::atomic::Ordering::Relaxed);
                 let row = |sandbox: &Box| {
+                    let tags: &[Value] = if bare { &[] } else { &sandbox.tags };
                     json!({
-                        "id": sandbox.id, "created_at": sandbox.created, "app_id": sandbox.app, "tags": sandbox.tags, "name": sandbox.name,
+                        "id": sandbox.id, "created_at": sandbox.created, "app_id": sandbox.app, "tags": tags, "name": sandbox.name,
                         "timeout_secs": sandbox.definition["timeout_secs"], "metadata": sandbox.handle(),
                         "task_info": { "id": format!("ta-{}", sandbox.id), "started_at": sandbox.created, "result": sandbox.outcome() },
                     })
@@ -514,8 +518,8 @@ impl Api for Modal {
         if let Some((name, _)) = wanted.iter().find(|(name, value)| request.header(name) != *value) {
             return Err(format!("`{name}` is not right"));
         }
-        // Their own client's; ours counts as one of them.
-        if !matches!(request.header("x-modal-client-type"), "1" | "9") || request.header("x-modal-client-version").is_empty() {
+        let said = ["x-modal-client-version", "x-modal-python-version"].iter().all(|name| !request.header(name).is_empty());
+        if request.header("x-modal-client-type") != "1" || !said {
             return Err(String::from("no client that is known"));
         }
         let streams = matches!(request.method.as_str(), "ImageJoinStreaming" | "SandboxGetLogs");

@@ -228,6 +228,25 @@ async fn an_end_that_was_not_its_own_is_told() {
     }
 }
 
+/// What has ended costs nothing and is kept for ever: a list of all that ever was would have no end.
+#[tokio::test]
+async fn who_has_ended_is_in_no_list_and_is_not_made_again() {
+    let Hosted { fake, provider } = Hosted::new().await;
+    let asked = |key: &str| Spec { command: sh("sleep 1000"), ..spec(key) };
+    let native = provider.create(&asked("agent-list-1")).await.unwrap().native;
+    let label = BTreeMap::from([(String::from(KEY_LABEL), String::from("agent-list-1"))]);
+    let listed = provider.list(&label, None).await.unwrap().sandboxes;
+    let [one] = &listed[..] else { panic!("{listed:?}") };
+    assert_eq!((&one.native, &one.state, one.key.as_deref()), (&native, &State::Running, Some("agent-list-1")));
+    assert!(one.created.is_some_and(|created| one.deadline.is_some_and(|ends| ends > created)), "{one:?}");
+    fake.api.bare.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(provider.list(&label, None).await.unwrap().sandboxes, listed, "a list without tags");
+    fake.api.end(&native, 4);
+    assert_eq!(provider.list(&label, None).await.unwrap().sandboxes, []);
+    // Its name is free; what it did may not be done twice.
+    assert_eq!(provider.create(&asked("agent-list-1")).await.unwrap().native, native);
+}
+
 /// A signal of life is a command, and only where there is a timer.
 #[tokio::test]
 async fn only_an_idle_timer_is_kept_from_ending_it() {

@@ -28,9 +28,9 @@ const MESSAGE_MOST: usize = 8 << 20;
 /// As much of their own words as is repeated.
 const WORDS_MOST: usize = 300;
 
-/// Their Go client's, whose version says what their server may answer.
-const CLIENT_TYPE: &str = "9";
-const CLIENT_VERSION: &str = "1.0.0";
+/// What their Python client of the release says whose messages we follow: who says less is refused, and who is older may be. Who we are is in the agent.
+const CLIENT: [(&str, &str); 3] =
+    [("x-modal-client-type", "1"), ("x-modal-client-version", "1.6.4"), ("x-modal-python-version", "3.13.0")];
 
 /// Where one service is.
 pub(super) struct Server {
@@ -181,9 +181,9 @@ impl Server {
                     head.insert(name, sent);
                     hide.push(value.expose().to_owned());
                 }
-                put(head, "x-modal-client-type", CLIENT_TYPE);
-                put(head, "x-modal-client-version", CLIENT_VERSION);
-                put(head, "x-modal-libmodal-version", concat!("agent-fleet/", env!("CARGO_PKG_VERSION")));
+                for (name, value) in CLIENT {
+                    put(head, name, value);
+                }
                 let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
                 put(head, "x-modal-timestamp", &format!("{:.6}", now.as_secs_f64()));
                 if let Some(host) = self.url.parse::<Uri>().ok().as_ref().and_then(Uri::host) {
