@@ -5,7 +5,9 @@ pub(crate) mod contract;
 pub(crate) mod daytona;
 pub(crate) mod e2b;
 pub(crate) mod fly;
+pub(crate) mod grpc;
 pub(crate) mod machine;
+pub(crate) mod modal;
 pub(crate) mod vercel;
 
 use std::collections::VecDeque;

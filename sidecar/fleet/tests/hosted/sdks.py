@@ -26,5 +26,24 @@ elif provider == "daytona":
     done = sandbox.process.exec("echo $SAID")
     assert (done.exit_code, done.result.strip()) == (0, "hello"), done
     sandbox.delete()
+elif provider == "modal":
+    token_id, token_secret = token.split(":")
+    os.environ |= {"MODAL_SERVER_URL": address, "MODAL_TOKEN_ID": token_id, "MODAL_TOKEN_SECRET": token_secret, "MODAL_CONFIG_PATH": "/dev/null"}
+    import modal
+
+    app = modal.App.lookup("agents")
+    (found,) = modal.Sandbox.list(app_id=app.app_id, tags={KEY_LABEL: key})
+    sandbox = modal.Sandbox.from_name("agents", key)
+    assert sandbox.object_id == found.object_id, (sandbox, found)
+    assert sandbox.get_tags()[KEY_LABEL] == key, sandbox.get_tags()
+    assert sandbox.poll() is None
+    done = sandbox.exec("sh", "-c", "echo $SAID $MORE; echo no >&2; exit 3", env={"MORE": "more"})
+    assert (done.stdout.read(), done.stderr.read(), done.wait()) == ("hello more\n", "no\n", 3)
+    # What we have begun writes down who it is.
+    assert sandbox.exec("test", "-e", f"/tmp/.{key}.pid").wait() == 0
+    assert sandbox.tunnels()[8080].url.startswith("https://"), sandbox.tunnels()
+    sandbox.terminate()
+    assert sandbox.poll() == 137
+    assert list(modal.Sandbox.list(app_id=app.app_id, tags={KEY_LABEL: key})) == []
 else:
     sys.exit(f"there is no SDK of {provider} here")
