@@ -105,7 +105,7 @@ fn client() -> Option<reqwest::Client> {
     responses(
         (status = 200, description = "What the agent says, as it says it.", content_type = "text/event-stream", body = String),
         (status = 400, body = Wrong), (status = 401, body = Wrong), (status = 403, body = Wrong), (status = 404, body = Wrong),
-        (status = 409, description = "It is over, or its turn before is not.", body = Wrong), (status = 413, body = Wrong),
+        (status = 408, description = "The message does not come.", body = Wrong), (status = 409, description = "It is over, or its turn before is not.", body = Wrong), (status = 413, body = Wrong),
         (status = 422, description = "Its template names no `app_port`.", body = Wrong), (status = 429, body = Wrong),
         (status = 502, description = "Its app does not answer.", body = Wrong), (status = 503, body = Wrong),
         (status = 504, description = "It is not ready in time.", body = Wrong)))]
@@ -300,6 +300,11 @@ impl Proxy {
     ) -> Answer<reqwest::Response> {
         let unreached = |what: &str| Failure(StatusCode::BAD_GATEWAY, format!("the session's app {what}"));
         let client = self.client.as_ref().ok_or_else(|| unreached("cannot be asked from here"))?;
+        let mut headers = headers.clone();
+        for (name, _) in &at.headers {
+            // Said by the provider alone.
+            headers.remove(name.as_str());
+        }
         let began = tokio::time::Instant::now();
         loop {
             let mut request = client.request(method.clone(), format!("{}{path}", at.url)).headers(headers.clone());

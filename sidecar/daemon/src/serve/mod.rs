@@ -37,7 +37,7 @@ pub(crate) use shape::Form;
 
 use book::Book;
 use child::Reaper;
-use talk::Talk;
+use talk::{State, Talk};
 
 /// Conversations that were talked to since the start; beyond it those go whose agent has ended, and come again when they are talked to.
 const TALKS: usize = 1000;
@@ -197,20 +197,15 @@ impl House {
         if state.busy {
             return Err(Refusal::Busy);
         }
-        if !state.runs {
-            let (working, waiting): (Vec<_>, Vec<_>) = talks
-                .values()
-                .filter(|talk| talk.state().runs || talk.state().busy)
-                .partition(|talk| talk.state().busy || talk.state().rests);
-            let n = working.len() + waiting.len();
-            if n >= self.options.agents {
-                // One that is on its way out has made room.
-                let leaving = working.iter().any(|talk| !talk.state().busy);
-                match waiting.iter().min_by_key(|talk| talk.state().used) {
-                    _ if leaving => {}
-                    Some(oldest) => oldest.rest(),
-                    None => return Err(Refusal::Full),
-                }
+        if !state.runs || state.rests {
+            // With those that are about to start, and without those that are about to end.
+            let needs = |state: &State| state.busy || state.runs && !state.rests;
+            let mut n = 1 + talks.values().filter(|talk| needs(&talk.state())).count();
+            while n > self.options.agents {
+                let waiting = talks.values().filter(|talk| talk.state().runs && !talk.state().busy && !talk.state().rests);
+                let Some(oldest) = waiting.min_by_key(|talk| talk.state().used) else { return Err(Refusal::Full) };
+                oldest.rest();
+                n -= 1;
             }
         }
         let talk = talks.entry(id.to_owned()).or_insert_with(|| Talk::begin(id, self));

@@ -329,6 +329,13 @@ fn there_are_so_many_agents_at_once_and_who_waits_longest_makes_room() {
         listed.as_array().unwrap().iter().map(|one| one["state"].as_str().unwrap().to_owned()).collect()
     };
     assert_eq!(states(&server), ["resting", "waiting", "waiting"]);
+    // Two at once: each finds room.
+    let (mut d, mut e) = (server.begin("d", "hello"), server.begin("e", "hello"));
+    for turn in [&mut d, &mut e] {
+        let last = std::iter::from_fn(|| turn.next()).last().unwrap();
+        assert_eq!(last.0, "done", "{last:?}");
+    }
+    assert_eq!(states(&server), ["resting", "resting", "resting", "waiting", "waiting"]);
     // Those that work are not ended for anybody.
     let wait = format!("wait {}", go.display());
     let (mut b, mut c) = (server.begin("b", &wait), server.begin("c", &wait));
