@@ -10,11 +10,11 @@ use std::process::ExitCode;
 use agent_sidecar_core::bill::By;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
-use crate::config::{Config, Kind, Mistakes, SETTINGS, Sources};
+use crate::config::{Config, Kind, Mistakes, SETTINGS, Sources, variable};
 use crate::run::{self, Agent};
 use crate::shim::install;
 use crate::supervise::OWN_FAILURE;
-use crate::{bill, demo, doctor, explain, hub, messages_api, reference, remote, replay, top};
+use crate::{bill, demo, doctor, explain, hub, messages_api, reference, remote, replay, serve, top};
 
 /// A word on the command line that nobody understands.
 const USAGE: u8 = 2;
@@ -83,6 +83,24 @@ fn command() -> Command {
                 .about("Serve what all wrappers of this container have counted, without an agent of one's own")
                 .arg(config.clone())
                 .args(flags()),
+        )
+        .subcommand(
+            Command::new("serve")
+                .about("Serve agents over HTTP: a conversation for each session id, each agent under the sidecar")
+                .after_help(
+                    "Example: agent-sidecar serve --serve-token-file /run/secrets/token --max-cost-usd 5 -- claude --model sonnet\n\
+                    curl -N -H 'Authorization: Bearer …' -d '{\"prompt\": \"Hello\"}' localhost:8000/sessions/one/messages",
+                )
+                .arg(config.clone())
+                .args(flags())
+                .arg(
+                    Arg::new("command")
+                        .value_name("CMD ARGS")
+                        .num_args(0..)
+                        .trailing_var_arg(true)
+                        .help("the CLI and its arguments; by default `claude`; how it is talked to is added")
+                        .value_parser(value_parser!(OsString)),
+                ),
         )
         .subcommand(
             Command::new("top")
@@ -402,6 +420,12 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
             };
             hub::alone(place, config.listen(), &options)?;
         }
+        Some(("serve", matches)) => {
+            let config = config(matches)?;
+            crate::logging::start(&config);
+            crate::logging::strangers(&config);
+            serve::run(&config, recipe(matches))?;
+        }
         Some(("probe", matches)) => {
             // Mistakes elsewhere in the configuration are no reason to call it dead.
             let (config, _) = Config::read(&sources(matches));
@@ -537,6 +561,23 @@ pub(crate) fn main() -> Result<ExitCode, Failure> {
 fn hides_command(args: &[OsString], argv: &[OsString]) -> bool {
     let before = args.len().checked_sub(argv.len() + 1).and_then(|at| args.get(at));
     before.is_some_and(|word| word != "--") && argv.iter().skip(1).any(|word| word == "--")
+}
+
+/// What `serve` starts: its own settings are not for each agent, and keys are not for who lists processes.
+fn recipe(matches: &ArgMatches) -> serve::Recipe {
+    let (mut flags, mut env) = (Vec::new(), Vec::new());
+    if let Some(file) = matches.get_one::<PathBuf>("config") {
+        flags.extend([OsString::from("--config"), file.into()]);
+    }
+    for setting in SETTINGS.iter().filter(|setting| !setting.key.starts_with("serve.")) {
+        let Some(value) = matches.try_get_one::<String>(setting.flag).ok().flatten() else { continue };
+        match setting.kind {
+            Kind::Headers | Kind::Token | Kind::Secret => env.push((variable(setting), value.clone())),
+            _ => flags.push(format!("--{}={value}", setting.flag).into()),
+        }
+    }
+    let command: Vec<OsString> = matches.get_many("command").into_iter().flatten().cloned().collect();
+    serve::Recipe { flags, env, command: if command.is_empty() { vec![OsString::from("claude")] } else { command } }
 }
 
 fn run_command(matches: &ArgMatches) -> Result<ExitCode, Failure> {

@@ -51,6 +51,12 @@ pub(crate) struct Bound {
     pub(crate) address: SocketAddr,
 }
 
+impl Bound {
+    pub(crate) fn into_listener(self) -> TcpListener {
+        self.listener
+    }
+}
+
 pub(crate) fn bind(address: SocketAddr) -> std::io::Result<Bound> {
     let listener = TcpListener::bind(address).or_else(|error| match address {
         // Every address means both families, where there are both.

@@ -30,6 +30,7 @@ mod remote;
 mod replay;
 mod run;
 mod sample;
+mod serve;
 mod shim;
 mod supervise;
 mod telemetry;

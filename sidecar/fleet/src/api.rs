@@ -21,6 +21,7 @@ use utoipa::{Modify, OpenApi, ToSchema};
 use crate::config::{Caller, Config, TEMPLATE_LABEL};
 use crate::lifecycle::Phase;
 use crate::provider;
+use crate::proxy;
 use crate::service::{self, Fleet};
 use crate::session::{Pattern, Session, SessionId, Wanted};
 use crate::store::{self, Filter, HookRun, Inserted};
@@ -150,7 +151,7 @@ pub struct Wrong {
 }
 
 #[derive(Debug)]
-struct Failure(StatusCode, String);
+pub(crate) struct Failure(pub(crate) StatusCode, pub(crate) String);
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
@@ -195,10 +196,10 @@ impl From<provider::Error> for Failure {
     }
 }
 
-type Answer<T> = Result<T, Failure>;
+pub(crate) type Answer<T> = Result<T, Failure>;
 
 /// Whose token came with the request.
-struct Who(Caller);
+pub(crate) struct Who(Caller);
 
 impl FromRequestParts<Api> for Who {
     type Rejection = Failure;
@@ -235,7 +236,7 @@ impl<T: DeserializeOwned> FromRequest<Api> for Body<T> {
 }
 
 /// Its query, likewise.
-struct Asked<T>(T);
+pub(crate) struct Asked<T>(pub(crate) T);
 
 impl<T: DeserializeOwned + Send> FromRequestParts<Api> for Asked<T> {
     type Rejection = Failure;
@@ -247,7 +248,7 @@ impl<T: DeserializeOwned + Send> FromRequestParts<Api> for Asked<T> {
 }
 
 /// The id in its path. One that is no text names no session.
-struct Named(String);
+pub(crate) struct Named(pub(crate) String);
 
 impl FromRequestParts<Api> for Named {
     type Rejection = Failure;
@@ -258,13 +259,13 @@ impl FromRequestParts<Api> for Named {
     }
 }
 
-fn no_session(id: &str) -> Failure {
+pub(crate) fn no_session(id: &str) -> Failure {
     Failure(StatusCode::NOT_FOUND, format!("there is no session `{}` of yours", id.escape_debug()))
 }
 
 impl Api {
     /// What cannot be reached is not there.
-    async fn session(&self, who: &Who, id: &str) -> Answer<Session> {
+    pub(crate) async fn session(&self, who: &Who, id: &str) -> Answer<Session> {
         let parsed = id.parse::<SessionId>().map_err(|_| no_session(id))?;
         let found = self.fleet.store().get(&parsed).await?;
         found.filter(|session| who.reaches(session)).ok_or_else(|| no_session(id))
@@ -280,6 +281,27 @@ impl Api {
         }
         let why = format!("`{}` asked for it", who.0.name);
         self.fleet.want(&session.id, wanted, &why).await?.ok_or_else(|| no_session(id))
+    }
+
+    /// A new session, or the one that has this id.
+    pub(crate) async fn make(&self, who: &Who, new: NewSession) -> Answer<(StatusCode, Session)> {
+        let wrong = |what: String| Failure(StatusCode::BAD_REQUEST, what);
+        let template = self.config.templates.get(&new.template);
+        let template = template.ok_or_else(|| wrong(format!("there is no template `{}`", new.template.escape_debug())))?;
+        let id = new.id.map_or_else(|| Ok(SessionId::fresh()), |id| id.parse()).map_err(wrong)?;
+        let tenant = self.tenant(who, new.tenant)?;
+        let spec = template.spec_for(&self.config.fleet.name, &id, &tenant, 1);
+        let now = self.fleet.now();
+        let mut session = Session::new(id, (&tenant, &who.0.name), template.pattern, &template.provider, spec, now);
+        session.ends = now + template.max_age;
+        let id = session.id.clone();
+        match self.fleet.create(session.clone()).await? {
+            Inserted::New => Ok((StatusCode::CREATED, session)),
+            Inserted::Known(known) if who.reaches(&known) => Ok((StatusCode::OK, *known)),
+            Inserted::Known(_) => {
+                Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is somebody else's: choose another id")))
+            }
+        }
     }
 
     fn tenant(&self, who: &Who, asked: Option<String>) -> Answer<String> {
@@ -308,25 +330,9 @@ impl Api {
         (status = 413, body = Wrong), (status = 415, body = Wrong), (status = 422, description = "Its provider cannot do that.", body = Wrong),
         (status = 429, description = "Its tenant has nothing left.", body = Wrong), (status = 503, body = Wrong)))]
 async fn create(State(api): State<Api>, who: Who, Body(new): Body<NewSession>) -> Answer<Response> {
-    let wrong = |what: String| Failure(StatusCode::BAD_REQUEST, what);
-    let template = api.config.templates.get(&new.template);
-    let template = template.ok_or_else(|| wrong(format!("there is no template `{}`", new.template.escape_debug())))?;
-    let id = new.id.map_or_else(|| Ok(SessionId::fresh()), |id| id.parse()).map_err(wrong)?;
-    let tenant = api.tenant(&who, new.tenant)?;
-    let spec = template.spec_for(&api.config.fleet.name, &id, &tenant, 1);
-    let now = api.fleet.now();
-    let mut session = Session::new(id, (&tenant, &who.0.name), template.pattern, &template.provider, spec, now);
-    session.ends = now + template.max_age;
-    let id = session.id.clone();
-    let (status, session) = match api.fleet.create(session.clone()).await? {
-        Inserted::New => (StatusCode::CREATED, session),
-        Inserted::Known(known) if who.reaches(&known) => (StatusCode::OK, *known),
-        Inserted::Known(_) => {
-            return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is somebody else's: choose another id")));
-        }
-    };
+    let (status, session) = api.make(&who, new).await?;
     let mut response = (status, axum::Json(View::of(&session))).into_response();
-    if let Ok(location) = HeaderValue::from_str(&format!("/v1/sessions/{id}")) {
+    if let Ok(location) = HeaderValue::from_str(&format!("/v1/sessions/{}", session.id)) {
         response.headers_mut().insert(LOCATION, location);
     }
     Ok(response)
@@ -496,8 +502,8 @@ impl Modify for Token {
 #[derive(OpenApi)]
 #[openapi(
     info(title = "agent-fleet", description = "Containers for agents: created, watched, put to sleep, woken and destroyed."),
-    paths(create, list, show, destroy, pause, resume, logs, hooks, livez, readyz, metrics),
-    components(schemas(NewSession, View, Views, Wrong)),
+    paths(create, list, show, destroy, pause, resume, logs, hooks, proxy::messages, livez, readyz, metrics),
+    components(schemas(NewSession, View, Views, Wrong, proxy::Message)),
     modifiers(&Token)
 )]
 struct Document;
@@ -527,6 +533,7 @@ pub fn router(api: Api) -> Router {
         .route("/v1/sessions/{id}/resume", post(resume))
         .route("/v1/sessions/{id}/logs", get(logs))
         .route("/v1/sessions/{id}/hooks", get(hooks))
+        .merge(proxy::routes())
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))

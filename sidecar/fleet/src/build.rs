@@ -22,6 +22,8 @@ use crate::store::Store;
 const AHEAD: std::time::Duration = std::time::Duration::from_secs(600);
 /// How often a container is looked at where looking costs nothing.
 const LOOK_NEAR: std::time::Duration = std::time::Duration::from_secs(5);
+/// How long a connection may take: who is there answers sooner.
+const CONNECT: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// One provider.
 ///
@@ -98,6 +100,7 @@ pub fn client() -> Result<reqwest::Client, String> {
     let tls = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
     let tls = tls.map_err(|error| error.to_string())?.with_root_certificates(roots).with_no_client_auth();
     let client = reqwest::Client::builder().tls_backend_preconfigured(tls);
+    let client = client.connect_timeout(CONNECT);
     client.redirect(reqwest::redirect::Policy::none()).no_proxy().build().map_err(|error| error.to_string())
 }
 

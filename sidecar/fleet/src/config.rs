@@ -120,6 +120,10 @@ pub struct Template {
     pub labels: BTreeMap<String, String>,
     /// Where the sidecar inside listens.
     pub sidecar_port: u16,
+    /// Where the app inside is talked to. `None`: nobody does, through us.
+    pub app_port: Option<u16>,
+    /// The token that is said to it: its own, not the caller's.
+    pub app_token: Option<Hidden>,
     /// The provider's own idle timer, behind the sidecar's word.
     pub provider_idle: Option<Duration>,
 }
@@ -144,7 +148,7 @@ impl Template {
             env: self.env.clone(),
             secrets: self.secrets.clone(),
             size: self.size,
-            ports: self.ports.clone(),
+            ports: self.ports.iter().copied().chain(self.app_port.filter(|port| !self.ports.contains(port))).collect(),
             labels,
             ttl: self.ttl,
             idle: self.provider_idle,
@@ -309,6 +313,12 @@ impl Template {
         let cpu = f64::from(cpu_milli) / 1000.0;
         writeln!(out, "size = {{ cpu = {cpu:?}, memory = \"{memory_mib}MiB\", disk = \"{disk_mib}MiB\" }}")?;
         writeln!(out, "ports = {:?}\nsidecar_port = {}", self.ports, self.sidecar_port)?;
+        if let Some(port) = self.app_port {
+            writeln!(out, "app_port = {port}")?;
+        }
+        if self.app_token.is_some() {
+            writeln!(out, "# app_token is set")?;
+        }
         writeln!(out, "ttl = {}\nmax_age = {}", time(self.ttl), time(self.max_age))?;
         writeln!(out, "idle_after = {}", self.idle_after.map_or_else(|| String::from("\"off\""), time))?;
         writeln!(out, "provider_idle = {}", self.provider_idle.map_or_else(|| String::from("\"off\""), time))?;

@@ -13,6 +13,7 @@ pub mod inside;
 pub mod lifecycle;
 pub mod plan;
 pub mod provider;
+mod proxy;
 pub mod service;
 pub mod session;
 pub mod store;

@@ -29,6 +29,7 @@ use crate::hub::gate::{Keys, Token};
 use crate::hub::users::{self, Member};
 use crate::hub::{Meeting, Zone};
 use crate::influence;
+use crate::serve;
 use crate::supervise::{NoUser, User};
 use crate::tenants::{AgentDirs, Workspace};
 
@@ -159,6 +160,15 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("policy.base_urls", "base-urls", Kind::Urls, "", "whom the CLI may be told to ask, in ANTHROPIC_BASE_URL and others like it, and below these; unset, the app may say anybody, and only what an agent can write is told"),
     setting("shim.cli", "shim-cli", Kind::Path, "", "the real CLI, for the binary under the name `claude`: unset, what `install` put beside it, or else the next `claude` on PATH"),
     setting("shim.strict", "shim-strict", Kind::Switch, "false", "whether a mistake in the configuration keeps `claude` from starting; if not, the agent runs without the settings that cannot be read"),
+    setting("serve.listen", "serve-listen", Kind::Address, ":8000", "where `agent-sidecar serve` takes messages (docs/serve.md); the settings `serve.*` are for it alone"),
+    setting("serve.token_file", "serve-token-file", Kind::Path, "", "a file with the token (16 letters or more) that whoever asks has to say, as `Authorization: Bearer …`; of this user or root, and readable by nobody else"),
+    setting("serve.token", "serve-token", Kind::Token, "", "the token itself; never shown; others can read a flag, so better in a file or the environment; AGENT_AUTH_TOKEN says it, too"),
+    setting("serve.open", "serve-open", Kind::Switch, "false", "ask for no token; at loopback alone"),
+    setting("serve.state", "serve-state", Kind::Path, "", "the file that knows which conversation is whose; unset, agent-sidecar-sessions.json in the CLI's config directory"),
+    setting("serve.max_agents", "serve-max-agents", Kind::Count, "8", "agents at once; for one more, the one ends that waits longest, and its conversation is resumed by its next message"),
+    setting("serve.permissions", "serve-permissions", Kind::Choice(&["deny", "allow"]), "deny", "what is answered to tools that ask for permission"),
+    setting("serve.messages", "serve-messages", Kind::Choice(&["sdk", "cli"]), "sdk", "how messages are written: sdk names and flattens them as the Python SDK does, cli passes on the CLI's lines"),
+    setting("serve.interrupt_when_gone", "serve-interrupt-when-gone", Kind::Switch, "false", "interrupt a turn when nobody listens to it any more; unset, it goes on to its end"),
     setting("usage.poll", "usage-poll", Kind::Switch, "true", "ask the CLI for its running totals between its results"),
     setting("native.telemetry", "native-telemetry", Kind::Choice(&["auto", "on", "off"]), "auto", "have the CLI export its own telemetry to us too: auto where nothing else tells what is spent (text, terminals), on also beside a stream that is read, to be held against it"),
     setting("metrics.max_series", "max-series", Kind::Count, "1500", "series in the exposition at most"),
@@ -760,6 +770,40 @@ impl Config {
             (_, Some(path)) => Token::read(&path).map_err(|error| format!("{}: {error}", path.display())),
             _ => Ok(Token::None),
         }
+    }
+
+    /// How sessions are served over HTTP.
+    ///
+    /// # Errors
+    /// There is no token where one is needed, or it cannot be read.
+    pub(crate) fn serve(&self) -> Result<serve::Options, serve::Error> {
+        let Some(Value::Address(Some(address))) = self.value("serve.listen") else { return Err(serve::Error::NoAddress) };
+        let other = std::env::var(serve::OTHER_TOKEN).ok().filter(|token| !token.is_empty());
+        let token = match (self.value("serve.token"), self.path("serve.token_file"), other) {
+            (Some(Value::Token(token)), _, _) => Ok(token.clone()),
+            (_, Some(path), _) => Token::read(&path).map_err(|error| format!("{}: {error}", path.display())),
+            (_, _, Some(token)) => Token::of(&token).map_err(|error| format!("{}: {error}", serve::OTHER_TOKEN)),
+            _ => Ok(Token::None),
+        };
+        let token = token.map_err(serve::Error::BadToken)?;
+        let open = self.switch("serve.open");
+        match token {
+            Token::None if !open => return Err(serve::Error::NoToken),
+            Token::None if !address.ip().is_loopback() => return Err(serve::Error::OpenToAll),
+            Token::None | Token::Is(_) | Token::Lost => {}
+        }
+        Ok(serve::Options {
+            address: *address,
+            token,
+            open,
+            book: self.path("serve.state"),
+            agents: self.count("serve.max_agents").and_then(|n| usize::try_from(n).ok()).unwrap_or(usize::MAX),
+            allow: self.text("serve.permissions") == "allow",
+            form: if self.text("serve.messages") == "cli" { serve::Form::Cli } else { serve::Form::Sdk },
+            interrupt: self.switch("serve.interrupt_when_gone"),
+            grace: self.time("stop.platform_grace"),
+            page_host: self.page_host(),
+        })
     }
 
     pub(crate) fn ledger(&self) -> Option<PathBuf> {

@@ -30,7 +30,7 @@ pub(crate) use hours::Hours;
 pub(crate) use journal::{lives, pids};
 pub(crate) use place::{Meeting, Place, try_lock};
 pub(crate) use seat::{Guest, NoSeat, Seat};
-pub(crate) use serve::{Turn, alone};
+pub(crate) use serve::{Turn, alone, beside};
 pub(crate) use share::{Share, Teller, testify};
 pub(crate) use till::{Payer, lock_named};
 pub(crate) use zone::{Day, Zone};

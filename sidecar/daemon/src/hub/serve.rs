@@ -182,6 +182,22 @@ pub(crate) fn alone(mut place: Place, address: Option<SocketAddr>, options: &Opt
     Turn::take(place, address)?.serve(options, None)
 }
 
+/// The same beside something else in this process, on a thread of its own, which ends with it; who reaps and hears signals is not here.
+///
+/// # Errors
+/// It cannot begin.
+pub(crate) fn beside(mut place: Place, address: Option<SocketAddr>, options: Options) -> std::io::Result<()> {
+    place.keep = true;
+    files::write(&place.kept(), place.world.as_bytes())?;
+    let turn = Turn::take(place, address)?;
+    std::thread::Builder::new().name(String::from("hub")).stack_size(512 * 1024).spawn(move || {
+        if let Err(error) = turn.serve(&options, None) {
+            tracing::error!(%error, "the numbers of agents are no longer served; the agents go on");
+        }
+    })?;
+    Ok(())
+}
+
 /// A port that is to be picked is the one that was picked before, if it is free: whoever scrapes knows that one.
 fn bind(place: &Place, address: SocketAddr) -> std::io::Result<Bound> {
     let before = files::read_to_string(&place.address()).ok().and_then(|text| text.trim().parse::<SocketAddr>().ok());

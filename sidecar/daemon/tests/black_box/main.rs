@@ -21,6 +21,7 @@ mod native;
 mod orphans;
 mod otlp;
 mod probe;
+mod serve;
 mod shim;
 mod signals;
 mod support;

@@ -242,6 +242,19 @@ impl<'a> Reader<'a> {
         let size = self.size(s);
         let ports = self.get(s, "ports", ports).unwrap_or_default();
         let sidecar_port = self.get(s, "sidecar_port", port).unwrap_or(SIDECAR_PORT);
+        let app_port = self.get(s, "app_port", port);
+        let at = s.at_key("app_token");
+        let app_token = self.secret(s, "app_token").and_then(|token| {
+            let key = format!("{}.app_token", s.name);
+            if let Secret::Provider(_) = token {
+                self.wrong(at.clone(), format!("`{key}` is needed here, not in a container"), "name a variable or a file");
+            }
+            self.outside(&token, &key, at.clone())
+        });
+        if s.has("app_token").is_some() && app_port.is_none() {
+            let what = format!("`{}.app_token` is said to nobody without `app_port`", s.name);
+            self.wrong(at, what, "add app_port = 8000, or leave it out");
+        }
         let labels = self.labels(s);
 
         let ttl = self.get(s, "ttl", time).unwrap_or(TTL);
@@ -297,6 +310,8 @@ impl<'a> Reader<'a> {
             max_age,
             labels,
             sidecar_port,
+            app_port,
+            app_token,
             provider_idle,
         };
         if let Some(can) = self.can.get(&template.provider) {

@@ -12,7 +12,7 @@ use crate::town::{Running, Town, run};
 
 /// Who may ask, and what for. The tokens are made by the test: each is its owner's name, again and again.
 fn config(dir: &Path) -> Config {
-    for name in ["shop", "bank", "ops"] {
+    for name in ["shop", "bank", "ops", "app"] {
         std::fs::write(dir.join(name), name.repeat(12)).unwrap();
         std::os::unix::fs::chown(dir.join(name), None, None).unwrap();
         std::fs::set_permissions(dir.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
@@ -43,25 +43,34 @@ fn config(dir: &Path) -> Config {
         provider = "cloud"
         image = "i"
         ttl = "1h"
+        [templates.chat]
+        pattern = "hybrid"
+        provider = "cloud"
+        image = "i"
+        ttl = "1h"
+        idle_after = "3s"
+        app_port = 8000
+        app_token = {{ file = "{}" }}
         "#,
         file("db"),
         file("shop"),
         file("bank"),
-        file("ops")
+        file("ops"),
+        file("app")
     );
     Config::parse(Path::new("test.toml"), &text, &Machine).unwrap()
 }
 
-struct Served {
-    town: Town,
-    url: String,
-    client: reqwest::Client,
+pub(crate) struct Served {
+    pub(crate) town: Town,
+    pub(crate) url: String,
+    pub(crate) client: reqwest::Client,
     _running: Running,
     dir: std::path::PathBuf,
 }
 
 impl Served {
-    async fn new(name: &str) -> Self {
+    pub(crate) async fn new(name: &str) -> Self {
         let dir = std::env::temp_dir().join(format!("agent-fleet-api-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let config = Arc::new(config(&dir));
@@ -75,7 +84,7 @@ impl Served {
         Served { town, url, client: agent_fleet::build::client().unwrap(), _running: running, dir }
     }
 
-    async fn ask(&self, who: &str, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+    pub(crate) async fn ask(&self, who: &str, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
         let mut request = self.client.request(method.parse().unwrap(), format!("{}{path}", self.url));
         if !who.is_empty() {
             request = request.bearer_auth(who.repeat(12));
@@ -89,7 +98,7 @@ impl Served {
         (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
 
-    async fn create(&self, who: &str, body: Value) -> (u16, Value) {
+    pub(crate) async fn create(&self, who: &str, body: Value) -> (u16, Value) {
         self.ask(who, "POST", "/v1/sessions", Some(body)).await
     }
 

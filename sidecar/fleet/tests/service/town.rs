@@ -31,13 +31,16 @@ pub(crate) struct Cloud {
     pub(crate) panics: AtomicBool,
     /// In USD an hour.
     pub(crate) paused: Mutex<f64>,
+    /// Where every container's port leads to, and what has to be sent with each request; nowhere, if it is empty.
+    pub(crate) app: Mutex<String>,
 }
 
 impl Cloud {
     pub(crate) fn new(every: u64) -> Arc<Self> {
         let (calls, every) = (AtomicU64::new(0), AtomicU64::new(every));
         let (sandboxes, created, panics, paused) = (Mutex::default(), Mutex::default(), AtomicBool::default(), Mutex::default());
-        Arc::new(Self { sandboxes, created, calls, every, panics, paused })
+        let app = Mutex::default();
+        Arc::new(Self { sandboxes, created, calls, every, panics, paused, app })
     }
 
     /// Whether this call is done, and what is answered.
@@ -196,7 +199,9 @@ impl Provider for Cloud {
     }
 
     async fn endpoint(&self, native: &str, _: u16) -> Result<Endpoint> {
-        Ok(Endpoint { url: format!("http://{native}"), headers: vec![] })
+        let app = self.app.lock().unwrap().clone();
+        let url = if app.is_empty() { format!("http://{native}") } else { app };
+        Ok(Endpoint { url, headers: vec![(String::from("x-provider-key"), String::from("key-of-the-provider"))] })
     }
 
     async fn events(&self, _: &BTreeMap<String, String>) -> Result<BoxStream<'static, Result<Happened>>> {

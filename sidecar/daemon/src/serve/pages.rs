@@ -1,0 +1,246 @@
+//! What is asked over HTTP, by the contract of the hosting cookbook: `POST /sessions/{id}/messages`, `/health`, and what of them there is.
+
+use std::convert::Infallible;
+use std::net::TcpListener;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{ALLOW, AUTHORIZATION, HeaderValue, ORIGIN, RETRY_AFTER, WWW_AUTHENTICATE};
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use subtle::ConstantTimeEq;
+use tokio::sync::Semaphore;
+
+use super::talk::State;
+use super::{House, Refusal};
+use crate::http::{Answer, Body, reply};
+use crate::hub::gate::Token;
+use crate::page;
+
+/// Connections at once: each turn is one, and who waits for its answer is another.
+const CONNECTIONS: usize = 512;
+/// A message is a text that somebody wrote, or pasted.
+const MESSAGE: usize = 1024 * 1024;
+/// A client has this long to say what it wants.
+const CLIENT: Duration = Duration::from_secs(30);
+
+pub(super) async fn serve(listener: TcpListener, house: Arc<House>) {
+    let listener = match tokio::net::TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!(%error, "sessions cannot be served"),
+    };
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let house = Arc::clone(&house);
+                tokio::spawn(async move {
+                    let service = hyper::service::service_fn(|request: Request<Incoming>| {
+                        let house = Arc::clone(&house);
+                        async move {
+                            let mut answer = house.answer(request).await.unwrap_or_else(|refused| refused);
+                            page::harden(&mut answer);
+                            Ok::<_, Infallible>(answer)
+                        }
+                    });
+                    let mut builder = hyper::server::conn::http1::Builder::new();
+                    builder.timer(TokioTimer::new()).header_read_timeout(CLIENT).max_buf_size(16 * 1024);
+                    // Whoever hangs up has hung up.
+                    builder.serve_connection(TokioIo::new(stream), service).await.ok();
+                    drop(permit);
+                });
+            }
+            // Out of descriptors, most likely the agents' doing.
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
+/// What is said to a session. What else stands there is nobody's.
+#[derive(Deserialize)]
+struct Message {
+    prompt: String,
+}
+
+fn say(status: StatusCode, value: &Value) -> Answer {
+    reply(status, "application/json", value.to_string().into_bytes())
+}
+
+fn refuse(status: StatusCode, message: &str) -> Answer {
+    say(status, &json!({"message": message}))
+}
+
+/// 1 to 64 letters, digits, `-` and `_`, the first a letter or digit.
+fn is_session(id: &str) -> bool {
+    let letter = |c: char| c.is_ascii_alphanumeric();
+    id.len() <= 64 && id.starts_with(letter) && id.chars().all(|c| letter(c) || matches!(c, '-' | '_'))
+}
+
+fn word(state: State) -> &'static str {
+    match state {
+        State { busy: true, .. } => "working",
+        State { runs: true, .. } => "waiting",
+        State { .. } => "resting",
+    }
+}
+
+impl House {
+    async fn answer(self: &Arc<Self>, request: Request<Incoming>) -> Result<Answer, Answer> {
+        let path = request.uri().path().to_owned();
+        let segments: Vec<&str> = path.split('/').skip(1).collect();
+        // A probe has no token.
+        if segments == ["health"] {
+            allowed(&request, &[Method::GET, Method::HEAD])?;
+            return Ok(say(StatusCode::OK, &json!({"status": "ok"})));
+        }
+        self.judge(&request)?;
+        let named = |id: &str| {
+            let what = "a session id has 1 to 64 letters, digits, `-` or `_`, and begins with a letter or digit";
+            if is_session(id) { Ok(()) } else { Err(refuse(StatusCode::BAD_REQUEST, what)) }
+        };
+        match segments.as_slice() {
+            ["sessions"] => {
+                allowed(&request, &[Method::GET, Method::HEAD])?;
+                Ok(say(StatusCode::OK, &json!({"sessions": self.list()})))
+            }
+            ["sessions", id] => {
+                allowed(&request, &[Method::GET, Method::HEAD, Method::DELETE])?;
+                named(id)?;
+                if request.method() == Method::DELETE { self.end(id) } else { self.show(id) }
+            }
+            ["sessions", id, "messages"] => {
+                allowed(&request, &[Method::POST])?;
+                named(id)?;
+                let message = read(request).await?;
+                self.message(id, message)
+            }
+            _ => Err(refuse(StatusCode::NOT_FOUND, "there are /health, /sessions, /sessions/ID and /sessions/ID/messages")),
+        }
+    }
+
+    fn judge(&self, request: &Request<Incoming>) -> Result<(), Answer> {
+        let token = match &self.options.token {
+            Token::Is(token) => token.as_slice(),
+            // Whoever reaches loopback may talk, but no page that somebody has open in a browser there.
+            Token::None if self.options.open => {
+                let site = request.headers().get("sec-fetch-site").is_some_and(|site| site != "none");
+                if site || request.headers().contains_key(ORIGIN) {
+                    return Err(refuse(StatusCode::FORBIDDEN, "not from a page in a browser"));
+                }
+                return page::misdirected(request, self.options.page_host.as_deref()).map_or(Ok(()), Err);
+            }
+            Token::None | Token::Lost => &[],
+        };
+        let said = request.headers().get(AUTHORIZATION).map_or(&b""[..], |value| value.as_bytes());
+        let said = match said.split_at_checked(7) {
+            Some((scheme, word)) if scheme.eq_ignore_ascii_case(b"bearer ") => word.trim_ascii(),
+            _ => b"",
+        };
+        if !token.is_empty() && bool::from(said.ct_eq(token)) {
+            return Ok(());
+        }
+        let mut refused = refuse(StatusCode::UNAUTHORIZED, "say the token: Authorization: Bearer …");
+        refused.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        Err(refused)
+    }
+
+    fn message(self: &Arc<Self>, id: &str, message: String) -> Result<Answer, Answer> {
+        let later = |status, what: &str| {
+            let mut refused = refuse(status, what);
+            refused.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
+            refused
+        };
+        let talk = self.admit(id).map_err(|refusal| match refusal {
+            Refusal::Busy => later(StatusCode::CONFLICT, "its turn before is not over"),
+            Refusal::Full => later(StatusCode::SERVICE_UNAVAILABLE, "as many agents work as may"),
+            Refusal::Closing => later(StatusCode::SERVICE_UNAVAILABLE, "this server ends"),
+        })?;
+        let mut answer = reply(StatusCode::OK, "text/event-stream", Vec::new());
+        *answer.body_mut() = Body::Stream(talk.say(message));
+        // Of proxies that would wait for more to pass it on.
+        answer.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
+        Ok(answer)
+    }
+
+    fn list(&self) -> Vec<Value> {
+        let book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all: std::collections::BTreeMap<String, Option<String>> =
+            book.all().map(|(id, conversation)| (id.to_owned(), Some(conversation.to_owned()))).collect();
+        drop(book);
+        let talks = self.talks.lock().unwrap_or_else(PoisonError::into_inner);
+        for (id, _) in talks.iter().filter(|(_, talk)| !talk.is_over()) {
+            all.entry(id.clone()).or_default();
+        }
+        let state = |id: &str| talks.get(id).filter(|talk| !talk.is_over()).map(|talk| talk.state()).unwrap_or_default();
+        all.iter().map(|(id, conversation)| json!({"id": id, "state": word(state(id)), "conversation": conversation})).collect()
+    }
+
+    fn show(&self, id: &str) -> Result<Answer, Answer> {
+        let (talk, conversation) = (self.talk(id), self.conversation(id));
+        if talk.is_none() && conversation.is_none() {
+            return Err(refuse(StatusCode::NOT_FOUND, "there is no such session"));
+        }
+        let state = talk.map(|talk| talk.state()).unwrap_or_default();
+        Ok(say(StatusCode::OK, &json!({"id": id, "state": word(state), "conversation": conversation})))
+    }
+
+    /// Its agent ends, and its conversation is not gone on with.
+    fn end(&self, id: &str) -> Result<Answer, Answer> {
+        let talk = self.talk(id);
+        if let Some(talk) = &talk {
+            talk.end();
+        }
+        if !self.forget(id) && talk.is_none() {
+            return Err(refuse(StatusCode::NOT_FOUND, "there is no such session"));
+        }
+        Ok(reply(StatusCode::NO_CONTENT, "application/json", Vec::new()))
+    }
+}
+
+fn allowed(request: &Request<Incoming>, methods: &[Method]) -> Result<(), Answer> {
+    if methods.contains(request.method()) {
+        return Ok(());
+    }
+    let mut refused = refuse(StatusCode::METHOD_NOT_ALLOWED, "not with this method");
+    let names: Vec<&str> = methods.iter().map(Method::as_str).collect();
+    if let Ok(names) = HeaderValue::from_str(&names.join(", ")) {
+        refused.headers_mut().insert(ALLOW, names);
+    }
+    Err(refused)
+}
+
+async fn read(request: Request<Incoming>) -> Result<String, Answer> {
+    let bytes = match tokio::time::timeout(CLIENT, Limited::new(request.into_body(), MESSAGE).collect()).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            return Err(refuse(StatusCode::PAYLOAD_TOO_LARGE, "a message has a megabyte at most"));
+        }
+        Ok(Err(_)) => Bytes::new(),
+        Err(_) => return Err(refuse(StatusCode::REQUEST_TIMEOUT, "the message does not come")),
+    };
+    match serde_json::from_slice::<Message>(&bytes) {
+        Ok(Message { prompt }) if !prompt.trim().is_empty() => Ok(prompt),
+        Ok(_) => Err(refuse(StatusCode::BAD_REQUEST, "`prompt` is empty")),
+        Err(error) => Err(refuse(StatusCode::BAD_REQUEST, &format!("a message is {{\"prompt\": \"…\"}}: {error}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_is_named_as_the_contract_says() {
+        for right in ["a", "0", "A_1-b", &"x".repeat(64)] {
+            assert!(is_session(right), "{right}");
+        }
+        for wrong in ["", "-a", "_a", "a.b", "a%20b", "é", "..", &"x".repeat(65)] {
+            assert!(!is_session(wrong), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,472 @@
+//! Talking to a session: what a caller sends is passed on to the app in its container, which is woken for it.
+//!
+//! ```text
+//!   caller ──bearer──► is it theirs? ──► wanted ──► up ──► provider's endpoint of `app_port` ──app's own token──► app
+//!          ◄──────────────── as it comes, byte for byte, and wanted again while it flows ◄──────────────────────┘
+//! ```
+//!
+//! Neither side sees the other's token. A session has one container, so the same id is always the same agent.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Extension, Request, State};
+use axum::http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use axum::http::{Method, StatusCode};
+use axum::response::Response;
+use axum::routing::{any, get, post};
+use axum::{Router, http};
+use futures_util::StreamExt;
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use utoipa::ToSchema;
+
+use crate::api::{Answer, Api, Asked, Failure, Named, NewSession, Who, Wrong, no_session};
+use crate::config::{TEMPLATE_LABEL, Template};
+use crate::lifecycle::Phase;
+use crate::provider::Endpoint;
+use crate::session::{Session, SessionId, Wanted};
+
+/// Streams at once: each holds two connections.
+const STREAMS: usize = 1000;
+/// A message is a text that somebody wrote, or pasted; apps may be sent a file.
+const MESSAGE_MOST: usize = 1 << 20;
+const BODY_MOST: usize = 16 << 20;
+/// How long an app may think before it says anything at all.
+const HEADERS: Duration = Duration::from_secs(300);
+/// How long an app may take to listen, after its sidecar has spoken.
+const LISTENS: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_millis(100);
+/// What a wake-up may take beside the container's own start.
+const WAKES: Duration = Duration::from_secs(60);
+/// How often what flows is told to the session, so that it is not idle: less, where it would be idle sooner.
+const TOLD: Duration = Duration::from_secs(10);
+/// What is between two neighbours alone, and not passed on.
+const HOPS: [HeaderName; 7] = [
+    header::CONNECTION,
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+
+/// What all streams share.
+pub(crate) struct Proxy {
+    client: Option<reqwest::Client>,
+    room: Arc<Semaphore>,
+}
+
+/// What is said to a session.
+#[derive(Debug, Deserialize, ToSchema)]
+#[expect(dead_code, reason = "it is passed on as it is: this is its description")]
+pub(crate) struct Message {
+    #[schema(min_length = 1)]
+    prompt: String,
+}
+
+/// Who is made for a message, where there is nobody of that id yet.
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct OnDemand {
+    /// Create the session from this template, if there is none of that id.
+    #[param(min_length = 1)]
+    template: Option<String>,
+    /// Who pays for it then.
+    #[param(pattern = r"^[^\x00-\x1f\x7f-\x9f]{1,64}$")]
+    tenant: Option<String>,
+}
+
+pub(crate) fn routes() -> Router<Api> {
+    let proxy = Proxy { client: client(), room: Arc::new(Semaphore::new(STREAMS)) };
+    Router::new()
+        .route("/v1/sessions/{id}/messages", post(messages))
+        .route("/v1/sessions/{id}/ws", get(websocket))
+        .route("/v1/sessions/{id}/ws/{*path}", get(websocket))
+        .route("/v1/sessions/{id}/app/{*path}", any(app))
+        .layer(Extension(Arc::new(proxy)))
+}
+
+fn client() -> Option<reqwest::Client> {
+    crate::build::client().inspect_err(|error| tracing::error!(%error, "sessions cannot be talked to")).ok()
+}
+
+/// Says something to a session, and streams what its agent answers.
+///
+/// Server-sent events: `message` for each message of the agent's, then `done`, or `error` with a `message`. A session that sleeps is woken first.
+#[utoipa::path(post, path = "/v1/sessions/{id}/messages", params(("id" = String, Path), OnDemand), request_body = Message,
+    security(("token" = [])),
+    responses(
+        (status = 200, description = "What the agent says, as it says it.", content_type = "text/event-stream", body = String),
+        (status = 400, body = Wrong), (status = 401, body = Wrong), (status = 403, body = Wrong), (status = 404, body = Wrong),
+        (status = 408, description = "The message does not come.", body = Wrong), (status = 409, description = "It is over, or its turn before is not.", body = Wrong), (status = 413, body = Wrong),
+        (status = 422, description = "Its template names no `app_port`.", body = Wrong), (status = 429, body = Wrong),
+        (status = 502, description = "Its app does not answer.", body = Wrong), (status = 503, body = Wrong),
+        (status = 504, description = "It is not ready in time.", body = Wrong)))]
+async fn messages(
+    State(api): State<Api>,
+    Extension(proxy): Extension<Arc<Proxy>>,
+    who: Who,
+    Named(id): Named,
+    Asked(on_demand): Asked<OnDemand>,
+    request: Request,
+) -> Answer<Response> {
+    // Before anybody is woken or made for it.
+    let (parts, body) = request.into_parts();
+    let body = whole(body, MESSAGE_MOST).await?;
+    if !serde_json::from_slice::<serde_json::Value>(&body).is_ok_and(|message| message["prompt"].is_string()) {
+        return Err(Failure(StatusCode::BAD_REQUEST, String::from("a message is {\"prompt\": \"…\"}")));
+    }
+    let session = match (api.session(&who, &id).await, on_demand.template) {
+        (Err(Failure(StatusCode::NOT_FOUND, _)), Some(template)) => {
+            let new = NewSession { template, id: Some(id), tenant: on_demand.tenant };
+            api.make(&who, new).await?.1
+        }
+        (found, _) => found?,
+    };
+    let path = format!("/sessions/{}/messages", session.id);
+    proxy.pass(&api, &session, parts, &path, Bytes(body), Flows::Both).await
+}
+
+/// A WebSocket to the session's app, at `/ws` and below it.
+async fn websocket(
+    State(api): State<Api>,
+    Extension(proxy): Extension<Arc<Proxy>>,
+    who: Who,
+    request: Request,
+) -> Answer<Response> {
+    let (id, path) = split(&request)?;
+    let session = api.session(&who, &id).await?;
+    if !upgrades(request.headers()) {
+        return Err(Failure(StatusCode::UPGRADE_REQUIRED, String::from("this is for WebSockets: Connection: Upgrade")));
+    }
+    proxy.tunnel(&api, &session, request, &path).await
+}
+
+/// Whatever else the session's app answers, below its `/`.
+async fn app(State(api): State<Api>, Extension(proxy): Extension<Arc<Proxy>>, who: Who, request: Request) -> Answer<Response> {
+    let (id, path) = split(&request)?;
+    let session = api.session(&who, &id).await?;
+    let path = path.strip_prefix("/app").unwrap_or(&path).to_owned();
+    if upgrades(request.headers()) {
+        return proxy.tunnel(&api, &session, request, &path).await;
+    }
+    let (parts, body) = request.into_parts();
+    let body = whole(body, BODY_MOST).await?;
+    proxy.pass(&api, &session, parts, &path, Bytes(body), Flows::Once).await
+}
+
+/// The session's id, and the rest of the path with the query, as they were written.
+fn split(request: &Request) -> Answer<(String, String)> {
+    let rest = request.uri().path_and_query().map_or("", |all| all.as_str()).strip_prefix("/v1/sessions/").unwrap_or_default();
+    let (id, path) = rest.split_once('/').ok_or_else(|| no_session(rest))?;
+    Ok((id.to_owned(), format!("/{path}")))
+}
+
+fn upgrades(headers: &HeaderMap) -> bool {
+    let connection = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    let asked = connection.flat_map(|value| value.split(',')).any(|word| word.trim().eq_ignore_ascii_case("upgrade"));
+    asked && headers.get(header::UPGRADE).is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"))
+}
+
+async fn whole(body: Body, most: usize) -> Answer<axum::body::Bytes> {
+    let read = tokio::time::timeout(LISTENS, axum::body::to_bytes(body, most)).await;
+    let read = read.map_err(|_| Failure(StatusCode::REQUEST_TIMEOUT, String::from("the body does not come")))?;
+    read.map_err(|_| Failure(StatusCode::PAYLOAD_TOO_LARGE, format!("a body has {most} bytes at most here")))
+}
+
+/// Read whole: it may have to be sent again to an app that does not listen yet.
+struct Bytes(axum::body::Bytes);
+
+/// What keeps a session from being idle.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Flows {
+    /// The request alone.
+    Once,
+    /// All that is heard of it, too.
+    Both,
+}
+
+/// Wants a session for as long as it lives, whenever something has flowed.
+struct Touch {
+    flowed: Arc<AtomicBool>,
+    task: tokio::task::JoinHandle<()>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Touch {
+    fn begin(api: &Api, session: &Session, template: &Template, permit: OwnedSemaphorePermit) -> Self {
+        let every = template.idle_after.map_or(TOLD, |idle| (idle / 3).min(TOLD));
+        let flowed = Arc::new(AtomicBool::new(false));
+        let (api, id, flows) = (api.clone(), session.id.clone(), Arc::clone(&flowed));
+        let task = tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(every).await;
+                if flows.swap(false, Ordering::Relaxed) {
+                    api.touch(&id).await;
+                }
+            }
+        });
+        Self { flowed, task, _permit: permit }
+    }
+
+    fn flows(&self) {
+        self.flowed.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Touch {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Api {
+    /// It is in use. What somebody else wants of it meanwhile is not undone.
+    async fn touch(&self, id: &SessionId) {
+        let known = self.fleet.store().get(id).await;
+        let up = known.is_ok_and(|session| session.is_some_and(|one| one.wanted == Wanted::Running && one.phase.is_up()));
+        if up && let Err(error) = self.fleet.want(id, Wanted::Running, "it is talked to").await {
+            tracing::warn!(session = %id, %error, "that a session is in use cannot be said");
+        }
+    }
+
+    fn template_of(&self, session: &Session) -> Answer<(&Template, u16)> {
+        let template = session.spec.labels.get(TEMPLATE_LABEL).and_then(|name| self.config.templates.get(name));
+        let found = template.and_then(|template| Some((template, template.app_port?)));
+        found.ok_or_else(|| {
+            let what = format!("session `{}` has no app to talk to: its template names no `app_port`", session.id);
+            Failure(StatusCode::UNPROCESSABLE_ENTITY, what)
+        })
+    }
+
+    /// Waits until it is up, and wakes it for that: where its app is reached.
+    async fn wake(&self, session: &Session, template: &Template, port: u16) -> Answer<Endpoint> {
+        let id = &session.id;
+        let over = |session: &Session| {
+            let why = session.reason.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
+            Failure(StatusCode::CONFLICT, format!("session `{id}` is over, or is to end: it is {}{why}", session.phase))
+        };
+        if session.phase.is_last() || session.wanted == Wanted::Gone {
+            return Err(over(session));
+        }
+        let missing = || no_session(id.as_str());
+        let mut last = self.fleet.want(id, Wanted::Running, "it is talked to").await?.ok_or_else(missing)?;
+        let up = async {
+            loop {
+                if last.phase.is_last() || last.wanted == Wanted::Gone || matches!(last.phase, Phase::Stopping | Phase::Stopped) {
+                    return Err(over(&last));
+                }
+                if let Some(native) = last.native.as_ref().filter(|_| last.phase.is_up() && last.holds) {
+                    let provider = self.fleet.provider(&last.provider)?;
+                    return Ok(provider.endpoint(native, port).await?);
+                }
+                if last.phase == Phase::Paused && last.wanted == Wanted::Paused {
+                    // It was being put to sleep when it was wanted.
+                    self.fleet.want(id, Wanted::Running, "it is talked to").await?;
+                }
+                tokio::time::sleep(LOOK).await;
+                last = self.fleet.store().get(id).await?.ok_or_else(missing)?;
+            }
+        };
+        match tokio::time::timeout(template.ready_within + WAKES, up).await {
+            Ok(found) => found,
+            Err(_) => Err(Failure(StatusCode::GATEWAY_TIMEOUT, format!("session `{id}` is not ready in time: ask again"))),
+        }
+    }
+}
+
+impl Proxy {
+    fn permit(&self) -> Answer<OwnedSemaphorePermit> {
+        let full = |_| Failure(StatusCode::SERVICE_UNAVAILABLE, String::from("as many talk to sessions as may: ask again"));
+        Arc::clone(&self.room).try_acquire_owned().map_err(full)
+    }
+
+    /// Sends it as soon as the app listens. Once it has been heard, it is not sent again.
+    async fn send(
+        &self,
+        at: &Endpoint,
+        template: &Template,
+        method: &Method,
+        path: &str,
+        headers: &HeaderMap,
+        body: Bytes,
+    ) -> Answer<reqwest::Response> {
+        let unreached = |what: &str| Failure(StatusCode::BAD_GATEWAY, format!("the session's app {what}"));
+        let client = self.client.as_ref().ok_or_else(|| unreached("cannot be asked from here"))?;
+        let mut headers = headers.clone();
+        for (name, _) in &at.headers {
+            // Said by the provider alone.
+            headers.remove(name.as_str());
+        }
+        let began = tokio::time::Instant::now();
+        loop {
+            let mut request = client.request(method.clone(), format!("{}{path}", at.url)).headers(headers.clone());
+            for (name, value) in &at.headers {
+                request = request.header(name, value);
+            }
+            if let Some(token) = &template.app_token {
+                request = request.bearer_auth(token.reveal());
+            }
+            let sent = tokio::time::timeout(HEADERS, request.body(body.0.clone()).send()).await;
+            match sent {
+                // The token is ours: who is told so would look for the mistake in theirs.
+                Ok(Ok(answer)) if answer.status() == StatusCode::UNAUTHORIZED && template.app_token.is_some() => {
+                    tracing::error!(template = template.name, "the app refuses `app_token`");
+                    return Err(unreached("refuses the fleet's token"));
+                }
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(error)) if error.is_connect() && began.elapsed() < LISTENS => tokio::time::sleep(LOOK).await,
+                Ok(Err(error)) if error.is_connect() => return Err(unreached("does not listen")),
+                Ok(Err(_)) => return Err(unreached("breaks off")),
+                Err(_) => return Err(unreached("does not answer")),
+            }
+        }
+    }
+
+    async fn pass(
+        &self,
+        api: &Api,
+        session: &Session,
+        parts: http::request::Parts,
+        path: &str,
+        body: Bytes,
+        flows: Flows,
+    ) -> Answer<Response> {
+        let (template, port) = api.template_of(session)?;
+        let permit = self.permit()?;
+        let at = api.wake(session, template, port).await?;
+        let touch = Touch::begin(api, session, template, permit);
+        let answer = self.send(&at, template, &parts.method, path, &passed_on(&parts.headers), body).await?;
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = answer.status();
+        *response.headers_mut() = passed_back(answer.headers());
+        let stream = answer.bytes_stream().inspect(move |_| {
+            // And held until the stream is over.
+            if flows == Flows::Both {
+                touch.flows();
+            } else {
+                let _held = &touch;
+            }
+        });
+        *response.body_mut() = Body::from_stream(stream);
+        Ok(response)
+    }
+
+    async fn tunnel(&self, api: &Api, session: &Session, mut request: Request, path: &str) -> Answer<Response> {
+        let (template, port) = api.template_of(session)?;
+        let permit = self.permit()?;
+        let at = api.wake(session, template, port).await?;
+        let touch = Touch::begin(api, session, template, permit);
+        let mut headers = passed_on(request.headers());
+        let to = HeaderValue::from_static("websocket");
+        headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+        headers.insert(header::UPGRADE, to.clone());
+        let theirs = hyper::upgrade::on(&mut request);
+        let answer = self.send(&at, template, request.method(), path, &headers, Bytes(axum::body::Bytes::new())).await?;
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = answer.status();
+        *response.headers_mut() = passed_back(answer.headers());
+        if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+            *response.body_mut() = Body::from_stream(answer.bytes_stream());
+            return Ok(response);
+        }
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+        response.headers_mut().insert(header::UPGRADE, to);
+        tokio::spawn(async move {
+            let (Ok(theirs), Ok(app)) = (theirs.await, answer.upgrade().await) else { return };
+            let (mut from_caller, mut to_caller) = tokio::io::split(TokioIo::new(theirs));
+            let (mut from_app, mut to_app) = tokio::io::split(app);
+            // What a caller says is work; that an app says it is still there is none.
+            tokio::select! {
+                () = pump(&mut from_caller, &mut to_app, || touch.flows()) => {}
+                () = pump(&mut from_app, &mut to_caller, || {}) => {}
+            }
+        });
+        Ok(response)
+    }
+}
+
+/// Until one of the two has had enough.
+async fn pump(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin), flowed: impl Fn()) {
+    let mut chunk = vec![0; 16 << 10];
+    while let Ok(n @ 1..) = from.read(&mut chunk).await {
+        flowed();
+        if to.write_all(&chunk[..n]).await.is_err() || to.flush().await.is_err() {
+            return;
+        }
+    }
+    // Its neighbour may be told that no more comes.
+    to.shutdown().await.ok();
+}
+
+/// What of a caller's headers the app is told: not the token by which they are known here.
+fn passed_on(headers: &HeaderMap) -> HeaderMap {
+    let mut headers = without_hops(headers);
+    for name in [header::AUTHORIZATION, header::HOST, header::CONTENT_LENGTH, header::EXPECT] {
+        headers.remove(name);
+    }
+    headers
+}
+
+fn passed_back(headers: &HeaderMap) -> HeaderMap {
+    let mut headers = without_hops(headers);
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers
+}
+
+fn without_hops(headers: &HeaderMap) -> HeaderMap {
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(',').filter_map(|name| name.trim().parse().ok()))
+        .collect();
+    let mut headers = headers.clone();
+    for name in HOPS.iter().chain(&named) {
+        headers.remove(name);
+    }
+    headers.remove("keep-alive");
+    headers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neither_side_is_told_what_is_the_other_sides_alone() {
+        let mut asked = HeaderMap::new();
+        for (name, value) in [
+            ("authorization", "Bearer of-the-caller"),
+            ("connection", "keep-alive, X-Mine"),
+            ("x-mine", "1"),
+            ("keep-alive", "timeout=5"),
+            ("host", "fleet"),
+            ("content-length", "3"),
+            ("content-type", "application/json"),
+            ("last-event-id", "7"),
+        ] {
+            asked.insert(name.parse::<HeaderName>().unwrap(), value.parse().unwrap());
+        }
+        let passed = passed_on(&asked);
+        let mut names: Vec<&str> = passed.keys().map(HeaderName::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["content-type", "last-event-id"]);
+    }
+
+    #[test]
+    fn only_a_websocket_is_an_upgrade() {
+        let headers = |connection: &str, upgrade: &str| {
+            HeaderMap::from_iter([(header::CONNECTION, connection.parse().unwrap()), (header::UPGRADE, upgrade.parse().unwrap())])
+        };
+        assert!(upgrades(&headers("keep-alive, Upgrade", "WebSocket")));
+        assert!(!upgrades(&headers("keep-alive", "websocket")) && !upgrades(&headers("upgrade", "h2c")));
+    }
+}

@@ -1,0 +1,71 @@
+"""A session that is made for a message, answers it through the fleet, sleeps, and is woken by the next: the real CLI in a real container."""
+
+from __future__ import annotations
+
+import http.client
+import json
+
+import engine
+import pytest
+from test_sessions import PATIENCE, TOKENS, api, fleet  # noqa: F401  fixtures
+from harness import wait_for
+
+APP_TOKEN = "app-" + "0123456789abcdef" * 2
+SERVE = ["agent-sidecar", "serve", "--serve-listen", "0.0.0.0:8000", "--", "claude", "--allowedTools", "Bash"]
+
+
+def say(one, name: str, prompt: str, query: str = "") -> list[tuple[str, dict | None]]:
+    """The events of a turn."""
+    connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=PATIENCE)
+    headers = {"Authorization": f"Bearer {TOKENS['shop']}", "Content-Type": "application/json"}
+    connection.request("POST", f"/v1/sessions/{name}/messages{query}", json.dumps({"prompt": prompt}), headers)
+    answer = connection.getresponse()
+    assert answer.status == 200, answer.read()
+    events, event = [], ""
+    for line in answer:
+        field, _, value = line.decode().rstrip("\n").partition(": ")
+        event = value if field == "event" else event
+        if field == "data":
+            events.append((event, json.loads(value) if value else None))
+    connection.close()
+    return events
+
+
+def test_a_message_makes_a_session_and_wakes_it(fleet, api, tmp_path):  # noqa: F811
+    one = fleet()
+    (tmp_path / "app-token").write_text(APP_TOKEN)
+    (tmp_path / "app-token").chmod(0o600)
+    file = f'{{ file = "{tmp_path}/app-token" }}'
+    one.template("chat", "hybrid", SERVE, idle_after="5s", max_age="10m", stop_grace="20s", app_port=8000)
+    text = one.file.read_text()
+    text = text.replace('secrets = { ANTHROPIC', f'app_token = {file}\nsecrets = {{ AGENT_AUTH_TOKEN = {file}, ANTHROPIC')
+    one.file.write_text(text)
+    one.start()
+    assert one.get("/v1/sessions/talk/messages", "POST", {"prompt": "hello"})[0] == 404
+    first = say(one, "talk", "hello", "?template=chat")
+    assert first[-1] == ("done", None), first
+    result = first[-2][1]
+    assert (result["type"], result["is_error"]) == ("ResultMessage", False)
+    assert one.get("/v1/sessions/talk/messages", "POST", {"prompt": "hello"}, who="other")[0] == 404
+    made = one.show("talk")
+    # Whoever reaches the container past the fleet has no token, and what the fleet keeps and says has none in it.
+    address = engine.docker("inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", made["container"]).stdout.strip()
+    around = http.client.HTTPConnection(address, 8000, timeout=PATIENCE)
+    around.request("POST", "/sessions/talk/messages", '{"prompt": "hello"}')
+    assert around.getresponse().status == 401
+    around.close()
+    paused = one.reaches("talk", "paused")
+    assert engine.docker("inspect", "--format", "{{.State.Paused}}", made["container"]).stdout.strip() == "true"
+    assert paused["agent_usd"] == pytest.approx(api.cost_usd(), abs=1e-9) and paused["agent_usd"] > 0
+    # The same container and the same conversation.
+    second = say(one, "talk", "and more")
+    assert second[-1] == ("done", None), second
+    assert second[-2][1]["session_id"] == result["session_id"]
+    assert one.show("talk")["container"] == made["container"]
+    assert one.get("/v1/sessions/talk", "DELETE")[0] == 202
+    over = one.reaches("talk", "destroyed")
+    assert over["agent_usd"] == pytest.approx(api.cost_usd(), abs=1e-9)
+    assert one.get("/v1/sessions/talk/messages", "POST", {"prompt": "hello"})[0] == 409
+    for path in [tmp_path / "fleet.db", tmp_path / "fleet.db-wal", tmp_path / "log"]:
+        assert not path.exists() or APP_TOKEN.encode() not in path.read_bytes(), path
+    wait_for("no container", lambda: one.containers() == [], PATIENCE)
