@@ -6,6 +6,7 @@ mod busy;
 mod cli;
 mod config;
 mod control;
+mod conversation;
 mod demo;
 mod disk;
 mod doctor;

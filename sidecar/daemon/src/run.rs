@@ -20,6 +20,7 @@ use agent_sidecar_core::{Exit, Input, Monitor, Output, Settings};
 
 use crate::busy;
 use crate::config::Config;
+use crate::conversation::{self, Conversation, Fetched};
 use crate::disk;
 use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
@@ -116,6 +117,11 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let guard = guard(config, place.as_ref(), &nonce, &who, learn.is_over(), &launch, &places, &agent_user)?;
     // Only now: who waits for a seat serves nobody.
     let turn = turn(config, place);
+    let fetched = match &turn {
+        Meet::At(turn) => turn.place().fetched(),
+        Meet::Alone | Meet::Nowhere => Fetched::default(),
+    };
+    let conversation = config.conversation(&places);
     let hold_dir = if turn.hold_file(&nonce).is_some() { hold_dir(user.as_ref(), &nonce) } else { None };
     let hold_file = hold_dir.as_ref().map(HoldDir::file).or_else(|| turn.hold_file(&nonce));
     let settings = Settings {
@@ -224,7 +230,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let inlet = pipeline.as_ref().map(Pipeline::inlet);
     let hours = launch.asks_model.then(|| hours(config, &turn, &nonce)).flatten();
     let share = if let Meet::At(turn) = turn {
-        join(config, turn, &nonce, who, hold_file, seat.as_ref(), &handle, &counts)
+        join(config, turn, &nonce, who, hold_file, seat.as_ref(), &handle, &counts, conversation.clone())
     } else {
         None
     };
@@ -358,6 +364,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
                 lease: config.busy().length,
                 feed: Feed::default(),
                 page_host: config.page_host(),
+                conversation: conversation.clone().map(|options| Conversation::new(options, fetched.clone())),
             },
         ) {
             tracing::warn!(%error, "metrics are not served");
@@ -394,6 +401,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     if alone && config.patrol() {
         Patrol::walk(move |n| handle.visit(move |monitor, _| monitor.meters_mut().set(&metric::UNWRAPPED, &[], n)));
     }
+    if let Some(options) = conversation.filter(|_| launch.asks_model && !config.conversation_wait().is_zero()) {
+        wait_for(&fetched, &options.container, config.conversation_wait())?;
+    }
     let code = supervisor.run()?;
     Ok(match config.limit_exit_code() {
         _ if !by_limit.load(Relaxed) => code,
@@ -402,6 +412,23 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         None if code == 0 && without_result.load(Relaxed) => CUT_SHORT,
         None => code,
     })
+}
+
+/// Waits for the conversation that the agent is to go on with: without it, it would begin another.
+fn wait_for(fetched: &Fetched, container: &str, most: Duration) -> Result<(), Failure> {
+    let failed = |meant, exit_code, what: String| Failure { exit_code, meant, source: std::io::Error::other(what).into() };
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [supervise::TERM, supervise::INT] {
+        let registered = signal_hook::flag::register(signal, Arc::clone(&stop));
+        registered.map_err(|error| failed(false, supervise::OWN_FAILURE, error.to_string()))?;
+    }
+    if fetched.wait(container, most, &stop) {
+        return Ok(());
+    }
+    if stop.load(Relaxed) {
+        return Err(failed(true, 128 + 15, String::from("it was told to end while it waited for its conversation")));
+    }
+    Err(failed(true, supervise::OWN_FAILURE, format!("nobody has brought its conversation within {most:?}")))
 }
 
 /// What changes the CLI, as far as the disk says.
@@ -651,12 +678,13 @@ fn join(
     seat: Option<&Arc<Seat>>,
     handle: &Handle,
     counts: &Arc<otlp::Counts>,
+    conversation: Option<conversation::Options>,
 ) -> Option<Share> {
     if turn.is_deaf() {
         handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["http"], 1.0));
     }
     let shares = config.rules().iter().any(|rule| rule.is_shared() && rule.mode != LimitMode::Off);
-    let options = hub::Options { labels: who.labels(), ..config.hub_options() };
+    let options = hub::Options { labels: who.labels(), conversation, ..config.hub_options() };
     let teller = Teller {
         run: nonce.to_owned(),
         hold_file: hold_file.unwrap_or_else(|| turn.place().hold_file(nonce)),

@@ -617,6 +617,9 @@ pub fn heard(session: &mut Session, report: &Report) {
     {
         session.cost_before_usd += last.cost_usd;
     }
+    if report.conversation.is_some() {
+        session.conversation.clone_from(&report.conversation);
+    }
     session.report = Some(report.clone());
 }
 

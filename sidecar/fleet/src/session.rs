@@ -149,6 +149,9 @@ pub struct Session {
     /// What it has in the store of conversations, if it was put away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub archive: Option<String>,
+    /// What the CLI calls its conversation, as far as anybody has said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conversation: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report: Option<Report>,
     /// What its earlier containers' agents have cost, in USD.
@@ -211,6 +214,7 @@ impl Session {
             kept_until: None,
             idle_since: None,
             archive: None,
+            conversation: None,
             report: None,
             cost_before_usd: 0.0,
             container_seconds: 0.0,

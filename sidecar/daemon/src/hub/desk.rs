@@ -25,6 +25,7 @@ use super::users::{self, Member};
 use super::zone::Zone;
 use super::{Place, orders};
 use crate::busy::Word;
+use crate::conversation::{self, Conversation};
 use crate::export::prometheus::{self, Exposed};
 use crate::feed::Feed;
 
@@ -43,6 +44,7 @@ pub(crate) struct Desk {
     living: Mutex<Vec<BTreeSet<String>>>,
     page_host: Option<String>,
     feed: Feed,
+    conversation: Option<Conversation>,
 }
 
 /// What a hub is to know.
@@ -64,6 +66,7 @@ pub(crate) struct Options {
     pub(crate) patrol: bool,
     /// Other users whose wrappers are served.
     pub(crate) members: Vec<Member>,
+    pub(crate) conversation: Option<conversation::Options>,
 }
 
 /// Whose sessions somebody may see. The numbers are for all that reach them.
@@ -96,6 +99,7 @@ impl Desk {
             living: Mutex::default(),
             page_host: options.page_host.clone(),
             feed: Feed::default(),
+            conversation: options.conversation.clone().map(|options| Conversation::new(options, place.fetched())),
         }
     }
 
@@ -189,6 +193,10 @@ impl Desk {
 
     pub(crate) fn page_host(&self) -> Option<&str> {
         self.page_host.as_deref()
+    }
+
+    pub(crate) fn conversation(&self) -> Option<&Conversation> {
+        self.conversation.as_ref()
     }
 
     pub(crate) fn feed(&self) -> &Feed {
@@ -353,6 +361,7 @@ mod tests {
             page_host: None,
             patrol: false,
             members: Vec::new(),
+            conversation: None,
         };
         let desk = Desk::open(&place, &options, None);
         let mut busy = |at: f64| {
