@@ -28,6 +28,7 @@ use tokio::sync::Notify;
 
 use crate::busy::Word;
 use crate::control;
+use crate::conversation::{self, Conversation, Works};
 use crate::export::{otlp, prometheus};
 use crate::feed::Feed;
 use crate::hub::gate::{Judged, Peer};
@@ -110,32 +111,35 @@ struct Last(u128);
 pub(crate) enum Body {
     Whole(Full<Bytes>),
     Stream(tokio::sync::mpsc::Receiver<Bytes>),
+    /// Of something that has an end, and may break off before it: then the client sees that.
+    Parts(tokio::sync::mpsc::Receiver<std::io::Result<Bytes>>),
 }
 
 pub(crate) type Answer = Response<Body>;
 
 impl hyper::body::Body for Body {
     type Data = Bytes;
-    type Error = Infallible;
+    type Error = std::io::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
         match &mut *self {
-            Body::Whole(whole) => Pin::new(whole).poll_frame(cx),
+            Body::Whole(whole) => Pin::new(whole).poll_frame(cx).map_err(|never| match never {}),
             Body::Stream(stream) => stream.poll_recv(cx).map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes)))),
+            Body::Parts(parts) => parts.poll_recv(cx).map(|part| part.map(|part| part.map(Frame::data))),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Body::Whole(whole) => whole.is_end_stream(),
-            Body::Stream(_) => false,
+            Body::Stream(_) | Body::Parts(_) => false,
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             Body::Whole(whole) => whole.size_hint(),
-            Body::Stream(_) => SizeHint::default(),
+            Body::Stream(_) | Body::Parts(_) => SizeHint::default(),
         }
     }
 }
@@ -178,6 +182,26 @@ trait Pages: Send + Sync + 'static {
     fn answer(&self, request: &Request<Incoming>) -> impl Future<Output = Answer> + Send;
     /// An answer has left, to its last byte.
     fn left(&self, last: Last);
+    /// What is served of a conversation, if it is.
+    fn conversation(&self) -> Option<&Conversation>;
+    fn works(&self) -> impl Future<Output = Works> + Send;
+}
+
+/// A conversation that is taken or brought: on a line that lasts.
+async fn converse<P: Pages>(pages: &Arc<P>, request: Request<Incoming>, peer: Peer) -> Result<Answer, Request<Incoming>> {
+    let line = request.extensions().get::<Line>().cloned().unwrap_or_default();
+    match pages.conversation().filter(|_| request.uri().path() == conversation::PATH) {
+        Some(conversation) => {
+            line.streams.store(true, Relaxed);
+            let asked = Arc::clone(pages);
+            let works = move || {
+                let asked = Arc::clone(&asked);
+                async move { asked.works().await }
+            };
+            Ok(conversation.answer(request, peer, line.cut, works).await)
+        }
+        None => Err(request),
+    }
 }
 
 /// What the answers are made of.
@@ -191,6 +215,7 @@ pub(crate) struct Site {
     pub(crate) feed: Feed,
     /// A name under which the page is asked for.
     pub(crate) page_host: Option<String>,
+    pub(crate) conversation: Option<Conversation>,
 }
 
 /// Serves until the process ends.
@@ -268,7 +293,10 @@ impl Connections {
                 request.extensions_mut().insert(line.clone());
                 request.extensions_mut().insert(peer);
                 async move {
-                    let mut response = pages.answer(&request).await;
+                    let mut response = match converse(pages, request, peer).await {
+                        Ok(response) => response,
+                        Err(request) => pages.answer(&request).await,
+                    };
                     page::harden(&mut response);
                     *last.lock().unwrap_or_else(PoisonError::into_inner) = response.extensions().get::<Last>().copied();
                     Ok::<_, Infallible>(response)
@@ -376,6 +404,18 @@ impl Pages for Site {
     fn left(&self, _: Last) {
         self.scrapes.read_to_the_end();
     }
+
+    fn conversation(&self) -> Option<&Conversation> {
+        self.conversation.as_ref()
+    }
+
+    async fn works(&self) -> Works {
+        let lease = self.lease;
+        match visit(&self.handle, move |monitor, now| Word::of(monitor, now, lease).busy).await {
+            Visit::Answer(busy) => Some(busy),
+            Visit::Silent | Visit::Gone => None,
+        }
+    }
 }
 
 impl Pages for Desk {
@@ -423,6 +463,14 @@ impl Pages for Desk {
 
     fn left(&self, Last(began): Last) {
         self.read(began);
+    }
+
+    fn conversation(&self) -> Option<&Conversation> {
+        Desk::conversation(self)
+    }
+
+    async fn works(&self) -> Works {
+        Some(self.busy().busy)
     }
 }
 
@@ -540,6 +588,14 @@ impl Pages for Hub {
 
     fn left(&self, last: Last) {
         self.desk.left(last);
+    }
+
+    fn conversation(&self) -> Option<&Conversation> {
+        Pages::conversation(&*self.desk)
+    }
+
+    fn works(&self) -> impl Future<Output = Works> + Send {
+        Pages::works(&*self.desk)
     }
 }
 

@@ -13,6 +13,7 @@ use agent_sidecar_core::launch::{Launch, Mode};
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode as LimitMode, Rule, Scope};
 use agent_sidecar_core::log::Logs;
 use agent_sidecar_core::metric;
+use agent_sidecar_core::order::Order;
 use agent_sidecar_core::record::{Fact, Record};
 use agent_sidecar_core::update::{ExitReason, Update};
 use agent_sidecar_core::who::{Guarded, Learn, Shared, Who};
@@ -20,11 +21,14 @@ use agent_sidecar_core::{Exit, Input, Monitor, Output, Settings};
 
 use crate::busy;
 use crate::config::Config;
+use crate::conversation::{self, Conversation, Fetched};
 use crate::disk;
 use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
+use crate::export::prometheus;
 use crate::feed::Feed;
 use crate::fence::{self, HoldDir};
+use crate::fleet::{Agents, Said, Voice};
 use crate::hang::within;
 use crate::http::{self, Scrapes, Site};
 use crate::hub::{self, Guest, Hours, NoSeat, Payer, Place, Seat, Share, Teller, Turn};
@@ -116,6 +120,13 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let guard = guard(config, place.as_ref(), &nonce, &who, learn.is_over(), &launch, &places, &agent_user)?;
     // Only now: who waits for a seat serves nobody.
     let turn = turn(config, place);
+    let fetched = match &turn {
+        Meet::At(turn) => turn.place().fetched(),
+        Meet::Alone | Meet::Nowhere => Fetched::default(),
+    };
+    let conversation = config.conversation(&places);
+    // Who only asks for a version has nothing to tell, and may be gone before it is told.
+    let fleet = if launch.asks_model { config.fleet() } else { None };
     let hold_dir = if turn.hold_file(&nonce).is_some() { hold_dir(user.as_ref(), &nonce) } else { None };
     let hold_file = hold_dir.as_ref().map(HoldDir::file).or_else(|| turn.hold_file(&nonce));
     let settings = Settings {
@@ -224,7 +235,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let inlet = pipeline.as_ref().map(Pipeline::inlet);
     let hours = launch.asks_model.then(|| hours(config, &turn, &nonce)).flatten();
     let share = if let Meet::At(turn) = turn {
-        join(config, turn, &nonce, who, hold_file, seat.as_ref(), &handle, &counts)
+        join(config, turn, &nonce, who, hold_file, seat.as_ref(), &handle, &counts, (conversation.clone(), fleet.clone()))
     } else {
         None
     };
@@ -344,6 +355,13 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             }
         }));
     }
+    if let Some(fleet) = fleet {
+        if alone {
+            fleet.speak_for(Own { handle: handle.clone(), lease: config.busy().length });
+        }
+        // When all that there is was counted; before others are told that it works no more, and while it may be scraped.
+        last.push(Box::new(move |_| fleet.last()));
+    }
     if let Some(hold_dir) = hold_dir {
         last.push(Box::new(move |_| drop(within(Duration::ZERO, move || drop(hold_dir)))));
     }
@@ -358,6 +376,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
                 lease: config.busy().length,
                 feed: Feed::default(),
                 page_host: config.page_host(),
+                conversation: conversation.clone().map(|options| Conversation::new(options, fetched.clone())),
             },
         ) {
             tracing::warn!(%error, "metrics are not served");
@@ -394,6 +413,9 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     if alone && config.patrol() {
         Patrol::walk(move |n| handle.visit(move |monitor, _| monitor.meters_mut().set(&metric::UNWRAPPED, &[], n)));
     }
+    if let Some(options) = conversation.filter(|_| launch.asks_model && !config.conversation_wait().is_zero()) {
+        wait_for(&fetched, &options.container, config.conversation_wait())?;
+    }
     let code = supervisor.run()?;
     Ok(match config.limit_exit_code() {
         _ if !by_limit.load(Relaxed) => code,
@@ -402,6 +424,51 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         None if code == 0 && without_result.load(Relaxed) => CUT_SHORT,
         None => code,
     })
+}
+
+/// An agent that meets no other, to the fleet.
+struct Own {
+    handle: Handle,
+    lease: Duration,
+}
+
+impl Agents for Own {
+    fn say(&self) -> Option<Said> {
+        let lease = self.lease;
+        http::visit_blocking(&self.handle, move |monitor, now| {
+            let sessions = monitor.report().sessions().iter().filter_map(|session| session.session_id.clone()).collect();
+            let metrics = prometheus::text(monitor.meters(), &monitor.who().labels());
+            Said { word: busy::Word::of(monitor, now, lease), metrics, sessions }
+        })
+    }
+
+    fn busy(&self) -> Option<bool> {
+        let lease = self.lease;
+        let busy = http::visit_blocking(&self.handle, move |monitor, now| busy::Word::of(monitor, now, lease).busy);
+        busy.or_else(|| self.handle.visit(|_, _| {}).then_some(true))
+    }
+
+    fn end(&self) {
+        let order = Order { stop: true, ..Order::default() };
+        self.handle.visit(move |monitor, now| monitor.handle(now, Input::Ordered(&order)));
+    }
+}
+
+/// Waits for the conversation that the agent is to go on with: without it, it would begin another.
+fn wait_for(fetched: &Fetched, container: &str, most: Duration) -> Result<(), Failure> {
+    let failed = |meant, exit_code, what: String| Failure { exit_code, meant, source: std::io::Error::other(what).into() };
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [supervise::TERM, supervise::INT] {
+        let registered = signal_hook::flag::register(signal, Arc::clone(&stop));
+        registered.map_err(|error| failed(false, supervise::OWN_FAILURE, error.to_string()))?;
+    }
+    if fetched.wait(container, most, &stop) {
+        return Ok(());
+    }
+    if stop.load(Relaxed) {
+        return Err(failed(true, 128 + 15, String::from("it was told to end while it waited for its conversation")));
+    }
+    Err(failed(true, supervise::OWN_FAILURE, format!("nobody has brought its conversation within {most:?}")))
 }
 
 /// What changes the CLI, as far as the disk says.
@@ -651,12 +718,13 @@ fn join(
     seat: Option<&Arc<Seat>>,
     handle: &Handle,
     counts: &Arc<otlp::Counts>,
+    (conversation, fleet): (Option<conversation::Options>, Option<Voice>),
 ) -> Option<Share> {
     if turn.is_deaf() {
         handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["http"], 1.0));
     }
     let shares = config.rules().iter().any(|rule| rule.is_shared() && rule.mode != LimitMode::Off);
-    let options = hub::Options { labels: who.labels(), ..config.hub_options() };
+    let options = hub::Options { labels: who.labels(), conversation, fleet, ..config.hub_options() };
     let teller = Teller {
         run: nonce.to_owned(),
         hold_file: hold_file.unwrap_or_else(|| turn.place().hold_file(nonce)),

@@ -3,7 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::config::{Config, Machine, ProviderConfig, TEMPLATE_LABEL, Template};
+use rusty_s3::Credentials;
+
+use crate::config::{self, Config, Machine, Place, ProviderConfig, TEMPLATE_LABEL, Template};
+use crate::conversation::directory::Directory;
+use crate::conversation::postgres::Postgres;
+use crate::conversation::s3::S3;
+use crate::conversation::{Conversations, Shelf};
 use crate::hook::{self, Runner};
 use crate::inside::Http;
 use crate::plan::{PauseBy, Policy};
@@ -17,6 +23,7 @@ use crate::provider::{Capabilities, Provider};
 use crate::service::{Clock, Fleet, Hooks, Policies};
 use crate::session::Session;
 use crate::store::Store;
+use crate::token::Tokens;
 
 /// How far ahead a provider's timers are moved while an agent works.
 const AHEAD: std::time::Duration = std::time::Duration::from_secs(600);
@@ -61,7 +68,7 @@ impl Policies for Templates {
     fn policy(&self, session: &Session) -> Policy {
         let mut policy = Policy::default();
         if let Some(can) = self.can.get(&session.provider) {
-            policy.pause_by = PauseBy::of(session.pattern, can.pause, false);
+            policy.pause_by = PauseBy::of(session.pattern, can.pause, self.of(session).is_some_and(|template| template.archive));
             policy.keep_alive = can.idle_timer.then_some(AHEAD);
             if !can.traffic_keeps_awake {
                 policy.look_every = LOOK_NEAR;
@@ -117,5 +124,31 @@ pub fn fleet(config: &Config, store: Arc<dyn Store>, hooks: Arc<dyn Hooks>, cloc
     let policies = Templates { templates: config.templates.clone(), can };
     let inside = Http::new(client()?);
     let edges = (hooks, Arc::new(policies) as Arc<dyn Policies>, Arc::new(inside) as _);
-    Ok(Fleet::new(&config.fleet.name, store, providers, edges, config.tenants.clone(), clock))
+    let away = config.conversations.as_ref().map(|away| conversations(&config.fleet.name, away)).transpose()?;
+    let tokens = config.fleet.secret.as_ref().map(|secret| Tokens::new(secret.reveal()));
+    let fleet = Fleet::new(&config.fleet.name, store, providers, edges, config.tenants.clone(), clock);
+    Ok(fleet.with_conversations(away).with_tokens(tokens, config.fleet.url.clone()))
+}
+
+/// Where conversations are put away. Nothing is asked there yet.
+///
+/// # Errors
+/// What is wrong, in words.
+pub fn conversations(fleet: &str, config: &config::Conversations) -> Result<Conversations, String> {
+    let client = client()?;
+    let shelf: Arc<dyn Shelf> = match &config.place {
+        Place::Directory(path) => Arc::new(Directory::new(path.clone())),
+        Place::Postgres(url) => Arc::new(Postgres::new(url.reveal())?),
+        Place::S3(s3) => {
+            let (key, secret) = (s3.access_key.reveal(), s3.secret_key.reveal());
+            let credentials = match &s3.session_token {
+                Some(token) => Credentials::new_with_token(key, secret, token.reveal()),
+                None => Credentials::new(key, secret),
+            };
+            let bucket = (s3.bucket.as_str(), s3.prefix.as_str());
+            Arc::new(S3::new(&s3.endpoint, s3.path_style, bucket, &s3.region, credentials, client.clone())?)
+        }
+    };
+    let (keep, keep_for, max_size, spool) = (config.keep, config.keep_for, config.max_size, config.spool.clone());
+    Ok(Conversations { fleet: fleet.to_owned(), shelf, client, spool, keep, keep_for, max_size })
 }

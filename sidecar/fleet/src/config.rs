@@ -16,6 +16,7 @@ use crate::hook::Hook;
 use crate::provider::{FLEET_LABEL, KEY_LABEL, SESSION_LABEL, Secret, Size, Spec};
 use crate::session::{Pattern, SessionId, container_key};
 
+mod away;
 mod read;
 mod secret;
 #[cfg(test)]
@@ -42,6 +43,7 @@ pub struct Config {
     pub tenants: BTreeMap<String, Tenant>,
     /// In the order in which they run.
     pub hooks: Vec<Hook>,
+    pub conversations: Option<Conversations>,
 }
 
 #[derive(Clone, Debug)]
@@ -53,6 +55,43 @@ pub struct Fleet {
     pub store: Hidden,
     /// How long sessions that are over are remembered.
     pub keep: Duration,
+    /// Where containers reach the fleet, if they do.
+    pub url: Option<String>,
+    /// What containers' tokens are made of.
+    pub secret: Option<Hidden>,
+}
+
+/// Where conversations are kept that are put away.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Conversations {
+    pub place: Place,
+    /// So many of a session, the last.
+    pub keep: usize,
+    /// How long after its end. `None`: not at all.
+    pub keep_for: Option<Duration>,
+    /// How large one may be, compressed.
+    pub max_size: u64,
+    /// Where one is while it is on its way.
+    pub spool: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Place {
+    Directory(PathBuf),
+    Postgres(Hidden),
+    S3(S3),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct S3 {
+    pub bucket: String,
+    pub prefix: String,
+    pub endpoint: String,
+    pub region: String,
+    pub path_style: bool,
+    pub access_key: Hidden,
+    pub secret_key: Hidden,
+    pub session_token: Option<Hidden>,
 }
 
 /// Somebody with a token.
@@ -126,6 +165,8 @@ pub struct Template {
     pub app_token: Option<Hidden>,
     /// The provider's own idle timer, behind the sidecar's word.
     pub provider_idle: Option<Duration>,
+    /// Its conversation is put away when it is idle, and gone on with in another container.
+    pub archive: bool,
 }
 
 impl Template {
@@ -260,9 +301,18 @@ impl Config {
     }
 
     fn print_to(&self, out: &mut String) -> fmt::Result {
-        let Fleet { name, listen, store, keep } = &self.fleet;
+        let Fleet { name, listen, store, keep, url, secret } = &self.fleet;
         writeln!(out, "[fleet]\nname = {name:?}\nlisten = \"{listen}\"")?;
         writeln!(out, "store = {:?}\nkeep = {}", secret::without_password(store.reveal()), time(*keep))?;
+        if let Some(url) = url {
+            writeln!(out, "url = {url:?}")?;
+        }
+        if secret.is_some() {
+            writeln!(out, "# secret is set")?;
+        }
+        if let Some(conversations) = &self.conversations {
+            conversations.print_to(out)?;
+        }
         for caller in self.callers.values() {
             let tenants: &[String] = if caller.tenants.is_empty() { &[String::from("*")] } else { &caller.tenants };
             writeln!(out, "\n[callers.{}]\ntenants = {tenants:?}\nadmin = {}", caller.name, caller.admin)?;
@@ -297,6 +347,28 @@ impl Config {
     }
 }
 
+impl Conversations {
+    fn print_to(&self, out: &mut String) -> fmt::Result {
+        let Conversations { place, keep, keep_for, max_size, spool } = self;
+        let store = match place {
+            Place::Directory(path) => format!("file://{}", path.display()),
+            Place::Postgres(url) => secret::without_password(url.reveal()),
+            Place::S3(s3) => format!("s3://{}/{}", s3.bucket, s3.prefix),
+        };
+        writeln!(out, "\n[conversations]\nstore = {store:?}\nkeep = {keep}")?;
+        writeln!(out, "keep_for = {}", keep_for.map_or_else(|| String::from("\"off\""), time))?;
+        writeln!(out, "max_size = \"{max_size}B\"\nspool = {spool:?}")?;
+        if let Place::S3(s3) = place {
+            let S3 { endpoint, region, path_style, .. } = s3;
+            writeln!(
+                out,
+                "endpoint = {endpoint:?}\nregion = {region:?}\npath_style = {path_style}\n# access_key and secret_key are set"
+            )?;
+        }
+        Ok(())
+    }
+}
+
 impl Template {
     fn print_to(&self, out: &mut String) -> fmt::Result {
         let pattern = pattern_name(self.pattern);
@@ -323,6 +395,7 @@ impl Template {
         writeln!(out, "idle_after = {}", self.idle_after.map_or_else(|| String::from("\"off\""), time))?;
         writeln!(out, "provider_idle = {}", self.provider_idle.map_or_else(|| String::from("\"off\""), time))?;
         writeln!(out, "ready_within = {}\nstop_grace = {}", time(self.ready_within), time(self.stop_grace))?;
+        writeln!(out, "archive = {}", self.archive)?;
         writeln!(out, "labels = {{ {} }}", pairs(&self.labels))
     }
 }

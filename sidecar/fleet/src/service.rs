@@ -20,13 +20,19 @@ use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::budget::{Budgets, needs};
 use crate::config::Tenant;
+use crate::conversation::{self, Conversations};
 use crate::hook::Verdict;
 use crate::inside::Inside;
 use crate::lifecycle::Phase;
-use crate::plan::{self, Action, Outcome, Policy, Seen, Step};
-use crate::provider::{self, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, State};
-use crate::session::{Session, SessionId, Wanted};
+use crate::plan::{self, Action, Outcome, PauseBy, Policy, Seen, Step};
+use crate::provider::{self, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, Secret, State};
+use crate::session::{Report, Session, SessionId, Wanted};
 use crate::store::{self, Filter, Inserted, Store};
+use crate::token::Tokens;
+
+mod reported;
+
+pub use reported::{Lease, NotHeard, Told};
 
 /// How long a fleet that is not heard of keeps its sessions, unless somebody says otherwise.
 pub const LEASE: Duration = Duration::from_secs(30);
@@ -42,6 +48,8 @@ const CONFLICTS: u64 = 100;
 const RECONCILE: Duration = Duration::from_secs(60);
 /// A container without a session is younger than this only while it is being made.
 const ORPHAN_GRACE: Duration = Duration::from_secs(120);
+/// How often conversations are looked for that nobody needs any more.
+const SWEEP: Duration = Duration::from_secs(600);
 /// Pages of a list, at most: a provider that never ends must not keep us for ever.
 const PAGES: usize = 1000;
 
@@ -84,6 +92,10 @@ pub struct Fleet {
     /// Who asks for a session counts what there is: one at a time.
     admitting: tokio::sync::Mutex<()>,
     counts: Counts,
+    away: Option<Arc<Conversations>>,
+    tokens: Option<Tokens>,
+    /// Where containers reach us.
+    url: Option<String>,
 }
 
 /// How often, and how long in all, in seconds.
@@ -129,7 +141,37 @@ impl Fleet {
         let me = format!("{name}-{}", uuid::Uuid::now_v7());
         let (due, admitting, counts) = (Notify::new(), tokio::sync::Mutex::default(), Counts::default());
         let name = name.to_owned();
-        Self { name, me, store, providers, hooks, policies, inside, budgets, clock, lease: LEASE, due, admitting, counts }
+        let (lease, away, tokens, url) = (LEASE, None, None, None);
+        Self {
+            name,
+            me,
+            store,
+            providers,
+            hooks,
+            policies,
+            inside,
+            budgets,
+            clock,
+            lease,
+            due,
+            admitting,
+            counts,
+            away,
+            tokens,
+            url,
+        }
+    }
+
+    /// Where conversations are put away.
+    #[must_use]
+    pub fn with_conversations(self, away: Option<Conversations>) -> Self {
+        Self { away: away.map(Arc::new), ..self }
+    }
+
+    /// What containers are told of us: what their tokens are made of, and where they reach us.
+    #[must_use]
+    pub fn with_tokens(self, tokens: Option<Tokens>, url: Option<String>) -> Self {
+        Self { tokens, url, ..self }
     }
 
     #[must_use]
@@ -261,6 +303,8 @@ impl Fleet {
         beside.spawn(again_and_again("listening to providers", move || Arc::clone(&fleet).listen()));
         let fleet = Arc::clone(&self);
         beside.spawn(again_and_again("looking for orphans", move || Arc::clone(&fleet).reconcile_for_ever()));
+        let fleet = Arc::clone(&self);
+        beside.spawn(again_and_again("removing conversations", move || Arc::clone(&fleet).sweep_for_ever()));
         while !*end.borrow() {
             while tasks.try_join_next().is_some() {}
             let free = room.available_permits();
@@ -336,6 +380,7 @@ impl Fleet {
                     if session.is_over() || session.phase == Phase::Paused && session.holds {
                         self.charge(&mut session, &price).await?;
                     }
+                    self.forget(&session).await;
                     if session.wanted == wanted {
                         return Ok(until.into_iter().chain(self.hooks.beside(&session).await).min());
                     }
@@ -472,14 +517,14 @@ impl Fleet {
         action: &Action,
         session: &Session,
         provider: &Arc<dyn Provider>,
-    ) -> (Outcome, Option<Sandbox>, Option<crate::session::Report>) {
+    ) -> (Outcome, Option<Sandbox>, Option<Report>) {
         let outcome = match action {
             Action::Hooks => match self.hooks.run(session).await {
                 Verdict::Go => Outcome::Done,
                 Verdict::Retry(at) => Outcome::Later(at),
                 Verdict::Veto(why) | Verdict::Failed(why) => Outcome::Vetoed(why),
             },
-            Action::Create => match provider.create(&session.spec).await {
+            Action::Create => match provider.create(&self.told(session)).await {
                 Ok(sandbox) => Outcome::Made(Box::new(sandbox)),
                 Err(error) => Outcome::Failed(error),
             },
@@ -500,9 +545,22 @@ impl Fleet {
                 }
                 return (Outcome::Answered(said.is_ok()), None, said.ok());
             }
-            Action::Hydrate | Action::Persist => {
-                Outcome::Failed(provider::Error::Unsupported { provider: provider.name(), verb: "put sessions away", hint: None })
-            }
+            Action::Hydrate => match self.bring(session, provider).await {
+                // The container is there before its sidecar listens.
+                Err(conversation::Error::NotYet(what)) => {
+                    tracing::debug!(session = %session.id, %what, "the sidecar does not answer yet");
+                    Outcome::Answered(false)
+                }
+                brought => done(brought.map_err(|error| away(provider, error))),
+            },
+            Action::Persist => match self.put_away(session, provider).await {
+                Ok(kept) => {
+                    // What to go on with: said with what else is known of it.
+                    let named = session.report.clone().map(|report| Report { conversation: kept.conversation, ..report });
+                    return (Outcome::Persisted(kept.name), None, named);
+                }
+                Err(error) => Outcome::Failed(away(provider, error)),
+            },
             Action::Start => done(provider.start(native(session)).await),
             Action::KeepAlive(until) => done(provider.keep_alive(native(session), *until).await),
             Action::Pause => done(provider.pause(native(session)).await),
@@ -511,6 +569,82 @@ impl Fleet {
             Action::Delete => done(provider.delete(native(session)).await),
         };
         (outcome, None, None)
+    }
+
+    /// What the container is made of, with what it is told of us: that is kept nowhere.
+    fn told(&self, session: &Session) -> provider::Spec {
+        let mut spec = session.spec.clone();
+        let Some(tokens) = &self.tokens else { return spec };
+        let policy = self.policies.policy(session);
+        let mut tell = |name: &str, value: String| drop(spec.env.insert(format!("AGENT_SIDECAR_{name}"), value));
+        tell("FLEET_CONTAINER", spec.key.clone());
+        tell("FLEET_SESSION", session.id.to_string());
+        if let Some(url) = &self.url {
+            tell("FLEET_URL", url.clone());
+            tell("FLEET_LEASE", format!("{}s", spec.ttl.as_secs()));
+        }
+        if policy.pause_by == PauseBy::Archive {
+            tell("CONVERSATION_SERVE", String::from("true"));
+            if session.archive.is_some() {
+                tell("CONVERSATION_WAIT", format!("{}s", policy.ready_within.as_secs()));
+            }
+        }
+        if let Some(conversation) = &session.conversation {
+            spec.env.insert(String::from("AGENT_FLEET_CONVERSATION"), conversation.clone());
+        }
+        let token = Secret::Given(provider::secret::Value::new(tokens.of(&spec.key)));
+        spec.secrets.insert(String::from("AGENT_SIDECAR_FLEET_TOKEN"), token);
+        spec
+    }
+
+    async fn put_away(&self, session: &Session, provider: &Arc<dyn Provider>) -> conversation::Result<conversation::Kept> {
+        let (away, token, endpoint) = self.conversation_of(session, provider).await?;
+        away.put_away(session, &endpoint, &token, self.now()).await
+    }
+
+    async fn bring(&self, session: &Session, provider: &Arc<dyn Provider>) -> conversation::Result<()> {
+        let (away, token, endpoint) = self.conversation_of(session, provider).await?;
+        away.bring(session.archive.as_deref().unwrap_or_default(), &endpoint, &token).await
+    }
+
+    async fn conversation_of(
+        &self,
+        session: &Session,
+        provider: &Arc<dyn Provider>,
+    ) -> conversation::Result<(&Conversations, String, provider::Endpoint)> {
+        let (Some(away), Some(tokens)) = (&self.away, &self.tokens) else {
+            return Err(conversation::Error::Lasting(String::from("there is no [conversations] any more")));
+        };
+        let endpoint = provider.endpoint(native(session), self.policies.port(session)).await;
+        let endpoint = endpoint.map_err(|error| match error.is_passing() {
+            true => conversation::Error::Passing(error.to_string()),
+            false => conversation::Error::Lasting(error.to_string()),
+        })?;
+        Ok((away, tokens.of(&session.key()), endpoint))
+    }
+
+    /// What was put away of a session that is over goes with it, unless it is to be kept for a while; what is left then, [`Self::sweep`] finds.
+    async fn forget(&self, session: &Session) {
+        // What has failed may not have failed by itself: its conversation is not gone at once.
+        let gone = session.phase == Phase::Destroyed && session.archive.is_some();
+        let away = self.away.as_ref().filter(|away| away.keep_for.is_none() && gone);
+        if let Some(away) = away
+            && let Err(error) = away.forget(&session.id).await
+        {
+            tracing::warn!(session = %session.id, %error, "what was put away of it is removed later");
+        }
+    }
+
+    async fn sweep_for_ever(self: Arc<Self>) {
+        let Some(away) = &self.away else { return };
+        loop {
+            tokio::time::sleep(SWEEP).await;
+            match away.sweep(&self.store, self.now()).await {
+                Ok(0) => {}
+                Ok(removed) => tracing::info!(removed, "conversations of sessions that are over were removed"),
+                Err(error) => tracing::warn!(%error, "conversations that nobody needs cannot be removed now"),
+            }
+        }
     }
 
     /// By what the provider calls it; by its key, if nobody knows that.
@@ -525,7 +659,11 @@ impl Fleet {
         Ok(ours.unwrap_or_else(|| missing(&key)))
     }
 
-    async fn ask(&self, session: &Session, provider: &Arc<dyn Provider>) -> Result<crate::session::Report, String> {
+    async fn ask(&self, session: &Session, provider: &Arc<dyn Provider>) -> Result<Report, String> {
+        // Who tells is not asked.
+        if let Some(report) = reported::fresh(session, self.now()) {
+            return Ok(report);
+        }
         let port = self.policies.port(session);
         let endpoint = provider.endpoint(native(session), port).await.map_err(|error| error.to_string())?;
         self.inside.report(&endpoint, self.now()).await
@@ -630,6 +768,14 @@ fn done(result: provider::Result<()>) -> Outcome {
     match result {
         Ok(()) => Outcome::Done,
         Err(error) => Outcome::Failed(error),
+    }
+}
+
+fn away(provider: &Arc<dyn Provider>, error: conversation::Error) -> provider::Error {
+    let provider = provider.name();
+    match error {
+        conversation::Error::NotYet(what) | conversation::Error::Passing(what) => provider::Error::Failed { provider, what },
+        conversation::Error::Lasting(what) => provider::Error::Refused { provider, what },
     }
 }
 

@@ -23,15 +23,17 @@ use agent_sidecar_core::who::{self, Name, Who};
 use agent_sidecar_core::written::near;
 
 use crate::busy::{self, Lease};
+use crate::conversation::{self, Root};
 use crate::export::otlp::environment::{Headers, Own};
 use crate::files;
+use crate::fleet::{self, Voice};
 use crate::hub::gate::{Keys, Token};
 use crate::hub::users::{self, Member};
 use crate::hub::{Meeting, Zone};
 use crate::influence;
 use crate::serve;
 use crate::supervise::{NoUser, User};
-use crate::tenants::{AgentDirs, Workspace};
+use crate::tenants::{AgentDirs, Places, Workspace};
 
 pub(crate) use value::{Kind, Value};
 
@@ -40,6 +42,10 @@ pub(crate) const DEFAULT_FILE: &str = "/etc/agent-sidecar/config.toml";
 
 /// Where a lease was unset: it cannot be none.
 const BUSY_LEASE: Duration = Duration::from_secs(60);
+
+/// Where these were unset.
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+const LEASE_GRACE: Duration = Duration::from_secs(60);
 
 /// One thing that can be set.
 #[derive(Debug)]
@@ -189,6 +195,20 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("tenants.agent_from", "agent-from", Kind::Sources, "", "where the name of that directory is read from, as `labels.tenant_from`; unset, the lowest number that is free"),
     setting("tenants.agent_workspace", "agent-workspace", Kind::Choice(&["auto", "always", "never"]), "auto", "whether the agent works in it: auto where the app gave it no working directory but its own"),
     setting("tenants.agent_dirs_at_end", "agent-dirs-at-end", Kind::Choice(&["keep", "remove"]), "keep", "what becomes of the directory when the agent has ended"),
+    setting("conversation.serve", "conversation-serve", Kind::Switch, "false", "whether who knows `fleet.token` may take the conversation at /v1/conversation, and bring one: the CLI's config directory and the workspace (docs/fleet-conversations.md)"),
+    setting("conversation.config", "conversation-config", Kind::Path, "", "the CLI's config directory; unset, $CLAUDE_CONFIG_DIR or ~/.claude"),
+    setting("conversation.workspace", "conversation-workspace", Kind::Path, "", "the workspace; unset, the working directory, if that is not `/`"),
+    setting("conversation.exclude", "conversation-exclude", Kind::Names, ".credentials.json", "what is left out: names, wherever they are, or paths below either directory"),
+    setting("conversation.max_size", "conversation-max-size", Kind::Size, "1GiB", "how large it may be, uncompressed; one that is larger is not put away"),
+    setting("conversation.wait", "conversation-wait", Kind::Pause, "0s", "how long the start of the CLI waits for a conversation to be brought; then it is not started, and the exit code is 125"),
+    setting("fleet.url", "fleet-url", Kind::Url, "", "the fleet that is told whether the agents work and what they spend, like http://fleet.internal:9490"),
+    setting("fleet.container", "fleet-container", Kind::Label, "", "what the fleet calls this container"),
+    setting("fleet.session", "fleet-session", Kind::Label, "", "the session that it is for"),
+    setting("fleet.token", "fleet-token", Kind::Token, "", "this container's token, for both ways; never shown; others can read a flag, so better in a file or the environment"),
+    setting("fleet.token_file", "fleet-token-file", Kind::Path, "", "the same in a file, as `hub.control_token_file`"),
+    setting("fleet.report_every", "fleet-report-every", Kind::Time, "10s", "how often the fleet is told, besides when the agents begin or cease to work, and at the end"),
+    setting("fleet.lease", "fleet-lease", Kind::Time, "", "how long the container may live, unless the fleet says otherwise; unset, until it says so"),
+    setting("fleet.grace", "fleet-grace", Kind::Time, "60s", "how long after that the agents are ended"),
     setting("disk.interval", "disk-interval", Kind::Pause, "60s", "how often the sizes of the working and the config directory are measured; 0 for never"),
     setting("prices.container_usd_per_hour", "container-usd-per-hour", Kind::Price, "0.05", "what the container costs by the hour, metered beside what the agent spends and part of no limit; agents of one container share its hours; 0 counts none"),
     setting("prices.discount", "price-discount", Kind::Factor, "", "what is paid of the list price: 0.8 for twenty percent off"),
@@ -510,14 +530,15 @@ impl Config {
         // A signal skips the interrupt: what has to fit is the rest, and the reading of the last numbers.
         let flush = if self.value("otlp.endpoint").is_some() { self.time("otlp.flush") } else { None };
         let webhook = self.value("busy.webhook").map(|_| busy::ANSWER);
-        let after = self.linger() + flush.unwrap_or_default() + webhook.unwrap_or_default();
+        let fleet = self.value("fleet.url").map(|_| busy::ANSWER);
+        let after = self.linger() + flush.unwrap_or_default() + webhook.unwrap_or_default() + fleet.unwrap_or_default();
         let needed = self.patience().end + self.patience().terminate + after;
         let grace = self.time("stop.platform_grace").unwrap_or(Duration::MAX);
         if needed >= grace {
             mistakes.push(Mistake {
                 origin: self.values["stop.platform_grace"].origin.clone(),
                 what: format!(
-                    "a stop may take {needed:?} (stop.end + stop.terminate + linger, and where they are used otlp.flush and 2s for busy.webhook), and the platform kills after {grace:?}"
+                    "a stop may take {needed:?} (stop.end + stop.terminate + linger, and where they are used otlp.flush and 2s each for busy.webhook and fleet.url), and the platform kills after {grace:?}"
                 ),
                 remedy: String::from(
                     "raise the platform's grace period and `stop.platform_grace` with it, or shorten the others",
@@ -574,6 +595,24 @@ impl Config {
                 origin: self.values["limits.max_sessions"].origin.clone(),
                 what: String::from("`limits.max_sessions` is for agents that meet, and these do not"),
                 remedy: String::from("set `listen` to an address with a port, or name `hub.socket`"),
+            });
+        }
+        let has_token = self.value("fleet.token").is_some() || self.value("fleet.token_file").is_some();
+        for key in ["conversation.serve", "fleet.url"] {
+            let wants = if key == "fleet.url" { self.value(key).is_some() } else { self.switch(key) };
+            if wants && !has_token {
+                mistakes.push(Mistake {
+                    origin: self.values[key].origin.clone(),
+                    what: format!("`{key}` is for who knows the container's token, and there is none"),
+                    remedy: String::from("set `fleet.token` or `fleet.token_file`"),
+                });
+            }
+        }
+        if !self.conversation_wait().is_zero() && !self.switch("conversation.serve") {
+            mistakes.push(Mistake {
+                origin: self.values["conversation.wait"].origin.clone(),
+                what: String::from("`conversation.wait` waits for what nobody can bring"),
+                remedy: String::from("set `conversation.serve`, or leave it out"),
             });
         }
         if !self.linger().is_zero() && self.listen().is_none() {
@@ -725,6 +764,8 @@ impl Config {
             page_host: self.page_host(),
             patrol: self.patrol(),
             members: Vec::new(),
+            conversation: self.conversation(&Places::of(&[], None)),
+            fleet: self.fleet(),
         }
     }
 
@@ -806,6 +847,50 @@ impl Config {
         })
     }
 
+    /// The container's token, which the fleet knows. One that cannot be read opens to nobody.
+    fn fleet_token(&self) -> Token {
+        let token = match (self.value("fleet.token"), self.path("fleet.token_file")) {
+            (Some(Value::Token(token)), _) => return token.clone(),
+            (_, Some(path)) => Token::read(&path).map_err(|error| format!("{}: {error}", path.display())),
+            _ => return Token::None,
+        token.unwrap_or_else(|error| {
+            tracing::error!(%error, "the fleet's token cannot be read: nothing is told to it, and nothing taken from it");
+            Token::Lost
+    /// What is served of a conversation whose CLI finds its directories there, if anything is.
+    pub(crate) fn conversation(&self, places: &Places) -> Option<conversation::Options> {
+        if !self.switch("conversation.serve") {
+            return None;
+        let config = self.path("conversation.config").or_else(|| places.config.clone());
+        let workspace = self.path("conversation.workspace").unwrap_or_else(|| places.cwd.clone());
+        let roots = [("config", config), ("workspace", Some(workspace))];
+        let roots = roots.into_iter().filter_map(|(name, path)| Some(Root { name, path: conversation::settled(&path?) }));
+        // The whole of a container's files is no workspace.
+        let roots = roots.filter(|root| root.path != Path::new("/")).collect();
+        let exclude = self.value("conversation.exclude").map(|_| self.text("conversation.exclude"));
+        Some(conversation::Options {
+            token: self.fleet_token(),
+            roots,
+            exclude: exclude.into_iter().flat_map(|text| text.split(',')).map(|name| name.trim().to_owned()).collect(),
+            max_size: self.count("conversation.max_size").unwrap_or(u64::MAX),
+            container: self.text("fleet.container").to_owned(),
+    /// Who tells the fleet, if there is one.
+    pub(crate) fn fleet(&self) -> Option<Voice> {
+        let url = self.value("fleet.url").map(|_| self.text("fleet.url").trim_end_matches('/'))?;
+        let to = format!("{url}/v1/containers/{}/report", self.text("fleet.container"));
+        let options = fleet::Options {
+            to: to
+                .parse()
+                .inspect_err(|_| tracing::error!("`fleet.url` and `fleet.container` make no URL: the fleet is told nothing"))
+                .ok()?,
+            headers: fleet::bearer(self.fleet_token().word()?)?,
+            session: self.text("fleet.session").to_owned(),
+            every: self.time("fleet.report_every").unwrap_or(REPORT_EVERY),
+            lease: self.time("fleet.lease"),
+            grace: self.time("fleet.grace").unwrap_or(LEASE_GRACE),
+        Some(Voice::new(options))
+    /// How long a start waits for a conversation.
+    pub(crate) fn conversation_wait(&self) -> Duration {
+        self.time("conversation.wait").unwrap_or_default()
     pub(crate) fn ledger(&self) -> Option<PathBuf> {
         self.path("ledger.path")
     }

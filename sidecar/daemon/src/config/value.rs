@@ -51,6 +51,8 @@ pub(crate) enum Kind {
     Users,
     /// A word that lets in: secret.
     Token,
+    /// Of files, or paths of them.
+    Names,
 }
 
 /// What a setting was given.
@@ -175,6 +177,8 @@ impl Kind {
             Kind::User if is_user(text) => Ok(Value::Text),
             Kind::User => Err(not(())),
             Kind::Users => users::split(text).map(|_| Value::Text),
+            Kind::Names if text.split(',').all(|name| is_inside(name.trim())) => Ok(Value::Text),
+            Kind::Names => Err(not(())),
             // Not what it is, either.
             Kind::Token => Token::of(text).map(Value::Token).map_err(|what| format!("is wrong: {what}")),
         }
@@ -204,6 +208,7 @@ impl Kind {
             Kind::User => String::from("a user"),
             Kind::Users => String::from("a list of users"),
             Kind::Token => String::from("a token"),
+            Kind::Names => String::from("a list of names"),
         }
     }
 
@@ -234,6 +239,9 @@ impl Kind {
             Kind::Sources => String::from("write sources in the order in which they are asked, like env:CUSTOMER_ID, pod:tenant"),
             Kind::Secret => String::from("write a text that nobody guesses"),
             Kind::Token => String::from("make one with `openssl rand -hex 32`"),
+            Kind::Names => {
+                String::from("write names, or paths that begin with none of `/` and `..`, like node_modules, target/debug")
+            }
             Kind::Users => String::from("write names or numbers, like app, worker=acme, 1003"),
             Kind::User => String::from("write a name or a number, like agent, 1000 or 1000:1000; in a file in quotes"),
         }
@@ -265,6 +273,7 @@ impl Kind {
             Kind::Token => String::from("token"),
             Kind::User => String::from("name or uid, and `:group`"),
             Kind::Users => String::from("user,user=tenant,…"),
+            Kind::Names => String::from("name,path/name,…"),
         }
     }
 }
@@ -273,6 +282,11 @@ impl Kind {
 fn is_user(text: &str) -> bool {
     let name = |text: &str| !text.is_empty() && !text.contains(|c: char| c.is_whitespace() || c.is_control() || c == ':');
     text.split_once(':').map_or_else(|| name(text), |(who, of)| name(who) && name(of))
+}
+
+/// A name, or a path that leads nowhere else.
+fn is_inside(path: &str) -> bool {
+    path.split('/').all(|part| !matches!(part, "" | "." | ".."))
 }
 
 /// `https://one.example, https://two.example/path`.

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use rustix::fs::FlockOperation;
 
+use crate::conversation::Fetched;
 use crate::files;
 use crate::supervise::User;
 
@@ -203,6 +204,11 @@ impl Place {
     /// There while this wrapper's agent waits for a shared budget.
     pub(crate) fn hold_file(&self, run: &str) -> PathBuf {
         self.dir.join(format!("{run}.hold"))
+    }
+
+    /// Says which container a conversation was brought into: no other that sees the same files.
+    pub(crate) fn fetched(&self) -> Fetched {
+        Fetched::new(Some(self.told().join("fetched")))
     }
 
     /// Where the hub before this one was served, for a port that was picked.

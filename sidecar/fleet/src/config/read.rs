@@ -19,10 +19,10 @@ use crate::lifecycle::Phase;
 use crate::provider::{Capabilities, Secret, Size, refusals};
 use crate::session::{Pattern, SessionId};
 
-type Span = Range<usize>;
+pub(super) type Span = Range<usize>;
 
 /// What a value is not, and what to write instead.
-struct Wrong {
+pub(super) struct Wrong {
     what: String,
     remedy: String,
 }
@@ -31,21 +31,21 @@ fn wrong<T>(what: impl Into<String>, remedy: impl Into<String>) -> Result<T, Wro
     Err(Wrong { what: what.into(), remedy: remedy.into() })
 }
 
-struct Reader<'a> {
+pub(super) struct Reader<'a> {
     path: &'a Path,
     text: &'a str,
     outside: &'a dyn Outside,
     mistakes: Vec<Mistake>,
     /// What the providers can do whose settings are right.
-    can: BTreeMap<String, Capabilities>,
+    pub(super) can: BTreeMap<String, Capabilities>,
 }
 
 /// A table, and which of its keys are known.
-struct Section<'a> {
+pub(super) struct Section<'a> {
     name: String,
-    at: Span,
+    pub(super) at: Span,
     table: &'a DeTable<'a>,
-    known: Vec<&'static str>,
+    pub(super) known: Vec<&'static str>,
 }
 
 pub(super) fn read(path: &Path, text: &str, outside: &dyn Outside) -> Result<Config, Mistakes> {
@@ -63,7 +63,7 @@ pub(super) fn read(path: &Path, text: &str, outside: &dyn Outside) -> Result<Con
 }
 
 impl<'a> Reader<'a> {
-    fn wrong(&mut self, span: Span, what: impl Into<String>, remedy: impl Into<String>) {
+    pub(super) fn wrong(&mut self, span: Span, what: impl Into<String>, remedy: impl Into<String>) {
         let before = &self.text.as_bytes()[..span.start.min(self.text.len())];
         let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
         let start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
@@ -81,6 +81,12 @@ impl<'a> Reader<'a> {
                 (0..0, Fleet::default())
             }
         };
+        let conversations = self.tables_at(&mut root, "conversations").and_then(|section| self.conversations(section));
+        let has_secret = matches!(root.has("fleet"), Some(DeValue::Table(fleet)) if fleet.contains_key("secret"));
+        if root.has("conversations").is_some() && !has_secret {
+            let remedy = "add secret = { file = \"…\" } to [fleet]: containers' tokens are made of it";
+            self.wrong(at.clone(), "[conversations] wants a secret of the fleet's", remedy);
+        }
         let providers: BTreeMap<String, ProviderConfig> = self
             .named(&mut root, "providers")
             .into_iter()
@@ -115,8 +121,9 @@ impl<'a> Reader<'a> {
             self.wrong(at, format!("nobody may ask at {}: there is no [callers.NAME]", fleet.listen), remedy);
         }
         let hooks = self.hooks(&mut root, &templates);
+        self.archives(&root, &templates, conversations.is_some());
         self.finish(root);
-        Config { path: self.path.to_owned(), fleet, callers, providers, templates, tenants, hooks }
+        Config { path: self.path.to_owned(), fleet, callers, providers, templates, tenants, hooks, conversations }
     }
 
     fn fleet(&mut self, mut section: Section<'a>) -> Fleet {
@@ -147,8 +154,19 @@ impl<'a> Reader<'a> {
             let remedy = "write it like sqlite:///var/lib/agent-fleet/fleet.db or postgres://user@host/database";
             self.wrong(at, "`fleet.store` is the URL of a SQLite file or of a PostgreSQL database", remedy);
         }
+        let url = self.get(&mut section, "url", web_url).map(|url| url.trim_end_matches('/').to_owned());
+        let at = section.at_key("secret");
+        let secret = self.secret(&mut section, "secret").and_then(|secret| self.needed(&secret, "fleet.secret", at.clone()));
+        if secret.as_ref().is_some_and(|secret| secret.reveal().len() < LEAST_TOKEN) {
+            let what = format!("`fleet.secret` has fewer than {LEAST_TOKEN} characters, which can be guessed");
+            self.wrong(at, what, "make one with `openssl rand -hex 32`");
+        }
+        if url.is_some() && section.has("secret").is_none() {
+            let remedy = "add secret = { file = \"…\" }: containers' tokens are made of it";
+            self.wrong(section.at_key("url"), "`fleet.url` is for containers, and they have no token", remedy);
+        }
         self.finish(section);
-        Fleet { name: name.unwrap_or_default(), listen, store: store.unwrap_or(default.store), keep }
+        Fleet { name: name.unwrap_or_default(), listen, store: store.unwrap_or(default.store), keep, url, secret }
     }
 
     fn provider(&mut self, name: &str, mut section: Section<'a>, mut settings: toml::Table) -> ProviderConfig {
@@ -291,6 +309,15 @@ impl<'a> Reader<'a> {
             let what = format!("`{}` is hybrid and is never idle", s.name);
             self.wrong(s.at_key("idle_after"), what, "set a time, or make it long-running");
         }
+        let archive = self.get(s, "archive", switch).unwrap_or(false);
+        if archive && pattern != Pattern::Hybrid {
+            let what = format!(
+                "`{}` is {}, and `archive` is for what is put away and gone on with",
+                s.name,
+                super::pattern_name(pattern)
+            );
+            self.wrong(s.at_key("archive"), what, "make it hybrid, or leave `archive` out");
+        }
         let at = section.at.clone();
         self.finish(section);
         let template = Template {
@@ -313,6 +340,7 @@ impl<'a> Reader<'a> {
             app_port,
             app_token,
             provider_idle,
+            archive,
         };
         if let Some(can) = self.can.get(&template.provider) {
             let refused = refusals(can, &template.spec_for("", &SessionId::fresh(), "", 1));
@@ -549,7 +577,12 @@ impl<'a> Reader<'a> {
 
     // What every table is read with.
 
-    fn get<T>(&mut self, section: &mut Section<'a>, key: &'static str, parse: fn(&DeValue<'_>) -> Result<T, Wrong>) -> Option<T> {
+    pub(super) fn get<T>(
+        &mut self,
+        section: &mut Section<'a>,
+        key: &'static str,
+        parse: fn(&DeValue<'_>) -> Result<T, Wrong>,
+    ) -> Option<T> {
         section.known.push(key);
         let value = section.table.get(key)?;
         match parse(value.get_ref()) {
@@ -621,7 +654,7 @@ impl<'a> Reader<'a> {
         table.table.iter().map(|(name, value)| (name.get_ref().to_string(), value, name.span())).collect()
     }
 
-    fn secret(&mut self, section: &mut Section<'a>, key: &'static str) -> Option<Secret> {
+    pub(super) fn secret(&mut self, section: &mut Section<'a>, key: &'static str) -> Option<Secret> {
         section.known.push(key);
         self.reference(section.table.get(key)?, &section.key(key))
     }
@@ -665,14 +698,14 @@ impl<'a> Reader<'a> {
         secret
     }
 
-    fn outside(&mut self, secret: &Secret, key: &str, at: Span) -> Option<Hidden> {
+    pub(super) fn outside(&mut self, secret: &Secret, key: &str, at: Span) -> Option<Hidden> {
         match self.outside.secret(secret) {
             Ok(value) => value,
             Err(what) => {
                 let remedy = match secret {
                     Secret::Env(_) => String::from("set it where the fleet runs"),
                     Secret::File(path) => format!("write it there, and `chmod 640 {}`", path.display()),
-                    Secret::Provider(_) => String::from("keep it there"),
+                    Secret::Provider(_) | Secret::Given(_) => String::from("keep it there"),
                 };
                 self.wrong(at, format!("`{key}`: {what}"), remedy);
                 None
@@ -680,7 +713,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn finish(&mut self, section: Section<'a>) {
+    pub(super) fn finish(&mut self, section: Section<'a>) {
         for (key, _) in section.table {
             let name = key.get_ref();
             if !section.known.iter().any(|known| known == name) {
@@ -696,12 +729,12 @@ impl<'a> Section<'a> {
         if self.name.is_empty() { key.to_owned() } else { format!("{}.{key}", self.name) }
     }
 
-    fn has(&self, key: &str) -> Option<&'a DeValue<'a>> {
+    pub(super) fn has(&self, key: &str) -> Option<&'a DeValue<'a>> {
         self.table.get(key).map(Spanned::get_ref)
     }
 
     /// Where the key's value is, or else the table.
-    fn at_key(&self, key: &str) -> Span {
+    pub(super) fn at_key(&self, key: &str) -> Span {
         self.table.get(key).map_or_else(|| self.at.clone(), Spanned::span)
     }
 }
@@ -713,6 +746,8 @@ impl Default for Fleet {
             listen: SocketAddr::from(([127, 0, 0, 1], 9490)),
             store: Hidden::new(String::from("sqlite:///var/lib/agent-fleet/fleet.db")),
             keep: Duration::from_secs(30 * 86_400),
+            url: None,
+            secret: None,
         }
     }
 }
@@ -737,7 +772,7 @@ const NAMES: &str = "write 1 to 40 small letters, digits and `-`, beginning with
 
 // The forms that a value can have.
 
-fn text(value: &DeValue<'_>) -> Result<String, Wrong> {
+pub(super) fn text(value: &DeValue<'_>) -> Result<String, Wrong> {
     match value {
         DeValue::String(text) if text.is_empty() => wrong("is empty", "write it, or remove the line"),
         DeValue::String(text) => Ok(text.to_string()),
@@ -770,7 +805,7 @@ fn is_variable(name: &str) -> bool {
         && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
 }
 
-fn switch(value: &DeValue<'_>) -> Result<bool, Wrong> {
+pub(super) fn switch(value: &DeValue<'_>) -> Result<bool, Wrong> {
     value.as_bool().map_or_else(|| wrong(format!("is true or false, not {}", form(value)), "write true or false"), Ok)
 }
 
@@ -784,7 +819,7 @@ fn time(value: &DeValue<'_>) -> Result<Duration, Wrong> {
 
 const TIMES: &str = "write a number and a unit, like \"90s\", \"10m\" or \"1h30m\"";
 
-fn time_or_off(value: &DeValue<'_>) -> Result<Option<Duration>, Wrong> {
+pub(super) fn time_or_off(value: &DeValue<'_>) -> Result<Option<Duration>, Wrong> {
     if value.as_str() == Some("off") { Ok(None) } else { time(value).map(Some) }
 }
 
@@ -809,7 +844,7 @@ fn whole(value: &DeValue<'_>) -> Result<u64, Wrong> {
     n.map_or_else(|| wrong(format!("is a whole number, not {}", form(value)), "write a whole number, like 3"), Ok)
 }
 
-fn count(value: &DeValue<'_>) -> Result<u64, Wrong> {
+pub(super) fn count(value: &DeValue<'_>) -> Result<u64, Wrong> {
     match whole(value)? {
         0 => wrong("is zero, which would allow nothing", "write a whole number above zero, like 40"),
         n => Ok(n),
@@ -832,6 +867,13 @@ fn mebibytes(value: &DeValue<'_>) -> Result<u32, Wrong> {
             format!("is a size of at least 16MiB, not {}", form(value)),
             "write a number and a unit, like \"512MiB\" or \"2GiB\"",
         ),
+    }
+}
+
+pub(super) fn size(value: &DeValue<'_>) -> Result<u64, Wrong> {
+    match value.as_str().and_then(written::size).filter(|bytes| *bytes > 0) {
+        Some(bytes) => Ok(bytes),
+        None => wrong(format!("is a size, not {}", form(value)), "write a number and a unit, like \"512MiB\" or \"2GiB\""),
     }
 }
 
@@ -865,7 +907,7 @@ fn address(value: &DeValue<'_>) -> Result<SocketAddr, Wrong> {
     }
 }
 
-fn web_url(value: &DeValue<'_>) -> Result<String, Wrong> {
+pub(super) fn web_url(value: &DeValue<'_>) -> Result<String, Wrong> {
     let url = text(value)?;
     let remedy = "write it like https://hooks.example/fleet";
     match reqwest::Url::parse(&url) {

@@ -58,7 +58,7 @@ impl Outside for Machine {
                     return Err(format!("everybody on this machine can get at {} (mode {mode:o})", path.display()));
                 }
             }
-            Secret::Env(_) => {}
+            Secret::Env(_) | Secret::Given(_) => {}
         }
         Ok(Some(Hidden(secret.read()?.expose().to_owned())))
     }
@@ -76,6 +76,7 @@ pub(crate) fn reference(secret: &Secret) -> String {
         Secret::Env(name) => format!("{{ env = {name:?} }}"),
         Secret::File(path) => format!("{{ file = {path:?} }}"),
         Secret::Provider(name) => format!("{{ provider = {name:?} }}"),
+        Secret::Given(_) => String::from("(made by the fleet)"),
     }
 }
 

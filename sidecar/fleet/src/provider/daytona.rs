@@ -92,7 +92,7 @@ impl Daytona {
             .iter()
             .filter_map(|(name, secret)| match secret {
                 Secret::Provider(kept) => Some(BTreeMap::from([(name, kept)])),
-                Secret::Env(_) | Secret::File(_) => None,
+                Secret::Env(_) | Secret::File(_) | Secret::Given(_) => None,
             })
             .collect();
         let minutes = |time: Duration| time.as_secs().div_ceil(60).max(1);

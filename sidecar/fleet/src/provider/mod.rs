@@ -69,6 +69,9 @@ pub enum Secret {
     File(std::path::PathBuf),
     /// What the provider keeps under this name: the value passes us by.
     Provider(String),
+    /// Made by the fleet for this one container, and never written anywhere.
+    #[serde(skip)]
+    Given(secret::Value),
 }
 
 /// What a container gets: 1 CPU, 1 GiB and 5 GiB unless somebody says otherwise. Providers round up, and [`Sandbox::size`] is what they gave.

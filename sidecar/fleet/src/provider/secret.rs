@@ -15,6 +15,10 @@ const MOST: u64 = 64 << 10;
 pub struct Value(String);
 
 impl Value {
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -58,6 +62,7 @@ impl Secret {
                 }
                 fit(value, || format!("the secret in {at}"))
             }
+            Secret::Given(value) => Ok(value.clone()),
             Secret::Provider(name) => Err(format!("the secret `{name}` is the provider's: it cannot be read")),
         }
     }

@@ -5,6 +5,7 @@
 mod api;
 mod money;
 mod proxy;
+mod reported;
 mod town;
 
 use std::sync::Arc;

@@ -1,0 +1,111 @@
+//! A directory: of this machine, or of a file system that several share.
+
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+
+use super::{Error, Result, Shelf, private};
+
+/// What is not there yet is called so.
+const BEGUN: &str = ".begun-";
+
+pub struct Directory {
+    root: PathBuf,
+}
+
+impl Directory {
+    pub fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+}
+
+async fn blocking<T: Send + 'static>(what: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T> {
+    let done = tokio::task::spawn_blocking(what).await.map_err(|_| Error::Passing(String::from("the directory: a panic")))?;
+    done.map_err(|error| Error::Passing(format!("the directory of conversations: {error}")))
+}
+
+fn put(path: &Path, file: &Path) -> std::io::Result<()> {
+    let dir = path.parent().unwrap_or(path);
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    let begun = dir.join(format!("{BEGUN}{}", uuid::Uuid::now_v7()));
+    let put = || {
+        let mut to = private(&begun)?;
+        std::io::copy(&mut fs::File::open(file)?, &mut to)?;
+        // There before it has its name, and its name before anybody is told.
+        to.sync_all()?;
+        fs::rename(&begun, path)?;
+        fs::File::open(dir)?.sync_all()
+    };
+    put().inspect_err(|_| drop(fs::remove_file(&begun)))
+}
+
+/// Every file below, as it is called from the root.
+fn find(root: &Path, dir: &Path, found: &mut Vec<String>) -> std::io::Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let path = entry.path();
+        if entry.file_type()?.is_dir() {
+            find(root, &path, found)?;
+        } else if let Some(name) = path.strip_prefix(root).ok().and_then(Path::to_str)
+            && !entry.file_name().to_string_lossy().starts_with(BEGUN)
+        {
+            found.push(name.to_owned());
+        }
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl Shelf for Directory {
+    async fn put(&self, name: &str, file: &Path) -> Result<()> {
+        let (path, file) = (self.root.join(name), file.to_owned());
+        blocking(move || put(&path, &file)).await
+    }
+
+    async fn get(&self, name: &str, to: &Path) -> Result<()> {
+        let (path, to) = (self.root.join(name), to.to_owned());
+        let there = blocking(move || match fs::File::open(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            from => std::io::copy(&mut from?, &mut private(&to)?).map(|_| true),
+        });
+        if there.await? { Ok(()) } else { Err(gone()) }
+    }
+
+    async fn list(&self, beginning: &str) -> Result<Vec<String>> {
+        let root = self.root.clone();
+        // Of a whole directory alone, so that not all of it is walked for one session.
+        let dir = root.join(beginning.rsplit_once('/').map_or("", |(dir, _)| dir));
+        let mut found = blocking(move || {
+            let mut found = Vec::new();
+            find(&root, &dir, &mut found).map(|()| found)
+        })
+        .await?;
+        found.retain(|name| name.starts_with(beginning));
+        found.sort();
+        Ok(found)
+    }
+
+    async fn delete(&self, name: &str) -> Result<()> {
+        let path = self.root.join(name);
+        blocking(move || match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => {
+                // Its directory goes with the last that is in it.
+                path.parent().map(fs::remove_dir);
+                Ok(())
+            }
+        })
+        .await
+    }
+}
+
+/// What was put away is not there.
+pub(super) fn gone() -> Error {
+    Error::Lasting(String::from("what was put away is gone"))
+}

@@ -1,0 +1,158 @@
+//! S3, and what speaks like it. Requests are signed by `rusty-s3`, in their query, and sent by the client that is there.
+
+use std::io::Read;
+use std::path::Path;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::StreamExt;
+use reqwest::{Method, Response, StatusCode, Url};
+use rusty_s3::actions::{CreateMultipartUpload, ListObjectsV2};
+use rusty_s3::{Bucket, Credentials, S3Action, UrlStyle};
+use tokio::io::AsyncWriteExt;
+
+use super::directory::gone;
+use super::{Error, Result, Shelf, passing};
+
+/// What is larger goes in parts of this size: as many as there may be make 160 GB.
+const PART: u64 = 16 << 20;
+/// A request has so long, and its signature holds no longer.
+const REQUEST: Duration = Duration::from_secs(300);
+/// Pages of a list: one that never ends must not keep us for ever.
+const PAGES: usize = 10_000;
+
+pub struct S3 {
+    bucket: Bucket,
+    credentials: Credentials,
+    /// Before every name, with a `/` at its end; or nothing.
+    prefix: String,
+    client: reqwest::Client,
+}
+
+impl S3 {
+    /// # Errors
+    /// What is wrong with the endpoint or the bucket's name.
+    pub fn new(
+        endpoint: &str,
+        path_style: bool,
+        (bucket, prefix): (&str, &str),
+        region: &str,
+        credentials: Credentials,
+        client: reqwest::Client,
+    ) -> std::result::Result<Self, String> {
+        let style = if path_style { UrlStyle::Path } else { UrlStyle::VirtualHost };
+        let endpoint: Url = endpoint.parse().map_err(|error| format!("the endpoint of S3 is no URL: {error}"))?;
+        let bucket = Bucket::new(endpoint, style, bucket.to_owned(), region.to_owned());
+        let bucket = bucket.map_err(|error| format!("there can be no such bucket: {error}"))?;
+        let prefix = prefix.trim_matches('/');
+        let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
+        Ok(Self { bucket, credentials, prefix, client })
+    }
+
+    async fn send(&self, method: Method, url: Url, body: Vec<u8>) -> Result<Response> {
+        let asked = self.client.request(method, url).timeout(REQUEST).body(body);
+        let answer = asked.send().await.map_err(|error| passing("S3 does not answer", &error))?;
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(answer);
+        }
+        if status == StatusCode::NOT_FOUND {
+            return Err(gone());
+        }
+        // A code in the XML says more than the status; the rest may repeat the request.
+        let said = answer.text().await.unwrap_or_default();
+        let code = said.split_once("<Code>").and_then(|(_, rest)| rest.split_once("</Code>")).map_or("", |(code, _)| code);
+        Err(Error::Passing(format!("S3 says {} {}", status.as_u16(), code.chars().take(60).collect::<String>())))
+    }
+
+    async fn text(&self, method: Method, url: Url, body: Vec<u8>) -> Result<String> {
+        self.send(method, url, body).await?.text().await.map_err(|error| passing("S3 breaks off", &error))
+    }
+
+    async fn put_parts(&self, key: &str, upload: &str, mut file: std::fs::File) -> Result<()> {
+        let mut etags = Vec::new();
+        for number in 1..=10_000_u16 {
+            let mut bytes = Vec::new();
+            (&mut file).take(PART).read_to_end(&mut bytes)?;
+            if bytes.is_empty() {
+                break;
+            }
+            let url = self.bucket.upload_part(Some(&self.credentials), key, number, upload).sign(REQUEST);
+            let answer = self.send(Method::PUT, url, bytes).await?;
+            let etag = answer.headers().get("etag").and_then(|etag| etag.to_str().ok());
+            etags.push(etag.ok_or_else(|| Error::Passing(String::from("S3 gives a part no ETag")))?.to_owned());
+        }
+        let complete =
+            self.bucket.complete_multipart_upload(Some(&self.credentials), key, upload, etags.iter().map(String::as_str));
+        let url = complete.sign(REQUEST);
+        let said = self.text(Method::POST, url, complete.body().into_bytes()).await?;
+        // What goes wrong after the answer has begun is said in it.
+        if said.contains("<Error>") { Err(Error::Passing(String::from("S3 has not put the parts together"))) } else { Ok(()) }
+    }
+}
+
+#[async_trait]
+impl Shelf for S3 {
+    async fn put(&self, name: &str, file: &Path) -> Result<()> {
+        let key = format!("{}{name}", self.prefix);
+        let mut file = std::fs::File::open(file)?;
+        if file.metadata()?.len() <= PART {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes)?;
+            let url = self.bucket.put_object(Some(&self.credentials), &key).sign(REQUEST);
+            return self.send(Method::PUT, url, bytes).await.map(drop);
+        }
+        let create = self.bucket.create_multipart_upload(Some(&self.credentials), &key);
+        let said = self.text(Method::POST, create.sign(REQUEST), Vec::new()).await?;
+        let upload = CreateMultipartUpload::parse_response(&said);
+        let upload = upload.map_err(|_| Error::Passing(String::from("S3 begins an upload without saying which")))?;
+        let put = self.put_parts(&key, upload.upload_id(), file).await;
+        if put.is_err() {
+            // What is not put together is paid for.
+            let url = self.bucket.abort_multipart_upload(Some(&self.credentials), &key, upload.upload_id()).sign(REQUEST);
+            self.send(Method::DELETE, url, Vec::new()).await.ok();
+        }
+        put
+    }
+
+    async fn get(&self, name: &str, to: &Path) -> Result<()> {
+        let key = format!("{}{name}", self.prefix);
+        let url = self.bucket.get_object(Some(&self.credentials), &key).sign(REQUEST);
+        let mut parts = self.send(Method::GET, url, Vec::new()).await?.bytes_stream();
+        let mut to = tokio::fs::File::from_std(super::private(to)?);
+        while let Some(part) = parts.next().await {
+            to.write_all(&part.map_err(|error| passing("S3 breaks off", &error))?).await?;
+        }
+        Ok(to.flush().await?)
+    }
+
+    async fn list(&self, beginning: &str) -> Result<Vec<String>> {
+        let (mut found, mut next) = (Vec::new(), None::<String>);
+        for _ in 0..PAGES {
+            let mut list = self.bucket.list_objects_v2(Some(&self.credentials));
+            list.with_prefix(format!("{}{beginning}", self.prefix));
+            if let Some(next) = next {
+                list.with_continuation_token(next);
+            }
+            let said = self.text(Method::GET, list.sign(REQUEST), Vec::new()).await?;
+            let page =
+                ListObjectsV2::parse_response(&said).map_err(|_| Error::Passing(String::from("S3's list cannot be read")))?;
+            found.extend(page.contents.into_iter().filter_map(|one| one.key.strip_prefix(&self.prefix).map(str::to_owned)));
+            next = page.next_continuation_token;
+            if next.is_none() {
+                found.sort();
+                return Ok(found);
+            }
+        }
+        Err(Error::Passing(String::from("S3's list has no end")))
+    }
+
+    async fn delete(&self, name: &str) -> Result<()> {
+        let key = format!("{}{name}", self.prefix);
+        let url = self.bucket.delete_object(Some(&self.credentials), &key).sign(REQUEST);
+        match self.send(Method::DELETE, url, Vec::new()).await {
+            Err(Error::Lasting(_)) | Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! What each shelf of conversations promises, of each: a directory, a bucket behind a server that checks every signature, and PostgreSQL where
+//! `AGENT_FLEET_TEST_POSTGRES` has the URL of a server. And that a conversation comes back as it was, or not at all.
+
+#![expect(clippy::unwrap_used, reason = "what fails here is a test")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use agent_fleet::build;
+use agent_fleet::conversation::directory::Directory;
+use agent_fleet::conversation::postgres::Postgres;
+use agent_fleet::conversation::s3::S3;
+use agent_fleet::conversation::{Conversations, Error, Shelf};
+use agent_fleet::lifecycle::Phase;
+use agent_fleet::provider::{Endpoint, Spec};
+use agent_fleet::session::{Pattern, Session};
+use agent_fleet::store;
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, Method, StatusCode};
+use axum::response::{IntoResponse, Response};
+use jiff::Timestamp;
+use ring::{digest, hmac};
+use rusty_s3::Credentials;
+
+const KEY: &str = "AKIDEXAMPLE";
+const SECRET: &str = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY";
+
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Self {
+        let path = std::env::temp_dir().join(format!("agent-fleet-shelves-{}", uuid::Uuid::now_v7()));
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.0.join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).ok();
+    }
+}
+
+/// A bucket in memory.
+#[derive(Default)]
+struct Bucket {
+    objects: Mutex<BTreeMap<String, Vec<u8>>>,
+    uploads: Mutex<BTreeMap<String, BTreeMap<u32, Vec<u8>>>>,
+    /// The next part is refused.
+    breaks: Mutex<bool>,
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn sign(key: &[u8], text: &str) -> Vec<u8> {
+    hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), text.as_bytes()).as_ref().to_vec()
+}
+
+/// Signature version 4 in a query, as its specification says it: whether this request was signed with the key, and when it ends.
+fn is_signed(method: &Method, path: &str, query: &str, host: &str) -> bool {
+    let mut pairs: Vec<(&str, &str)> = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, ""))).collect();
+    let get = |name: &str| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()).unwrap_or_default();
+    let (given, date, scope) = (get("X-Amz-Signature"), get("X-Amz-Date"), get("X-Amz-Credential").replace("%2F", "/"));
+    let Some(scope) = scope.strip_prefix(&format!("{KEY}/")).map(str::to_owned) else { return false };
+    let parts: Vec<&str> = scope.split('/').collect();
+    let [day, region, "s3", "aws4_request"] = parts[..] else { return false };
+    if get("X-Amz-SignedHeaders") != "host" || region != "eu-north-7" || !date.starts_with(day) {
+        return false;
+    }
+    pairs.retain(|(key, _)| *key != "X-Amz-Signature");
+    pairs.sort_unstable();
+    let query: Vec<String> = pairs.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let canonical = format!("{method}\n{path}\n{}\nhost:{host}\n\nhost\nUNSIGNED-PAYLOAD", query.join("&"));
+    let hash = hex(digest::digest(&digest::SHA256, canonical.as_bytes()).as_ref());
+    let text = format!("AWS4-HMAC-SHA256\n{date}\n{scope}\n{hash}");
+    let key = [day, region, "s3", "aws4_request"].iter().fold(format!("AWS4{SECRET}").into_bytes(), |key, part| sign(&key, part));
+    hex(&sign(&key, &text)) == given
+}
+
+fn decoded(text: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        let hex = |byte: Option<u8>| char::from(byte.unwrap()).to_digit(16).unwrap() as u8;
+        bytes.push(if byte == b'%' { hex(rest.next()) << 4 | hex(rest.next()) } else { byte });
+    }
+    String::from_utf8(bytes).unwrap()
+}
+
+async fn s3(State(bucket): State<Arc<Bucket>>, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let (path, query) = (parts.uri.path().to_owned(), parts.uri.query().unwrap_or_default().to_owned());
+    let host = parts.headers["host"].to_str().unwrap();
+    let body = axum::body::to_bytes(body, 64 << 20).await.unwrap();
+    if !is_signed(&parts.method, &path, &query, host) {
+        let code = "<Error><Code>SignatureDoesNotMatch</Code></Error>";
+        return (StatusCode::FORBIDDEN, code).into_response();
+    }
+    let key = decoded(path.strip_prefix("/bucket").unwrap().trim_start_matches('/'));
+    let asked: BTreeMap<String, String> = query
+        .split('&')
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .map(|(k, v)| (k.to_owned(), decoded(v)))
+        .collect();
+    let xmlns = "xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"";
+    match (parts.method.as_str(), asked.get("uploadId")) {
+        ("GET", _) if asked.contains_key("list-type") => {
+            let objects = bucket.objects.lock().unwrap();
+            let (prefix, after) = (&asked["prefix"], asked.get("continuation-token").cloned().unwrap_or_default());
+            let all: Vec<&String> = objects.keys().filter(|key| key.starts_with(prefix.as_str()) && **key > after).collect();
+            let page = &all[..all.len().min(2)];
+            let one = |key: &&String| format!("<Contents><Key>{key}</Key><Size>1</Size></Contents>");
+            let next =
+                if all.len() > 2 { format!("<NextContinuationToken>{}</NextContinuationToken>", page[1]) } else { String::new() };
+            let more = all.len() > 2;
+            let contents: String = page.iter().map(one).collect();
+            format!("<ListBucketResult {xmlns}><IsTruncated>{more}</IsTruncated>{contents}{next}</ListBucketResult>")
+                .into_response()
+        }
+        ("GET", _) => match bucket.objects.lock().unwrap().get(&key) {
+            Some(bytes) => bytes.clone().into_response(),
+            None => StatusCode::NOT_FOUND.into_response(),
+        },
+        ("POST", None) => {
+            let mut uploads = bucket.uploads.lock().unwrap();
+            let id = format!("upload-{}", uploads.len());
+            uploads.insert(id.clone(), BTreeMap::new());
+            format!("<InitiateMultipartUploadResult {xmlns}><Bucket>bucket</Bucket><Key>{key}</Key><UploadId>{id}</UploadId></InitiateMultipartUploadResult>")
+                .into_response()
+        }
+        ("PUT", Some(_)) if std::mem::take(&mut *bucket.breaks.lock().unwrap()) => {
+            StatusCode::SERVICE_UNAVAILABLE.into_response()
+        }
+        ("PUT", Some(id)) => {
+            let number: u32 = asked["partNumber"].parse().unwrap();
+            bucket.uploads.lock().unwrap().get_mut(id).unwrap().insert(number, body.to_vec());
+            [("etag", format!("\"part-{number}\""))].into_response()
+        }
+        ("POST", Some(id)) => {
+            let parts = bucket.uploads.lock().unwrap().remove(id).unwrap();
+            let said = String::from_utf8(body.to_vec()).unwrap();
+            assert!(parts.keys().all(|n| said.contains(&format!("part-{n}"))), "{said}");
+            bucket.objects.lock().unwrap().insert(key, parts.into_values().flatten().collect());
+            format!("<CompleteMultipartUploadResult {xmlns}><ETag>\"whole\"</ETag></CompleteMultipartUploadResult>")
+                .into_response()
+        }
+        ("DELETE", Some(id)) => {
+            bucket.uploads.lock().unwrap().remove(id);
+            StatusCode::NO_CONTENT.into_response()
+        }
+        ("PUT", None) => {
+            bucket.objects.lock().unwrap().insert(key, body.to_vec());
+            StatusCode::OK.into_response()
+        }
+        ("DELETE", None) => {
+            bucket.objects.lock().unwrap().remove(&key);
+            StatusCode::NO_CONTENT.into_response()
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn served(router: Router) -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    format!("http://{address}")
+}
+
+async fn bucket(bucket: &Arc<Bucket>, secret: &str) -> S3 {
+    let url = served(Router::new().fallback(s3).with_state(Arc::clone(bucket))).await;
+    let credentials = Credentials::new(KEY, secret);
+    S3::new(&url, true, ("bucket", "some/where"), "eu-north-7", credentials, build::client().unwrap()).unwrap()
+}
+
+/// What every one of them does.
+async fn keeps(shelf: &dyn Shelf, scratch: &Scratch, fleet: &str) {
+    // Of more than one part, and no multiple of any.
+    let large: Vec<u8> = (0..(17_u32 << 20) + 7).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let names: Vec<String> = (0..5).map(|n| format!("{fleet}/a_Session-1/{n:04}-x.tar.gz")).collect();
+    for (n, name) in names.iter().enumerate() {
+        let bytes = if n == 3 { &large[..] } else { name.as_bytes() };
+        let file = scratch.file("in", bytes);
+        shelf.put(name, &file).await.unwrap();
+        // The same once more: its answer was lost.
+        shelf.put(name, &file).await.unwrap();
+    }
+    let other = format!("{fleet}/a_Session-10/0000-x.tar.gz");
+    shelf.put(&other, &scratch.file("in", b"")).await.unwrap();
+    assert_eq!(shelf.list(&format!("{fleet}/a_Session-1/")).await.unwrap(), names);
+    assert_eq!(shelf.list(&format!("{fleet}/")).await.unwrap().len(), 6);
+    assert_eq!(shelf.list(&format!("{fleet}/nobody/")).await.unwrap(), Vec::<String>::new());
+    for (name, bytes) in [(&names[3], &large[..]), (&names[0], names[0].as_bytes()), (&other, b"")] {
+        let to = scratch.0.join("out");
+        shelf.get(name, &to).await.unwrap();
+        assert!(std::fs::read(&to).unwrap() == bytes, "{name}");
+        std::fs::remove_file(to).unwrap();
+    }
+    for name in names.iter().chain([&other]) {
+        shelf.delete(name).await.unwrap();
+        shelf.delete(name).await.unwrap();
+        let gone = shelf.get(name, &scratch.0.join("none")).await;
+        assert!(matches!(gone, Err(Error::Lasting(_))), "{gone:?}");
+        std::fs::remove_file(scratch.0.join("none")).ok();
+    }
+    assert_eq!(shelf.list(&format!("{fleet}/")).await.unwrap(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_directory_keeps_conversations() {
+    let scratch = Scratch::new();
+    let root = scratch.0.join("shelf");
+    keeps(&Directory::new(root.clone()), &scratch, "fleet").await;
+    let left: Vec<_> = std::fs::read_dir(root.join("fleet")).unwrap().collect();
+    assert!(left.is_empty(), "directories of sessions that have nothing: {left:?}");
+}
+
+#[tokio::test]
+async fn a_bucket_keeps_conversations_for_who_signs_with_its_key() {
+    let (scratch, kept) = (Scratch::new(), Arc::new(Bucket::default()));
+    let shelf = bucket(&kept, SECRET).await;
+    keeps(&shelf, &scratch, "fleet").await;
+    assert!(kept.uploads.lock().unwrap().is_empty());
+    // What breaks off is not there, and is not paid for.
+    *kept.breaks.lock().unwrap() = true;
+    let large = scratch.file("in", &vec![1; 20 << 20]);
+    assert!(matches!(shelf.put("fleet/s/1", &large).await, Err(Error::Passing(_))));
+    assert!(kept.uploads.lock().unwrap().is_empty() && kept.objects.lock().unwrap().is_empty());
+    shelf.put("fleet/s/1", &large).await.unwrap();
+    assert_eq!(kept.objects.lock().unwrap().keys().collect::<Vec<_>>(), ["some/where/fleet/s/1"]);
+    let stranger = bucket(&kept, "another").await;
+    let refused = stranger.list("fleet/").await.unwrap_err().to_string();
+    assert!(refused.contains("403 SignatureDoesNotMatch") && !refused.contains("another"), "{refused}");
+}
+
+#[tokio::test]
+async fn postgresql_keeps_conversations() {
+    let Ok(url) = std::env::var("AGENT_FLEET_TEST_POSTGRES") else { return };
+    let (scratch, fleet) = (Scratch::new(), uuid::Uuid::now_v7().to_string());
+    let (one, other) = (Postgres::new(&url).unwrap(), Postgres::new(&url).unwrap());
+    // Both make the tables.
+    let (left, right) = tokio::join!(one.list("none/"), other.list("none/"));
+    assert!(left.is_ok() && right.is_ok());
+    keeps(&one, &scratch, &fleet).await;
+}
+
+/// A sidecar that gives and takes what is in it.
+#[derive(Default)]
+struct Sidecar {
+    has: Mutex<Vec<u8>>,
+    says: Mutex<Option<StatusCode>>,
+}
+
+async fn sidecar(State(sidecar): State<Arc<Sidecar>>, method: Method, headers: HeaderMap, body: Bytes) -> Response {
+    if headers.get("authorization").is_none_or(|said| said != "Bearer the-token") {
+        return StatusCode::UNAUTHORIZED.into_response();
+    }
+    if let Some(status) = *sidecar.says.lock().unwrap() {
+        return (status, "because\nof all").into_response();
+    }
+    if method == Method::PUT {
+        *sidecar.has.lock().unwrap() = body.to_vec();
+        return StatusCode::OK.into_response();
+    }
+    let has = sidecar.has.lock().unwrap().clone();
+    ([("agent-conversation", "the-one")], Body::from(has)).into_response()
+}
+
+fn session(id: &str) -> Session {
+    let spec: Spec =
+        serde_json::from_value(serde_json::json!({"key": "k", "image": "i", "ttl": {"secs": 60, "nanos": 0}})).unwrap();
+    Session::new(id.parse().unwrap(), ("t", "o"), Pattern::Hybrid, "p", spec, Timestamp::now())
+}
+
+#[tokio::test]
+async fn a_conversation_comes_back_as_it_was_or_not_at_all() {
+    let scratch = Scratch::new();
+    let root = scratch.0.join("shelf");
+    let container = Arc::new(Sidecar::default());
+    let routes = Router::new().route("/livez", axum::routing::get(|| async { "ok" }));
+    let at = served(routes.fallback(sidecar).with_state(Arc::clone(&container))).await;
+    let at = Endpoint { url: at, headers: vec![] };
+    let away = Conversations {
+        fleet: String::from("fleet"),
+        shelf: Arc::new(Directory::new(root.clone())),
+        client: build::client().unwrap(),
+        spool: scratch.0.clone(),
+        keep: 2,
+        keep_for: None,
+        max_size: 1 << 20,
+    };
+    let talk = session("talk");
+    let was: Vec<u8> = (0..300_000_u32).flat_map(u32::to_le_bytes).collect();
+    let mut last = None;
+    for n in 0..4_u8 {
+        *container.has.lock().unwrap() = [&was[..], &[n]].concat();
+        last = Some(away.put_away(&talk, &at, "the-token", Timestamp::now()).await.unwrap());
+    }
+    let last = last.unwrap();
+    assert_eq!(last.conversation.as_deref(), Some("the-one"));
+    assert_eq!(away.shelf.list("fleet/talk/").await.unwrap().len(), 2, "the last two are kept");
+    container.has.lock().unwrap().clear();
+    away.bring(&last.name, &at, "the-token").await.unwrap();
+    assert!(*container.has.lock().unwrap() == [&was[..], &[3]].concat());
+    // Whose token is another's, who works, who refuses, who is not there.
+    let refused = away.put_away(&talk, &at, "another", Timestamp::now()).await;
+    assert!(matches!(refused, Err(Error::Lasting(_))), "{refused:?}");
+    for (status, passing) in [(409, true), (503, true), (413, false), (403, false)] {
+        *container.says.lock().unwrap() = Some(StatusCode::from_u16(status).unwrap());
+        let said = away.put_away(&talk, &at, "the-token", Timestamp::now()).await.unwrap_err();
+        assert_eq!(matches!(said, Error::Passing(_)), passing, "{said}");
+        assert_eq!(said.to_string(), format!("the sidecar says {status}: because"));
+    }
+    *container.says.lock().unwrap() = None;
+    let nobody = Endpoint { url: String::from("http://127.0.0.1:1"), headers: vec![] };
+    assert!(matches!(away.bring(&last.name, &nobody, "the-token").await, Err(Error::NotYet(_))));
+    // What is damaged is brought nowhere.
+    container.has.lock().unwrap().clear();
+    let path = root.join(&last.name);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    assert!(matches!(away.bring(&last.name, &at, "the-token").await, Err(Error::Lasting(_))));
+    assert!(container.has.lock().unwrap().is_empty());
+    // What compresses badly is too large, and nothing of it is left.
+    let noise = ring::rand::SystemRandom::new();
+    let mut large = vec![0; 2 << 20];
+    ring::rand::SecureRandom::fill(&noise, &mut large).unwrap();
+    *container.has.lock().unwrap() = large;
+    assert!(matches!(away.put_away(&session("large"), &at, "the-token", Timestamp::now()).await, Err(Error::Lasting(_))));
+    assert_eq!(away.shelf.list("fleet/large/").await.unwrap(), Vec::<String>::new());
+    let spooled = |path: &Path| std::fs::read_dir(path).unwrap().filter(|entry| entry.as_ref().unwrap().path().is_file()).count();
+    assert_eq!(spooled(&scratch.0), 0, "nothing is left on the way");
+}
+
+#[tokio::test]
+async fn what_nobody_needs_is_swept_and_nothing_else() {
+    let scratch = Scratch::new();
+    let store = store::memory().await.unwrap();
+    let now = Timestamp::now();
+    let name = |session: &str, at: Timestamp| format!("fleet/{session}/0000000001-{:015}-x.tar.gz", at.as_millisecond());
+    let shelf = Arc::new(Directory::new(scratch.0.join("shelf")));
+    for (id, phase) in [("lives", Phase::Paused), ("over", Phase::Destroyed), ("failed", Phase::Failed)] {
+        let mut kept = session(id);
+        kept.phase = phase;
+        store.insert(&kept).await.unwrap();
+    }
+    let file = scratch.file("in", b"x");
+    let after = now + Duration::from_secs(60);
+    for name in
+        [name("lives", now), name("over", now), name("failed", now), name("nobody", after), name("before", Timestamp::UNIX_EPOCH)]
+    {
+        shelf.put(&name, &file).await.unwrap();
+    }
+    shelf.put("fleet/notes", &file).await.unwrap();
+    let mut away = Conversations {
+        fleet: String::from("fleet"),
+        shelf: shelf.clone(),
+        client: build::client().unwrap(),
+        spool: scratch.0.clone(),
+        keep: 2,
+        keep_for: Some(Duration::from_secs(3600)),
+        max_size: 1 << 20,
+    };
+    let later = now + Duration::from_secs(600);
+    assert_eq!(away.sweep(&store, later).await.unwrap(), 0, "they are kept for an hour");
+    away.keep_for = None;
+    assert_eq!(away.sweep(&store, later).await.unwrap(), 2);
+    let left = shelf.list("fleet/").await.unwrap();
+    let expected = [name("before", Timestamp::UNIX_EPOCH), name("failed", now), name("lives", now), String::from("fleet/notes")];
+    assert_eq!(left, expected, "older than the store, wanted perhaps, alive, or no conversation");
+}
