@@ -853,13 +853,18 @@ impl Config {
             (Some(Value::Token(token)), _) => return token.clone(),
             (_, Some(path)) => Token::read(&path).map_err(|error| format!("{}: {error}", path.display())),
             _ => return Token::None,
+        };
         token.unwrap_or_else(|error| {
             tracing::error!(%error, "the fleet's token cannot be read: nothing is told to it, and nothing taken from it");
             Token::Lost
+        })
+    }
+
     /// What is served of a conversation whose CLI finds its directories there, if anything is.
     pub(crate) fn conversation(&self, places: &Places) -> Option<conversation::Options> {
         if !self.switch("conversation.serve") {
             return None;
+        }
         let config = self.path("conversation.config").or_else(|| places.config.clone());
         let workspace = self.path("conversation.workspace").unwrap_or_else(|| places.cwd.clone());
         let roots = [("config", config), ("workspace", Some(workspace))];
@@ -873,6 +878,9 @@ impl Config {
             exclude: exclude.into_iter().flat_map(|text| text.split(',')).map(|name| name.trim().to_owned()).collect(),
             max_size: self.count("conversation.max_size").unwrap_or(u64::MAX),
             container: self.text("fleet.container").to_owned(),
+        })
+    }
+
     /// Who tells the fleet, if there is one.
     pub(crate) fn fleet(&self) -> Option<Voice> {
         let url = self.value("fleet.url").map(|_| self.text("fleet.url").trim_end_matches('/'))?;
@@ -887,10 +895,15 @@ impl Config {
             every: self.time("fleet.report_every").unwrap_or(REPORT_EVERY),
             lease: self.time("fleet.lease"),
             grace: self.time("fleet.grace").unwrap_or(LEASE_GRACE),
+        };
         Some(Voice::new(options))
+    }
+
     /// How long a start waits for a conversation.
     pub(crate) fn conversation_wait(&self) -> Duration {
         self.time("conversation.wait").unwrap_or_default()
+    }
+
     pub(crate) fn ledger(&self) -> Option<PathBuf> {
         self.path("ledger.path")
     }
