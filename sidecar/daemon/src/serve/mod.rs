@@ -137,7 +137,7 @@ impl Recipe {
             }
         }
         for flag in ["--print", "--verbose"] {
-            if !has(flag) && !(flag == "--print" && has("-p")) {
+            if !(has(flag) || flag == "--print" && has("-p")) {
                 more.push(flag.to_owned());
             }
         }

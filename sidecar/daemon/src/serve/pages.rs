@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, AUTHORIZATION, HeaderValue, ORIGIN, RETRY_AFTER, WWW_AUTHENTICATE};
+use hyper::header::{ALLOW, AUTHORIZATION, HeaderName, HeaderValue, ORIGIN, RETRY_AFTER, WWW_AUTHENTICATE};
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Deserialize;
@@ -43,7 +43,7 @@ pub(super) async fn serve(listener: TcpListener, house: Arc<House>) {
                     let service = hyper::service::service_fn(|request: Request<Incoming>| {
                         let house = Arc::clone(&house);
                         async move {
-                            let mut answer = house.answer(request).await.unwrap_or_else(|refused| refused);
+                            let mut answer = house.answer(request).await.unwrap_or_else(Refused::answer);
                             page::harden(&mut answer);
                             Ok::<_, Infallible>(answer)
                         }
@@ -71,8 +71,29 @@ fn say(status: StatusCode, value: &Value) -> Answer {
     reply(status, "application/json", value.to_string().into_bytes())
 }
 
-fn refuse(status: StatusCode, message: &str) -> Answer {
-    say(status, &json!({"message": message}))
+/// Why something is not done.
+struct Refused {
+    status: StatusCode,
+    message: String,
+    header: Option<(HeaderName, &'static str)>,
+}
+
+impl Refused {
+    fn with(self, name: HeaderName, value: &'static str) -> Refused {
+        Refused { header: Some((name, value)), ..self }
+    }
+
+    fn answer(self) -> Answer {
+        let mut answer = say(self.status, &json!({"message": self.message}));
+        if let Some((name, value)) = self.header {
+            answer.headers_mut().insert(name, HeaderValue::from_static(value));
+        }
+        answer
+    }
+}
+
+fn refuse(status: StatusCode, message: &str) -> Refused {
+    Refused { status, message: message.to_owned(), header: None }
 }
 
 /// 1 to 64 letters, digits, `-` and `_`, the first a letter or digit.
@@ -90,12 +111,12 @@ fn word(state: State) -> &'static str {
 }
 
 impl House {
-    async fn answer(self: &Arc<Self>, request: Request<Incoming>) -> Result<Answer, Answer> {
+    async fn answer(self: &Arc<Self>, request: Request<Incoming>) -> Result<Answer, Refused> {
         let path = request.uri().path().to_owned();
         let segments: Vec<&str> = path.split('/').skip(1).collect();
         // A probe has no token.
         if segments == ["health"] {
-            allowed(&request, &[Method::GET, Method::HEAD])?;
+            allowed(&request, "GET, HEAD")?;
             return Ok(say(StatusCode::OK, &json!({"status": "ok"})));
         }
         self.judge(&request)?;
@@ -105,16 +126,16 @@ impl House {
         };
         match segments.as_slice() {
             ["sessions"] => {
-                allowed(&request, &[Method::GET, Method::HEAD])?;
+                allowed(&request, "GET, HEAD")?;
                 Ok(say(StatusCode::OK, &json!({"sessions": self.list()})))
             }
             ["sessions", id] => {
-                allowed(&request, &[Method::GET, Method::HEAD, Method::DELETE])?;
+                allowed(&request, "GET, HEAD, DELETE")?;
                 named(id)?;
                 if request.method() == Method::DELETE { self.end(id) } else { self.show(id) }
             }
             ["sessions", id, "messages"] => {
-                allowed(&request, &[Method::POST])?;
+                allowed(&request, "POST")?;
                 named(id)?;
                 let message = read(request).await?;
                 self.message(id, message)
@@ -123,7 +144,7 @@ impl House {
         }
     }
 
-    fn judge(&self, request: &Request<Incoming>) -> Result<(), Answer> {
+    fn judge(&self, request: &Request<Incoming>) -> Result<(), Refused> {
         let token = match &self.options.token {
             Token::Is(token) => token.as_slice(),
             // Whoever reaches loopback may talk, but no page that somebody has open in a browser there.
@@ -132,7 +153,9 @@ impl House {
                 if site || request.headers().contains_key(ORIGIN) {
                     return Err(refuse(StatusCode::FORBIDDEN, "not from a page in a browser"));
                 }
-                return page::misdirected(request, self.options.page_host.as_deref()).map_or(Ok(()), Err);
+                let strange = page::misdirected(request, self.options.page_host.as_deref()).is_some();
+                let what = "not under this name: use an address or localhost, or say --page-host NAME";
+                return if strange { Err(refuse(StatusCode::MISDIRECTED_REQUEST, what)) } else { Ok(()) };
             }
             Token::None | Token::Lost => &[],
         };
@@ -144,17 +167,11 @@ impl House {
         if !token.is_empty() && bool::from(said.ct_eq(token)) {
             return Ok(());
         }
-        let mut refused = refuse(StatusCode::UNAUTHORIZED, "say the token: Authorization: Bearer …");
-        refused.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-        Err(refused)
+        Err(refuse(StatusCode::UNAUTHORIZED, "say the token: Authorization: Bearer …").with(WWW_AUTHENTICATE, "Bearer"))
     }
 
-    fn message(self: &Arc<Self>, id: &str, message: String) -> Result<Answer, Answer> {
-        let later = |status, what: &str| {
-            let mut refused = refuse(status, what);
-            refused.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
-            refused
-        };
+    fn message(self: &Arc<Self>, id: &str, message: String) -> Result<Answer, Refused> {
+        let later = |status, what: &str| refuse(status, what).with(RETRY_AFTER, "5");
         let talk = self.admit(id).map_err(|refusal| match refusal {
             Refusal::Busy => later(StatusCode::CONFLICT, "its turn before is not over"),
             Refusal::Full => later(StatusCode::SERVICE_UNAVAILABLE, "as many agents work as may"),
@@ -180,7 +197,7 @@ impl House {
         all.iter().map(|(id, conversation)| json!({"id": id, "state": word(state(id)), "conversation": conversation})).collect()
     }
 
-    fn show(&self, id: &str) -> Result<Answer, Answer> {
+    fn show(&self, id: &str) -> Result<Answer, Refused> {
         let (talk, conversation) = (self.talk(id), self.conversation(id));
         if talk.is_none() && conversation.is_none() {
             return Err(refuse(StatusCode::NOT_FOUND, "there is no such session"));
@@ -190,7 +207,7 @@ impl House {
     }
 
     /// Its agent ends, and its conversation is not gone on with.
-    fn end(&self, id: &str) -> Result<Answer, Answer> {
+    fn end(&self, id: &str) -> Result<Answer, Refused> {
         let talk = self.talk(id);
         if let Some(talk) = &talk {
             talk.end();
@@ -202,19 +219,14 @@ impl House {
     }
 }
 
-fn allowed(request: &Request<Incoming>, methods: &[Method]) -> Result<(), Answer> {
-    if methods.contains(request.method()) {
+fn allowed(request: &Request<Incoming>, methods: &'static str) -> Result<(), Refused> {
+    if methods.split(", ").any(|method| method == request.method().as_str()) {
         return Ok(());
     }
-    let mut refused = refuse(StatusCode::METHOD_NOT_ALLOWED, "not with this method");
-    let names: Vec<&str> = methods.iter().map(Method::as_str).collect();
-    if let Ok(names) = HeaderValue::from_str(&names.join(", ")) {
-        refused.headers_mut().insert(ALLOW, names);
-    }
-    Err(refused)
+    Err(refuse(StatusCode::METHOD_NOT_ALLOWED, "not with this method").with(ALLOW, methods))
 }
 
-async fn read(request: Request<Incoming>) -> Result<String, Answer> {
+async fn read(request: Request<Incoming>) -> Result<String, Refused> {
     let bytes = match tokio::time::timeout(CLIENT, Limited::new(request.into_body(), MESSAGE).collect()).await {
         Ok(Ok(body)) => body.to_bytes(),
         Ok(Err(error)) if error.is::<LengthLimitError>() => {
