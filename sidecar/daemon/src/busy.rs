@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use agent_sidecar_core::update::Activity;
 use agent_sidecar_core::{Monitor, Now};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::header::{CONTENT_TYPE, HeaderValue, USER_AGENT};
 use hyper::{Method, Request, Uri};
@@ -59,6 +59,11 @@ impl Word {
             word = Word { busy: true, state, until: Some((unix + lease).as_secs()) };
         }
         word
+    }
+
+    /// How long it may be believed from now.
+    pub(crate) fn for_seconds(&self) -> u64 {
+        self.until.map_or(0, |until| until.saturating_sub(crate::supervise::unix().as_secs()))
     }
 
     pub(crate) fn json(&self) -> Vec<u8> {
@@ -159,7 +164,8 @@ impl Teller {
         let json = word.json();
         let written = self.lease.file.as_deref().map_or(Ok(()), |path| replace(path, &json));
         let written = written.map_err(|error| format!("the file cannot be written: {error}"));
-        let posted = self.lease.webhook.as_ref().map_or(Ok(()), |uri| post(uri, &self.lease.headers, json));
+        let posted =
+            self.lease.webhook.as_ref().map_or(Ok(()), |uri| post("the webhook", uri, &self.lease.headers, json).map(drop));
         let failed = written.and(posted).err();
         match (&failed, self.failing) {
             (Some(error), false) => {
@@ -188,8 +194,11 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     written
 }
 
-/// A client for each post: they are rare, and a connection that lies idle between them would be dead as often as not.
-fn post(uri: &Uri, headers: &Headers, json: Vec<u8>) -> Result<(), String> {
+/// An answer is a line.
+const ANSWER_MOST: usize = 16 * 1024;
+
+/// A client for each post: they are rare, and a connection that lies idle between them would be dead as often as not. What is answered.
+pub(crate) fn post(whom: &str, uri: &Uri, headers: &Headers, json: Vec<u8>) -> Result<Vec<u8>, String> {
     let roots = rustls::RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
     let tls = rustls::ClientConfig::builder_with_provider(provider)
@@ -210,15 +219,22 @@ fn post(uri: &Uri, headers: &Headers, json: Vec<u8>) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
     let answer = runtime.block_on(async {
         let client = Client::builder(TokioExecutor::new()).build::<_, Full<Bytes>>(connector);
-        tokio::time::timeout(ANSWER, client.request(request)).await
+        tokio::time::timeout(ANSWER, async {
+            let response = client.request(request).await?;
+            let status = response.status();
+            // Whether it is all of it matters to nobody who does not read it.
+            let body = Limited::new(response.into_body(), ANSWER_MOST).collect().await;
+            Ok::<_, hyper_util::client::legacy::Error>((status, body.map(|body| body.to_bytes().to_vec()).unwrap_or_default()))
+        })
+        .await
     });
     match answer {
-        Ok(Ok(response)) if response.status().is_success() => Ok(()),
-        Ok(Ok(response)) => Err(format!("the webhook answers {}", response.status())),
+        Ok(Ok((status, body))) if status.is_success() => Ok(body),
+        Ok(Ok((status, _))) => Err(format!("{whom} answers {status}")),
         // The address may hold a token: it is not repeated.
-        Ok(Err(error)) if error.is_connect() => Err(String::from("the webhook cannot be reached")),
-        Ok(Err(_)) => Err(String::from("the webhook breaks off")),
-        Err(_) => Err(format!("the webhook does not answer within {ANSWER:?}")),
+        Ok(Err(error)) if error.is_connect() => Err(format!("{whom} cannot be reached")),
+        Ok(Err(_)) => Err(format!("{whom} breaks off")),
+        Err(_) => Err(format!("{whom} does not answer within {ANSWER:?}")),
     }
 }
 

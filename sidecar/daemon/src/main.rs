@@ -15,6 +15,7 @@ mod export;
 mod feed;
 mod fence;
 mod files;
+mod fleet;
 mod hang;
 mod http;
 mod hub;

@@ -13,6 +13,7 @@ use agent_sidecar_core::launch::{Launch, Mode};
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode as LimitMode, Rule, Scope};
 use agent_sidecar_core::log::Logs;
 use agent_sidecar_core::metric;
+use agent_sidecar_core::order::Order;
 use agent_sidecar_core::record::{Fact, Record};
 use agent_sidecar_core::update::{ExitReason, Update};
 use agent_sidecar_core::who::{Guarded, Learn, Shared, Who};
@@ -24,8 +25,10 @@ use crate::conversation::{self, Conversation, Fetched};
 use crate::disk;
 use crate::export::otlp;
 use crate::export::otlp::pipeline::Pipeline;
+use crate::export::prometheus;
 use crate::feed::Feed;
 use crate::fence::{self, HoldDir};
+use crate::fleet::{Agents, Said, Voice};
 use crate::hang::within;
 use crate::http::{self, Scrapes, Site};
 use crate::hub::{self, Guest, Hours, NoSeat, Payer, Place, Seat, Share, Teller, Turn};
@@ -122,6 +125,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         Meet::Alone | Meet::Nowhere => Fetched::default(),
     };
     let conversation = config.conversation(&places);
+    // Who only asks for a version has nothing to tell, and may be gone before it is told.
+    let fleet = if launch.asks_model { config.fleet() } else { None };
     let hold_dir = if turn.hold_file(&nonce).is_some() { hold_dir(user.as_ref(), &nonce) } else { None };
     let hold_file = hold_dir.as_ref().map(HoldDir::file).or_else(|| turn.hold_file(&nonce));
     let settings = Settings {
@@ -230,7 +235,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let inlet = pipeline.as_ref().map(Pipeline::inlet);
     let hours = launch.asks_model.then(|| hours(config, &turn, &nonce)).flatten();
     let share = if let Meet::At(turn) = turn {
-        join(config, turn, &nonce, who, hold_file, seat.as_ref(), &handle, &counts, conversation.clone())
+        join(config, turn, &nonce, who, hold_file, seat.as_ref(), &handle, &counts, (conversation.clone(), fleet.clone()))
     } else {
         None
     };
@@ -350,6 +355,13 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             }
         }));
     }
+    if let Some(fleet) = fleet {
+        if alone {
+            fleet.speak_for(Own { handle: handle.clone(), lease: config.busy().length });
+        }
+        // When all that there is was counted; before others are told that it works no more, and while it may be scraped.
+        last.push(Box::new(move |_| fleet.last()));
+    }
     if let Some(hold_dir) = hold_dir {
         last.push(Box::new(move |_| drop(within(Duration::ZERO, move || drop(hold_dir)))));
     }
@@ -412,6 +424,34 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         None if code == 0 && without_result.load(Relaxed) => CUT_SHORT,
         None => code,
     })
+}
+
+/// An agent that meets no other, to the fleet.
+struct Own {
+    handle: Handle,
+    lease: Duration,
+}
+
+impl Agents for Own {
+    fn say(&self) -> Option<Said> {
+        let lease = self.lease;
+        http::visit_blocking(&self.handle, move |monitor, now| {
+            let sessions = monitor.report().sessions().iter().filter_map(|session| session.session_id.clone()).collect();
+            let metrics = prometheus::text(monitor.meters(), &monitor.who().labels());
+            Said { word: busy::Word::of(monitor, now, lease), metrics, sessions }
+        })
+    }
+
+    fn busy(&self) -> Option<bool> {
+        let lease = self.lease;
+        let busy = http::visit_blocking(&self.handle, move |monitor, now| busy::Word::of(monitor, now, lease).busy);
+        busy.or_else(|| self.handle.visit(|_, _| {}).then_some(true))
+    }
+
+    fn end(&self) {
+        let order = Order { stop: true, ..Order::default() };
+        self.handle.visit(move |monitor, now| monitor.handle(now, Input::Ordered(&order)));
+    }
 }
 
 /// Waits for the conversation that the agent is to go on with: without it, it would begin another.
@@ -678,13 +718,13 @@ fn join(
     seat: Option<&Arc<Seat>>,
     handle: &Handle,
     counts: &Arc<otlp::Counts>,
-    conversation: Option<conversation::Options>,
+    (conversation, fleet): (Option<conversation::Options>, Option<Voice>),
 ) -> Option<Share> {
     if turn.is_deaf() {
         handle.visit(|monitor, _| monitor.meters_mut().set(&metric::DEGRADED, &["http"], 1.0));
     }
     let shares = config.rules().iter().any(|rule| rule.is_shared() && rule.mode != LimitMode::Off);
-    let options = hub::Options { labels: who.labels(), conversation, ..config.hub_options() };
+    let options = hub::Options { labels: who.labels(), conversation, fleet, ..config.hub_options() };
     let teller = Teller {
         run: nonce.to_owned(),
         hold_file: hold_file.unwrap_or_else(|| turn.place().hold_file(nonce)),

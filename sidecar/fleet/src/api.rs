@@ -21,7 +21,7 @@ use utoipa::{Modify, OpenApi, ToSchema};
 use crate::config::{Caller, Config, TEMPLATE_LABEL};
 use crate::lifecycle::Phase;
 use crate::provider;
-use crate::service::{self, Fleet};
+use crate::service::{self, Fleet, Lease, NotHeard, Told};
 use crate::session::{Pattern, Session, SessionId, Wanted};
 use crate::store::{self, Filter, HookRun, Inserted};
 
@@ -200,6 +200,20 @@ type Answer<T> = Result<T, Failure>;
 /// Whose token came with the request.
 struct Who(Caller);
 
+/// What was sent as one.
+struct Bearer(String);
+
+impl FromRequestParts<Api> for Bearer {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Api) -> Answer<Self> {
+        let token = parts.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let token = token.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+        let what = "the container's bearer token is needed";
+        token.map(|(_, token)| Bearer(token.trim().to_owned())).ok_or_else(|| Failure(StatusCode::UNAUTHORIZED, what.to_owned()))
+    }
+}
+
 impl FromRequestParts<Api> for Who {
     type Rejection = Failure;
 
@@ -330,6 +344,20 @@ async fn create(State(api): State<Api>, who: Who, Body(new): Body<NewSession>) -
         response.headers_mut().insert(LOCATION, location);
     }
     Ok(response)
+}
+
+#[utoipa::path(post, path = "/v1/containers/{key}/report", params(("key" = String, Path)), request_body = Told, security(("token" = [])),
+    responses(
+        (status = 200, body = Lease), (status = 400, body = Wrong), (status = 401, description = "Not this container's token.", body = Wrong),
+        (status = 413, body = Wrong), (status = 415, body = Wrong), (status = 503, body = Wrong)))]
+async fn report(State(api): State<Api>, Named(key): Named, bearer: Bearer, Body(told): Body<Told>) -> Answer<axum::Json<Lease>> {
+    let Bearer(token) = bearer;
+    match api.fleet.reported(&key, &token, &told).await {
+        Ok(lease) => Ok(axum::Json(lease)),
+        Err(NotHeard::Failed(error)) => Err(error.into()),
+        Err(NotHeard::Nonsense(what)) => Err(Failure(StatusCode::BAD_REQUEST, what.to_owned())),
+        Err(stranger @ NotHeard::Stranger) => Err(Failure(StatusCode::UNAUTHORIZED, stranger.to_string())),
+    }
 }
 
 #[utoipa::path(get, path = "/v1/sessions", params(Which), security(("token" = [])),
@@ -496,8 +524,8 @@ impl Modify for Token {
 #[derive(OpenApi)]
 #[openapi(
     info(title = "agent-fleet", description = "Containers for agents: created, watched, put to sleep, woken and destroyed."),
-    paths(create, list, show, destroy, pause, resume, logs, hooks, livez, readyz, metrics),
-    components(schemas(NewSession, View, Views, Wrong)),
+    paths(create, list, show, destroy, pause, resume, logs, hooks, report, livez, readyz, metrics),
+    components(schemas(NewSession, View, Views, Wrong, Told, Lease)),
     modifiers(&Token)
 )]
 struct Document;
@@ -527,6 +555,7 @@ pub fn router(api: Api) -> Router {
         .route("/v1/sessions/{id}/resume", post(resume))
         .route("/v1/sessions/{id}/logs", get(logs))
         .route("/v1/sessions/{id}/hooks", get(hooks))
+        .route("/v1/containers/{key}/report", post(report))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))

@@ -14,7 +14,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// A container has at most 1,500 series; more than this is no sidecar.
 const MOST: usize = 4 << 20;
 /// A container may say what it likes: more than this is not believed. Infinity has no JSON, and a session that has it could not be read again.
-const USD_MOST: f64 = 1e9;
+pub(crate) const USD_MOST: f64 = 1e9;
 const COST: &str = "claude_agent_cost_usd_total";
 
 /// Who is asked.

@@ -612,6 +612,10 @@ pub fn saw(session: &mut Session, sandbox: &Sandbox, policy: &Policy, price: &Pr
 
 /// What its sidecar has said. One that says less than before has begun anew, and what was before is not forgotten.
 pub fn heard(session: &mut Session, report: &Report) {
+    // An answer that was on its way while the sidecar spoke by itself is older than that.
+    if session.report.as_ref().is_some_and(|last| last.at > report.at) {
+        return;
+    }
     if let Some(last) = &session.report
         && report.cost_usd + ROUNDED < last.cost_usd
     {

@@ -30,6 +30,10 @@ use crate::session::{Report, Session, SessionId, Wanted};
 use crate::store::{self, Filter, Inserted, Store};
 use crate::token::Tokens;
 
+mod reported;
+
+pub use reported::{Lease, NotHeard, Told};
+
 /// How long a fleet that is not heard of keeps its sessions, unless somebody says otherwise.
 pub const LEASE: Duration = Duration::from_secs(30);
 /// How often the store is asked what is due, when nobody says so.
@@ -621,7 +625,9 @@ impl Fleet {
 
     /// What was put away of a session that is over goes with it, unless it is to be kept for a while; what is left then, [`Self::sweep`] finds.
     async fn forget(&self, session: &Session) {
-        let away = self.away.as_ref().filter(|away| away.keep_for.is_none() && session.is_over() && session.archive.is_some());
+        // What has failed may not have failed by itself: its conversation is not gone at once.
+        let gone = session.phase == Phase::Destroyed && session.archive.is_some();
+        let away = self.away.as_ref().filter(|away| away.keep_for.is_none() && gone);
         if let Some(away) = away
             && let Err(error) = away.forget(&session.id).await
         {
@@ -654,6 +660,10 @@ impl Fleet {
     }
 
     async fn ask(&self, session: &Session, provider: &Arc<dyn Provider>) -> Result<Report, String> {
+        // Who tells is not asked.
+        if let Some(report) = reported::fresh(session, self.now()) {
+            return Ok(report);
+        }
         let port = self.policies.port(session);
         let endpoint = provider.endpoint(native(session), port).await.map_err(|error| error.to_string())?;
         self.inside.report(&endpoint, self.now()).await

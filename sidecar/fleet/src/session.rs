@@ -100,6 +100,21 @@ pub struct Report {
     pub conversation: Option<String>,
 }
 
+/// What a sidecar has told by itself last, beside its [`Report`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pushed {
+    /// Of which container.
+    pub generation: u32,
+    /// Who spoke, and which word of its it was.
+    pub run: String,
+    pub seq: u64,
+    /// When it came, by the fleet's clock.
+    pub at: Timestamp,
+    pub every_seconds: u64,
+    /// What the container's memory is.
+    pub memory_bytes: f64,
+}
+
 /// A session, as it is kept. What changes it goes through [`crate::store::Store`], with its `version`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Session {
@@ -154,6 +169,8 @@ pub struct Session {
     pub conversation: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report: Option<Report>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pushed: Option<Pushed>,
     /// What its earlier containers' agents have cost, in USD.
     #[serde(default)]
     pub cost_before_usd: f64,
@@ -216,6 +233,7 @@ impl Session {
             archive: None,
             conversation: None,
             report: None,
+            pushed: None,
             cost_before_usd: 0.0,
             container_seconds: 0.0,
             container_usd: 0.0,

@@ -26,6 +26,7 @@ use crate::busy::{self, Lease};
 use crate::conversation::{self, Root};
 use crate::export::otlp::environment::{Headers, Own};
 use crate::files;
+use crate::fleet::{self, Voice};
 use crate::hub::gate::{Keys, Token};
 use crate::hub::users::{self, Member};
 use crate::hub::{Meeting, Zone};
@@ -40,6 +41,10 @@ pub(crate) const DEFAULT_FILE: &str = "/etc/agent-sidecar/config.toml";
 
 /// Where a lease was unset: it cannot be none.
 const BUSY_LEASE: Duration = Duration::from_secs(60);
+
+/// Where these were unset.
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+const LEASE_GRACE: Duration = Duration::from_secs(60);
 
 /// One thing that can be set.
 #[derive(Debug)]
@@ -515,14 +520,15 @@ impl Config {
         // A signal skips the interrupt: what has to fit is the rest, and the reading of the last numbers.
         let flush = if self.value("otlp.endpoint").is_some() { self.time("otlp.flush") } else { None };
         let webhook = self.value("busy.webhook").map(|_| busy::ANSWER);
-        let after = self.linger() + flush.unwrap_or_default() + webhook.unwrap_or_default();
+        let fleet = self.value("fleet.url").map(|_| busy::ANSWER);
+        let after = self.linger() + flush.unwrap_or_default() + webhook.unwrap_or_default() + fleet.unwrap_or_default();
         let needed = self.patience().end + self.patience().terminate + after;
         let grace = self.time("stop.platform_grace").unwrap_or(Duration::MAX);
         if needed >= grace {
             mistakes.push(Mistake {
                 origin: self.values["stop.platform_grace"].origin.clone(),
                 what: format!(
-                    "a stop may take {needed:?} (stop.end + stop.terminate + linger, and where they are used otlp.flush and 2s for busy.webhook), and the platform kills after {grace:?}"
+                    "a stop may take {needed:?} (stop.end + stop.terminate + linger, and where they are used otlp.flush and 2s each for busy.webhook and fleet.url), and the platform kills after {grace:?}"
                 ),
                 remedy: String::from(
                     "raise the platform's grace period and `stop.platform_grace` with it, or shorten the others",
@@ -749,6 +755,7 @@ impl Config {
             patrol: self.patrol(),
             members: Vec::new(),
             conversation: self.conversation(&Places::of(&[], None)),
+            fleet: self.fleet(),
         }
     }
 
@@ -828,6 +835,24 @@ impl Config {
             max_size: self.count("conversation.max_size").unwrap_or(u64::MAX),
             container: self.text("fleet.container").to_owned(),
         })
+    }
+
+    /// Who tells the fleet, if there is one.
+    pub(crate) fn fleet(&self) -> Option<Voice> {
+        let url = self.value("fleet.url").map(|_| self.text("fleet.url").trim_end_matches('/'))?;
+        let to = format!("{url}/v1/containers/{}/report", self.text("fleet.container"));
+        let options = fleet::Options {
+            to: to
+                .parse()
+                .inspect_err(|_| tracing::error!("`fleet.url` and `fleet.container` make no URL: the fleet is told nothing"))
+                .ok()?,
+            headers: fleet::bearer(self.fleet_token().word()?)?,
+            session: self.text("fleet.session").to_owned(),
+            every: self.time("fleet.report_every").unwrap_or(REPORT_EVERY),
+            lease: self.time("fleet.lease"),
+            grace: self.time("fleet.grace").unwrap_or(LEASE_GRACE),
+        };
+        Some(Voice::new(options))
     }
 
     /// How long a start waits for a conversation.

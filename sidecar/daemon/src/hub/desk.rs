@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use agent_sidecar_core::budget::{Caps, Standing};
@@ -28,6 +28,7 @@ use crate::busy::Word;
 use crate::conversation::{self, Conversation};
 use crate::export::prometheus::{self, Exposed};
 use crate::feed::Feed;
+use crate::fleet::{Agents, Said, Voice};
 
 /// See the module's head.
 pub(crate) struct Desk {
@@ -67,6 +68,8 @@ pub(crate) struct Options {
     /// Other users whose wrappers are served.
     pub(crate) members: Vec<Member>,
     pub(crate) conversation: Option<conversation::Options>,
+    /// Who is told of all of it.
+    pub(crate) fleet: Option<Voice>,
 }
 
 /// Whose sessions somebody may see. The numbers are for all that reach them.
@@ -153,8 +156,15 @@ impl Desk {
         self.members.iter().any(|member| member.uid == uid)
     }
 
-    /// The exposition, and when it began to be made.
+    /// The exposition, and when it began to be made: somebody scrapes.
     pub(crate) fn metrics(&self) -> (String, u128) {
+        let exposed = self.exposition();
+        // Of the one before: this one is not read yet.
+        self.shelf().registry.house_mut().set(&metric::LAST_SCRAPE, &[], unix());
+        exposed
+    }
+
+    fn exposition(&self) -> (String, u128) {
         if let Some(own) = &self.own {
             own.flush();
         }
@@ -167,10 +177,7 @@ impl Desk {
         };
         // Where nobody's agents are ours, there is nothing to say of them.
         let all: Vec<Exposed> = self.all().map(exposed).collect();
-        let text = prometheus::hub_text(&all);
-        // Of the one before: this one is not read yet.
-        self.shelf().registry.house_mut().set(&metric::LAST_SCRAPE, &[], unix());
-        (text, began)
+        (prometheus::hub_text(&all), began)
     }
 
     /// Somebody has read, to its end, what began to be made then.
@@ -295,6 +302,18 @@ impl Desk {
         Ok(asked)
     }
 
+    /// Has all agents end: how many there are.
+    fn stop_all(&self) -> std::io::Result<usize> {
+        let mut asked = 0;
+        for (n, (_, living)) in self.named("").into_iter().enumerate().filter(|(_, (_, living))| !living.is_empty()) {
+            let (dir, mode) = self.orders(n);
+            let runs: Vec<String> = living.iter().cloned().collect();
+            orders::change(&dir, mode, |run| living.contains(run), |orders| orders.give(&runs, What::Stop))?;
+            asked += living.len();
+        }
+        Ok(asked)
+    }
+
     /// What the limits of such agents allow.
     pub(crate) fn ceilings(&self, whom: &str, limit: Limit) -> Vec<Option<f64>> {
         let named = self.named(whom);
@@ -325,6 +344,38 @@ impl Desk {
     /// Our own.
     fn shelf(&self) -> MutexGuard<'_, Shelf> {
         self.shelves[0].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Of a container's, so many are named to the fleet.
+const SESSIONS: usize = 100;
+
+/// All agents of the container, to the fleet.
+pub(super) struct All {
+    pub(super) desk: Arc<Desk>,
+    /// The container ends with us, when they have ended.
+    pub(super) ends: bool,
+}
+
+impl Agents for All {
+    fn say(&self) -> Option<Said> {
+        let status = self.desk.status(Sees::All);
+        let sessions = status["sessions"].as_array().into_iter().flatten();
+        let sessions = sessions.filter_map(|session| Some(session["session_id"].as_str()?.to_owned()));
+        let sessions = sessions.take(SESSIONS).collect();
+        Some(Said { word: self.desk.busy(), metrics: self.desk.exposition().0, sessions })
+    }
+
+    fn busy(&self) -> Option<bool> {
+        Some(self.desk.busy().busy)
+    }
+
+    fn end(&self) {
+        match self.desk.stop_all() {
+            Ok(0) if self.ends => std::process::exit(0),
+            Ok(_) => {}
+            Err(error) => tracing::error!(%error, "the agents cannot be told to end"),
+        }
     }
 }
 
@@ -362,6 +413,7 @@ mod tests {
             patrol: false,
             members: Vec::new(),
             conversation: None,
+            fleet: None,
         };
         let desk = Desk::open(&place, &options, None);
         let mut busy = |at: f64| {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::process::WaitOptions;
 
-use super::desk::{Desk, Options, Sees};
+use super::desk::{All, Desk, Options, Sees};
 use super::share::Share;
 use super::{Place, shelf};
 use crate::files;
@@ -104,6 +104,9 @@ impl Turn {
             None => (place.wait()?, None),
         };
         let desk = Arc::new(Desk::open(&place, options, own.clone()));
+        if let Some(fleet) = &options.fleet {
+            fleet.speak_for(All { desk: Arc::clone(&desk), ends: own.is_none() && std::process::id() == 1 });
+        }
         if options.patrol {
             let told = Arc::clone(&desk);
             Patrol::walk(move |n| {
@@ -168,11 +171,15 @@ pub(crate) fn alone(mut place: Place, address: Option<SocketAddr>, options: &Opt
     crate::supervise::hide();
     // All that has to be kept is kept: what is left is to go, also as PID 1, which nothing ends by default.
     let mut signals = signal_hook::iterator::Signals::new([INT, TERM, HUP, CHLD])?;
+    let fleet = options.fleet.clone();
     std::thread::Builder::new().name(String::from("signals")).stack_size(128 * 1024).spawn(move || {
         loop {
             // As PID 1 it is given everybody's orphans.
             while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
             if signals.wait().any(|signal| signal != CHLD) {
+                if let Some(fleet) = &fleet {
+                    fleet.last();
+                }
                 std::process::exit(0);
             }
         }

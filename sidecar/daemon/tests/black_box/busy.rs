@@ -12,8 +12,14 @@ use crate::support::*;
 
 /// A webhook: each request's authorization, and what it said.
 fn webhook(answer: &'static str) -> (String, mpsc::Receiver<(String, Value)>) {
+    let (url, words) = posted("/lease?box=7", answer);
+    (format!("{url}/lease?box=7"), words)
+}
+
+/// The same below any path.
+pub(crate) fn posted(path: &'static str, answer: &'static str) -> (String, mpsc::Receiver<(String, Value)>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}/lease?box=7", listener.local_addr().unwrap());
+    let url = format!("http://{}", listener.local_addr().unwrap());
     let (say, hear) = mpsc::channel();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
@@ -23,7 +29,7 @@ fn webhook(answer: &'static str) -> (String, mpsc::Receiver<(String, Value)>) {
                 let mut line = String::new();
                 reader.read_line(&mut line).unwrap();
                 let Some((name, value)) = line.trim_end().split_once(": ") else {
-                    assert!(line.trim_end().is_empty() || line.starts_with("POST /lease?box=7 "), "{line}");
+                    assert!(line.trim_end().is_empty() || line.starts_with(&format!("POST {path} ")), "{line}");
                     if line.trim_end().is_empty() {
                         break;
                     }

@@ -10,6 +10,7 @@ mod descriptors;
 mod doctor;
 mod exit_codes;
 mod explain;
+mod fleet;
 mod gate;
 mod hang;
 mod http;

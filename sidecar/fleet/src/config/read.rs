@@ -82,7 +82,8 @@ impl<'a> Reader<'a> {
             }
         };
         let conversations = self.tables_at(&mut root, "conversations").and_then(|section| self.conversations(section));
-        if conversations.is_some() && fleet.secret.is_none() {
+        let has_secret = matches!(root.has("fleet"), Some(DeValue::Table(fleet)) if fleet.contains_key("secret"));
+        if root.has("conversations").is_some() && !has_secret {
             let remedy = "add secret = { file = \"…\" } to [fleet]: containers' tokens are made of it";
             self.wrong(at.clone(), "[conversations] wants a secret of the fleet's", remedy);
         }

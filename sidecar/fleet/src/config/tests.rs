@@ -30,7 +30,7 @@ impl Outside for Fake {
             Secret::Env(name) if name == "SHORT" => Ok(Some(Hidden::new(name.clone()))),
             Secret::Env(name) if name == "WHSEC" => Ok(Some(Hidden::new(String::from("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")))),
             Secret::Env(name) => Ok(Some(Hidden::new(name.repeat(40)))),
-            Secret::File(_) | Secret::Provider(_) => Ok(None),
+            Secret::File(_) | Secret::Provider(_) | Secret::Given(_) => Ok(None),
         }
     }
 }
@@ -324,4 +324,61 @@ fn a_secret_that_everybody_can_read_is_a_mistake() {
     std::fs::remove_dir_all(&dir).unwrap();
     assert!(Machine.secret(&secret).unwrap_err().contains("cannot read"));
     assert!(check(&path)[0].to_string().contains("the file cannot be read"));
+}
+
+/// A file whose sessions are put away, with these lines below `[conversations]`.
+fn away(conversations: &str) -> String {
+    let head = HEAD.replace("name = \"prod\"", "name = \"prod\"\nsecret = { env = \"S\" }").replace("ephemeral", "hybrid");
+    format!("{head}archive = true\n[conversations]\n{conversations}\n")
+}
+
+#[test]
+fn where_conversations_are_put_is_read() {
+    let of = |lines: &str| parse(&away(lines)).unwrap().conversations.unwrap();
+    let directory = of("store = \"file:///var/c\"\nkeep_for = \"2d\"\nkeep = 5");
+    assert_eq!(directory.place, Place::Directory(PathBuf::from("/var/c")));
+    assert_eq!((directory.keep, directory.keep_for), (5, Some(Duration::from_secs(2 * 86_400))));
+    let keys = "access_key = { env = \"A\" }\nsecret_key = { env = \"K\" }";
+    let Place::S3(amazon) = of(&format!("store = \"s3://bucket/some/where/\"\nregion = \"eu-central-1\"\n{keys}")).place else {
+        panic!()
+    };
+    assert_eq!((amazon.bucket.as_str(), amazon.prefix.as_str(), amazon.path_style), ("bucket", "some/where", false));
+    assert_eq!(amazon.endpoint, "https://s3.eu-central-1.amazonaws.com");
+    let Place::S3(own) = of(&format!("store = \"s3://bucket\"\nendpoint = \"http://minio:9000\"\n{keys}")).place else {
+        panic!()
+    };
+    assert_eq!((own.endpoint.as_str(), own.path_style), ("http://minio:9000", true));
+    assert!(matches!(of("store = \"postgres://fleet@db/fleet\"").place, Place::Postgres(_)));
+    let config = parse(&away(&format!("store = \"s3://bucket\"\n{keys}"))).unwrap();
+    assert!(config.templates["task"].archive);
+    for said in [config.print(), format!("{config:?}")] {
+        assert!(!said.contains("SSSS") && !said.contains("KKKK") && !said.contains("AAAA"), "{said}");
+    }
+    // Of a machine that this is not, nothing is known of its secrets, and nothing is wrong with them.
+    assert!(Config::parse(Path::new("f.toml"), &away(&format!("store = \"s3://bucket\"\n{keys}")), &Elsewhere).is_ok());
+}
+
+#[test]
+fn what_is_wrong_with_putting_away_is_said() {
+    for (lines, said) in [
+        ("", "[conversations] has no store"),
+        ("store = \"/var/c\"", "is the URL of a directory, of a bucket or of PostgreSQL"),
+        ("store = \"s3:///x\"", "names no bucket"),
+        ("store = \"s3://b\"", "`conversations.access_key` is missing"),
+        ("store = \"file:///c\"\nregion = \"x\"", "`conversations.region` is for S3 alone"),
+        ("store = \"postgres://fleet:hunter2hunter2@db/fleet\"", "has a password in it"),
+        ("store = \"file:///c\"\nkeep = 0", "is zero"),
+        ("store = \"file:///c\"\nmax_size = \"much\"", "is a size"),
+        ("store = \"file:///c\"\nkept_for = \"1d\"", "did you mean `keep_for`?"),
+    ] {
+        let found = mistakes(&away(lines));
+        assert!(found.contains(said) && !found.contains("hunter2"), "{lines}: {found}");
+    }
+    let of = |from: &str, to: &str| mistakes(&away("store = \"file:///c\"").replace(from, to));
+    assert_eq!(of("", ""), "");
+    assert!(of("secret = { env = \"S\" }", "").contains("[conversations] wants a secret of the fleet's"));
+    assert!(of("{ env = \"S\" }", "{ env = \"SHORT\" }").contains("`fleet.secret` has fewer than 32 characters"));
+    assert!(of("hybrid", "long-running").contains("`archive` is for what is put away"));
+    assert!(of("[conversations]\nstore = \"file:///c\"", "").contains("there is no [conversations] to put anything into"));
+    assert!(of("secret = { env = \"S\" }", "url = \"http://fleet:9490\"").contains("`fleet.url` is for containers"));
 }

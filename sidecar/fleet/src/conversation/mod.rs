@@ -24,6 +24,7 @@ use jiff::Timestamp;
 use ring::digest::{Context, SHA256};
 use tokio::sync::mpsc;
 
+use crate::lifecycle::Phase;
 use crate::provider::Endpoint;
 use crate::session::{Session, SessionId};
 use crate::store::Store;
@@ -36,9 +37,16 @@ const ENDING: &str = ".tar.gz";
 const CONNECT: Duration = Duration::from_secs(5);
 /// However large it is; the sidecar gives it as long.
 const LONGEST: Duration = Duration::from_secs(30 * 60);
+/// How long what was put away of a session that has failed is kept at least: somebody may still want it.
+const FAILED_KEPT: Duration = Duration::from_secs(7 * 86_400);
 /// So much at once, and so many of these on their way.
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 16;
+
+/// Whether the CLI can have called a conversation so. It becomes a word of a command line.
+pub fn is_conversation(name: &str) -> bool {
+    (1..=64).contains(&name.len()) && !name.starts_with('-') && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+}
 
 /// What keeps files by their names, which have `/` in them, letters, digits, `-`, `_` and `.`.
 #[async_trait]
@@ -152,7 +160,8 @@ impl Conversations {
     pub async fn put_away(&self, session: &Session, at: &Endpoint, token: &str, now: Timestamp) -> Result<Kept> {
         let asked = self.request(reqwest::Method::GET, at, token);
         let answer = answered(asked.send().await).await?;
-        let conversation = answer.headers().get(NAMED).and_then(|name| name.to_str().ok()).map(str::to_owned);
+        let conversation = answer.headers().get(NAMED).and_then(|name| name.to_str().ok());
+        let conversation = conversation.filter(|name| is_conversation(name)).map(str::to_owned);
         let spooled = self.spooled();
         let (say, hear) = mpsc::channel::<Vec<u8>>(CHUNKS);
         let (path, most) = (spooled.0.clone(), self.max_size);
@@ -259,7 +268,9 @@ impl Conversations {
             if session.as_ref().is_some_and(|session| !session.is_over()) {
                 continue;
             }
-            let kept = self.keep_for.unwrap_or_default();
+            let failed = session.as_ref().is_some_and(|session| session.phase == Phase::Failed);
+            let least = if failed { FAILED_KEPT } else { Duration::ZERO };
+            let kept = self.keep_for.unwrap_or_default().max(least);
             for (name, text) in names {
                 let at = Timestamp::from_millisecond(name.unix_ms).unwrap_or(now);
                 let over = session.as_ref().map_or(at, |session| session.since);

@@ -108,7 +108,7 @@ impl Outside for Said {
     fn secret(&self, secret: &Secret) -> Result<Option<Hidden>, String> {
         match secret {
             Secret::Env(name) => Ok(Some(Hidden::new(name.clone()))),
-            Secret::File(_) | Secret::Provider(_) => Err(String::from("it is not there")),
+            Secret::File(_) | Secret::Provider(_) | Secret::Given(_) => Err(String::from("it is not there")),
         }
     }
 }

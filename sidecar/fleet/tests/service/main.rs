@@ -4,6 +4,7 @@
 
 mod api;
 mod money;
+mod reported;
 mod town;
 
 use std::sync::Arc;

@@ -16,6 +16,7 @@ use agent_fleet::provider::{
 use agent_fleet::service::{Clock, Fleet, Hooks, Policies};
 use agent_fleet::session::{Pattern, Report, Session, SessionId};
 use agent_fleet::store::{self, Store};
+use agent_fleet::token::Tokens;
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 use jiff::Timestamp;
@@ -232,6 +233,9 @@ impl Hooks for Trail {
     }
 }
 
+/// What containers' tokens are made of.
+pub(crate) const SECRET: &str = "0123456789abcdef0123456789abcdef";
+
 pub(crate) struct Same(Policy);
 
 impl Policies for Same {
@@ -290,7 +294,7 @@ impl Town {
         let providers = BTreeMap::from([(String::from("cloud"), Arc::clone(&self.cloud) as Arc<dyn Provider>)]);
         let edges = (hooks, Arc::new(Same(self.policy.clone())) as Arc<dyn Policies>, Arc::clone(&self.words) as Arc<dyn Inside>);
         let fleet = Fleet::new("town", Arc::clone(&self.store), providers, edges, self.tenants.clone(), clock);
-        Arc::new(fleet.with_lease(Duration::from_secs(2)))
+        Arc::new(fleet.with_lease(Duration::from_secs(2)).with_tokens(Some(Tokens::new(SECRET)), None))
     }
 
     pub(crate) async fn get(&self, id: &str) -> Session {

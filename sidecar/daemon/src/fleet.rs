@@ -1,0 +1,251 @@
+//! Tells a fleet whether the agents of this container work and what they spend, and hears from it how long the container may live.
+//!
+//! ```text
+//!   every ten seconds, when work begins or ends, and at the end ──► POST /v1/containers/NAME/report ──► so long you may live
+//!                                                  nothing heard, and that and a grace are over ──► the agents are ended
+//! ```
+//!
+//! A platform whose sandboxes stay awake for whoever asks them is not asked, but told; and one that ends nothing by itself has somebody here who
+//! does. On a thread of its own: no agent waits for a fleet.
+
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use hyper::Uri;
+use hyper::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use serde::{Deserialize, Serialize};
+
+use crate::busy::{self, Word};
+use crate::export::otlp::environment::Headers;
+
+/// How often is looked whether the agents still do what was told last.
+const LOOK: Duration = Duration::from_secs(1);
+/// The end waits for the last word, and for one that is on its way.
+const LAST: Duration = Duration::from_secs(5);
+
+/// Whom to tell, and as whom.
+#[derive(Clone, Debug)]
+pub(crate) struct Options {
+    pub(crate) to: Uri,
+    pub(crate) headers: Headers,
+    pub(crate) session: String,
+    pub(crate) every: Duration,
+    /// Until the fleet says otherwise.
+    pub(crate) lease: Option<Duration>,
+    pub(crate) grace: Duration,
+}
+
+/// As whom we speak.
+pub(crate) fn bearer(token: &str) -> Option<Headers> {
+    let mut value = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
+    value.set_sensitive(true);
+    Some(Headers(HeaderMap::from_iter([(AUTHORIZATION, value)])))
+}
+
+/// What there is to say.
+pub(crate) struct Said {
+    pub(crate) word: Word,
+    /// As somebody who scrapes would read it.
+    pub(crate) metrics: String,
+    pub(crate) sessions: Vec<String>,
+}
+
+/// Who knows it, and can end the agents.
+pub(crate) trait Agents: Send + 'static {
+    /// `None`: nobody knows just now.
+    fn say(&self) -> Option<Said>;
+    /// Whether the agents work, which is looked at often. `None`: nobody will know any more.
+    fn busy(&self) -> Option<bool>;
+    fn end(&self);
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    session: &'a str,
+    /// Who speaks, and which word of its it is: one that comes late, or twice, changes nothing.
+    run: &'a str,
+    seq: u64,
+    busy: bool,
+    /// How long that may be believed. No time of day: clocks differ.
+    busy_seconds: u64,
+    every_seconds: u64,
+    cost_usd: f64,
+    memory_bytes: f64,
+    sessions: &'a [String],
+}
+
+/// What the fleet answers.
+#[derive(Deserialize)]
+struct Answer {
+    lease_seconds: Option<f64>,
+}
+
+const COST: &str = "claude_agent_cost_usd_total";
+const MEMORY: &str = "claude_agent_container_memory_working_set_bytes";
+
+/// Of a metric of an exposition all series, added up.
+fn sum(metrics: &str, name: &str) -> f64 {
+    let of = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
+    let values = metrics.lines().filter(of).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+    // The sum of none is not less than zero.
+    values.filter(|value| value.is_finite()).fold(0.0, |sum, value| sum + value)
+}
+
+/// When the container's life is over, on our own clock.
+struct Lease {
+    ends: Option<Instant>,
+    grace: Duration,
+}
+
+impl Lease {
+    fn new(first: Option<Duration>, grace: Duration, now: Instant) -> Lease {
+        Lease { ends: first.map(|first| now + first), grace }
+    }
+
+    /// It is what was said last: a fleet may lengthen and shorten it.
+    fn renew(&mut self, seconds: Option<f64>, now: Instant) {
+        let seconds = seconds.filter(|seconds| seconds.is_finite() && *seconds >= 0.0);
+        if let Some(length) = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+            && let Some(ends) = now.checked_add(length)
+        {
+            // Who is told once more that it is over was not renewed.
+            let over = self.ends.filter(|before| *before <= now && ends <= now);
+            self.ends = Some(over.unwrap_or(ends));
+        }
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        self.ends.is_some_and(|ends| now.saturating_duration_since(ends) >= self.grace && now > ends)
+    }
+}
+
+/// Speaks for this process, once it is its turn to.
+#[derive(Clone)]
+pub(crate) struct Voice {
+    options: Arc<Options>,
+    /// To the thread, while it speaks: who asks for the last word hears when it was said.
+    ask: Arc<Mutex<Option<mpsc::Sender<mpsc::Sender<()>>>>>,
+}
+
+impl Voice {
+    pub(crate) fn new(options: Options) -> Voice {
+        Voice { options: Arc::new(options), ask: Arc::default() }
+    }
+
+    /// Tells for as long as there is somebody who knows.
+    pub(crate) fn speak_for(&self, agents: impl Agents) {
+        let (ask, asked) = mpsc::channel();
+        *self.ask.lock().unwrap_or_else(PoisonError::into_inner) = Some(ask);
+        let options = Arc::clone(&self.options);
+        let begun = std::thread::Builder::new().name(String::from("fleet")).stack_size(512 * 1024).spawn(move || {
+            rustix::process::nice(crate::supervise::NICE).ok();
+            speak(&options, &agents, &asked);
+        });
+        if let Err(error) = begun {
+            tracing::warn!(%error, "the fleet is not told what the agents spend");
+        }
+    }
+
+    /// Says the last of it, if it is us who speak: what was counted then is told, or was never heard of by the fleet.
+    pub(crate) fn last(&self) {
+        let ask = self.ask.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (say, said) = mpsc::channel();
+        if ask.is_some_and(|ask| ask.send(say).is_ok()) && said.recv_timeout(LAST) == Err(RecvTimeoutError::Timeout) {
+            tracing::warn!("the fleet has not taken the last of what the agents spent");
+        }
+    }
+}
+
+fn speak(options: &Options, agents: &impl Agents, asked: &mpsc::Receiver<mpsc::Sender<()>>) {
+    let run = format!("{:016x}", crate::supervise::random());
+    let mut lease = Lease::new(options.lease, options.grace, Instant::now());
+    let (mut told, mut seq, mut failing, mut over) = (None::<(Instant, bool)>, 0, false, None::<Instant>);
+    loop {
+        let asking = match asked.recv_timeout(if told.is_none() { Duration::ZERO } else { LOOK.min(options.every) }) {
+            Ok(asking) => Some(asking),
+            Err(RecvTimeoutError::Timeout) => None,
+            // The last was said.
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        let Some(busy) = agents.busy() else { return };
+        let due = told.is_none_or(|(at, before)| at.elapsed() >= options.every || before != busy);
+        if due || asking.is_some() {
+            let Some(said) = agents.say() else {
+                std::thread::sleep(LOOK);
+                continue;
+            };
+            seq += 1;
+            let report = Report {
+                session: &options.session,
+                run: &run,
+                seq,
+                busy: said.word.busy && asking.is_none(),
+                busy_seconds: said.word.for_seconds(),
+                every_seconds: options.every.as_secs().max(1),
+                cost_usd: sum(&said.metrics, COST),
+                memory_bytes: sum(&said.metrics, MEMORY),
+                sessions: &said.sessions,
+            };
+            let json = serde_json::to_vec(&report).expect("a report has no keys but names");
+            let answer = busy::post("the fleet", &options.to, &options.headers, json);
+            let answer = answer
+                .and_then(|body| serde_json::from_slice::<Answer>(&body).map_err(|_| String::from("the fleet's answer is none")));
+            match &answer {
+                Ok(answer) => lease.renew(answer.lease_seconds, Instant::now()),
+                Err(error) if !failing => tracing::warn!(%error, "the fleet is not told what the agents spend; it is told again"),
+                Err(_) => {}
+            }
+            failing = answer.is_err();
+            // What was not heard is said again when it is time, and not each second.
+            told = Some((Instant::now(), busy));
+            if let Some(asking) = asking {
+                // Who asked may be gone.
+                asking.send(()).ok();
+                return;
+            }
+        }
+        // Again and again: some may have been started since.
+        if lease.is_over(Instant::now()) && over.is_none_or(|at| at.elapsed() >= options.every) {
+            if over.is_none() {
+                tracing::error!("the container's lease is over and was not renewed: its agents are ended");
+            }
+            over = Some(Instant::now());
+            agents.end();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_over_when_it_was_not_renewed_for_its_grace() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let mut lease = Lease::new(None, second * 60, start);
+        assert!(!lease.is_over(start + second * 100_000), "nobody has said how long");
+        for nonsense in [None, Some(f64::NAN), Some(-1.0), Some(f64::INFINITY), Some(1e300)] {
+            lease.renew(nonsense, start);
+            assert!(!lease.is_over(start + second * 100_000), "{nonsense:?}");
+        }
+        lease.renew(Some(10.0), start);
+        assert!(!lease.is_over(start + second * 69));
+        assert!(lease.is_over(start + second * 70));
+        lease.renew(Some(10.0), start + second * 65);
+        assert!(!lease.is_over(start + second * 134), "it was renewed in its grace");
+        assert!(lease.is_over(start + second * 135));
+        assert!(!Lease::new(Some(second), Duration::ZERO, start).is_over(start));
+        let mut ended = Lease::new(None, second * 60, start);
+        (0..=60).for_each(|n| ended.renew(Some(0.0), start + second * n));
+        assert!(ended.is_over(start + second * 60), "told again and again that it is over");
+    }
+
+    #[test]
+    fn what_is_told_is_what_a_scrape_would_say() {
+        let text = "# TYPE claude_agent_cost_usd_total counter\nclaude_agent_cost_usd_total{model=\"a b\"} 0.5\n\
+            claude_agent_cost_usd_total 0.25\nclaude_agent_cost_usd_totally 7\nclaude_agent_cost_usd_total{} NaN\n";
+        assert_eq!(sum(text, COST), 0.75);
+        assert_eq!(sum("", COST), 0.0);
+    }
+}
