@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sqlite3
 import tarfile
 from pathlib import Path
 
@@ -34,12 +36,21 @@ SCRIPT = {
 }
 
 
+def gateway() -> str:
+    """What containers find us at."""
+    return engine.docker("network", "inspect", "--format", "{{(index .IPAM.Config 0).Gateway}}", NETWORK).stdout.strip()
+
+
+def remembered(directory: Path) -> dict:
+    with contextlib.closing(sqlite3.connect(directory / "fleet.db")) as store:
+        return json.loads(store.execute("SELECT document FROM sessions").fetchone()[0])
+
+
 @pytest.fixture
 def api(tmp_path: Path):
     if LEFT_OUT:
         pytest.skip("AGENT_SIDECAR_TESTS_NO_DOCKER=1")
-    gateway = engine.docker("network", "inspect", "--format", "{{(index .IPAM.Config 0).Gateway}}", NETWORK).stdout.strip()
-    one = harness.Api(SCRIPT, tmp_path / "api", gateway)
+    one = harness.Api(SCRIPT, tmp_path / "api", gateway())
     yield one
     one.close()
 
@@ -59,8 +70,10 @@ def test_a_conversation_goes_on_in_another_container(fleet, api, store, tmp_path
     secret.write_text(SECRET)
     secret.chmod(0o600)
     one = fleet(f'[conversations]\nstore = "{store}"\n')
-    text = one.file.read_text().replace("[fleet]\n", f'[fleet]\nsecret = {{ file = "{secret}" }}\n', 1)
-    one.file.write_text(text)
+    # Where sidecars reach it: they tell by themselves.
+    url = f"http://{gateway()}:{one.port}"
+    text = one.file.read_text().replace("[fleet]\n", f'[fleet]\nurl = "{url}"\nsecret = {{ file = "{secret}" }}\n', 1)
+    one.file.write_text(text.replace('listen = "127.0.0.1', 'listen = "0.0.0.0', 1))
     one.template("chat", "hybrid", ["sh", "-c", AGENT], archive=True, idle_after="20s", ttl="1h", stop_grace="1s")
     one.start()
     one.create("chat", "talk")
@@ -92,6 +105,8 @@ def test_a_conversation_goes_on_in_another_container(fleet, api, store, tmp_path
     asked = [(request["turn"], request["messages"]) for request in api.requests()]
     assert [turn for turn, _ in asked] == [1, 1, 2, 2] and asked[2][1] > asked[1][1], asked
 
+    pushed = remembered(tmp_path)["pushed"]
+    assert (pushed["generation"], pushed["seq"] > 0) == (2, True), pushed
     assert one.get("/v1/sessions/talk", "DELETE")[0] == 202
     over = one.reaches("talk", "destroyed")
     assert over["agent_usd"] == pytest.approx(api.cost_usd(), abs=1e-9)

@@ -88,7 +88,8 @@ const MEMORY: &str = "claude_agent_container_memory_working_set_bytes";
 fn sum(metrics: &str, name: &str) -> f64 {
     let of = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
     let values = metrics.lines().filter(of).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
-    values.filter(|value| value.is_finite()).sum()
+    // The sum of none is not less than zero.
+    values.filter(|value| value.is_finite()).fold(0.0, |sum, value| sum + value)
 }
 
 /// When the container's life is over, on our own clock.
@@ -108,7 +109,9 @@ impl Lease {
         if let Some(length) = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
             && let Some(ends) = now.checked_add(length)
         {
-            self.ends = Some(ends);
+            // Who is told once more that it is over was not renewed.
+            let over = self.ends.filter(|before| *before <= now && ends <= now);
+            self.ends = Some(over.unwrap_or(ends));
         }
     }
 
@@ -233,6 +236,9 @@ mod tests {
         assert!(!lease.is_over(start + second * 134), "it was renewed in its grace");
         assert!(lease.is_over(start + second * 135));
         assert!(!Lease::new(Some(second), Duration::ZERO, start).is_over(start));
+        let mut ended = Lease::new(None, second * 60, start);
+        (0..=60).for_each(|n| ended.renew(Some(0.0), start + second * n));
+        assert!(ended.is_over(start + second * 60), "told again and again that it is over");
     }
 
     #[test]
