@@ -11,6 +11,7 @@ use crate::provider::daytona::Daytona;
 use crate::provider::docker::Docker;
 use crate::provider::e2b::E2b;
 use crate::provider::fly::Fly;
+use crate::provider::kubernetes::Kubernetes;
 use crate::provider::vercel::Vercel;
 use crate::provider::{Capabilities, Provider};
 use crate::service::{Clock, Fleet, Hooks, Policies};
@@ -35,6 +36,7 @@ pub fn provider(name: &str, config: &ProviderConfig) -> Result<Arc<dyn Provider>
         "daytona" => Ok(Arc::new(Daytona::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "e2b" => Ok(Arc::new(E2b::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "fly" => Ok(Arc::new(Fly::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
+        "kubernetes" => Ok(Arc::new(Kubernetes::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "vercel" => Ok(Arc::new(Vercel::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "gvisor" => Ok(Arc::new(Docker::gvisor(settings.try_into().map_err(wrong)?))),
         kind => Err(format!("[providers.{name}]: there is no kind `{kind}`")),
