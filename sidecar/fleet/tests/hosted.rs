@@ -9,6 +9,7 @@ mod hosted {
     pub(crate) mod daytona;
     pub(crate) mod e2b;
     pub(crate) mod fly;
+    pub(crate) mod kubernetes;
     mod sdks;
     pub(crate) mod vercel;
 }
@@ -53,12 +54,13 @@ fn providers() -> Vec<Box<dyn agent_fleet::provider::Provider>> {
     fn of<T: serde::de::DeserializeOwned>(more: &str) -> T {
         toml::from_str(&format!("token = {{ env = \"TOKEN\" }}\n{more}")).unwrap()
     }
-    use agent_fleet::provider::{daytona, e2b, fly, vercel};
+    use agent_fleet::provider::{daytona, e2b, fly, kubernetes, vercel};
     vec![
         Box::new(e2b::E2b::new(of("")).unwrap()),
         Box::new(daytona::Daytona::new(of("")).unwrap()),
         Box::new(fly::Fly::new(of("app = \"agents\"")).unwrap()),
         Box::new(vercel::Vercel::new(of("team = \"t\"\nproject = \"p\"")).unwrap()),
+        Box::new(kubernetes::Kubernetes::new(kubernetes::Settings::default()).unwrap()),
     ]
 }
 

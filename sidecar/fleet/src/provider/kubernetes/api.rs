@@ -217,7 +217,7 @@ impl<'a> Ask<'a> {
             url.query_pairs_mut().extend_pairs(&self.query);
         }
         let at = url.query().map_or_else(|| url.path().to_owned(), |query| format!("{}?{query}", url.path()));
-        let mut request = Request::builder().method(self.method.clone()).uri(at).header(ACCEPT, JSON);
+        let mut request = Request::builder().method(self.method.clone()).uri(at).header(ACCEPT, "application/json, */*");
         if let Some((kind, _)) = &self.body {
             request = request.header(CONTENT_TYPE, *kind);
         }

@@ -262,6 +262,8 @@ fn container_rights(settings: &Settings) -> Value {
 fn sidecar(settings: &Settings, image: &str) -> Value {
     let mut rights = container_rights(settings);
     rights["readOnlyRootFilesystem"] = json!(true);
+    // What the agent is given more is the agent's.
+    rights["capabilities"] = json!({ "drop": ["ALL"] });
     let mut sidecar = json!({
         "name": "sidecar",
         "image": image,
