@@ -218,3 +218,42 @@ def test_selectors_select(overlay: str):
             selector = each["spec"]["selector"]
             selector = selector.get("matchLabels", selector)
             assert selector and selector.items() <= labels.items(), each["kind"]
+
+
+# ---- what the fleet asks of a cluster
+
+FLEET = ROOT / "deploy/fleet/kubernetes/rbac.yaml"
+# Written by the fleet's own tests, which hold them against what it sends.
+MANIFESTS = ROOT / "sidecar/fleet/tests/manifests"
+
+
+def manifests() -> list[dict]:
+    made = [json.loads(path.read_text()) for path in sorted(MANIFESTS.glob("*.json"))]
+    # The Sandbox's own kind is held against its definition there; the pod in it is one like the others.
+    return [
+        each if each["kind"] != "Sandbox" else {"apiVersion": "v1", "kind": "Pod", "metadata": each["metadata"], "spec": each["spec"]["podTemplate"]["spec"]}
+        for each in made
+    ]
+
+
+@pytest.mark.parametrize("release", ["1.29", "1.33", "1.37"])
+def test_what_the_fleet_makes_is_as_kubernetes_has_it(release: str, tmp_path: Path):
+    made = manifests()
+    assert {each["kind"] for each in made} == {"Pod", "Secret"} and len(made) == 4
+    (tmp_path / "made.yaml").write_text(yaml.safe_dump_all(made))
+    done = said(release, tmp_path / "made.yaml", FLEET)
+    rights = list(yaml.safe_load_all(FLEET.read_text()))
+    assert done.returncode == 0 and "WARN" not in done.stdout and done.stdout.count("passed") == len(made) + len(rights), done.stdout
+
+
+def test_a_strict_cluster_lets_the_fleets_pods_in():
+    for each in manifests():
+        if each["kind"] == "Pod":
+            assert [*policies.restricted(each["spec"])] == []
+
+
+def test_the_fleet_reads_no_secrets():
+    (role,) = [each for each in yaml.safe_load_all(FLEET.read_text()) if each["kind"] == "Role"]
+    granted = {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
+    assert {verb for resource, verb in granted if resource == "secrets"} == {"create"}
+    assert "*" not in {word for pair in granted for word in pair}

@@ -17,6 +17,7 @@ use crate::provider::daytona::Daytona;
 use crate::provider::docker::Docker;
 use crate::provider::e2b::E2b;
 use crate::provider::fly::Fly;
+use crate::provider::kubernetes::Kubernetes;
 use crate::provider::modal::Modal;
 use crate::provider::vercel::Vercel;
 use crate::provider::{Capabilities, Provider};
@@ -46,6 +47,7 @@ pub fn provider(name: &str, config: &ProviderConfig) -> Result<Arc<dyn Provider>
         "e2b" => Ok(Arc::new(E2b::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "fly" => Ok(Arc::new(Fly::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "modal" => Ok(Arc::new(Modal::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
+        "kubernetes" => Ok(Arc::new(Kubernetes::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "vercel" => Ok(Arc::new(Vercel::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "gvisor" => Ok(Arc::new(Docker::gvisor(settings.try_into().map_err(wrong)?))),
         kind => Err(format!("[providers.{name}]: there is no kind `{kind}`")),

@@ -435,8 +435,10 @@ impl Planner<'_> {
         late.then(|| enter(Phase::Failed, format!("it was not {what} within {seconds} s{}", self.last_words())))
     }
 
+    /// What is known of why: that an image cannot be pulled is said by the container alone.
     fn last_words(&self) -> String {
-        self.session.reason.as_ref().map_or_else(String::new, |reason| format!(": {reason}"))
+        let seen = self.seen.and_then(|seen| seen.sandbox.reason.as_ref());
+        self.session.reason.as_ref().or(seen).map_or_else(String::new, |reason| format!(": {reason}"))
     }
 
     fn reason(&self) -> &str {

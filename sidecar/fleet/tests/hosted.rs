@@ -9,6 +9,7 @@ mod hosted {
     pub(crate) mod daytona;
     pub(crate) mod e2b;
     pub(crate) mod fly;
+    pub(crate) mod kubernetes;
     pub(crate) mod modal;
     mod sdks;
     pub(crate) mod vercel;
@@ -54,7 +55,7 @@ fn providers() -> Vec<Box<dyn agent_fleet::provider::Provider>> {
     fn of<T: serde::de::DeserializeOwned>(more: &str) -> T {
         toml::from_str(&format!("token = {{ env = \"TOKEN\" }}\n{more}")).unwrap()
     }
-    use agent_fleet::provider::{daytona, e2b, fly, modal, vercel};
+    use agent_fleet::provider::{daytona, e2b, fly, kubernetes, modal, vercel};
     vec![
         Box::new(e2b::E2b::new(of("")).unwrap()),
         Box::new(daytona::Daytona::new(of("")).unwrap()),
@@ -66,6 +67,7 @@ fn providers() -> Vec<Box<dyn agent_fleet::provider::Provider>> {
             )
             .unwrap(),
         ),
+        Box::new(kubernetes::Kubernetes::new(kubernetes::Settings::default()).unwrap()),
     ]
 }
 

@@ -282,6 +282,19 @@ fn a_hybrid_one_is_put_away_when_it_is_idle_and_goes_on_in_another_container() {
 }
 
 #[test]
+fn what_holds_a_container_up_is_said_when_it_is_late() {
+    let mut world = World::new(Pattern::Ephemeral, PauseBy::Nothing, vec![], Duration::ZERO);
+    while world.kept.phase != Phase::Starting {
+        assert!(world.step());
+    }
+    let now = world.now + Duration::from_secs(120);
+    let reason = Some(String::from("ImagePullBackOff: no such image"));
+    let seen = Seen { sandbox: Sandbox { state: State::Creating, reason, ..world.find() }, at: now };
+    let said = Some(String::from("it was not ready within 120 s: ImagePullBackOff: no such image"));
+    assert_eq!(next(&world.kept, Some(&seen), &world.policy, now), Step::Enter(Phase::Failed, said));
+}
+
+#[test]
 fn who_has_never_been_heard_of_is_not_idle() {
     let mut world = World::new(Pattern::Ephemeral, PauseBy::Nothing, vec![], Duration::ZERO);
     while world.kept.phase != Phase::Ready {

@@ -59,6 +59,11 @@ fn the_example_has_no_mistake_and_says_what_it_says() {
         (task.pattern, task.ttl, task.max_age),
         (Pattern::Ephemeral, Duration::from_secs(7200), Duration::from_secs(7200))
     );
+    // Every setting of a cluster is shown.
+    let shown: Vec<&String> = config.providers["cluster"].settings.keys().collect();
+    let unknown = toml::from_str::<crate::provider::kubernetes::Settings>("x = 1").unwrap_err();
+    let known: Vec<&str> = unknown.message().split('`').skip(3).step_by(2).collect();
+    assert!(known.len() > 10 && known.iter().all(|name| shown.iter().any(|shown| shown == name)), "{known:?} {shown:?}");
     assert_eq!(config.templates["chat"].idle_after, Some(Duration::from_secs(900)));
     assert_eq!(config.tenants["acme"].budget_usd_per_day, Some(50.0));
     assert_eq!(config.hooks.iter().map(|hook| hook.name.as_str()).collect::<Vec<_>>(), ["admission", "audit"]);

@@ -46,9 +46,10 @@ const BROKE_OFF: Duration = Duration::from_secs(10);
 /// What a daemon says is not ours to repeat at length.
 const SAID_MOST: usize = 400;
 /// What tells the processes of one command from all others, to end them.
-const EXEC_MARK: &str = "AGENT_FLEET_EXEC";
+pub(super) const EXEC_MARK: &str = "AGENT_FLEET_EXEC";
 /// A daemon cannot end what it has executed. Whoever has the mark inherited it.
-const END_MARKED: &str = r#"for p in /proc/[0-9]*; do grep -q "$1" $p/environ 2>/dev/null && kill -9 "${p#/proc/}"; done; true"#;
+pub(super) const END_MARKED: &str =
+    r#"for p in /proc/[0-9]*; do grep -q "$1" $p/environ 2>/dev/null && kill -9 "${p#/proc/}"; done; true"#;
 /// What changes a container's state. Its health checks alone would be thousands more.
 const EVENTS: [&str; 9] = ["create", "start", "restart", "die", "oom", "pause", "unpause", "destroy", "health_status"];
 
@@ -130,7 +131,7 @@ impl Default for Settings {
 }
 
 /// What OpenCost takes for a machine whose price it does not know.
-const OPENCOST: (f64, f64) = (0.031611, 0.004237);
+pub(super) const OPENCOST: (f64, f64) = (0.031611, 0.004237);
 
 pub struct Docker {
     name: &'static str,

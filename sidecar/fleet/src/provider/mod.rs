@@ -7,6 +7,7 @@ pub mod daytona;
 pub mod docker;
 pub mod e2b;
 pub mod fly;
+pub mod kubernetes;
 pub mod modal;
 mod rest;
 pub mod secret;

@@ -376,7 +376,7 @@ impl Api for E2b {
         match &reply.content {
             Content::Json(body) => contract.answer(&request.method, &request.path, reply.status, body),
             Content::Bytes(..) => contract.answer(&request.method, &request.path, reply.status, &Value::Null),
-            Content::Stream(..) => Ok(()),
+            Content::Stream(..) | Content::Upgrade(..) => Ok(()),
         }
     }
 

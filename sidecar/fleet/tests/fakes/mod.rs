@@ -6,6 +6,7 @@ pub(crate) mod daytona;
 pub(crate) mod e2b;
 pub(crate) mod fly;
 pub(crate) mod grpc;
+pub(crate) mod kubernetes;
 pub(crate) mod machine;
 pub(crate) mod modal;
 pub(crate) mod vercel;
@@ -15,16 +16,22 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, Method, StatusCode, Uri};
 use axum::response::Response;
-use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
 use crate::conformance::{Call, Fault};
 
 pub(crate) const TOKEN: &str = "e2b_0000000000000000000000000000000000000000";
+
+/// A connection that is about to be no HTTP any more.
+pub(crate) type Upgraded = BoxFuture<'static, hyper::Result<hyper::upgrade::Upgraded>>;
+type Serve = Box<dyn FnOnce(Upgraded) -> BoxFuture<'static, ()> + Send>;
 
 pub(crate) struct Request {
     pub(crate) method: String,
@@ -56,6 +63,8 @@ pub(crate) enum Content {
     Json(Value),
     Bytes(&'static str, Vec<u8>),
     Stream(&'static str, mpsc::UnboundedReceiver<Vec<u8>>),
+    /// The answer, and what is done with the connection then.
+    Upgrade(Response, Serve),
 }
 
 pub(crate) struct Reply {
@@ -101,7 +110,7 @@ pub(crate) struct Fake<A> {
 struct Shared {
     faults: Mutex<VecDeque<(Call, Fault)>>,
     wrong: Mutex<Vec<String>>,
-    seen: Mutex<Vec<String>>,
+    seen: Mutex<Vec<(String, Vec<u8>)>>,
 }
 
 impl<A> Drop for Fake<A> {
@@ -116,9 +125,9 @@ impl<A: Api> Fake<A> {
         let address = format!("http://{}", listener.local_addr().expect("an address"));
         let (api, shared) = (Arc::new(make(&address)), Arc::<Shared>::default());
         let (for_api, for_shared) = (api.clone(), shared.clone());
-        let handler = move |method: Method, uri: Uri, headers: HeaderMap, body: Bytes| {
+        let handler = move |method: Method, uri: Uri, headers: HeaderMap, upgrade: Upgrade, body: Bytes| {
             let (api, shared) = (for_api.clone(), for_shared.clone());
-            async move { handle(&*api, &shared, read(&method, &uri, headers, &body)).await }
+            async move { handle(&*api, &shared, read(&method, &uri, headers, &body), upgrade).await }
         };
         let app = axum::Router::new().fallback(handler).layer(axum::extract::DefaultBodyLimit::max(64 << 20));
         let server = tokio::spawn(async move { axum::serve(listener, app).await.expect("it serves") });
@@ -135,12 +144,28 @@ impl<A: Api> Fake<A> {
 
     /// Method and path of each request until now.
     pub(crate) fn seen(&self) -> Vec<String> {
+        self.shared.seen.lock().unwrap().iter().map(|(what, _)| what.clone()).collect()
+    }
+
+    /// The same, with what was sent.
+    pub(crate) fn bodies(&self) -> Vec<(String, Vec<u8>)> {
         self.shared.seen.lock().unwrap().clone()
     }
 
     /// What was asked or answered against the contract.
     pub(crate) fn wrong(&self) -> Vec<String> {
         self.shared.wrong.lock().unwrap().clone()
+    }
+}
+
+/// What becomes of the connection, if it is to become anything else.
+struct Upgrade(Option<hyper::upgrade::OnUpgrade>);
+
+impl<S: Sync> FromRequestParts<S> for Upgrade {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        Ok(Self(parts.extensions.remove()))
     }
 }
 
@@ -159,9 +184,9 @@ fn read(method: &Method, uri: &Uri, headers: HeaderMap, body: &[u8]) -> Request 
     }
 }
 
-async fn handle<A: Api>(api: &A, shared: &Shared, request: Request) -> Response {
+async fn handle<A: Api>(api: &A, shared: &Shared, request: Request, upgrade: Upgrade) -> Response {
     let what = format!("{} /{}", request.method, request.path.join("/"));
-    shared.seen.lock().unwrap().push(what.clone());
+    shared.seen.lock().unwrap().push((what.clone(), request.body.clone()));
     if let Err(why) = api.judge(&request) {
         shared.wrong.lock().unwrap().push(format!("{what}: {why}"));
         return respond(Reply::json(400, api.refuse(400, &why)));
@@ -207,6 +232,11 @@ async fn handle<A: Api>(api: &A, shared: &Shared, request: Request) -> Response 
         (None, _) => {}
         (Some(other), _) => panic!("{other:?} cannot be done to {what}"),
     }
+    if let Content::Upgrade(answer, serve) = reply.content {
+        let upgraded = upgrade.0.expect("it was asked for");
+        tokio::spawn(serve(upgraded.boxed()));
+        return answer;
+    }
     respond(reply)
 }
 
@@ -224,6 +254,7 @@ fn respond(reply: Reply) -> Response {
             });
             (kind, Body::from_stream(pieces))
         }
+        Content::Upgrade(..) => unreachable!("it has its own answer"),
     };
     answer.header("content-type", kind).body(body).expect("an answer")
 }

@@ -269,7 +269,7 @@ impl Api for Vercel {
     fn judge_reply(&self, request: &Request, reply: &Reply) -> Result<(), String> {
         match &reply.content {
             Content::Json(body) => self.api.answer(&request.method, &request.path, reply.status, body),
-            Content::Bytes(..) | Content::Stream(..) => Ok(()),
+            Content::Bytes(..) | Content::Stream(..) | Content::Upgrade(..) => Ok(()),
         }
     }
 

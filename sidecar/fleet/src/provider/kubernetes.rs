@@ -1,0 +1,679 @@
+//! A Kubernetes cluster: a container is a pod or, where kubernetes-sigs/agent-sandbox is installed, a Sandbox around one.
+//!
+//! A pod is not stopped, it is deleted with a grace; and it runs once. What ends by itself stays until it is deleted, with its log and exit code.
+//! A life is counted by the cluster: `activeDeadlineSeconds` by kubelet, from when it has taken the pod, and `shutdownTime` by the controller.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use axum::http::Method;
+use futures_util::StreamExt;
+use futures_util::stream::{self, BoxStream};
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use self::api::{Answer, Api, Ask, JSON, Kind, MERGE_PATCH};
+use self::inside::Forwards;
+use self::state::{Container, Custom, Event, List, Meta, Pod};
+use super::secret::{self, Value as Open};
+use super::{
+    Bounds, Capabilities, Endpoint, Error, Exec, Executed, FLEET_LABEL, Happened, KEY_LABEL, Page, Pause, Price, Provider,
+    Result, SESSION_LABEL, Sandbox, Size, Spec, State, docker, refusals, rest,
+};
+
+mod api;
+mod inside;
+mod pod;
+mod state;
+
+const NAME: &str = "kubernetes";
+const PAGE: u16 = 100;
+/// Kubernetes counts a life in 31 bits.
+const TTL_MOST: Duration = Duration::from_secs(i32::MAX as u64);
+/// The least that a pod is given to end in. Nothing at all would be to forget it, whether it has ended or not.
+const AT_ONCE: u64 = 1;
+/// After so long the API server ends a watch; a connection that is dead without a word is noticed a little later.
+const WATCH: Duration = Duration::from_secs(600);
+const WATCH_SLACK: Duration = Duration::from_secs(60);
+/// A line of a watch is an object.
+const LINE_MOST: usize = 4 << 20;
+
+/// How pods are made, and where.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Not said: the service account of the pod that the fleet runs in.
+    pub kubeconfig: Option<PathBuf>,
+    /// Of the kubeconfig. Not said: its current one.
+    pub context: Option<String>,
+    /// Not said: the context's, or the service account's.
+    pub namespace: Option<String>,
+    pub backend: Backend,
+    /// Where ports are reached. Not said: at the pod by whoever runs in the cluster, else forwarded.
+    pub reach: Option<Reach>,
+    /// Of the pods. Its token is not given to them.
+    pub service_account: Option<String>,
+    pub runtime_class: Option<String>,
+    pub priority_class: Option<String>,
+    pub node_selector: BTreeMap<String, String>,
+    pub tolerations: Vec<Toleration>,
+    /// Names of secrets of the namespace that images are pulled with.
+    pub pull_secrets: Vec<String>,
+    pub pull: Option<Pull>,
+    pub annotations: BTreeMap<String, String>,
+    /// Not said: the image's, as a number.
+    pub user: Option<u32>,
+    /// Of the processes, and of what is written to volumes.
+    pub group: Option<u32>,
+    pub non_root: bool,
+    pub cap_add: Vec<String>,
+    pub read_only: bool,
+    /// Directories that can be written to, and go with the pod.
+    pub writable: Vec<String>,
+    /// Directories that are there again after a pause, with their sizes: `/data = "10Gi"`. Sandboxes alone have them.
+    pub keep: BTreeMap<String, String>,
+    pub storage_class: Option<String>,
+    /// An image whose entry point is `agent-sidecar`: `hub` runs beside the agent, from before it begins until after it has ended.
+    pub sidecar_image: Option<String>,
+    /// Of the nodes: USD per hour for a CPU, and for a GiB of memory.
+    pub cpu_usd_per_hour: f64,
+    pub gib_usd_per_hour: f64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            kubeconfig: None,
+            context: None,
+            namespace: None,
+            backend: Backend::Pod,
+            reach: None,
+            service_account: None,
+            runtime_class: None,
+            priority_class: None,
+            node_selector: BTreeMap::new(),
+            tolerations: Vec::new(),
+            pull_secrets: Vec::new(),
+            pull: None,
+            annotations: BTreeMap::new(),
+            user: None,
+            group: None,
+            non_root: true,
+            cap_add: Vec::new(),
+            read_only: false,
+            writable: vec![String::from("/tmp")],
+            keep: BTreeMap::new(),
+            storage_class: None,
+            sidecar_image: None,
+            cpu_usd_per_hour: docker::OPENCOST.0,
+            gib_usd_per_hour: docker::OPENCOST.1,
+        }
+    }
+}
+
+/// What a container is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    Pod,
+    /// `agents.x-k8s.io/v1beta1`, which must be installed.
+    Sandbox,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reach {
+    /// At the pod's own address.
+    Pod,
+    /// At a port of this machine's loopback, through the API server.
+    Forward,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub enum Pull {
+    Always,
+    IfNotPresent,
+    Never,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Toleration {
+    #[serde(default)]
+    pub key: Option<String>,
+    /// Not said: whatever value the taint has.
+    #[serde(default)]
+    pub value: Option<String>,
+    /// Not said: every effect.
+    #[serde(default)]
+    pub effect: Option<Effect>,
+    /// How long `NoExecute` is borne.
+    #[serde(default)]
+    pub seconds: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub enum Effect {
+    NoSchedule,
+    PreferNoSchedule,
+    NoExecute,
+}
+
+impl Toleration {
+    fn object(&self) -> Value {
+        let operator = if self.value.is_some() { "Equal" } else { "Exists" };
+        let mut object = json!({ "operator": operator });
+        for (name, value) in [
+            ("key", json!(self.key)),
+            ("value", json!(self.value)),
+            ("effect", json!(self.effect)),
+            ("tolerationSeconds", json!(self.seconds)),
+        ] {
+            if !value.is_null() {
+                object[name] = value;
+            }
+        }
+        object
+    }
+}
+
+impl Settings {
+    /// A sentence about the first that cannot be meant.
+    fn wrong(&self) -> Option<String> {
+        let absolute = |at: &String| at.starts_with('/') && at.len() > 1;
+        let sandbox = self.backend == Backend::Sandbox;
+        if !self.keep.is_empty() && !sandbox {
+            return Some(String::from("`keep` is for `backend = \"sandbox\"`: a pod is never paused"));
+        }
+        if !self.keep.is_empty() && self.group.is_none() {
+            return Some(String::from("`keep` needs `group`: who is not root can write to a new volume by its group alone"));
+        }
+        if let Some(at) = self.writable.iter().chain(self.keep.keys()).find(|at| !absolute(at)) {
+            return Some(format!("`{at}` is no directory: write it from the root"));
+        }
+        if let Some(at) = self.writable.iter().find(|at| self.keep.contains_key(*at)) {
+            return Some(format!("`{at}` is in `writable` and in `keep`: it is there again or not"));
+        }
+        if self.user == Some(0) && self.non_root {
+            return Some(String::from("`user` is 0, and `non_root` is on"));
+        }
+        if self.context.is_some() && self.kubeconfig.is_none() {
+            return Some(String::from("`context` is one of a `kubeconfig`, which is not named"));
+        }
+        None
+    }
+}
+
+pub struct Kubernetes {
+    settings: Settings,
+    api: Api,
+    forwards: Forwards,
+}
+
+impl Kubernetes {
+    /// Touches nothing: the cluster may come later.
+    ///
+    /// # Errors
+    /// A sentence that says which setting is wrong.
+    pub fn new(settings: Settings) -> std::result::Result<Self, String> {
+        if let Some(wrong) = settings.wrong() {
+            return Err(wrong);
+        }
+        let api = Api::new(settings.kubeconfig.clone(), settings.context.clone(), settings.namespace.clone());
+        Ok(Self { settings, api, forwards: Forwards::default() })
+    }
+
+    fn kind(&self) -> Kind {
+        match self.settings.backend {
+            Backend::Pod => Kind::Pods,
+            Backend::Sandbox => Kind::Sandboxes,
+        }
+    }
+
+    fn refused(&self, what: impl Into<String>) -> Error {
+        Error::Refused { provider: NAME, what: what.into() }
+    }
+
+    fn failed(&self, what: impl Into<String>) -> Error {
+        Error::Failed { provider: NAME, what: what.into() }
+    }
+
+    /// One of them, if it is there.
+    async fn find<T: DeserializeOwned>(&self, kind: Kind, name: &str) -> Result<Option<T>> {
+        let answer = self.api.get(kind, &[name]).send().await?;
+        if answer.is_missing() {
+            return Ok(None);
+        }
+        answer.ok()?.json().map(Some)
+    }
+
+    /// What is told of it, with the pod that is in it.
+    async fn look(&self, native: &str) -> Result<Option<(Sandbox, Option<Pod>)>> {
+        match self.settings.backend {
+            Backend::Pod => Ok(self.find::<Pod>(Kind::Pods, native).await?.map(|pod| (pod.sandbox(), Some(pod)))),
+            Backend::Sandbox => {
+                let Some(custom) = self.find::<Custom>(Kind::Sandboxes, native).await? else { return Ok(None) };
+                let pod = self.find::<Pod>(Kind::Pods, custom.pod_name()).await?;
+                Ok(Some((custom.with(pod.as_ref()), pod)))
+            }
+        }
+    }
+
+    async fn present(&self, native: &str) -> Result<(Sandbox, Option<Pod>)> {
+        self.look(native).await?.ok_or(Error::Missing { provider: NAME })
+    }
+
+    /// The name of the pod that runs.
+    async fn running(&self, native: &str) -> Result<Pod> {
+        match self.present(native).await? {
+            (Sandbox { state: State::Running, .. }, Some(pod)) => Ok(pod),
+            (Sandbox { state, reason, .. }, _) => {
+                let why = reason.map_or_else(String::new, |reason| format!(" ({reason})"));
+                Err(self.failed(format!("it does not run, it is {state:?}{why}")))
+            }
+        }
+    }
+
+    /// What was made, or was there before, if it is ours.
+    async fn made(&self, spec: &Spec, answer: Answer, values: &BTreeMap<String, Open>) -> Result<Sandbox> {
+        #[derive(Default, Deserialize)]
+        #[serde(default)]
+        struct Anything {
+            metadata: Meta,
+        }
+        let head = answer.json::<Anything>()?.metadata;
+        let labels = head.labels();
+        if labels.get(KEY_LABEL) != Some(&spec.key)
+            || labels.get(FLEET_LABEL) != spec.labels.get(FLEET_LABEL)
+            || head.is_controlled()
+        {
+            return Err(self.refused(format!("there is something called `{}` already, and it is not this fleet's", spec.key)));
+        }
+        if head.is_leaving() {
+            return Err(self.failed(format!("`{}` of before is still being removed", spec.key)));
+        }
+        let secret_of = |agent: Option<&Container>| {
+            let used = agent?.env.iter().filter(|variable| values.contains_key(&variable.name));
+            used.filter_map(|variable| Some(variable.value_from.as_ref()?.secret_key_ref.as_ref()?.name.clone())).next()
+        };
+        let (sandbox, secret) = match self.settings.backend {
+            Backend::Pod => {
+                let pod: Pod = answer.json()?;
+                (pod.sandbox(), secret_of(pod.agent_spec()).filter(|_| !pod.is_over()))
+            }
+            Backend::Sandbox => {
+                let custom: Custom = answer.json()?;
+                (custom.sandbox(), secret_of(custom.agent_spec()))
+            }
+        };
+        if let Some(name) = secret {
+            // It belongs to what is there already, so that none is left of a fleet that dies in between; the container waits for it.
+            let body = pod::secrets(&self.settings, spec, &name, &head.uid, values);
+            let hide = values.values().map(|value| value.expose().to_owned());
+            let told = self.create_in(Kind::Secrets, &body).hide(hide).send().await?;
+            // Its name is known to nobody else: it is from before, and the same.
+            if !told.exists() {
+                told.ok()?;
+            }
+        }
+        Ok(sandbox)
+    }
+
+    fn create_in<'a>(&'a self, kind: Kind, body: &Value) -> Ask<'a> {
+        let ask = self.api.ask(Method::POST, kind, &[]).body(JSON, body);
+        // A field that the cluster does not know is a rule that nobody keeps.
+        ask.query("fieldManager", "agent-fleet").query("fieldValidation", "Strict")
+    }
+
+    async fn remove(&self, kind: Kind, name: &str, options: Value) -> Result<()> {
+        let mut body = json!({ "apiVersion": "v1", "kind": "DeleteOptions" });
+        for (name, value) in options.as_object().into_iter().flatten() {
+            body[name] = value.clone();
+        }
+        let answer = self.api.ask(Method::DELETE, kind, &[name]).body(JSON, &body).send().await?;
+        if answer.is_missing() { Ok(()) } else { answer.ok().map(drop) }
+    }
+
+    /// It is told to end, and is there until it has.
+    async fn end(&self, native: &str, seconds: u64) -> Result<()> {
+        if self.settings.backend == Backend::Pod {
+            self.remove(Kind::Pods, native, json!({ "gracePeriodSeconds": seconds })).await?;
+        } else if let Some(custom) = self.find::<Custom>(Kind::Sandboxes, native).await? {
+            // The controller lets alone what is being deleted; else it would make the pod anew.
+            self.remove(Kind::Sandboxes, native, json!({ "propagationPolicy": "Foreground" })).await?;
+            self.remove(Kind::Pods, custom.pod_name(), json!({ "gracePeriodSeconds": seconds })).await?;
+        }
+        self.forwards.close(native);
+        Ok(())
+    }
+
+    async fn operate(&self, native: &str, mode: &str) -> Result<()> {
+        let body = json!({ "spec": { "operatingMode": mode } });
+        let ask = self.api.ask(Method::PATCH, Kind::Sandboxes, &[native]).query("fieldManager", "agent-fleet");
+        ask.body(MERGE_PATCH, &body).send().await?.ok().map(drop)
+    }
+
+    fn can_pause(&self) -> bool {
+        self.settings.backend == Backend::Sandbox && !self.settings.keep.is_empty()
+    }
+
+    fn no_pause<T>(&self, verb: &'static str) -> Result<T> {
+        let hint = "backend = \"sandbox\" can, with directories to `keep`";
+        Err(Error::Unsupported { provider: NAME, verb, hint: Some(hint) })
+    }
+
+    fn reach(&self) -> Reach {
+        self.settings.reach.unwrap_or(if self.settings.kubeconfig.is_some() { Reach::Forward } else { Reach::Pod })
+    }
+
+    async fn watch(&self, selector: &str, version: &str) -> Result<BoxStream<'static, Result<Vec<u8>>>> {
+        let ask = self.api.get(self.kind(), &[]).query("watch", "true").query("allowWatchBookmarks", "true");
+        let ask = ask.query("labelSelector", selector).query("resourceVersion", version);
+        Ok(ask.query("timeoutSeconds", WATCH.as_secs().to_string()).stream().await?.boxed())
+    }
+}
+
+#[async_trait]
+impl Provider for Kubernetes {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            command: true,
+            env: true,
+            provider_secrets: true,
+            size: true,
+            ports: true,
+            list: true,
+            ttl: Some(Bounds { least: Duration::from_secs(1), most: TTL_MOST }),
+            idle_timer: false,
+            pause: if self.can_pause() { Pause::Disk } else { Pause::No },
+            exec: true,
+            logs: true,
+            events: true,
+            endpoint: true,
+            traffic_keeps_awake: false,
+        }
+    }
+
+    fn price(&self, size: Size) -> Price {
+        let Settings { cpu_usd_per_hour, gib_usd_per_hour, .. } = self.settings;
+        let beside = self.settings.sidecar_image.as_ref().map_or((0, 0, 0), |_| pod::SIDECAR_SIZE);
+        let cpus = f64::from(size.cpu_milli + beside.0) / 1000.0;
+        let gib = f64::from(size.memory_mib + beside.1) / 1024.0;
+        let source = match (cpu_usd_per_hour, gib_usd_per_hour) == docker::OPENCOST {
+            true => "OpenCost's default.json, read 2026-11-23",
+            false => "the configuration",
+        };
+        // What has ended or sleeps holds no CPU and no memory. The price of its volume is not known.
+        Price { running: cpus * cpu_usd_per_hour + gib * gib_usd_per_hour, paused: 0.0, stopped: 0.0, source: source.to_owned() }
+    }
+
+    async fn create(&self, spec: &Spec) -> Result<Sandbox> {
+        let wrong = refusals(&self.capabilities(), spec);
+        if !wrong.is_empty() {
+            return Err(self.refused(wrong.join("; ")));
+        }
+        let values = secret::read_all(NAME, spec)?;
+        // Of these letters all are random.
+        let unique = uuid::Uuid::now_v7().simple().to_string().split_off(20);
+        let ends = Timestamp::now().checked_add(spec.ttl).unwrap_or(Timestamp::MAX);
+        let body = pod::object(&self.settings, spec, &format!("{}-{unique}", spec.key), ends)?;
+        let answer = self.create_in(self.kind(), &body).send().await?;
+        let answer = if answer.exists() {
+            let known = self.api.get(self.kind(), &[&spec.key]).send().await?;
+            if known.is_missing() {
+                return Err(self.failed(format!("`{}` was there, and is no more", spec.key)));
+            }
+            known
+        } else {
+            answer
+        };
+        self.made(spec, answer.ok()?, &values).await
+    }
+
+    /// It is started by the cluster.
+    async fn start(&self, native: &str) -> Result<()> {
+        match self.present(native).await?.0.state {
+            State::Stopped | State::Failed => Err(self.refused("it has ended, and a pod runs once")),
+            State::Paused | State::Pausing => self.operate(native, "Running").await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn state(&self, native: &str) -> Result<Sandbox> {
+        let found = self.look(native).await?;
+        if found.is_none() {
+            self.forwards.close(native);
+        }
+        Ok(found.map_or_else(|| rest::missing(native), |(sandbox, _)| sandbox))
+    }
+
+    async fn list(&self, labels: &BTreeMap<String, String>, page: Option<&str>) -> Result<Page> {
+        let ask = |from: Option<&str>| {
+            let ask =
+                self.api.get(self.kind(), &[]).query("labelSelector", pod::selector(labels)).query("limit", PAGE.to_string());
+            match from {
+                Some(from) => ask.query("continue", from),
+                None => ask,
+            }
+        };
+        let mut answer = ask(page).send().await?;
+        // A list that took too long goes on as it is now: what was there all the time is on it once.
+        if let Some(from) = answer.goes_on().map(str::to_owned) {
+            answer = ask(Some(&from)).send().await?;
+        }
+        let answer = answer.ok()?;
+        let (next, found): (String, Vec<Sandbox>) = match self.settings.backend {
+            Backend::Pod => {
+                let list: List<Pod> = answer.json()?;
+                let own = list.items.iter().filter(|pod| !pod.metadata.is_controlled());
+                (list.metadata.r#continue.clone(), own.map(Pod::sandbox).collect())
+            }
+            Backend::Sandbox => {
+                let list: List<Custom> = answer.json()?;
+                (list.metadata.r#continue.clone(), list.items.iter().map(Custom::sandbox).collect())
+            }
+        };
+        // Two values may have one hash, however unlikely that is.
+        let fits = |one: &Sandbox| labels.iter().all(|(name, value)| one.labels.get(name) == Some(value));
+        Ok(Page { sandboxes: found.into_iter().filter(fits).collect(), next: Some(next).filter(|next| !next.is_empty()) })
+    }
+
+    async fn exec(&self, native: &str, command: &Exec) -> Result<Executed> {
+        rest::check_names(NAME, &command.env)?;
+        let pod = self.running(native).await?.metadata.name;
+        let mark = format!("{}={}", docker::EXEC_MARK, uuid::Uuid::now_v7());
+        let mut argv: Vec<String> = match command.detached {
+            true => ["sh", "-c", "exec \"$@\" >/dev/null 2>&1 </dev/null &", "sh"].map(String::from).to_vec(),
+            false => Vec::new(),
+        };
+        argv.extend([String::from("env"), mark.clone()]);
+        argv.extend(command.env.iter().map(|(name, value)| format!("{name}={value}")));
+        argv.extend(command.argv.iter().cloned());
+        let path = [pod.as_str(), "exec"];
+        let ask =
+            |argv: &[String]| argv.iter().fold(self.api.get(Kind::Pods, &path), |ask, word| ask.query("command", word.as_str()));
+        let reached = self.api.reached().await?;
+        let mut done = Executed::default();
+        let stdin = if command.detached { &[][..] } else { &command.stdin[..] };
+        match tokio::time::timeout(command.timeout, inside::run(&reached, ask(&argv), stdin, &mut done)).await {
+            Ok(Ok(())) => Ok(done),
+            Ok(Err(error)) => Err(error),
+            // Who hangs up ends nothing.
+            Err(_) => {
+                let end = ["sh", "-c", docker::END_MARKED, "sh", &mark].map(String::from);
+                let ended =
+                    tokio::time::timeout(WATCH_SLACK, inside::run(&reached, ask(&end), &[], &mut Executed::default())).await;
+                if !matches!(ended, Ok(Ok(()))) {
+                    tracing::warn!(provider = NAME, native, ?ended, "a command that takes too long could not be ended");
+                }
+                Ok(Executed { exit_code: None, ..done })
+            }
+        }
+    }
+
+    async fn logs(&self, native: &str, most: usize) -> Result<Vec<u8>> {
+        let name = match self.present(native).await? {
+            (_, Some(pod)) => pod.metadata.name,
+            // It sleeps, or is about to be made.
+            (_, None) => return Ok(Vec::new()),
+        };
+        let path = [name.as_str(), "log"];
+        // A line has a byte or more. Counted in bytes, it would be the beginning.
+        let ask = self.api.get(Kind::Pods, &path).query("container", pod::AGENT).query("tailLines", most.to_string());
+        let read = async {
+            let mut pieces = match ask.stream().await {
+                Ok(pieces) => pieces.boxed(),
+                // Nothing of it has begun.
+                Err(Error::Refused { what, .. }) if what.contains("waiting to start") || what.contains("not available") => {
+                    return Ok(Vec::new());
+                }
+                Err(error) => return Err(error),
+            };
+            let mut last = Vec::new();
+            while let Some(piece) = pieces.next().await {
+                last.extend_from_slice(&piece?);
+                // Now and then, so that not every piece moves the whole.
+                if last.len() > 2 * most {
+                    last.drain(..last.len() - most);
+                }
+            }
+            last.drain(..last.len().saturating_sub(most));
+            Ok(last)
+        };
+        tokio::time::timeout(WATCH_SLACK, read).await.unwrap_or_else(|_| Err(self.failed("its log does not end")))
+    }
+
+    /// There are no timers to move.
+    async fn keep_alive(&self, _native: &str, _until: Timestamp) -> Result<()> {
+        Ok(())
+    }
+
+    async fn pause(&self, native: &str) -> Result<()> {
+        if !self.can_pause() {
+            return self.no_pause("pause a pod");
+        }
+        self.forwards.close(native);
+        self.operate(native, "Suspended").await
+    }
+
+    async fn resume(&self, native: &str) -> Result<()> {
+        if !self.can_pause() {
+            return self.no_pause("resume a pod");
+        }
+        self.operate(native, "Running").await
+    }
+
+    async fn stop(&self, native: &str, grace: Duration) -> Result<()> {
+        // In whole seconds, and never less than asked for.
+        let seconds = grace.as_secs() + u64::from(grace.subsec_nanos() > 0);
+        // A grace that runs is not made longer.
+        if let Some((sandbox, _)) = self.look(native).await?
+            && sandbox.state == State::Stopping
+        {
+            return Ok(());
+        }
+        self.end(native, seconds.max(AT_ONCE)).await
+    }
+
+    async fn delete(&self, native: &str) -> Result<()> {
+        self.end(native, AT_ONCE).await
+    }
+
+    async fn endpoint(&self, native: &str, port: u16) -> Result<Endpoint> {
+        let pod = self.running(native).await?;
+        let at = match self.reach() {
+            Reach::Forward => {
+                let reached = self.api.reached().await?;
+                self.forwards.open(&reached, &pod.metadata.name, port).await?
+            }
+            Reach::Pod => {
+                let ip = pod.status.pod_ip.parse().map_err(|_| self.failed("it has no address yet"))?;
+                std::net::SocketAddr::new(ip, port)
+            }
+        };
+        Ok(Endpoint { url: format!("http://{at}"), headers: Vec::new() })
+    }
+
+    async fn events(&self, labels: &BTreeMap<String, String>) -> Result<BoxStream<'static, Result<Happened>>> {
+        let selector = pod::selector(labels);
+        // From now on: of all that there is only where the list ends is asked for.
+        let now = self.api.get(self.kind(), &[]).query("labelSelector", selector.as_str()).query("limit", "1").send().await?;
+        let now: List<serde::de::IgnoredAny> = now.ok()?.json()?;
+        let pieces = self.watch(&selector, &now.metadata.resource_version).await?;
+        let lines = Lines { pieces, held: Vec::new(), ready: VecDeque::new() };
+        let own = self.settings.backend == Backend::Sandbox;
+        Ok(stream::unfold(Some(lines), move |lines| async move {
+            let mut lines = lines?;
+            loop {
+                match lines.next().await {
+                    Ok(Some(event)) => match happened(event, own) {
+                        Ok(Some(happened)) => return Some((Ok(happened), Some(lines))),
+                        Ok(None) => {}
+                        Err(error) => return Some((Err(error), None)),
+                    },
+                    Ok(None) => return None,
+                    Err(error) => return Some((Err(error), None)),
+                }
+            }
+        })
+        .boxed())
+    }
+}
+
+/// What a line of a watch is about, if that is anything of ours.
+fn happened(event: Event, controlled: bool) -> Result<Option<Happened>> {
+    match event.r#type.as_str() {
+        "ADDED" | "MODIFIED" | "DELETED" => {}
+        // Too old, mostly: 410.
+        "ERROR" => {
+            let what = format!("the watch ends with {}: {}", event.object.code.unwrap_or(0), api::cut(&event.object.message));
+            return Err(Error::Failed { provider: NAME, what });
+        }
+        _ => return Ok(None),
+    }
+    let head = event.object.metadata;
+    if !controlled && head.is_controlled() {
+        return Ok(None);
+    }
+    let mut labels = head.labels();
+    Ok(Some(Happened { native: head.name, key: labels.remove(KEY_LABEL), session: labels.remove(SESSION_LABEL) }))
+}
+
+/// A watch, as it comes: each line is an event.
+struct Lines {
+    pieces: BoxStream<'static, Result<Vec<u8>>>,
+    held: Vec<u8>,
+    ready: VecDeque<Event>,
+}
+
+impl Lines {
+    /// `None`: the API server has ended it.
+    async fn next(&mut self) -> Result<Option<Event>> {
+        let failed = |what: String| Error::Failed { provider: NAME, what };
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Ok(Some(event));
+            }
+            let next = tokio::time::timeout(WATCH + WATCH_SLACK, self.pieces.next()).await;
+            let Some(piece) = next.map_err(|_| failed(String::from("the watch has gone silent")))? else { return Ok(None) };
+            self.held.extend_from_slice(&piece?);
+            while let Some(end) = self.held.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.held.drain(..=end).collect();
+                let event =
+                    serde_json::from_slice(&line).map_err(|error| failed(format!("a watch of another shape: {error}")))?;
+                self.ready.push_back(event);
+            }
+            if self.held.len() > LINE_MOST {
+                return Err(failed(format!("a line of more than {LINE_MOST} bytes")));
+            }
+        }
+    }
+}

@@ -1,0 +1,635 @@
+//! What the cluster says of a pod or a Sandbox, in our words.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::Deserialize;
+
+use super::api::{ListMeta, cut};
+use super::pod::{AGENT, labels_of};
+use crate::provider::{KEY_LABEL, Sandbox, Size, State};
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct List<T> {
+    pub(super) metadata: ListMeta,
+    pub(super) items: Vec<T>,
+}
+
+/// A line of a watch.
+#[derive(Debug, Deserialize)]
+pub(super) struct Event {
+    pub(super) r#type: String,
+    pub(super) object: Watched,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Watched {
+    pub(super) metadata: Meta,
+    /// Of the error that ends it.
+    pub(super) code: Option<u16>,
+    pub(super) message: String,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct Meta {
+    pub(super) name: String,
+    pub(super) uid: String,
+    pub(super) resource_version: String,
+    pub(super) labels: BTreeMap<String, String>,
+    pub(super) annotations: BTreeMap<String, String>,
+    creation_timestamp: Option<Timestamp>,
+    deletion_timestamp: Option<Timestamp>,
+    owner_references: Vec<Owner>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct Owner {
+    controller: bool,
+}
+
+impl Meta {
+    pub(super) fn labels(&self) -> BTreeMap<String, String> {
+        labels_of(&self.labels, &self.annotations)
+    }
+
+    /// Somebody makes it, and would make it again: it is not ours to tell of.
+    pub(super) fn is_controlled(&self) -> bool {
+        self.owner_references.iter().any(|owner| owner.controller)
+    }
+
+    pub(super) fn is_leaving(&self) -> bool {
+        self.deletion_timestamp.is_some()
+    }
+
+    fn sandbox(&self, state: State) -> Sandbox {
+        let labels = self.labels();
+        Sandbox {
+            key: labels.get(KEY_LABEL).cloned(),
+            native: self.name.clone(),
+            state,
+            reason: None,
+            exit_code: None,
+            size: None,
+            created: self.creation_timestamp,
+            deadline: None,
+            labels,
+        }
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Pod {
+    pub(super) metadata: Meta,
+    pub(super) spec: PodSpec,
+    pub(super) status: PodStatus,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct PodSpec {
+    active_deadline_seconds: Option<u64>,
+    pub(super) containers: Vec<Container>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Container {
+    name: String,
+    resources: Resources,
+    pub(super) env: Vec<Variable>,
+}
+
+impl Container {
+    fn size(&self) -> Option<Size> {
+        let limits = &self.resources.limits;
+        let of = |name: &str| {
+            limits.get(name).and_then(|value| match value {
+                serde_json::Value::String(text) => quantity(text),
+                other => other.as_f64(),
+            })
+        };
+        let whole = |amount: f64| amount.round().clamp(0.0, f64::from(u32::MAX)) as u32;
+        let mib = |bytes: f64| whole(bytes / f64::from(1 << 20));
+        Some(Size {
+            cpu_milli: whole(of("cpu")? * 1000.0),
+            memory_mib: mib(of("memory")?),
+            disk_mib: of("ephemeral-storage").map_or(0, mib),
+        })
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Resources {
+    limits: BTreeMap<String, serde_json::Value>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct Variable {
+    pub(super) name: String,
+    pub(super) value_from: Option<From>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct From {
+    pub(super) secret_key_ref: Option<SecretKey>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct SecretKey {
+    pub(super) name: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct PodStatus {
+    phase: String,
+    reason: String,
+    message: String,
+    #[serde(rename = "podIP")]
+    pub(super) pod_ip: String,
+    start_time: Option<Timestamp>,
+    conditions: Vec<Condition>,
+    init_container_statuses: Vec<ContainerStatus>,
+    container_statuses: Vec<ContainerStatus>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Condition {
+    r#type: String,
+    status: String,
+    reason: String,
+    message: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct ContainerStatus {
+    name: String,
+    state: ContainerState,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct ContainerState {
+    waiting: Option<Word>,
+    terminated: Option<Terminated>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Word {
+    reason: String,
+    message: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Terminated {
+    exit_code: i32,
+    reason: String,
+    message: String,
+}
+
+fn words(reason: &str, message: &str) -> Option<String> {
+    let text = match (reason, message) {
+        ("", "") => return None,
+        ("", text) | (text, "") => text.to_owned(),
+        (reason, message) => format!("{reason}: {message}"),
+    };
+    Some(cut(&text))
+}
+
+/// What a container waits for before it has begun, other than its turn.
+fn waits(status: &ContainerStatus) -> Option<&Word> {
+    let ordinary = ["", "ContainerCreating", "PodInitializing"];
+    status.state.waiting.as_ref().filter(|waiting| !ordinary.contains(&waiting.reason.as_str()))
+}
+
+/// That never comes to a good end, however long it is waited for.
+fn hopeless(waiting: &Word) -> bool {
+    waiting.reason == "InvalidImageName"
+        || waiting.reason == "CreateContainerConfigError" && waiting.message.contains("runAsNonRoot")
+}
+
+impl Pod {
+    fn agent(&self) -> Option<&ContainerStatus> {
+        self.status.container_statuses.iter().find(|status| status.name == AGENT)
+    }
+
+    pub(super) fn agent_spec(&self) -> Option<&Container> {
+        self.spec.containers.iter().find(|container| container.name == AGENT)
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.status.phase.as_str(), "Succeeded" | "Failed")
+    }
+
+    fn ended(&self) -> Option<&Terminated> {
+        self.agent()?.state.terminated.as_ref()
+    }
+
+    /// Why it is not further, by whoever says it first.
+    fn held_up(&self) -> Option<String> {
+        let statuses = self.status.init_container_statuses.iter().chain(&self.status.container_statuses);
+        let waiting = statuses.filter_map(waits).map(|waiting| words(&waiting.reason, &waiting.message)).next().flatten();
+        waiting.or_else(|| {
+            let unplaced = self.status.conditions.iter().find(|one| one.r#type == "PodScheduled" && one.status == "False");
+            unplaced.and_then(|one| words(&one.reason, &one.message))
+        })
+    }
+
+    fn state(&self) -> State {
+        if self.metadata.is_leaving() {
+            return State::Stopping;
+        }
+        let statuses = || self.status.init_container_statuses.iter().chain(&self.status.container_statuses);
+        match self.status.phase.as_str() {
+            // Nobody has looked at it yet.
+            "" => State::Creating,
+            "Pending" if statuses().filter_map(waits).any(hopeless) => State::Failed,
+            "Pending" => State::Creating,
+            // Its sidecar ends after it.
+            "Running" if self.ended().is_some() => State::Stopping,
+            "Running" if self.agent().is_some_and(|agent| agent.state.waiting.is_some()) => State::Creating,
+            "Running" => State::Running,
+            "Succeeded" => State::Stopped,
+            "Failed" if self.ended().is_some() => State::Stopped,
+            "Failed" => State::Failed,
+            other => State::Unknown(cut(other)),
+        }
+    }
+
+    fn reason(&self) -> Option<String> {
+        // Of the pod: Evicted, DeadlineExceeded, NodeLost.
+        words(&self.status.reason, &self.status.message).or_else(|| {
+            let ended = self.ended().filter(|ended| !matches!(ended.reason.as_str(), "" | "Completed" | "Error"));
+            ended.map(|ended| match ended.reason.as_str() {
+                // What the container itself has written is not repeated.
+                "OOMKilled" => Some(ended.reason.clone()),
+                _ => words(&ended.reason, &ended.message),
+            })?
+        })
+    }
+
+    /// By kubelet's count, which begins when it has taken the pod.
+    fn deadline(&self) -> Option<Timestamp> {
+        let seconds = Duration::from_secs(self.spec.active_deadline_seconds?);
+        self.status.start_time?.checked_add(seconds).ok()
+    }
+
+    pub(super) fn sandbox(&self) -> Sandbox {
+        let state = self.state();
+        let reason =
+            self.reason().or_else(|| if matches!(state, State::Creating | State::Failed) { self.held_up() } else { None });
+        Sandbox {
+            exit_code: self.ended().map(|ended| ended.exit_code),
+            reason,
+            size: self.agent_spec().and_then(Container::size),
+            deadline: self.deadline(),
+            ..self.metadata.sandbox(state)
+        }
+    }
+}
+
+/// `500m`, `1Gi`, `2`, `1e3`: an amount as Kubernetes writes it.
+fn quantity(text: &str) -> Option<f64> {
+    let end = text.find(|c: char| !(c.is_ascii_digit() || matches!(c, '.' | '+' | '-'))).unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let number: f64 = number.parse().ok()?;
+    let times = match unit {
+        "n" => 1e-9,
+        "u" => 1e-6,
+        "m" => 1e-3,
+        "" => 1.0,
+        "k" => 1e3,
+        "M" => 1e6,
+        "G" => 1e9,
+        "T" => 1e12,
+        "Ki" => 1024.0,
+        "Mi" => 1024f64.powi(2),
+        "Gi" => 1024f64.powi(3),
+        "Ti" => 1024f64.powi(4),
+        other => 10f64.powi(other.strip_prefix(['e', 'E'])?.parse().ok()?),
+    };
+    Some(number * times)
+}
+
+/// A Sandbox of kubernetes-sigs/agent-sandbox.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Custom {
+    pub(super) metadata: Meta,
+    spec: CustomSpec,
+    status: CustomStatus,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct CustomSpec {
+    operating_mode: String,
+    shutdown_time: Option<Timestamp>,
+    pod_template: Template,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Template {
+    spec: PodSpec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct CustomStatus {
+    conditions: Vec<Condition>,
+}
+
+impl Custom {
+    /// A pod that was taken from a pool has a name of its own.
+    pub(super) fn pod_name(&self) -> &str {
+        let named = self.metadata.annotations.get("agents.x-k8s.io/pod-name").filter(|name| !name.is_empty());
+        named.unwrap_or(&self.metadata.name)
+    }
+
+    pub(super) fn agent_spec(&self) -> Option<&Container> {
+        self.spec.pod_template.spec.containers.iter().find(|container| container.name == AGENT)
+    }
+
+    fn is_suspended(&self) -> bool {
+        self.spec.operating_mode == "Suspended"
+    }
+
+    fn condition(&self, kind: &str) -> Option<&Condition> {
+        self.status.conditions.iter().find(|one| one.r#type == kind)
+    }
+
+    /// By its own conditions.
+    fn state(&self) -> State {
+        let is = |kind: &str| self.condition(kind).is_some_and(|one| one.status == "True");
+        let ready = self.condition("Ready").map_or("", |one| one.reason.as_str());
+        if self.metadata.is_leaving() || ready == "SandboxExpired" {
+            State::Stopping
+        } else if self.is_suspended() {
+            // What was said of it before it was told to sleep may still stand there.
+            if is("Suspended") { State::Paused } else { State::Pausing }
+        } else if is("Finished") {
+            State::Stopped
+        } else if is("Ready") {
+            State::Running
+        } else {
+            State::Creating
+        }
+    }
+
+    fn told(&self, state: State) -> Sandbox {
+        // It looks for its pod as soon as it is there.
+        let ready = self.condition("Ready").filter(|one| one.status == "False" && one.reason != "DependenciesNotReady");
+        let unplaced = self.condition("PodScheduled").filter(|one| one.status == "False");
+        let why = ready.or(unplaced).filter(|_| !matches!(state, State::Paused | State::Running));
+        Sandbox {
+            reason: why.and_then(|one| words(&one.reason, &one.message)),
+            size: self.agent_spec().and_then(Container::size),
+            deadline: self.spec.shutdown_time,
+            ..self.metadata.sandbox(state)
+        }
+    }
+
+    pub(super) fn sandbox(&self) -> Sandbox {
+        self.told(self.state())
+    }
+
+    /// With what its pod says, which is more and sooner. `None`: there is no pod.
+    pub(super) fn with(&self, pod: Option<&Pod>) -> Sandbox {
+        let state = self.state();
+        let Some(pod) = pod else {
+            return self.told(match state {
+                State::Pausing => State::Paused,
+                State::Running | State::Stopped => State::Creating,
+                other => other,
+            });
+        };
+        let inner = pod.sandbox();
+        let state = match (state, inner.state) {
+            (State::Stopping, _) => State::Stopping,
+            _ if self.is_suspended() => State::Pausing,
+            // The one of before: another is made when it is gone.
+            (_, State::Stopping) if pod.metadata.is_leaving() => State::Creating,
+            (_, of_pod) => of_pod,
+        };
+        let own = self.told(state);
+        let deadline = match (own.deadline, inner.deadline) {
+            (Some(one), Some(other)) => Some(one.min(other)),
+            (one, other) => one.or(other),
+        };
+        Sandbox { reason: inner.reason.or(own.reason.clone()), exit_code: inner.exit_code, deadline, ..own }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn told(pod: Value) -> (State, Option<i32>, Option<String>) {
+        let pod: Pod = serde_json::from_value(pod).unwrap();
+        let sandbox = pod.sandbox();
+        (sandbox.state, sandbox.exit_code, sandbox.reason)
+    }
+
+    fn agent(state: Value) -> Value {
+        json!([{"name": "agent", "state": state}])
+    }
+
+    #[test]
+    fn a_pods_words_are_ours() {
+        let back_off = "Back-off pulling image \"nowhere/x\"";
+        let table = [
+            (json!({}), State::Creating, None, None),
+            (json!({"phase": "Pending"}), State::Creating, None, None),
+            (
+                json!({"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes are available"}]}),
+                State::Creating,
+                None,
+                Some("Unschedulable: 0/3 nodes are available"),
+            ),
+            (
+                json!({"phase": "Pending", "containerStatuses": agent(json!({"waiting": {"reason": "ContainerCreating"}}))}),
+                State::Creating,
+                None,
+                None,
+            ),
+            (
+                json!({"phase": "Pending", "containerStatuses": agent(json!({"waiting": {"reason": "ImagePullBackOff", "message": back_off}}))}),
+                State::Creating,
+                None,
+                Some("ImagePullBackOff: Back-off pulling image \"nowhere/x\""),
+            ),
+            (
+                json!({"phase": "Pending", "containerStatuses": agent(json!({"waiting": {"reason": "InvalidImageName", "message": "no"}}))}),
+                State::Failed,
+                None,
+                Some("InvalidImageName: no"),
+            ),
+            (
+                json!({"phase": "Pending", "containerStatuses": agent(json!({"waiting": {"reason": "CreateContainerConfigError", "message": "secret \"a\" not found"}}))}),
+                State::Creating,
+                None,
+                Some("CreateContainerConfigError: secret \"a\" not found"),
+            ),
+            (
+                json!({"phase": "Pending", "containerStatuses": agent(json!({"waiting": {"reason": "CreateContainerConfigError",
+                    "message": "container has runAsNonRoot and image will run as root"}}))}),
+                State::Failed,
+                None,
+                Some("CreateContainerConfigError: container has runAsNonRoot and image will run as root"),
+            ),
+            (
+                json!({"phase": "Pending", "initContainerStatuses": [{"name": "sidecar", "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "m"}}}],
+                    "containerStatuses": agent(json!({"waiting": {"reason": "PodInitializing"}}))}),
+                State::Creating,
+                None,
+                Some("CrashLoopBackOff: m"),
+            ),
+            (json!({"phase": "Running", "containerStatuses": agent(json!({"running": {}}))}), State::Running, None, None),
+            (
+                json!({"phase": "Running", "containerStatuses": agent(json!({"terminated": {"exitCode": 0, "reason": "Completed"}}))}),
+                State::Stopping,
+                Some(0),
+                None,
+            ),
+            (
+                json!({"phase": "Succeeded", "containerStatuses": agent(json!({"terminated": {"exitCode": 0, "reason": "Completed"}}))}),
+                State::Stopped,
+                Some(0),
+                None,
+            ),
+            (
+                json!({"phase": "Failed", "containerStatuses": agent(json!({"terminated": {"exitCode": 3, "reason": "Error", "message": "its own words"}}))}),
+                State::Stopped,
+                Some(3),
+                None,
+            ),
+            (
+                json!({"phase": "Failed", "containerStatuses": agent(json!({"terminated": {"exitCode": 137, "reason": "OOMKilled", "message": "its own words"}}))}),
+                State::Stopped,
+                Some(137),
+                Some("OOMKilled"),
+            ),
+            (
+                json!({"phase": "Failed", "reason": "DeadlineExceeded", "message": "Pod was active on the node longer than the specified deadline",
+                    "containerStatuses": agent(json!({"terminated": {"exitCode": 137, "reason": "Error"}}))}),
+                State::Stopped,
+                Some(137),
+                Some("DeadlineExceeded: Pod was active on the node longer than the specified deadline"),
+            ),
+            (
+                json!({"phase": "Failed", "reason": "Evicted", "message": "low on memory"}),
+                State::Failed,
+                None,
+                Some("Evicted: low on memory"),
+            ),
+            (
+                json!({"phase": "Failed", "containerStatuses": agent(json!({"terminated": {"exitCode": 128, "reason": "StartError", "message": "no such file"}}))}),
+                State::Stopped,
+                Some(128),
+                Some("StartError: no such file"),
+            ),
+            (json!({"phase": "Unknown", "reason": "NodeLost"}), State::Unknown(String::from("Unknown")), None, Some("NodeLost")),
+        ];
+        for (status, state, code, reason) in table {
+            let said = told(json!({"metadata": {"name": "a"}, "status": status}));
+            assert_eq!(said, (state, code, reason.map(String::from)), "{status}");
+        }
+        let leaving = json!({"metadata": {"name": "a", "deletionTimestamp": "2026-11-27T00:00:00Z"}, "status": {"phase": "Running", "reason": "NodeLost"}});
+        assert_eq!(told(leaving), (State::Stopping, None, Some(String::from("NodeLost"))));
+    }
+
+    #[test]
+    fn its_size_is_what_it_was_given_however_that_is_written() {
+        for (text, expected) in [
+            ("500m", 0.5),
+            ("2", 2.0),
+            ("1.5", 1.5),
+            ("1Gi", 1073741824.0),
+            ("128974848", 128974848.0),
+            ("129e6", 129e6),
+            ("129M", 129e6),
+            ("123Mi", 128974848.0),
+        ] {
+            assert_eq!(quantity(text), Some(expected), "{text}");
+        }
+        for wrong in ["", "Gi", "1Zi", "x"] {
+            assert_eq!(quantity(wrong), None, "{wrong}");
+        }
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": "a"},
+            "spec": {"activeDeadlineSeconds": 3600, "containers": [{"name": "agent", "resources": {"limits": {"cpu": 2, "memory": "1Gi", "ephemeral-storage": "5Gi"}}}]},
+            "status": {"startTime": "2026-11-27T00:00:00Z"},
+        }))
+        .unwrap();
+        let told = pod.sandbox();
+        assert_eq!(told.size, Some(Size { cpu_milli: 2000, memory_mib: 1024, disk_mib: 5120 }));
+        assert_eq!(told.deadline, "2026-11-27T01:00:00Z".parse().ok());
+    }
+
+    #[test]
+    fn a_sandbox_is_what_its_pod_is_and_what_it_is_told_to_be() {
+        let custom = |mode: &str, conditions: Value| -> Custom {
+            serde_json::from_value(json!({"metadata": {"name": "a"}, "spec": {"operatingMode": mode, "podTemplate": {"spec": {}}}, "status": {"conditions": conditions}}))
+                .unwrap()
+        };
+        let pod = |text: Value| -> Pod { serde_json::from_value(text).unwrap() };
+        let running = || pod(json!({"metadata": {"name": "a"}, "status": {"phase": "Running"}}));
+        let leaving = || {
+            pod(json!({"metadata": {"name": "a", "deletionTimestamp": "2026-11-27T00:00:00Z"}, "status": {"phase": "Running"}}))
+        };
+        let over = || {
+            pod(
+                json!({"metadata": {"name": "a"}, "status": {"phase": "Failed", "containerStatuses": agent(json!({"terminated": {"exitCode": 3}}))}}),
+            )
+        };
+        let ready = json!([{"type": "Ready", "status": "True", "reason": "DependenciesReady"}]);
+        // Of before it was told to sleep, or to wake.
+        let suspended =
+            json!([{"type": "Suspended", "status": "True"}, {"type": "Ready", "status": "False", "reason": "SandboxSuspended"}]);
+        for (mode, conditions, pod, by_itself, with_pod) in [
+            ("Running", json!([]), None, State::Creating, State::Creating),
+            ("Running", ready.clone(), Some(running()), State::Running, State::Running),
+            ("Running", ready.clone(), None, State::Running, State::Creating),
+            ("Running", ready.clone(), Some(leaving()), State::Running, State::Creating),
+            ("Suspended", ready.clone(), Some(leaving()), State::Pausing, State::Pausing),
+            ("Suspended", ready.clone(), None, State::Pausing, State::Paused),
+            ("Suspended", suspended.clone(), None, State::Paused, State::Paused),
+            ("Running", suspended, Some(running()), State::Creating, State::Running),
+            (
+                "Running",
+                json!([{"type": "Finished", "status": "True", "reason": "PodFailed"}]),
+                Some(over()),
+                State::Stopped,
+                State::Stopped,
+            ),
+            (
+                "Running",
+                json!([{"type": "Ready", "status": "False", "reason": "SandboxExpired"}]),
+                None,
+                State::Stopping,
+                State::Stopping,
+            ),
+        ] {
+            let custom = custom(mode, conditions);
+            let what = format!("{custom:?} {pod:?}");
+            assert_eq!((custom.sandbox().state, custom.with(pod.as_ref()).state), (by_itself, with_pod), "{what}");
+        }
+        assert_eq!(custom("Running", json!([])).with(Some(&over())).exit_code, Some(3));
+    }
+}

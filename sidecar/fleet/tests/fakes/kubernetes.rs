@@ -1,0 +1,824 @@
+//! A cluster of one namespace: an API server with its rules, a kubelet that runs pods as processes of this machine, the garbage collector, and the
+//! controller of agent-sandbox.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::Read;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::http::Response;
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, SinkExt, StreamExt};
+use hyper_util::rt::TokioIo;
+use jiff::{Timestamp, ToSpan};
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::Role;
+
+use super::contract::Contract;
+use super::machine::{Machine, kill};
+use super::{Api, Content, Reply, Request, TOKEN, Upgraded};
+use crate::conformance::Call;
+
+/// However many are asked for: the API server may give fewer.
+pub(crate) const PAGE: usize = 2;
+pub(crate) const NAMESPACE: &str = "agents";
+
+type Sockets = WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
+
+pub(crate) struct Kubernetes {
+    sandboxes: Contract,
+    cluster: Arc<Mutex<Cluster>>,
+    kubelet: tokio::task::JoinHandle<()>,
+    /// What listens in every pod, on every port.
+    inside: String,
+}
+
+impl Drop for Kubernetes {
+    fn drop(&mut self) {
+        self.kubelet.abort();
+    }
+}
+
+#[derive(Default)]
+struct Cluster {
+    version: u64,
+    /// By kind and name.
+    objects: BTreeMap<(String, String), Value>,
+    running: BTreeMap<String, Process>,
+    watchers: Vec<Watcher>,
+    /// Lists that are under way and have become too old.
+    old: Vec<String>,
+    /// What containers see of secrets, by their names.
+    values: BTreeMap<String, BTreeMap<String, String>>,
+    /// Said instead of creating one of a kind.
+    refusals: VecDeque<(&'static str, u16, Value)>,
+}
+
+struct Watcher {
+    kind: String,
+    selector: Vec<(String, String)>,
+    tell: mpsc::UnboundedSender<Vec<u8>>,
+}
+
+/// The agent of a pod.
+struct Process {
+    machine: Arc<Machine>,
+    pid: u32,
+    log: Arc<Mutex<Vec<u8>>>,
+    ended: Arc<Mutex<Option<i32>>>,
+    /// When it is killed.
+    until: Option<Instant>,
+    deadline: Option<Instant>,
+}
+
+fn now() -> String {
+    Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+/// As the API server writes it down, whatever was asked for.
+fn canonical(amount: &str) -> String {
+    let whole = |amount: &str, unit: &str, larger: &str, times: u64| {
+        let number: u64 = amount.strip_suffix(unit)?.parse().ok()?;
+        (number % times == 0).then(|| format!("{}{larger}", number / times))
+    };
+    whole(amount, "m", "", 1000).or_else(|| whole(amount, "Mi", "Gi", 1024)).unwrap_or_else(|| amount.to_owned())
+}
+
+/// Variables in values and commands, as kubelet puts them in.
+fn expanded(text: &str, env: &BTreeMap<String, String>) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find('$') {
+        out += &rest[..at];
+        let after = &rest[at + 1..];
+        if let Some(more) = after.strip_prefix('$') {
+            out.push('$');
+            rest = more;
+        } else if let Some((name, more)) = after.strip_prefix('(').and_then(|inner| inner.split_once(')')) {
+            out += &env.get(name).cloned().unwrap_or_else(|| format!("$({name})"));
+            rest = more;
+        } else {
+            out.push('$');
+            rest = after;
+        }
+    }
+    out + rest
+}
+
+fn selector(text: &str) -> Vec<(String, String)> {
+    let pairs = text.split(',').filter(|pair| !pair.is_empty());
+    pairs.map(|pair| pair.split_once('=').expect("name=value")).map(|(name, value)| (name.into(), value.into())).collect()
+}
+
+fn fits(object: &Value, wanted: &[(String, String)]) -> bool {
+    wanted.iter().all(|(name, value)| object["metadata"]["labels"][name] == **value)
+}
+
+fn status(code: u16, reason: &str, message: &str, kind: &str) -> Value {
+    json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message, "reason": reason,
+        "details": {"kind": kind}, "code": code})
+}
+
+/// What the API server would not have for a label.
+fn labels_are_legal(object: &Value) -> Result<(), String> {
+    for (name, value) in object["metadata"]["labels"].as_object().into_iter().flatten() {
+        let value = value.as_str().ok_or("a label is a text")?;
+        let word = |text: &str| {
+            text.len() <= 63
+                && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+                && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+                && text.ends_with(|c: char| c.is_ascii_alphanumeric())
+        };
+        let name = name.rsplit_once('/').map_or(name.as_str(), |(_, name)| name);
+        if !word(name) || !(value.is_empty() || word(value)) {
+            return Err(format!("the label {name}={value} is not legal"));
+        }
+    }
+    Ok(())
+}
+
+impl Cluster {
+    fn put(&mut self, kind: &str, mut object: Value, event: &str) -> Value {
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        let name = object["metadata"]["name"].as_str().expect("it has one").to_owned();
+        let line = json!({"type": event, "object": object}).to_string() + "\n";
+        self.watchers.retain(|watcher| {
+            watcher.kind != kind || !fits(&object, &watcher.selector) || watcher.tell.send(line.clone().into_bytes()).is_ok()
+        });
+        match event {
+            "DELETED" => drop(self.objects.remove(&(kind.to_owned(), name))),
+            _ => drop(self.objects.insert((kind.to_owned(), name), object.clone())),
+        }
+        object
+    }
+
+    fn get(&self, kind: &str, name: &str) -> Option<&Value> {
+        self.objects.get(&(kind.to_owned(), name.to_owned()))
+    }
+
+    fn change(&mut self, kind: &str, name: &str, change: impl FnOnce(&mut Value)) -> Option<Value> {
+        let mut object = self.get(kind, name)?.clone();
+        change(&mut object);
+        Some(self.put(kind, object, "MODIFIED"))
+    }
+
+    fn create(&mut self, kind: &str, mut object: Value) -> Value {
+        object["metadata"]["uid"] = json!(uuid::Uuid::now_v7().to_string());
+        object["metadata"]["creationTimestamp"] = json!(now());
+        object["metadata"]["namespace"] = json!(NAMESPACE);
+        if kind == "pods" {
+            object["status"] = json!({"phase": "Pending"});
+            for container in object["spec"]["containers"].as_array_mut().into_iter().flatten() {
+                for list in ["requests", "limits"] {
+                    for (_, amount) in
+                        container.pointer_mut(&format!("/resources/{list}")).and_then(Value::as_object_mut).into_iter().flatten()
+                    {
+                        *amount = json!(canonical(amount.as_str().unwrap()));
+                    }
+                }
+            }
+        }
+        if kind == "secrets" {
+            object["stringData"].take();
+        }
+        self.put(kind, object, "ADDED")
+    }
+
+    fn names(&self, kind: &str) -> Vec<String> {
+        self.objects.keys().filter(|(of, _)| of == kind).map(|(_, name)| name.clone()).collect()
+    }
+
+    fn delete(&mut self, kind: &str, name: &str, options: &Value) -> Option<Value> {
+        let grace = options["gracePeriodSeconds"].as_u64();
+        let object = self.get(kind, name)?.clone();
+        match kind {
+            "pods" => {
+                let before = object["metadata"]["deletionGracePeriodSeconds"].as_u64();
+                let grace = grace.or(object["spec"]["terminationGracePeriodSeconds"].as_u64()).unwrap_or(30);
+                let grace = before.map_or(grace, |before| before.min(grace));
+                if let Some(process) = self.running.get_mut(name) {
+                    if before.is_none() {
+                        process.term();
+                    }
+                    let until = Instant::now() + Duration::from_secs(grace);
+                    process.until = Some(process.until.map_or(until, |at| at.min(until)));
+                }
+                self.change(kind, name, |pod| {
+                    pod["metadata"]["deletionTimestamp"] = json!((Timestamp::now() + (grace as i64).seconds()).to_string());
+                    pod["metadata"]["deletionGracePeriodSeconds"] = json!(grace);
+                })
+            }
+            "sandboxes" => {
+                assert_eq!(options["propagationPolicy"], "Foreground", "else nobody knows when its pod has ended");
+                self.change(kind, name, |custom| custom["metadata"]["deletionTimestamp"] = json!(now()))
+            }
+            _ => {
+                self.values.remove(name);
+                Some(self.put(kind, object, "DELETED"))
+            }
+        }
+    }
+
+    /// What all the controllers and kubelet see to, once.
+    fn tick(&mut self) {
+        for name in self.names("sandboxes") {
+            self.reconcile(&name);
+        }
+        for name in self.names("pods") {
+            self.sync(&name);
+        }
+        // Whose owner is gone goes, too.
+        let alive: Vec<Value> = self.objects.values().map(|object| object["metadata"]["uid"].clone()).collect();
+        for (kind, name) in self.objects.keys().cloned().collect::<Vec<_>>() {
+            let object = self.objects[&(kind.clone(), name.clone())].clone();
+            let owners = object["metadata"]["ownerReferences"].as_array().cloned().unwrap_or_default();
+            if !owners.is_empty()
+                && owners.iter().all(|owner| !alive.contains(&owner["uid"]))
+                && object["metadata"]["deletionTimestamp"].is_null()
+            {
+                self.delete(&kind, &name, &json!({}));
+            }
+        }
+    }
+
+    /// The controller of agent-sandbox.
+    fn reconcile(&mut self, name: &str) {
+        let custom = self.get("sandboxes", name).expect("it is there").clone();
+        let pod = self.get("pods", name).cloned();
+        if !custom["metadata"]["deletionTimestamp"].is_null() {
+            match pod {
+                Some(pod) if pod["metadata"]["deletionTimestamp"].is_null() => drop(self.delete("pods", name, &json!({}))),
+                Some(_) => {}
+                None => drop(self.put("sandboxes", custom, "DELETED")),
+            }
+            return;
+        }
+        let ends: Timestamp = custom["spec"]["shutdownTime"].as_str().expect("we say when").parse().expect("a time");
+        if ends <= Timestamp::now() {
+            self.delete("sandboxes", name, &json!({"propagationPolicy": "Foreground"}));
+            return;
+        }
+        let suspended = custom["spec"]["operatingMode"] == "Suspended";
+        match &pod {
+            Some(pod) if suspended && pod["metadata"]["deletionTimestamp"].is_null() => {
+                drop(self.delete("pods", name, &json!({"gracePeriodSeconds": 1})))
+            }
+            None if !suspended => {
+                let mut made = json!({"apiVersion": "v1", "kind": "Pod"});
+                made["metadata"] = custom["spec"]["podTemplate"]["metadata"].clone();
+                made["metadata"]["name"] = json!(name);
+                made["metadata"]["ownerReferences"] = json!([{"apiVersion": "agents.x-k8s.io/v1beta1", "kind": "Sandbox", "name": name,
+                    "uid": custom["metadata"]["uid"], "controller": true, "blockOwnerDeletion": true}]);
+                made["spec"] = custom["spec"]["podTemplate"]["spec"].clone();
+                self.create("pods", made);
+            }
+            _ => {}
+        }
+        let phase = pod.as_ref().map_or("", |pod| pod["status"]["phase"].as_str().unwrap());
+        let is = |yes: bool| if yes { "True" } else { "False" };
+        let mut conditions =
+            vec![json!({"type": "Suspended", "status": is(suspended && pod.is_none()), "reason": "PodTerminated"})];
+        let reason = match phase {
+            _ if suspended => "SandboxSuspended",
+            "Succeeded" => "PodSucceeded",
+            "Failed" => "PodFailed",
+            "Running" => "DependenciesReady",
+            _ => "DependenciesNotReady",
+        };
+        if reason.starts_with("Pod") {
+            conditions.push(json!({"type": "Finished", "status": "True", "reason": reason}));
+        }
+        conditions.push(json!({"type": "Ready", "status": is(reason == "DependenciesReady"), "reason": reason}));
+        if custom["status"]["conditions"] != json!(conditions) {
+            self.change("sandboxes", name, |custom| custom["status"]["conditions"] = json!(conditions));
+        }
+    }
+
+    /// Kubelet.
+    fn sync(&mut self, name: &str) {
+        let pod = self.get("pods", name).expect("it is there").clone();
+        let leaving = !pod["metadata"]["deletionTimestamp"].is_null();
+        let phase = pod["status"]["phase"].as_str().unwrap().to_owned();
+        if let Some(process) = self.running.get_mut(name) {
+            let late = |at: Option<Instant>| at.is_some_and(|at| at <= Instant::now());
+            if late(process.until) {
+                kill("-KILL", &format!("-{}", process.pid));
+            }
+            let overdue = late(process.deadline) && phase == "Running";
+            if overdue {
+                kill("-KILL", &format!("-{}", process.pid));
+            }
+            let ended = *process.ended.lock().unwrap();
+            if let Some(code) = ended {
+                if phase == "Running" {
+                    self.change("pods", name, |pod| {
+                        pod["status"]["phase"] = json!(if code == 0 { "Succeeded" } else { "Failed" });
+                        let reason = if code == 0 { "Completed" } else { "Error" };
+                        pod["status"]["containerStatuses"][0]["state"] =
+                            json!({"terminated": {"exitCode": code, "reason": reason}});
+                        if overdue {
+                            pod["status"]["reason"] = json!("DeadlineExceeded");
+                            pod["status"]["message"] = json!("Pod was active on the node longer than the specified deadline");
+                        }
+                    });
+                }
+                if leaving {
+                    let pod = self.get("pods", name).expect("it is there").clone();
+                    self.running.remove(name);
+                    self.put("pods", pod, "DELETED");
+                }
+            }
+            return;
+        }
+        if leaving {
+            self.put("pods", pod, "DELETED");
+            return;
+        }
+        if phase != "Pending" {
+            return;
+        }
+        let agent = &pod["spec"]["containers"][0];
+        let waits = |cluster: &mut Self, reason: &str, message: String| {
+            let state = json!([{"name": "agent", "state": {"waiting": {"reason": reason, "message": message}}}]);
+            if cluster.get("pods", name).expect("it is there")["status"]["containerStatuses"] != state {
+                cluster.change("pods", name, |pod| pod["status"]["containerStatuses"] = state);
+            }
+        };
+        match agent["image"].as_str().unwrap() {
+            "nowhere" => return waits(self, "ImagePullBackOff", String::from("Back-off pulling image \"nowhere\"")),
+            "UPPER" => return waits(self, "InvalidImageName", String::from("couldn't parse image name \"UPPER\"")),
+            _ => {}
+        }
+        let mut env = BTreeMap::new();
+        for variable in agent["env"].as_array().into_iter().flatten() {
+            let from = &variable["valueFrom"]["secretKeyRef"];
+            let value = match variable["value"].as_str() {
+                Some(text) => expanded(text, &env),
+                None => {
+                    let (of, key) = (from["name"].as_str().unwrap(), from["key"].as_str().unwrap());
+                    let value = self.values.get(of).and_then(|has| has.get(key)).cloned();
+                    let Some(value) = value else {
+                        return waits(self, "CreateContainerConfigError", format!("secret \"{of}\" not found"));
+                    };
+                    value
+                }
+            };
+            env.insert(variable["name"].as_str().unwrap().to_owned(), value);
+        }
+        let argv: Vec<String> = serde_json::from_value(agent["command"].clone()).unwrap_or_default();
+        let argv: Vec<String> = argv.iter().map(|word| expanded(word, &env)).collect();
+        let argv = if argv.is_empty() { ["sleep", "1000"].map(String::from).to_vec() } else { argv };
+        let life = pod["spec"]["activeDeadlineSeconds"].as_u64().map(Duration::from_secs);
+        self.running.insert(name.to_owned(), Process::start(name, env, &argv, life));
+        self.change("pods", name, |pod| {
+            pod["status"] = json!({"phase": "Running", "podIP": "127.0.0.1", "startTime": now(),
+                "containerStatuses": [{"name": "agent", "state": {"running": {"startedAt": now()}}}]});
+        });
+    }
+}
+
+impl Process {
+    fn start(name: &str, env: BTreeMap<String, String>, argv: &[String], life: Option<Duration>) -> Self {
+        let machine = Arc::new(Machine::new(name, env));
+        let mut child = machine.spawn(argv, &BTreeMap::new(), false).expect("it is a program");
+        let (log, ended) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::<Mutex<Option<i32>>>::default());
+        let pid = child.id();
+        let outputs: [Box<dyn Read + Send>; 2] = [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+        let readers = outputs.map(|mut output| {
+            let log = log.clone();
+            std::thread::spawn(move || {
+                let mut piece = [0; 4096];
+                while let Ok(n @ 1..) = output.read(&mut piece) {
+                    log.lock().unwrap().extend_from_slice(&piece[..n]);
+                }
+            })
+        });
+        let told = ended.clone();
+        std::thread::spawn(move || {
+            let status = child.wait().expect("it is ours");
+            for reader in readers {
+                drop(reader.join());
+            }
+            *told.lock().unwrap() = Some(status.code().unwrap_or(137));
+        });
+        Self { machine, pid, log, ended, until: None, deadline: life.map(|life| Instant::now() + life) }
+    }
+
+    fn term(&self) {
+        let (machine, pid) = (self.machine.clone(), self.pid);
+        std::thread::spawn(move || {
+            machine.settle();
+            kill("-TERM", &pid.to_string());
+        });
+    }
+}
+
+impl Kubernetes {
+    pub(crate) async fn new() -> Self {
+        let cluster = Arc::<Mutex<Cluster>>::default();
+        let for_kubelet = cluster.clone();
+        let kubelet = tokio::spawn(async move {
+            loop {
+                for_kubelet.lock().unwrap().tick();
+                tokio::time::sleep(Duration::from_millis(15)).await;
+            }
+        });
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let inside = listener.local_addr().unwrap().to_string();
+        tokio::spawn(async move {
+            let app = axum::Router::new().fallback(|| async { "inside" });
+            axum::serve(listener, app).await.unwrap();
+        });
+        let theirs = BTreeMap::from([(String::from("key"), String::from("of the namespace"))]);
+        cluster.lock().unwrap().values.insert(String::from("theirs"), theirs);
+        let sandboxes = Contract::parse(include_str!("../../../../tests/specs/agent-sandbox/sandbox.json"));
+        Self { sandboxes, cluster, kubelet, inside }
+    }
+
+    pub(crate) fn count(&self, key: &str) -> usize {
+        let cluster = self.cluster.lock().unwrap();
+        let own = |object: &&Value| object["metadata"]["labels"]["agent-fleet.key"] == key && object["kind"] != "Secret";
+        let uncontrolled = |object: &&Value| object["metadata"]["ownerReferences"][0]["controller"] != true;
+        cluster.objects.values().filter(own).filter(uncontrolled).count()
+    }
+
+    pub(crate) fn object(&self, kind: &str, name: &str) -> Option<Value> {
+        self.cluster.lock().unwrap().get(kind, name).cloned()
+    }
+
+    pub(crate) fn secrets(&self) -> Vec<Value> {
+        let cluster = self.cluster.lock().unwrap();
+        cluster.objects.iter().filter(|((kind, _), _)| kind == "secrets").map(|(_, object)| object.clone()).collect()
+    }
+
+    /// Somebody else's object.
+    pub(crate) fn put(&self, kind: &str, object: Value) {
+        self.cluster.lock().unwrap().create(kind, object);
+    }
+
+    /// The next creation is answered like this.
+    pub(crate) fn refuse_next(&self, kind: &'static str, code: u16, reason: &str, message: &str) {
+        self.cluster.lock().unwrap().refusals.push_back((kind, code, status(code, reason, message, kind)));
+    }
+
+    /// All lists that are under way have taken too long.
+    pub(crate) fn age(&self, version: &str) {
+        self.cluster.lock().unwrap().old.push(version.to_owned());
+    }
+
+    /// Who watches is told that it has taken too long, and no more.
+    pub(crate) fn end_watches(&self) {
+        let line = json!({"type": "ERROR", "object": status(410, "Expired", "too old resource version", "")}).to_string() + "\n";
+        for watcher in std::mem::take(&mut self.cluster.lock().unwrap().watchers) {
+            drop(watcher.tell.send(line.clone().into_bytes()));
+        }
+    }
+
+    fn manage(&self, request: &Request) -> Reply {
+        let no = |code: u16, reason: &str, message: &str, kind: &str| Reply::json(code, status(code, reason, message, kind));
+        if request.header("authorization") != format!("Bearer {TOKEN}") {
+            return no(401, "Unauthorized", "Unauthorized", "");
+        }
+        let mut cluster = self.cluster.lock().unwrap();
+        let (kind, rest) = place(request).expect("it was judged");
+        let missing = |name: &str| no(404, "NotFound", &format!("{kind} \"{name}\" not found"), kind);
+        match (request.method.as_str(), &rest[..]) {
+            ("POST", []) => {
+                let object = request.json();
+                let name = object["metadata"]["name"].as_str().unwrap_or_default();
+                let refused = cluster.refusals.iter().position(|(of, ..)| *of == kind).and_then(|at| cluster.refusals.remove(at));
+                if let Some((_, code, said)) = refused {
+                    return Reply::json(code, said);
+                }
+                if cluster.get(kind, name).is_some() {
+                    return no(409, "AlreadyExists", &format!("{kind} \"{name}\" already exists"), kind);
+                }
+                if kind == "secrets" {
+                    let data: BTreeMap<String, String> = serde_json::from_value(object["stringData"].clone()).unwrap();
+                    cluster.values.insert(name.to_owned(), data);
+                }
+                Reply::json(201, cluster.create(kind, object))
+            }
+            ("GET", []) if request.query("watch") == Some("true") => {
+                let (tell, told) = mpsc::unbounded_channel();
+                let wanted = selector(request.query("labelSelector").unwrap_or_default());
+                let from: u64 = request.query("resourceVersion").unwrap().parse().unwrap();
+                // What has happened since the list.
+                for ((of, _), object) in &cluster.objects {
+                    let version: u64 = object["metadata"]["resourceVersion"].as_str().unwrap().parse().unwrap();
+                    if of == kind && version > from && fits(object, &wanted) {
+                        drop(tell.send((json!({"type": "ADDED", "object": object}).to_string() + "\n").into_bytes()));
+                    }
+                }
+                let mark = json!({"type": "BOOKMARK", "object": {"kind": "Pod", "metadata": {"resourceVersion": cluster.version.to_string()}}});
+                drop(tell.send((mark.to_string() + "\n").into_bytes()));
+                cluster.watchers.push(Watcher { kind: kind.to_owned(), selector: wanted, tell });
+                Reply { status: 200, headers: Vec::new(), content: Content::Stream("application/json", told) }
+            }
+            ("GET", []) => {
+                let wanted = selector(request.query("labelSelector").unwrap_or_default());
+                let limit: usize = request.query("limit").map_or(PAGE, |limit| limit.parse().unwrap()).min(PAGE);
+                let from = request.query("continue").unwrap_or_default();
+                let (version, after) = from.split_once('/').unwrap_or(("", ""));
+                if cluster.old.iter().any(|old| old == version) && !version.is_empty() {
+                    let mut said = status(410, "Expired", "The provided continue parameter is too old", "");
+                    said["metadata"] = json!({"continue": format!("{}+/{after}", cluster.version)});
+                    return Reply::json(410, said);
+                }
+                let of_kind = cluster
+                    .objects
+                    .iter()
+                    .filter(|((of, name), object)| of == kind && name.as_str() > after && fits(object, &wanted));
+                let mut items: Vec<Value> = of_kind.map(|(_, object)| object.clone()).collect();
+                let mut head = json!({"resourceVersion": cluster.version.to_string()});
+                if items.len() > limit {
+                    items.truncate(limit);
+                    head["continue"] =
+                        json!(format!("{}/{}", cluster.version, items[limit - 1]["metadata"]["name"].as_str().unwrap()));
+                }
+                for item in &mut items {
+                    let item = item.as_object_mut().unwrap();
+                    drop((item.remove("kind"), item.remove("apiVersion")));
+                }
+                Reply::json(200, json!({"kind": "List", "apiVersion": "v1", "metadata": head, "items": items}))
+            }
+            ("GET", [name]) => cluster.get(kind, name).map_or_else(|| missing(name), |object| Reply::json(200, object.clone())),
+            ("DELETE", [name]) => {
+                let done = cluster.delete(kind, name, &request.json());
+                done.map_or_else(|| missing(name), |object| Reply::json(200, object))
+            }
+            ("PATCH", [name]) => {
+                let patch = request.json();
+                let done = cluster.change(kind, name, |object| merge(object, &patch));
+                done.map_or_else(|| missing(name), |object| Reply::json(200, object))
+            }
+            ("GET", [name, "log"]) => {
+                let Some(process) = cluster.running.get(*name) else {
+                    return match cluster.get(kind, name) {
+                        Some(_) => no(
+                            400,
+                            "BadRequest",
+                            &format!("container \"agent\" in pod \"{name}\" is waiting to start: ContainerCreating"),
+                            "",
+                        ),
+                        None => missing(name),
+                    };
+                };
+                let all = process.log.lock().unwrap().clone();
+                let lines: usize = request.query("tailLines").unwrap().parse().unwrap();
+                let all: Vec<&[u8]> = all.split_inclusive(|byte| *byte == b'\n').collect();
+                Reply {
+                    status: 200,
+                    headers: Vec::new(),
+                    content: Content::Bytes("text/plain", all[all.len().saturating_sub(lines)..].concat()),
+                }
+            }
+            ("GET", [name, verb @ ("exec" | "portforward")]) => {
+                let Some(process) =
+                    cluster.running.get(*name).filter(|_| cluster.get(kind, name).unwrap()["status"]["phase"] == "Running")
+                else {
+                    return match cluster.get(kind, name) {
+                        Some(_) => no(500, "InternalError", "unable to upgrade connection: container not found (\"agent\")", ""),
+                        None => missing(name),
+                    };
+                };
+                if *verb == "exec" {
+                    let words = request.query.iter().filter(|(name, _)| name == "command").map(|(_, word)| word.clone());
+                    let (machine, argv, stdin) =
+                        (process.machine.clone(), words.collect(), request.query("stdin") == Some("true"));
+                    return upgrade("v5.channel.k8s.io", request, move |socket| exec(socket, machine, argv, stdin).boxed());
+                }
+                let (inside, port) = (self.inside.clone(), request.query("ports").unwrap().parse().unwrap());
+                upgrade("v4.channel.k8s.io", request, move |socket| forward(socket, inside, port).boxed())
+            }
+            other => no(405, "MethodNotAllowed", &format!("{other:?}"), kind),
+        }
+    }
+}
+
+fn merge(into: &mut Value, patch: &Value) {
+    match patch.as_object() {
+        Some(members) => members.iter().for_each(|(name, value)| merge(&mut into[name], value)),
+        None => *into = patch.clone(),
+    }
+}
+
+/// The kind, and what is below it.
+fn place(request: &Request) -> Option<(&'static str, Vec<&str>)> {
+    match &request.segments()[..] {
+        ["api", "v1", "namespaces", NAMESPACE, "pods", rest @ ..] => Some(("pods", rest.to_vec())),
+        ["api", "v1", "namespaces", NAMESPACE, "secrets", rest @ ..] => Some(("secrets", rest.to_vec())),
+        ["apis", "agents.x-k8s.io", "v1beta1", "namespaces", NAMESPACE, "sandboxes", rest @ ..] => {
+            Some(("sandboxes", rest.to_vec()))
+        }
+        _ => None,
+    }
+}
+
+fn upgrade(
+    protocol: &'static str,
+    request: &Request,
+    serve: impl FnOnce(Sockets) -> BoxFuture<'static, ()> + Send + 'static,
+) -> Reply {
+    let asked = request.header("sec-websocket-protocol");
+    assert!(asked.split(',').any(|one| one.trim() == protocol), "{protocol} is not among {asked}");
+    let accept = tokio_tungstenite::tungstenite::handshake::derive_accept_key(request.header("sec-websocket-key").as_bytes());
+    let answer = Response::builder().status(101).header("connection", "Upgrade").header("upgrade", "websocket");
+    let answer =
+        answer.header("sec-websocket-accept", accept).header("sec-websocket-protocol", protocol).body(Body::empty()).unwrap();
+    let serve = move |upgraded: Upgraded| -> BoxFuture<'static, ()> {
+        async move {
+            let Ok(upgraded) = upgraded.await else { return };
+            serve(WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, None).await).await;
+        }
+        .boxed()
+    };
+    Reply { status: 101, headers: Vec::new(), content: Content::Upgrade(answer, Box::new(serve)) }
+}
+
+/// A command, whose standard input ends when that is said. It goes on when nobody listens any more.
+async fn exec(socket: Sockets, machine: Arc<Machine>, argv: Vec<String>, stdin: bool) {
+    let (mut there, mut here) = socket.split();
+    let last = |status: Value| Message::binary([&[3], status.to_string().as_bytes()].concat());
+    let mut child = match machine.spawn(&argv, &BTreeMap::new(), true) {
+        Ok(child) => child,
+        Err(error) => {
+            let message =
+                format!("error executing command in container: exec: {:?}: {error}", argv[0]).replace("No such", "no such");
+            drop(there.send(last(status(500, "InternalError", &message, ""))).await);
+            return;
+        }
+    };
+    let (tell, mut told) = mpsc::unbounded_channel::<Option<Vec<u8>>>();
+    let outputs: [(u8, Box<dyn Read + Send>); 2] =
+        [(1, Box::new(child.stdout.take().unwrap())), (2, Box::new(child.stderr.take().unwrap()))];
+    for (channel, mut output) in outputs {
+        let tell = tell.clone();
+        std::thread::spawn(move || {
+            let mut piece = [0; 8192];
+            while let Ok(n @ 1..) = output.read(&mut piece) {
+                drop(tell.send(Some([&[channel], &piece[..n]].concat())));
+            }
+            drop(tell.send(None));
+        });
+    }
+    let mut input = child.stdin.take().filter(|_| stdin);
+    let listen = async move {
+        while let Some(Ok(message)) = here.next().await {
+            match &message.into_data()[..] {
+                [0, bytes @ ..] => {
+                    if let Some(mut open) = input.take() {
+                        let bytes = bytes.to_vec();
+                        input =
+                            tokio::task::spawn_blocking(move || std::io::Write::write_all(&mut open, &bytes).map(|()| open).ok())
+                                .await
+                                .unwrap();
+                    }
+                }
+                [255, 0] => input = None,
+                _ => {}
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    let speak = async move {
+        let mut open = 2;
+        while open > 0 {
+            match told.recv().await.expect("two tell") {
+                Some(piece) => drop(there.send(Message::binary(piece)).await),
+                None => open -= 1,
+            }
+        }
+        let code = tokio::task::spawn_blocking(move || child.wait()).await.unwrap().unwrap().code().unwrap_or(137);
+        let said = match code {
+            0 => json!({"metadata": {}, "status": "Success"}),
+            code => json!({"metadata": {}, "status": "Failure", "reason": "NonZeroExitCode",
+                "message": format!("command terminated with non-zero exit code: exit status {code}"),
+                "details": {"causes": [{"reason": "ExitCode", "message": code.to_string()}]}}),
+        };
+        drop(there.send(last(said)).await);
+        drop(there.close().await);
+    };
+    tokio::select! {
+        () = listen => {}
+        () = speak => {}
+    }
+}
+
+/// One connection to a port: data on channel 0, errors on channel 1, each beginning with the port.
+async fn forward(socket: Sockets, inside: String, port: u16) {
+    let (mut there, mut here) = socket.split();
+    for channel in [0, 1] {
+        drop(there.send(Message::binary([&[channel], &port.to_le_bytes()[..]].concat())).await);
+    }
+    let connected = tokio::net::TcpStream::connect(inside).await.unwrap();
+    let (mut read, mut write) = connected.into_split();
+    let down = async {
+        let mut piece = vec![0; 4096];
+        while let Ok(n @ 1..) = tokio::io::AsyncReadExt::read(&mut read, &mut piece).await {
+            if there.send(Message::binary([&[0], &piece[..n]].concat())).await.is_err() {
+                return;
+            }
+        }
+    };
+    let up = async {
+        while let Some(Ok(message)) = here.next().await {
+            if let [0, bytes @ ..] = &message.into_data()[..]
+                && tokio::io::AsyncWriteExt::write_all(&mut write, bytes).await.is_err()
+            {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        () = down => {}
+        () = up => {}
+    }
+    drop(there.close().await);
+}
+
+impl Api for Kubernetes {
+    fn call(&self, request: &Request) -> Option<Call> {
+        let (kind, rest) = place(request)?;
+        let own = kind != "secrets";
+        // Of a Sandbox, its pod is the state: it is told by that.
+        match (request.method.as_str(), &rest[..]) {
+            ("POST", []) if own => Some(Call::Create),
+            ("GET", []) if request.query("watch").is_none() => Some(Call::List),
+            ("GET", [_]) if kind == "pods" => Some(Call::State),
+            ("DELETE", [name]) if kind == "sandboxes" || self.object("sandboxes", name).is_none() => Some(Call::Delete),
+            _ => None,
+        }
+    }
+
+    /// The API server's own rules about how it is asked.
+    fn judge(&self, request: &Request) -> Result<(), String> {
+        let (kind, rest) = place(request).ok_or("there is no such path")?;
+        let known: &[&str] = match (request.method.as_str(), &rest[..]) {
+            ("POST", []) => &["fieldManager", "fieldValidation"],
+            ("PATCH", [_]) => &["fieldManager"],
+            ("GET", []) => {
+                &["labelSelector", "limit", "continue", "watch", "allowWatchBookmarks", "resourceVersion", "timeoutSeconds"]
+            }
+            ("GET", [_, "log"]) => &["container", "tailLines"],
+            ("GET", [_, "exec"]) => &["command", "container", "stdin", "stdout", "stderr"],
+            ("GET", [_, "portforward"]) => &["ports", ""],
+            ("GET" | "DELETE", [_]) => &[],
+            other => return Err(format!("{other:?} is not asked like this")),
+        };
+        if let Some((name, _)) = request.query.iter().find(|(name, _)| !known.contains(&name.as_str())) {
+            return Err(format!("there is no parameter `{name}`"));
+        }
+        let media = match request.method.as_str() {
+            "POST" | "DELETE" => "application/json",
+            "PATCH" => "application/merge-patch+json",
+            _ => "",
+        };
+        if request.header("content-type") != media {
+            return Err(format!("the media type is {:?}, not {media:?}", request.header("content-type")));
+        }
+        let object = request.json();
+        if request.method == "POST" {
+            let (version, word) = match kind {
+                "pods" => ("v1", "Pod"),
+                "secrets" => ("v1", "Secret"),
+                _ => ("agents.x-k8s.io/v1beta1", "Sandbox"),
+            };
+            if object["apiVersion"] != version || object["kind"] != word {
+                return Err(format!("this is no {version} {word}"));
+            }
+            labels_are_legal(&object)?;
+            if kind == "sandboxes" {
+                labels_are_legal(&object["spec"]["podTemplate"])?;
+                let path = ["sandboxes"].map(String::from);
+                self.sandboxes.request("POST", &path, &[], &request.body)?;
+            }
+        }
+        if request.method == "DELETE" && (object["kind"] != "DeleteOptions" || object["apiVersion"] != "v1") {
+            return Err(String::from("these are no DeleteOptions"));
+        }
+        Ok(())
+    }
+
+    fn judge_reply(&self, _request: &Request, _reply: &Reply) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn answer<'a>(&'a self, request: &'a Request) -> BoxFuture<'a, Reply> {
+        async move { self.manage(request) }.boxed()
+    }
+
+    fn refuse(&self, code: u16, message: &str) -> Value {
+        let reason = if code == 429 { "TooManyRequests" } else { "InternalError" };
+        status(code, reason, message, "")
+    }
+
+    fn unknown_state(&self, body: &mut Value) {
+        body["status"]["phase"] = json!("Hibernating");
+    }
+}

@@ -1,0 +1,421 @@
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use agent_fleet::provider::kubernetes::{Kubernetes, Settings};
+use agent_fleet::provider::{
+    Endpoint, Error, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, Secret, Size, Spec, State,
+};
+use async_trait::async_trait;
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+
+use crate::conformance::{self, Call, Does, Fault, World};
+use crate::fakes::{self, Fake, TOKEN};
+use crate::{sh, spec};
+
+struct Cluster {
+    fake: Fake<fakes::kubernetes::Kubernetes>,
+    kubeconfig: PathBuf,
+    provider: Kubernetes,
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        drop(std::fs::remove_file(&self.kubeconfig));
+    }
+}
+
+impl Cluster {
+    async fn new(more: Value) -> Self {
+        let made = fakes::kubernetes::Kubernetes::new().await;
+        let fake = Fake::serve(|_| made).await;
+        let kubeconfig = std::env::temp_dir().join(format!("agent-fleet-{}", uuid::Uuid::now_v7()));
+        write(&kubeconfig, &fake.address, TOKEN);
+        let mut settings = json!({ "kubeconfig": kubeconfig, "context": "here" });
+        settings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let settings: Settings = serde_json::from_value(settings).unwrap();
+        let provider = Kubernetes::new(settings).unwrap();
+        Self { fake, kubeconfig, provider }
+    }
+
+    async fn becomes(&self, native: &str, like: impl Fn(&Sandbox) -> bool) -> Sandbox {
+        let began = Instant::now();
+        loop {
+            let now = self.provider.state(native).await.unwrap();
+            if like(&now) {
+                return now;
+            }
+            assert!(began.elapsed() < Duration::from_secs(60), "{now:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+fn write(path: &Path, server: &str, token: &str) {
+    let namespace = fakes::kubernetes::NAMESPACE;
+    let text = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: elsewhere\nclusters: [{{name: c, cluster: {{server: '{server}'}}}}]\n\
+         users: [{{name: u, user: {{token: {token}}}}}]\ncontexts: [{{name: here, context: {{cluster: c, user: u, namespace: {namespace}}}}}]\n"
+    );
+    std::fs::write(path, text).unwrap();
+}
+
+fn sandboxes() -> Value {
+    json!({ "backend": "sandbox", "keep": { "/data": "10Gi" }, "group": 1000 })
+}
+
+#[async_trait]
+impl World for Cluster {
+    fn spec(&self, does: Does) -> Option<Spec> {
+        let command = match does {
+            Does::Exit(code) => sh(&format!("echo exits with {code}; exit {code}")),
+            other => crate::command(other)?,
+        };
+        Some(Spec { command, ..spec("") })
+    }
+
+    fn price_usd(&self) -> f64 {
+        0.031611 + 0.004237
+    }
+
+    fn page(&self) -> Option<usize> {
+        Some(fakes::kubernetes::PAGE)
+    }
+
+    fn arm(&self, call: Call, fault: Fault) -> bool {
+        self.fake.arm(call, fault);
+        true
+    }
+
+    fn armed(&self) -> usize {
+        self.fake.armed()
+    }
+
+    async fn count(&self, key: &str) -> usize {
+        self.fake.api.count(key)
+    }
+}
+
+#[tokio::test]
+async fn pods_do_what_every_provider_must() {
+    let world = Cluster::new(json!({})).await;
+    conformance::run(&world.provider, &world).await;
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+    assert_eq!(world.fake.api.secrets(), Vec::<Value>::new(), "a secret has outlived its pod");
+}
+
+#[tokio::test]
+async fn sandboxes_do_what_every_provider_must() {
+    let world = Cluster::new(sandboxes()).await;
+    conformance::run(&world.provider, &world).await;
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+    assert_eq!(world.fake.api.secrets(), Vec::<Value>::new(), "a secret has outlived its sandbox");
+}
+
+fn fleets(key: &str) -> Spec {
+    let labels = [(FLEET_LABEL, "prod"), (SESSION_LABEL, "0199-x"), ("team", "a&b=c d")];
+    let labels = labels.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    Spec { labels, ttl: Duration::from_secs(7200), command: sh("sleep 1000"), ..spec(key) }
+}
+
+fn secret(content: &str) -> (PathBuf, Secret) {
+    let path = std::env::temp_dir().join(format!("agent-fleet-{}", uuid::Uuid::now_v7()));
+    std::fs::write(&path, content).unwrap();
+    (path.clone(), Secret::File(path))
+}
+
+/// What is kept in tests/manifests, where the API's own schemas judge it.
+fn is_kept(name: &str, mut object: Value) {
+    fn settle(value: &mut Value) {
+        match value {
+            // What is another one each time.
+            Value::Object(members) => {
+                for (name, value) in members.iter_mut() {
+                    match name.as_str() {
+                        "uid" => *value = json!("00000000-0000-0000-0000-000000000000"),
+                        "shutdownTime" => *value = json!("2026-11-27T00:00:00Z"),
+                        "name" if value.as_str().is_some_and(|name| name.len() == "agent-1-".len() + 12) => {
+                            *value = json!("agent-1-0123456789ab")
+                        }
+                        _ => settle(value),
+                    }
+                }
+            }
+            Value::Array(items) => items.iter_mut().for_each(settle),
+            _ => {}
+        }
+    }
+    settle(&mut object);
+    let text = serde_json::to_string_pretty(&object).unwrap() + "\n";
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/manifests").join(format!("{name}.json"));
+    if std::env::var_os("AGENT_FLEET_WRITE_MANIFESTS").is_some() {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let kept = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(kept == text, "{} is not what is made now; write it with AGENT_FLEET_WRITE_MANIFESTS=1:\n{text}", path.display());
+}
+
+/// As it was sent, by its kind.
+fn sent(world: &Cluster, path: &str) -> Value {
+    world
+        .fake
+        .bodies()
+        .into_iter()
+        .rfind(|(what, _)| what == path)
+        .map(|(_, body)| serde_json::from_slice(&body).unwrap())
+        .unwrap()
+}
+
+#[tokio::test]
+async fn what_is_made_is_written_down_and_safe() {
+    let (path, token) = secret("s3cret");
+    let theirs = Secret::Provider(String::from("theirs/key"));
+    let secrets = BTreeMap::from([(String::from("TOKEN"), token), (String::from("THEIRS"), theirs)]);
+    let env = BTreeMap::from([(String::from("COSTS"), String::from("$5 $(HOME)"))]);
+    let asked = Spec { secrets, env, ports: vec![8080, 9477], ..fleets("agent-1") };
+    let pods = "POST /api/v1/namespaces/agents/pods";
+
+    let world = Cluster::new(json!({})).await;
+    world.provider.create(&asked).await.unwrap();
+    let pod = sent(&world, pods);
+    let (whole, agent) = (&pod["spec"], &pod["spec"]["containers"][0]);
+    assert_eq!(whole["automountServiceAccountToken"], false);
+    assert_eq!(whole["securityContext"], json!({"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}}));
+    assert_eq!(
+        agent["securityContext"],
+        json!({"allowPrivilegeEscalation": false, "readOnlyRootFilesystem": false, "capabilities": {"drop": ["ALL"]}})
+    );
+    assert_eq!(agent["resources"]["requests"], agent["resources"]["limits"]);
+    assert_eq!((&whole["restartPolicy"], &whole["activeDeadlineSeconds"]), (&json!("Never"), &json!(7200)));
+    assert!(!pod.to_string().contains("s3cret"));
+    let held = sent(&world, "POST /api/v1/namespaces/agents/secrets");
+    assert_eq!(held["stringData"], json!({"TOKEN": "s3cret"}));
+    let made = world.fake.api.object("pods", "agent-1").unwrap();
+    assert_eq!(held["metadata"]["ownerReferences"][0]["uid"], made["metadata"]["uid"]);
+    is_kept("pod", pod);
+    is_kept("secret", held);
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+
+    let every = json!({
+        "service_account": "agent", "runtime_class": "gvisor", "priority_class": "batch", "node_selector": { "pool": "agents" },
+        "tolerations": [{ "key": "agents", "value": "yes", "effect": "NoSchedule" }, { "key": "spot", "effect": "NoExecute", "seconds": 60 }],
+        "pull_secrets": ["registry"], "pull": "IfNotPresent", "annotations": { "example.com/owner": "somebody" }, "user": 1000, "group": 1000,
+        "cap_add": ["NET_BIND_SERVICE"], "read_only": true, "writable": ["/tmp", "/home/agent"], "sidecar_image": "registry.example/agent-sidecar:1",
+    });
+    let world = Cluster::new(every).await;
+    world.provider.create(&asked).await.unwrap();
+    is_kept("pod-with-everything", sent(&world, pods));
+    let price = world.provider.price(Size::default());
+    assert!((price.running - (1.1 * 0.031611 + 1.0625 * 0.004237)).abs() < 1e-9, "the sidecar has its price: {price:?}");
+
+    let world = Cluster::new(sandboxes()).await;
+    world.provider.create(&asked).await.unwrap();
+    is_kept("sandbox", sent(&world, "POST /apis/agents.x-k8s.io/v1beta1/namespaces/agents/sandboxes"));
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+    std::fs::remove_file(path).unwrap();
+}
+
+#[tokio::test]
+async fn a_secret_comes_after_its_pod_and_goes_with_it() {
+    let (path, token) = secret("s3cret");
+    let theirs = Secret::Provider(String::from("theirs/key"));
+    let secrets = BTreeMap::from([(String::from("TOKEN"), token), (String::from("THEIRS"), theirs)]);
+    let asked = Spec { secrets, ..fleets("agent-1") };
+    for more in [json!({}), sandboxes()] {
+        let world = Cluster::new(more).await;
+        // As if the fleet had died between the two.
+        world.fake.api.refuse_next("secrets", 500, "InternalError", "told to s3cret");
+        world.fake.api.refuse_next("secrets", 500, "InternalError", "told to s3cret");
+        world.fake.api.refuse_next("secrets", 500, "InternalError", "told to s3cret");
+        let failed = world.provider.create(&asked).await.unwrap_err();
+        assert!(failed.is_passing() && !failed.to_string().contains("s3cret"), "{failed}");
+        let waits = world.becomes("agent-1", |now| now.reason.is_some()).await;
+        assert_eq!(waits.state, State::Creating);
+        assert!(waits.reason.unwrap().starts_with("CreateContainerConfigError: secret"), "its secret is waited for");
+        world.provider.create(&asked).await.unwrap();
+        world.becomes("agent-1", |now| now.state == State::Running).await;
+        let said = agent_fleet::provider::Exec {
+            argv: sh("printf %s:%s \"$TOKEN\" \"$THEIRS\""),
+            env: BTreeMap::new(),
+            stdin: Vec::new(),
+            timeout: Duration::from_secs(60),
+            detached: false,
+        };
+        assert_eq!(world.provider.exec("agent-1", &said).await.unwrap().stdout, b"s3cret:of the namespace");
+        // Again: there is one.
+        world.provider.create(&asked).await.unwrap();
+        assert_eq!(world.fake.api.secrets().len(), 1);
+        world.provider.delete("agent-1").await.unwrap();
+        world.becomes("agent-1", |now| now.state.is_gone()).await;
+        let began = Instant::now();
+        while !world.fake.api.secrets().is_empty() {
+            assert!(began.elapsed() < Duration::from_secs(60), "it is still there");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(world.fake.wrong(), Vec::<String>::new());
+    }
+    std::fs::remove_file(path).unwrap();
+}
+
+#[tokio::test]
+async fn what_is_somebody_elses_is_left_alone() {
+    let world = Cluster::new(json!({})).await;
+    let foreign = |labels: Value| {
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "agent-1", "labels": labels},
+        "spec": {"containers": [{"name": "agent", "image": "base"}]}})
+    };
+    world.fake.api.put("pods", foreign(json!({KEY_LABEL: "agent-1", FLEET_LABEL: "test"})));
+    let refused = world.provider.create(&fleets("agent-1")).await;
+    assert!(matches!(&refused, Err(Error::Refused { what, .. }) if what.contains("agent-1")), "{refused:?}");
+    // Of a controller, whatever its labels say.
+    let mut owned = foreign(json!({KEY_LABEL: "agent-2", FLEET_LABEL: "prod"}));
+    owned["metadata"]["name"] = json!("agent-2");
+    owned["metadata"]["ownerReferences"] =
+        json!([{"uid": world.fake.api.object("pods", "agent-1").unwrap()["metadata"]["uid"], "controller": true}]);
+    world.fake.api.put("pods", owned);
+    assert!(matches!(world.provider.create(&fleets("agent-2")).await, Err(Error::Refused { .. })));
+    let listed = world.provider.list(&BTreeMap::from([(FLEET_LABEL.to_owned(), String::from("prod"))]), None).await.unwrap();
+    assert_eq!(listed.sandboxes, []);
+    // Ours of before, that is still ending.
+    let ignores = crate::command(Does::Ignore).unwrap();
+    world.provider.create(&Spec { command: ignores, ..fleets("agent-3") }).await.unwrap();
+    world.becomes("agent-3", |now| now.state == State::Running).await;
+    world.provider.stop("agent-3", Duration::from_secs(600)).await.unwrap();
+    assert_eq!(world.provider.state("agent-3").await.unwrap().state, State::Stopping);
+    assert!(matches!(world.provider.create(&fleets("agent-3")).await, Err(Error::Failed { .. })));
+    world.provider.delete("agent-3").await.unwrap();
+    world.becomes("agent-3", |now| now.state.is_gone()).await;
+    world.provider.create(&fleets("agent-3")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_no_is_told_in_the_clusters_words() {
+    let world = Cluster::new(json!({})).await;
+    let quota = "pods \"agent-1\" is forbidden: exceeded quota: agents, requested: limits.cpu=1, used: limits.cpu=4, limited: limits.cpu=4";
+    world.fake.api.refuse_next("pods", 403, "Forbidden", quota);
+    let full = world.provider.create(&fleets("agent-1")).await;
+    assert!(matches!(&full, Err(Error::Failed { what, .. }) if what.contains(quota)), "{full:?}");
+    let policy = "admission webhook \"policy.example\" denied the request: no latest tags";
+    world.fake.api.refuse_next("pods", 400, "BadRequest", policy);
+    let denied = world.provider.create(&fleets("agent-1")).await;
+    assert!(matches!(&denied, Err(Error::Refused { what, .. }) if what.contains(policy)), "{denied:?}");
+    assert_eq!(world.fake.api.count("agent-1"), 0);
+
+    let waits = world.provider.create(&Spec { image: String::from("nowhere"), ..fleets("agent-1") }).await.unwrap().native;
+    let told = world.becomes(&waits, |now| now.reason.is_some()).await;
+    assert_eq!(
+        (told.state, told.reason.as_deref()),
+        (State::Creating, Some("ImagePullBackOff: Back-off pulling image \"nowhere\""))
+    );
+    assert_eq!(world.provider.logs(&waits, 100).await.unwrap(), b"", "it has printed nothing yet");
+    let failed = world.provider.endpoint(&waits, 80).await;
+    assert!(matches!(&failed, Err(Error::Failed { what, .. }) if what.contains("ImagePullBackOff")), "{failed:?}");
+    let never = world.provider.create(&Spec { image: String::from("UPPER"), ..fleets("agent-2") }).await.unwrap().native;
+    world.becomes(&never, |now| now.state == State::Failed).await;
+
+    let wrong = Secret::Provider(String::from("no-key"));
+    let refused =
+        world.provider.create(&Spec { secrets: BTreeMap::from([(String::from("T"), wrong)]), ..fleets("agent-3") }).await;
+    assert!(matches!(&refused, Err(Error::Refused { what, .. }) if what.contains("name/key")), "{refused:?}");
+    assert_eq!(world.fake.api.count("agent-3"), 0);
+}
+
+#[tokio::test]
+async fn the_cluster_ends_what_has_lived_too_long() {
+    let world = Cluster::new(json!({})).await;
+    let ignores = crate::command(Does::Ignore).unwrap();
+    let short = Spec { ttl: Duration::from_secs(1), command: ignores, ..fleets("agent-1") };
+    let native = world.provider.create(&short).await.unwrap().native;
+    let over = world.becomes(&native, |now| now.state == State::Stopped).await;
+    assert!(over.reason.unwrap().starts_with("DeadlineExceeded"));
+    assert!(over.deadline.is_some());
+    assert!(matches!(world.provider.start(&native).await, Err(Error::Refused { .. })), "it runs once");
+
+    let world = Cluster::new(sandboxes()).await;
+    let native = world.provider.create(&short).await.unwrap().native;
+    world.becomes(&native, |now| now.state.is_gone()).await;
+}
+
+#[tokio::test]
+async fn a_list_and_a_watch_that_are_too_old_are_gone_on_with() {
+    let world = Cluster::new(json!({})).await;
+    let shared = BTreeMap::from([(FLEET_LABEL.to_owned(), String::from("prod"))]);
+    for n in 1..=3 {
+        world.provider.create(&fleets(&format!("agent-{n}"))).await.unwrap();
+    }
+    let first = world.provider.list(&shared, None).await.unwrap();
+    let next = first.next.unwrap();
+    world.fake.api.age(next.split_once('/').unwrap().0);
+    let second = world.provider.list(&shared, Some(&next)).await.unwrap();
+    let all: Vec<String> = first.sandboxes.into_iter().chain(second.sandboxes).map(|one| one.native).collect();
+    assert_eq!(all, ["agent-1", "agent-2", "agent-3"]);
+    assert_eq!(second.next, None);
+
+    let mut events = world.provider.events(&shared).await.unwrap();
+    world.fake.api.end_watches();
+    let last = async {
+        loop {
+            // What was under way before is told first.
+            match events.next().await.expect("it says why") {
+                Ok(_) => {}
+                Err(error) => return error,
+            }
+        }
+    };
+    let error = tokio::time::timeout(Duration::from_secs(60), last).await.unwrap();
+    assert!(error.is_passing() && error.to_string().contains("410"), "{error}");
+    assert!(events.next().await.is_none(), "everything is listed again");
+}
+
+#[tokio::test]
+async fn credentials_that_change_are_read_again() {
+    let world = Cluster::new(json!({})).await;
+    write(&world.kubeconfig, &world.fake.address, "of-yesterday");
+    let refused = world.provider.state("agent-1").await.unwrap_err();
+    assert!(refused.is_passing() && refused.to_string().contains("401"), "{refused}");
+    write(&world.kubeconfig, &world.fake.address, TOKEN);
+    assert_eq!(world.provider.state("agent-1").await.unwrap().state, State::Missing);
+}
+
+#[tokio::test]
+async fn a_port_is_forwarded_at_one_place_until_the_pod_is_gone() {
+    let world = Cluster::new(json!({})).await;
+    let native = world.provider.create(&fleets("agent-1")).await.unwrap().native;
+    world.becomes(&native, |now| now.state == State::Running).await;
+    let at = world.provider.endpoint(&native, 8080).await.unwrap();
+    assert_eq!(world.provider.endpoint(&native, 8080).await.unwrap(), at);
+    assert_ne!(world.provider.endpoint(&native, 8081).await.unwrap(), at);
+    for _ in 0..3 {
+        conformance::serves(&at).await;
+    }
+    world.provider.delete(&native).await.unwrap();
+    let began = Instant::now();
+    let Endpoint { url, .. } = at;
+    while tokio::net::TcpStream::connect(url.trim_start_matches("http://")).await.is_ok() {
+        assert!(began.elapsed() < Duration::from_secs(60), "it is still forwarded");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let direct = Cluster::new(json!({ "reach": "pod" })).await;
+    let native = direct.provider.create(&fleets("agent-1")).await.unwrap().native;
+    direct.becomes(&native, |now| now.state == State::Running).await;
+    assert_eq!(direct.provider.endpoint(&native, 9477).await.unwrap().url, "http://127.0.0.1:9477");
+}
+
+#[test]
+fn settings_that_cannot_be_meant_are_said() {
+    let wrong = |text: &str| Kubernetes::new(toml::from_str(text).unwrap()).err().unwrap_or_default();
+    for (text, says) in [
+        ("keep = { '/data' = '1Gi' }", "sandbox"),
+        ("backend = 'sandbox'\nkeep = { '/data' = '1Gi' }", "`group`"),
+        ("writable = ['tmp']", "`tmp`"),
+        ("user = 0", "`non_root`"),
+        ("context = 'x'", "`kubeconfig`"),
+        ("backend = 'sandbox'\ngroup = 1\nwritable = ['/a']\nkeep = { '/a' = '1Gi' }", "`/a`"),
+    ] {
+        assert!(wrong(text).contains(says), "{text}: {}", wrong(text));
+    }
+    assert_eq!(wrong(""), "");
+    assert!(toml::from_str::<Settings>("backend = 'job'").is_err());
+    assert!(toml::from_str::<Settings>("namespaces = 'x'").is_err());
+}
