@@ -47,6 +47,8 @@ const CALL: Duration = Duration::from_secs(30);
 const SNAPSHOT: Duration = Duration::from_secs(300);
 /// From its beginning until its socket is there.
 const BEGIN: Duration = Duration::from_secs(30);
+/// A process that does not answer and is there is ending, or not well.
+const ENDING: Duration = Duration::from_secs(3);
 /// What a file system is made within.
 const FORMAT: Duration = Duration::from_secs(120);
 /// A socket's path is no longer, by the kernel's word.
@@ -324,8 +326,22 @@ impl Firecracker {
             if let Err(error) = machine.trim() {
                 tracing::warn!(provider = NAME, key = record.key, %error, "what a machine prints could not be cut");
             }
-            match self.word(&record.key).await {
+            let began = Instant::now();
+            let said = loop {
+                match self.word(&record.key).await {
+                    // Its end takes a moment, and its socket is gone before it is.
+                    Err(Fault::Unreached(_) | Fault::Lost(_)) if machine.has("started") && began.elapsed() < ENDING => {}
+                    said => break said,
+                }
+                if machine.process().map_err(|error| self.broken(&error))?.is_none() {
+                    return Box::pin(self.seen(Found { record, machine, process: None })).await;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            };
+            match said {
                 Ok(word) => match word.as_str() {
+                    // It was to be woken up.
+                    "Not started" if machine.has("asleep") => State::Paused,
                     "Not started" => State::Creating,
                     "Running" => State::Running,
                     // Half asleep it has its memory, and its price: who wants it to sleep has to say so again.
@@ -333,11 +349,6 @@ impl Firecracker {
                     "Paused" => State::Paused,
                     _ => State::Unknown(cut(&word)),
                 },
-                // It has ended since.
-                Err(_) if !self.home.of(&record.key).process().map_err(|error| self.broken(&error))?.is_some() => {
-                    let again = Found { record, machine, process: None };
-                    return Box::pin(self.seen(again)).await;
-                }
                 Err(Fault::Unreached(_)) if !machine.has("started") => State::Creating,
                 Err(fault) => return Err(passing(fault)),
             }
@@ -383,7 +394,8 @@ impl Firecracker {
             let at = kvm.display();
             return Err(refused(format!("{at} cannot be opened, and without it there are no virtual machines here: {error}")));
         }
-        let socket = self.place(&spec.key).socket();
+        // The longer one of the two.
+        let socket = self.place(&spec.key).here("vsock.sock");
         if socket.as_os_str().len() > SOCKET_MOST {
             let at = socket.display();
             return Err(refused(format!(
@@ -472,7 +484,9 @@ impl Firecracker {
         let machine = self.home.of(&spec.key);
         self.begin(&spec.key).await?;
         for (path, body) in self.configuration(&record, &place, start, &spec.ports) {
-            self.tell(&spec.key, Method::PUT, path, &body).await.map_err(|fault| self.told(&spec.key, fault))?;
+            if let Err(fault) = self.tell(&spec.key, Method::PUT, path, &body).await {
+                return Err(self.told(&spec.key, fault).await);
+            }
         }
         // Before it is told: what may have begun is not begun again.
         machine.write("started", &json!({})).map_err(|error| self.broken(&error))?;
@@ -481,7 +495,7 @@ impl Firecracker {
             // Whether it has started is its to say: who creates it again hears it.
             Err(Fault::Lost(what)) => Err(Error::Unsure { provider: NAME, what }),
             Err(fault) => {
-                let error = self.told(&spec.key, fault);
+                let error = self.told(&spec.key, fault).await;
                 machine.remove("started").map_err(|error| self.broken(&error))?;
                 Err(error)
             }
@@ -645,8 +659,15 @@ impl Firecracker {
     }
 
     /// In Firecracker's words, or in the last of its own if it has ended.
-    fn told(&self, key: &str, fault: Fault) -> Error {
-        let Ok(None) = self.home.of(key).process() else { return wrong(fault) };
+    async fn told(&self, key: &str, fault: Fault) -> Error {
+        let began = Instant::now();
+        while let Ok(Some(_)) = self.home.of(key).process() {
+            // Its end takes a moment, and its socket is gone before it is.
+            if matches!(fault, Fault::Said(..)) || began.elapsed() > ENDING {
+                return wrong(fault);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         let said = self.home.of(key).printed(2000).unwrap_or_default();
         failed(format!("its Firecracker has ended: {}", cut(&String::from_utf8_lossy(&said))))
     }
@@ -703,7 +724,12 @@ impl Firecracker {
     /// A new process with what was put away.
     async fn wake(&self, key: &str, machine: &Machine, asleep: &Asleep) -> Result<()> {
         let place = self.place(key);
-        self.begin(key).await?;
+        // Of one who was to wake it up, and was killed himself.
+        self.kill(key).await?;
+        if let Err(error) = self.begin(key).await {
+            self.kill(key).await?;
+            return Err(error);
+        }
         let mut body = json!({
             "snapshot_path": place.there(&asleep.state),
             "mem_backend": { "backend_type": "File", "backend_path": place.there(&asleep.memory) },
@@ -719,7 +745,7 @@ impl Firecracker {
             Err(fault) => Err(fault),
         };
         if let Err(fault) = loaded {
-            let error = self.told(key, fault);
+            let error = self.told(key, fault).await;
             // It sleeps on: what could not be loaded is no machine.
             self.kill(key).await?;
             return Err(error);
@@ -867,11 +893,14 @@ impl Provider for Firecracker {
     async fn pause(&self, native: &str) -> Result<()> {
         let (_lock, Found { machine, process, .. }) = self.held(native).await?;
         let broken = |error: io::Error| self.broken(&error);
-        if process.is_none() {
+        let Some(_) = process else {
             return match machine.has("asleep") {
                 true => Ok(()),
                 false => Err(refused("it does not run: there is nothing to put away")),
             };
+        };
+        if self.word(native).await.map_err(passing)? == "Not started" && machine.has("asleep") {
+            return self.kill(native).await;
         }
         machine.write("falling-asleep", &json!({})).map_err(broken)?;
         if let Err(error) = self.patch(native, "Paused").await {
@@ -885,13 +914,15 @@ impl Provider for Firecracker {
         let (_lock, Found { machine, process, .. }) = self.held(native).await?;
         let broken = |error: io::Error| self.broken(&error);
         if process.is_some() {
-            // It was on its way to sleep, or on its way back. What was put away is no more what it is.
-            machine.remove("asleep").map_err(broken)?;
-            machine.remove("falling-asleep").map_err(broken)?;
-            return match self.word(native).await.map_err(passing)?.as_str() {
-                "Running" => Ok(()),
-                _ => self.patch(native, "Resumed").await,
-            };
+            let word = self.word(native).await.map_err(passing)?;
+            if word != "Not started" {
+                // It was on its way to sleep, or on its way back. What was put away is no more what it is.
+                machine.remove("asleep").and_then(|()| machine.remove("falling-asleep")).map_err(broken)?;
+                return match word.as_str() {
+                    "Running" => Ok(()),
+                    _ => self.patch(native, "Resumed").await,
+                };
+            }
         }
         match machine.asleep().map_err(broken)? {
             Some(asleep) => self.wake(native, &machine, &asleep).await,
@@ -930,7 +961,8 @@ impl Provider for Firecracker {
         {
             tracing::warn!(provider = NAME, key = native, ?fault, "a machine cannot be asked to end, and is killed");
         }
-        self.kill(native).await
+        self.kill(native).await?;
+        machine.remove("asleep").map_err(broken)
     }
 
     async fn delete(&self, native: &str) -> Result<()> {
