@@ -1,6 +1,7 @@
 //! Firecracker, against a fake of it that is a process of its own.
 
 #![expect(clippy::unwrap_used, reason = "a fake that cannot go on fails its test")]
+#![expect(clippy::print_stdout, reason = "a process of its own speaks to who began it")]
 #![expect(clippy::disallowed_methods, reason = "a fake has processes of its own, and nobody else waits for them")]
 
 mod conformance;

@@ -19,15 +19,17 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// `OK 4294967295\n`, and a little.
 const LINE_MOST: usize = 32;
 
+/// By machine and port: where it is reached, and what passes it on.
+type Ports = BTreeMap<(String, u16), (SocketAddr, JoinSet<()>)>;
+
 /// Each ends with its machine, or with us.
 #[derive(Default)]
-pub(super) struct Forwards(Mutex<BTreeMap<(String, u16), (SocketAddr, JoinSet<()>)>>);
+pub(super) struct Forwards(Mutex<Ports>);
 
 impl Forwards {
     /// Where it is reached, from now on.
     pub(super) async fn to(&self, key: &str, port: u16, socket: &Path) -> io::Result<SocketAddr> {
-        let known =
-            |all: &BTreeMap<(String, u16), (SocketAddr, JoinSet<()>)>| all.get(&(key.to_owned(), port)).map(|(at, _)| *at);
+        let known = |all: &Ports| all.get(&(key.to_owned(), port)).map(|(at, _)| *at);
         if let Some(at) = known(&self.0.lock().unwrap_or_else(PoisonError::into_inner)) {
             return Ok(at);
         }
