@@ -16,6 +16,7 @@ use crate::plan::{PauseBy, Policy};
 use crate::provider::daytona::Daytona;
 use crate::provider::docker::Docker;
 use crate::provider::e2b::E2b;
+use crate::provider::firecracker::Firecracker;
 use crate::provider::fly::Fly;
 use crate::provider::kubernetes::Kubernetes;
 use crate::provider::modal::Modal;
@@ -45,6 +46,7 @@ pub fn provider(name: &str, config: &ProviderConfig) -> Result<Arc<dyn Provider>
         "docker" => Ok(Arc::new(Docker::new(settings.try_into().map_err(wrong)?))),
         "daytona" => Ok(Arc::new(Daytona::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "e2b" => Ok(Arc::new(E2b::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
+        "firecracker" => Ok(Arc::new(Firecracker::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "fly" => Ok(Arc::new(Fly::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "modal" => Ok(Arc::new(Modal::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "kubernetes" => Ok(Arc::new(Kubernetes::new(settings.try_into().map_err(wrong)?).map_err(said)?)),

@@ -6,6 +6,7 @@
 pub mod daytona;
 pub mod docker;
 pub mod e2b;
+pub mod firecracker;
 pub mod fly;
 pub mod kubernetes;
 pub mod modal;
