@@ -1,0 +1,126 @@
+"""Cloudflare on this machine: `wrangler dev` with the Worker of deploy/cloudflare/fleet, its containers on the daemon of the tests.
+
+What stands in for something: docker's client, which pulls nothing and builds as old clients do; the proxy before the containers (proxy.py); and for the image
+one of ours, with the sidecar. Nothing is asked outside: there is no way there.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import engine
+import harness
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+WORKER = ROOT / "deploy/cloudflare/fleet"
+NODE = ROOT / ".cache/wrangler/node_modules"
+IMAGE, PROXY = "agent-cloudflare", "proxy-everything"
+TOKEN = "cloudflare-" + "0123456789abcdef" * 2
+# Neither pulls nor knows what new builders know.
+DOCKER = """#!/bin/sh
+[ "$1" = pull ] && exit 0
+if [ "$1" = build ]; then
+  for word in "$@"; do
+    shift
+    case $word in --load | --provenance=* | --platform) continue ;; linux/amd64) continue ;; esac
+    set -- "$@" "$word"
+  done
+fi
+exec docker "$@"
+"""
+# As long as a busy machine may take.
+PATIENCE = 120
+
+
+def make_images(directory: Path) -> None:
+    """The proxy, out of what has a Python."""
+    context = directory / "proxy"
+    context.mkdir()
+    shutil.copy2(HERE / "proxy.py", context)
+    (context / "Dockerfile").write_text(f'FROM {engine.BARE}\nCOPY proxy.py /\nENTRYPOINT ["python3", "/proxy.py"]\n')
+    engine.docker("build", "--network", "none", "--tag", PROXY, context)
+
+
+def config() -> dict:
+    """Ours, as its text has it."""
+    lines = (WORKER / "wrangler.jsonc").read_text().splitlines()
+    return json.loads("\n".join(line for line in lines if not line.lstrip().startswith("//")))
+
+
+class Worker:
+    def __init__(self, directory: Path, secret: str | None = TOKEN):
+        self.directory, self.port = directory, harness.free_port()
+        self.log = directory / "log"
+        shutil.copy2(WORKER / "worker.ts", directory)
+        (directory / "node_modules").symlink_to(NODE)
+        (directory / "docker").write_text(DOCKER)
+        (directory / "docker").chmod(0o755)
+        (directory / "Dockerfile").write_text(f"FROM {IMAGE}\nEXPOSE 8080\n")
+        settings = config()
+        settings["containers"][0]["image"] = "./Dockerfile"
+        settings["vars"]["IMAGE"] = IMAGE
+        (directory / "wrangler.json").write_text(json.dumps(settings))
+        if secret:
+            (directory / ".dev.vars").write_text(f"FLEET_TOKEN={secret}\n")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("CLOUDFLARE_", "CF_", "WRANGLER_"))}
+        environment |= {
+            "HOME": str(directory),
+            "CI": "1",
+            "DOCKER_BUILDKIT": "0",
+            "WRANGLER_SEND_METRICS": "false",
+            "WRANGLER_SEND_ERROR_REPORTS": "false",
+            "WRANGLER_DOCKER_BIN": str(directory / "docker"),
+            "WRANGLER_DOCKER_HOST": os.environ["DOCKER_HOST"],
+            "MINIFLARE_CONTAINER_EGRESS_IMAGE": PROXY,
+        }
+        argv = ["setpriv", "--pdeathsig", "TERM", "node", NODE / "wrangler/bin/wrangler.js", "dev", "--port", self.port, "--ip", "127.0.0.1"]
+        argv += ["--config", "wrangler.json", "--show-interactive-dev-session=false", "--log-level", "info"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                list(map(str, argv)), cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def ready(self) -> Worker:
+        harness.wait_for("wrangler", lambda: self.process.poll() is not None or self.ask("GET", "/v1/sandboxes")[0] in (200, 403), PATIENCE)
+        assert self.process.poll() is None, self.said()
+        return self
+
+    def said(self) -> str:
+        return re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(self, method: str, path: str, body: object = None, token: str | None = TOKEN, headers: dict | None = None) -> tuple[int, object]:
+        """Status 0: nobody answers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        given = {"authorization": f"Bearer {token}"} if token else {}
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), {**given, **(headers or {})})
+            answer = connection.getresponse()
+            text = answer.read().decode()
+            return answer.status, json.loads(text) if "json" in (answer.getheader("content-type") or "") else text
+        except OSError:
+            return 0, ""
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(5)
+        left = engine.docker("ps", "--all", "--quiet", "--filter", "name=workerd", check=False).stdout.split()
+        if left:
+            engine.docker("rm", "--force", *left, check=False)
