@@ -6,6 +6,7 @@ one of ours, with the sidecar. Nothing is asked outside: there is no way there.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -13,16 +14,19 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 import engine
 import harness
+import jsonschema
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 WORKER = ROOT / "deploy/cloudflare/fleet"
+CONTRACT = json.loads((WORKER / "openapi.json").read_text())
 NODE = ROOT / ".cache/wrangler/node_modules"
-IMAGE, PROXY = "agent-cloudflare", "proxy-everything"
+IMAGE, PROXY = engine.WRAPPED, "proxy-everything"
 TOKEN = "cloudflare-" + "0123456789abcdef" * 2
 # Neither pulls nor knows what new builders know.
 DOCKER = """#!/bin/sh
@@ -40,13 +44,12 @@ exec docker "$@"
 PATIENCE = 120
 
 
-def make_images(directory: Path) -> None:
-    """The proxy, out of what has a Python."""
-    context = directory / "proxy"
-    context.mkdir()
-    shutil.copy2(HERE / "proxy.py", context)
-    (context / "Dockerfile").write_text(f'FROM {engine.BARE}\nCOPY proxy.py /\nENTRYPOINT ["python3", "/proxy.py"]\n')
-    engine.docker("build", "--network", "none", "--tag", PROXY, context)
+def make_proxy() -> None:
+    """Out of what has a Python."""
+    with tempfile.TemporaryDirectory() as context:
+        shutil.copy2(HERE / "proxy.py", context)
+        (Path(context) / "Dockerfile").write_text(f'FROM {engine.BARE}\nCOPY proxy.py /\nENTRYPOINT ["python3", "/proxy.py"]\n')
+        engine.docker("build", "--network", "none", "--tag", PROXY, context)
 
 
 def config() -> dict:
@@ -63,8 +66,11 @@ class Worker:
         (directory / "node_modules").symlink_to(NODE)
         (directory / "docker").write_text(DOCKER)
         (directory / "docker").chmod(0o755)
-        (directory / "Dockerfile").write_text(f"FROM {IMAGE}\nEXPOSE 8080\n")
+        # Wrangler removes what else has its image: each has one of its own.
+        (directory / "Dockerfile").write_text(f"FROM {IMAGE}\nEXPOSE 8080\nLABEL worker={self.port}\n")
         settings = config()
+        # Its containers are named after it.
+        self.name = settings["name"] = f"agent-fleet-{self.port}"
         settings["containers"][0]["image"] = "./Dockerfile"
         settings["vars"]["IMAGE"] = IMAGE
         (directory / "wrangler.json").write_text(json.dumps(settings))
@@ -108,19 +114,29 @@ class Worker:
             connection.request(method, path, None if body is None else json.dumps(body), {**given, **(headers or {})})
             answer = connection.getresponse()
             text = answer.read().decode()
-            return answer.status, json.loads(text) if "json" in (answer.getheader("content-type") or "") else text
+            said = json.loads(text) if "json" in (answer.getheader("content-type") or "") else text
         except OSError:
             return 0, ""
         finally:
             connection.close()
+        if path.startswith("/v1/") and "/ports/" not in path and answer.status != 204:
+            kind = "Error" if answer.status >= 400 else "Page" if path.split("?")[0] == "/v1/sandboxes" else "Sandbox"
+            jsonschema.Draft202012Validator({**CONTRACT, "$ref": f"#/components/schemas/{kind}"}).validate(said)
+        return answer.status, said
+
+    def running(self) -> list[str]:
+        """Containers of agents, by the daemon's word."""
+        named = engine.docker("ps", "--format", "{{.Names}}", "--filter", f"name=workerd-{self.name}-").stdout.split()
+        return [name for name in named if not name.endswith("-proxy")]
 
     def close(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(5)
-        left = engine.docker("ps", "--all", "--quiet", "--filter", "name=workerd", check=False).stdout.split()
+        left = engine.docker("ps", "--all", "--quiet", "--filter", f"name=workerd-{self.name}-").stdout.split()
         if left:
-            engine.docker("rm", "--force", *left, check=False)
+            engine.docker("rm", "--force", *left)
