@@ -340,7 +340,6 @@ function say(told: Told | undefined, status = 200): Response {
 // Gives it to a container, without what is ours.
 async function pass(request: Request, env: Env, key: string, port: string, rest: string): Promise<Response> {
   if (!/^\d{1,5}$/.test(port) || Number(port) < 1 || Number(port) > 65535) return refuse(400, "there is no such port");
-  if (!(await index(env).find(key))) return say(undefined);
   const headers = new Headers(request.headers);
   for (const name of [headers.has(OURS) ? OURS : "authorization", "x-agent-fleet-port"]) headers.delete(name);
   const { method, body } = request;
@@ -385,30 +384,25 @@ async function answer(request: Request, env: Env): Promise<Response> {
       return "told" in made ? say(made.told) : refuse(made.status, made.error);
     }
     case "GET ": {
-      const known = await index(env).find(key);
-      if (!known) return say(undefined);
       const told = await sandbox.told();
-      // One that is about to be created is in the index alone.
-      if (told || known.state === "creating") return say(told ?? known);
-      await index(env).forget(key);
-      return say(undefined);
+      if (told) return say(told);
+      // One that is about to be created is in the index alone; and so is one whose removal was broken off.
+      const known = await index(env).find(key);
+      if (known && known.state !== "creating") await index(env).forget(key);
+      return say(known?.state === "creating" ? known : undefined);
     }
     case "DELETE ":
-      if (await index(env).find(key)) {
-        await sandbox.remove();
-        await index(env).forget(key);
-      }
+      await sandbox.remove();
+      await index(env).forget(key);
       return new Response(null, { status: 204 });
     case "POST stop": {
       const asked = await body<{ grace_s: number }>(request);
       if (!seconds(asked?.grace_s, 0, 3600)) return refuse(400, "`grace_s` is 0 to 3600");
-      if (!(await index(env).find(key))) return say(undefined);
       return say(await sandbox.end(asked.grace_s * 1000, "it was asked to end"));
     }
     case "POST keepalive": {
       const asked = await body<{ until: string }>(request);
       if (!asked || Number.isNaN(Date.parse(asked.until))) return refuse(400, "`until` is a time");
-      if (!(await index(env).find(key))) return say(undefined);
       return say(await sandbox.keepAlive(asked.until));
     }
     default:

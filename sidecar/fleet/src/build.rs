@@ -7,6 +7,7 @@ use crate::config::{Config, Machine, ProviderConfig, TEMPLATE_LABEL, Template};
 use crate::hook::{self, Runner};
 use crate::inside::Http;
 use crate::plan::{PauseBy, Policy};
+use crate::provider::cloudflare::Cloudflare;
 use crate::provider::daytona::Daytona;
 use crate::provider::docker::Docker;
 use crate::provider::e2b::E2b;
@@ -32,6 +33,7 @@ pub fn provider(name: &str, config: &ProviderConfig) -> Result<Arc<dyn Provider>
     let settings = config.settings.clone();
     match config.kind.as_str() {
         "docker" => Ok(Arc::new(Docker::new(settings.try_into().map_err(wrong)?))),
+        "cloudflare" => Ok(Arc::new(Cloudflare::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "daytona" => Ok(Arc::new(Daytona::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "e2b" => Ok(Arc::new(E2b::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "fly" => Ok(Arc::new(Fly::new(settings.try_into().map_err(wrong)?).map_err(said)?)),

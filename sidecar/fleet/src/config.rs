@@ -29,7 +29,7 @@ pub const TEMPLATE_LABEL: &str = "agent-fleet.template";
 pub const TENANT_LABEL: &str = "agent-fleet.tenant";
 
 /// Kinds of providers: those that [`crate::build::provider`] knows.
-pub const KINDS: &[&str] = &["daytona", "docker", "e2b", "fly", "gvisor", "vercel"];
+pub const KINDS: &[&str] = &["cloudflare", "daytona", "docker", "e2b", "fly", "gvisor", "vercel"];
 
 #[derive(Clone, Debug)]
 pub struct Config {

@@ -6,6 +6,7 @@
 mod conformance;
 mod fakes;
 mod hosted {
+    pub(crate) mod cloudflare;
     pub(crate) mod daytona;
     pub(crate) mod e2b;
     pub(crate) mod fly;
@@ -53,12 +54,13 @@ fn providers() -> Vec<Box<dyn agent_fleet::provider::Provider>> {
     fn of<T: serde::de::DeserializeOwned>(more: &str) -> T {
         toml::from_str(&format!("token = {{ env = \"TOKEN\" }}\n{more}")).unwrap()
     }
-    use agent_fleet::provider::{daytona, e2b, fly, vercel};
+    use agent_fleet::provider::{cloudflare, daytona, e2b, fly, vercel};
     vec![
         Box::new(e2b::E2b::new(of("")).unwrap()),
         Box::new(daytona::Daytona::new(of("")).unwrap()),
         Box::new(fly::Fly::new(of("app = \"agents\"")).unwrap()),
         Box::new(vercel::Vercel::new(of("team = \"t\"\nproject = \"p\"")).unwrap()),
+        Box::new(cloudflare::Cloudflare::new(of("url = \"https://fleet.example.workers.dev\"")).unwrap()),
     ]
 }
 
