@@ -43,7 +43,7 @@ connection.recv(4096)
 def worker(tmp_path_factory):
     if LEFT_OUT:
         pytest.skip("AGENT_SIDECAR_TESTS_NO_DOCKER=1")
-    one = Worker(tmp_path_factory.mktemp("worker"))
+    one = Worker(tmp_path_factory.mktemp("worker"), FLEET_TOKEN=TOKEN)
     try:
         yield one.ready()
     finally:
@@ -89,15 +89,19 @@ def test_only_who_has_the_token_is_let_in(worker, tmp_path):
     assert worker.ask("PUT", "/v1/sandboxes/x", {"labels": {}, "ttl_s": 0})[0] == 400
     assert worker.ask("PUT", "/v1/sandboxes/x", {"labels": {}, "ttl_s": 60, "image": "another"})[0] == 400
     assert worker.ask("GET", "/v1/sandboxes/x")[0] == 404
-    # One that was given no secret, or half of one, lets nobody in.
-    for n, (secret, status) in enumerate([(None, 403), ("short", 401)]):
-        (tmp_path / str(n)).mkdir()
-        bare = Worker(tmp_path / str(n), secret)
-        try:
-            wait_for("wrangler", lambda: bare.ask("GET", "/v1/sandboxes", token=secret)[0] == status, PATIENCE)
-            assert bare.ask("GET", "/v1/sandboxes", token="")[0] == status
-        finally:
-            bare.close()
+    # One that was given no secret, or half of one, lets nobody in with it.
+    for name in ("none", "short"):
+        (tmp_path / name).mkdir()
+    none, short = Worker(tmp_path / "none"), Worker(tmp_path / "short", FLEET_TOKEN="short", FLEET_TOKEN_OLD=TOKEN)
+    try:
+        none.ready(), short.ready()
+        assert [none.ask("GET", "/v1/sandboxes", token=token)[0] for token in (None, "", "undefined", TOKEN)] == [403] * 4
+        assert [short.ask("GET", "/v1/sandboxes", token=token)[0] for token in (None, "", "short")] == [401] * 3
+        # The token before is good while it is replaced.
+        assert short.ask("GET", "/v1/sandboxes", token=TOKEN)[0] == 200
+    finally:
+        none.close()
+        short.close()
 
 
 def test_the_sidecar_hears_that_it_shall_end_and_what_does_not_hear_is_killed(worker):

@@ -59,7 +59,7 @@ def config() -> dict:
 
 
 class Worker:
-    def __init__(self, directory: Path, secret: str | None = TOKEN):
+    def __init__(self, directory: Path, **secrets: str):
         self.directory, self.port = directory, harness.free_port()
         self.log = directory / "log"
         shutil.copy2(WORKER / "worker.ts", directory)
@@ -74,8 +74,7 @@ class Worker:
         settings["containers"][0]["image"] = "./Dockerfile"
         settings["vars"]["IMAGE"] = IMAGE
         (directory / "wrangler.json").write_text(json.dumps(settings))
-        if secret:
-            (directory / ".dev.vars").write_text(f"FLEET_TOKEN={secret}\n")
+        (directory / ".dev.vars").write_text("".join(f"{name}={value}\n" for name, value in secrets.items()))
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("CLOUDFLARE_", "CF_", "WRANGLER_"))}
         environment |= {
             "HOME": str(directory),
@@ -87,7 +86,9 @@ class Worker:
             "WRANGLER_DOCKER_HOST": os.environ["DOCKER_HOST"],
             "MINIFLARE_CONTAINER_EGRESS_IMAGE": PROXY,
         }
-        argv = ["setpriv", "--pdeathsig", "TERM", "node", NODE / "wrangler/bin/wrangler.js", "dev", "--port", self.port, "--ip", "127.0.0.1"]
+        argv = ["setpriv", "--pdeathsig", "TERM", "node", NODE / "wrangler/bin/wrangler.js", "dev", "--ip", "127.0.0.1", "--port", self.port]
+        # Two of them would have one.
+        argv += ["--inspector-port", harness.free_port()]
         argv += ["--config", "wrangler.json", "--show-interactive-dev-session=false", "--log-level", "info"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

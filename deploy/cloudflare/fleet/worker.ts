@@ -96,6 +96,8 @@ export class Sandbox extends DurableObject<Env> {
   }
 
   private async keep(told: Told): Promise<Told> {
+    // It may have been deleted while somebody waited: that is for good.
+    if (!(await this.kept())) return told;
     delete told._untold;
     await this.ctx.storage.put("told", told);
     try {
@@ -117,7 +119,10 @@ export class Sandbox extends DurableObject<Env> {
 
   private async begin(told: Told, spec: Spec): Promise<Answer> {
     // Its end is certain before it begins.
+    await this.ctx.storage.put("told", told);
     await this.keep(told);
+    const deleted = { status: 409, error: "it was deleted meanwhile" };
+    if (!(await this.kept())) return deleted;
     const entrypoint = spec.command?.length ? spec.command : undefined;
     if (!this.container.running) {
       this.container.start({ env: spec.env ?? {}, entrypoint, enableInternet: true });
@@ -125,7 +130,10 @@ export class Sandbox extends DurableObject<Env> {
     }
     const end = await Promise.race([this.ended!, this.begun()]);
     const now = await this.kept();
-    if (!now) return { status: 409, error: "it was deleted meanwhile" };
+    if (!now) {
+      if (this.container.running) await this.container.destroy();
+      return deleted;
+    }
     if (end === "begun") {
       if (now.state === "creating") now.state = "running";
       return { told: await this.keep(now) };
@@ -173,10 +181,10 @@ export class Sandbox extends DurableObject<Env> {
     return this.keep({ ...told, state: "stopped", exit_code: end.code, reason: told.reason ?? end.why });
   }
 
-  // Gone without a word, in whatever state.
+  // Gone without a word, in whatever state. It is known until it is: who fails here is asked again.
   async remove(): Promise<void> {
+    if (this.container.running) await this.container.destroy();
     await this.ctx.storage.deleteAll();
-    await this.container.destroy().catch(() => undefined);
     await this.ctx.storage.deleteAlarm();
     this.wake();
   }
@@ -184,7 +192,10 @@ export class Sandbox extends DurableObject<Env> {
   // Whatever is due; and when the next is.
   private async look(): Promise<number> {
     const told = await this.kept();
-    if (!told) return Infinity;
+    if (!told) {
+      if (this.container.running && !this.starting) await this.container.destroy();
+      return Infinity;
+    }
     if (told._untold) await this.keep(told);
     if (told.state === "stopped") return Infinity;
     const now = Date.now();
@@ -217,7 +228,7 @@ export class Sandbox extends DurableObject<Env> {
         // As long as its container runs it stays, or nobody hears how that ends.
         const woken = new Promise<void>((done) => (this.wake = done));
         await Promise.race([woken, this.ended, pause(Math.min(AWAKE_MS, Math.max(0, next - Date.now())))]);
-        next = Date.now();
+        next = Date.now() + 50;
       }
     } catch (error) {
       console.error("alarm", message(error));
@@ -332,10 +343,8 @@ async function body<T>(request: Request): Promise<T | undefined> {
   }
 }
 
-function say(told: Told | undefined, status = 200): Response {
-  if (!told) return refuse(404, "there is no such sandbox");
-  return Response.json(Object.fromEntries(Object.entries(told).filter(([name]) => !name.startsWith("_"))), { status });
-}
+const shown = (told: Told) => Object.fromEntries(Object.entries(told).filter(([name]) => !name.startsWith("_")));
+const say = (told: Told | undefined) => (told ? Response.json(shown(told)) : refuse(404, "there is no such sandbox"));
 
 // Gives it to a container, without what is ours.
 async function pass(request: Request, env: Env, key: string, port: string, rest: string): Promise<Response> {
@@ -364,7 +373,7 @@ async function answer(request: Request, env: Env): Promise<Response> {
     const most = Math.min(PAGE, Number(url.searchParams.get("limit") ?? PAGE));
     if (!(most >= 1)) return refuse(400, "`limit` is a number");
     const found = await index(env).list(labels, url.searchParams.get("cursor") ?? "", most + 1);
-    const sandboxes = await Promise.all(found.slice(0, most).map((told) => say(told).json()));
+    const sandboxes = found.slice(0, most).map(shown);
     return Response.json({ sandboxes, ...(found.length > most && { next: found[most - 1].key }) });
   }
 
