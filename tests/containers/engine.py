@@ -49,8 +49,8 @@ class Dockerd:
         flags = [word for name, path in paths.items() for word in (f"--{name}", self.directory / path)]
         # The daemon goes with us, even if we are killed.
         argv = ["setpriv", "--pdeathsig", "TERM", "dockerd", "--host", self.host, *flags]
-        argv += ["--bridge", "none", "--shutdown-timeout", "5"]
-        argv += [] if bridges else ["--iptables=false", "--ip-forward=false", "--ip-masq=false"]
+        argv += ["--shutdown-timeout", "5"]
+        argv += [] if bridges else ["--bridge", "none", "--iptables=false", "--ip-forward=false", "--ip-masq=false"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(list(map(str, argv)), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:

@@ -295,8 +295,9 @@ def test_vercel_takes_it(tmp_path: Path):
     assert seconds(environment["AGENT_SIDECAR_MAX_DURATION"]) < 60 * int(re.search(r"minutes = (\d+)", file.read_text())[1])
 
 
-def test_cloudflare_takes_it(tmp_path: Path):
-    directory = DEPLOY / "cloudflare"
+@pytest.mark.parametrize("directory", ["cloudflare", "cloudflare/fleet"])
+def test_cloudflare_takes_it(directory: str, tmp_path: Path):
+    directory = DEPLOY / directory
     typed(directory / "worker.ts", "@cloudflare/workers-types", tmp_path)
     text = "\n".join(line for line in (directory / "wrangler.jsonc").read_text().splitlines() if not line.lstrip().startswith("//"))
     wrangler = json.loads(text)
@@ -305,11 +306,14 @@ def test_cloudflare_takes_it(tmp_path: Path):
     assert [error.message for error in validator.iter_errors(wrangler)] == []
     assert [error.message for error in validator.iter_errors({**wrangler, "containers": [{"class": "Agent"}]})] != []
     source = (directory / "worker.ts").read_text()
-    assert f"export class {wrangler['containers'][0]['class_name']} extends Container" in source
-    # What the Worker reads is set here, or is a secret that the head tells of.
-    read = set(re.findall(r"env\.([A-Z_]+)", source)) - {"AGENT"}
+    bound = {each["name"]: each["class_name"] for each in wrangler["durable_objects"]["bindings"]}
+    assert wrangler["containers"][0]["class_name"] in bound.values() and set(bound.values()) == set(wrangler["migrations"][0]["new_sqlite_classes"])
+    assert all(re.search(rf"^export class {name} extends (Container|DurableObject)<Env> ", source, re.MULTILINE) for name in bound.values())
+    assert (directory / wrangler["containers"][0]["image"]).is_file()
+    # What the Worker reads is set here, or is a secret that the head tells of; a token that is replaced is not there for long.
+    read = set(re.findall(r"env\.([A-Z_]+)", source)) - set(bound) - {"FLEET_TOKEN_OLD"}
     head = (directory / "wrangler.jsonc").read_text().splitlines()[0]
-    assert all(name in wrangler["vars"] or name in head for name in read)
+    assert read and all(name in wrangler["vars"] or name in head for name in read)
 
 
 def test_cloudflares_agents_push_and_keep_their_container_awake():
@@ -319,7 +323,7 @@ def test_cloudflares_agents_push_and_keep_their_container_awake():
     assert seconds(environment["AGENT_SIDECAR_BUSY_LEASE"]) < seconds(re.search(r'sleepAfter = "(\w+)"', source)[1])
 
 
-@pytest.mark.parametrize("file", ["cloudflare/Dockerfile", "modal/app.py", "e2b/template.py", "daytona/create.py", "fly/fly.toml", "cloud-run/service.yaml", "cloud-run/job.yaml"])
+@pytest.mark.parametrize("file", ["cloudflare/Dockerfile", "cloudflare/fleet/wrangler.jsonc", "modal/app.py", "e2b/template.py", "daytona/create.py", "fly/fly.toml", "cloud-run/service.yaml", "cloud-run/job.yaml"])
 def test_they_all_take_the_same_image(file: str):
     images = re.findall(r"registry\.example\.com/([\w.:-]+)", (DEPLOY / file).read_text())
     assert images and set(images) <= {AGENT, SIDECAR}

@@ -13,10 +13,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "containers"))
 
 import engine
 import pytest
+import worker
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = os.environ.get("AGENT_SIDECAR_TESTS_NO_DOCKER") == "1"
 IMAGE, NETWORK = "busybox", "fleet"
+GATEWAY = "172.17.0.1"
 BUSYBOX = Path(shutil.which("busybox") or "/bin/busybox")
 # What tests/install has, else the machine's own, if that is not too old.
 RUNSC = next((path for path in [ROOT / ".cache/gvisor/usr/bin/runsc", Path(shutil.which("runsc") or "")] if path.is_file()), None)
@@ -53,12 +55,14 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     runtimes = {"runsc": {"path": str(RUNSC), "runtimeArgs": RUNSC_FLAGS}} if RUNSC else {}
     try:
-        config.stash[daemon] = engine.Dockerd(bridges=True, config={"runtimes": runtimes})
+        # workerd asks the default network for its gateway, and new daemons have no word of that unless they were told one.
+        config.stash[daemon] = engine.Dockerd(bridges=True, config={"runtimes": runtimes, "bip": f"{GATEWAY}/16"})
         os.environ["DOCKER_HOST"] = config.stash[daemon].host
         engine.import_root(IMAGE, write_busybox)
         engine.docker("network", "create", NETWORK)
         # Agents as people have them.
         engine.make_images()
+        worker.make_proxy()
     except (RuntimeError, OSError, AssertionError) as error:
         pytest_unconfigure(config)
         pytest.exit(f"no containers to test with: {error}", returncode=4)

@@ -13,6 +13,7 @@ use crate::conversation::{Conversations, Shelf};
 use crate::hook::{self, Runner};
 use crate::inside::Http;
 use crate::plan::{PauseBy, Policy};
+use crate::provider::cloudflare::Cloudflare;
 use crate::provider::daytona::Daytona;
 use crate::provider::docker::Docker;
 use crate::provider::e2b::E2b;
@@ -44,6 +45,7 @@ pub fn provider(name: &str, config: &ProviderConfig) -> Result<Arc<dyn Provider>
     let settings = config.settings.clone();
     match config.kind.as_str() {
         "docker" => Ok(Arc::new(Docker::new(settings.try_into().map_err(wrong)?))),
+        "cloudflare" => Ok(Arc::new(Cloudflare::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "daytona" => Ok(Arc::new(Daytona::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "e2b" => Ok(Arc::new(E2b::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
         "firecracker" => Ok(Arc::new(Firecracker::new(settings.try_into().map_err(wrong)?).map_err(said)?)),

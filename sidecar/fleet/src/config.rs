@@ -30,7 +30,8 @@ pub const TEMPLATE_LABEL: &str = "agent-fleet.template";
 pub const TENANT_LABEL: &str = "agent-fleet.tenant";
 
 /// Kinds of providers: those that [`crate::build::provider`] knows.
-pub const KINDS: &[&str] = &["daytona", "docker", "e2b", "firecracker", "fly", "gvisor", "kubernetes", "modal", "vercel"];
+pub const KINDS: &[&str] =
+    &["cloudflare", "daytona", "docker", "e2b", "firecracker", "fly", "gvisor", "kubernetes", "modal", "vercel"];
 
 #[derive(Clone, Debug)]
 pub struct Config {

@@ -6,6 +6,7 @@
 mod conformance;
 mod fakes;
 mod hosted {
+    pub(crate) mod cloudflare;
     pub(crate) mod daytona;
     pub(crate) mod e2b;
     pub(crate) mod fly;
@@ -55,7 +56,7 @@ fn providers() -> Vec<Box<dyn agent_fleet::provider::Provider>> {
     fn of<T: serde::de::DeserializeOwned>(more: &str) -> T {
         toml::from_str(&format!("token = {{ env = \"TOKEN\" }}\n{more}")).unwrap()
     }
-    use agent_fleet::provider::{daytona, e2b, fly, kubernetes, modal, vercel};
+    use agent_fleet::provider::{cloudflare, daytona, e2b, fly, kubernetes, modal, vercel};
     vec![
         Box::new(e2b::E2b::new(of("")).unwrap()),
         Box::new(daytona::Daytona::new(of("")).unwrap()),
@@ -68,6 +69,7 @@ fn providers() -> Vec<Box<dyn agent_fleet::provider::Provider>> {
             .unwrap(),
         ),
         Box::new(kubernetes::Kubernetes::new(kubernetes::Settings::default()).unwrap()),
+        Box::new(cloudflare::Cloudflare::new(of("url = \"https://fleet.example.workers.dev\"")).unwrap()),
     ]
 }
 

@@ -3,6 +3,7 @@
 //! A provider only does what it is told and says what is there; when, why and how often is [`crate::plan`]'s. It declares what it cannot do in
 //! [`Capabilities`], and [`refusals`] reads those before anything is created.
 
+pub mod cloudflare;
 pub mod daytona;
 pub mod docker;
 pub mod e2b;

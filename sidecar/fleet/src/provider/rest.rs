@@ -111,6 +111,11 @@ impl Client {
         self.call(action, Method::POST, path)
     }
 
+    /// What is there when it is done is the same, however often.
+    pub(super) fn put<'a>(&'a self, action: &'static str, path: &'a [&'a str]) -> Call<'a> {
+        self.call(action, Method::PUT, path).safe()
+    }
+
     pub(super) fn patch<'a>(&'a self, action: &'static str, path: &'a [&'a str]) -> Call<'a> {
         self.call(action, Method::PATCH, path).safe()
     }

@@ -167,7 +167,11 @@ impl Suite<'_> {
 
     async fn started(&self, sandbox: &Sandbox) {
         if matches!(sandbox.state, State::Created | State::Stopped) {
-            self.provider.start(&sandbox.native).await.expect("start");
+            match self.provider.start(&sandbox.native).await {
+                // It was quick, and there it runs once: it is over already.
+                Err(Error::Unsupported { .. }) if sandbox.state == State::Stopped => {}
+                done => done.expect("start"),
+            }
         }
     }
 

@@ -1,6 +1,7 @@
 //! Providers that do not exist: they keep what the real ones say they keep, judge each request by the real ones' contracts, run commands for real,
 //! and fail when they are told to.
 
+pub(crate) mod cloudflare;
 pub(crate) mod contract;
 pub(crate) mod daytona;
 pub(crate) mod e2b;
