@@ -7,6 +7,7 @@ use crate::config::{Config, Machine, ProviderConfig, TEMPLATE_LABEL, Template};
 use crate::hook::{self, Runner};
 use crate::inside::Http;
 use crate::plan::{PauseBy, Policy};
+use crate::pool::Ahead;
 use crate::provider::daytona::Daytona;
 use crate::provider::docker::Docker;
 use crate::provider::e2b::E2b;
@@ -45,6 +46,7 @@ pub fn provider(name: &str, config: &ProviderConfig) -> Result<Arc<dyn Provider>
 struct Templates {
     templates: BTreeMap<String, Template>,
     can: BTreeMap<String, Capabilities>,
+    pools: Vec<Ahead>,
 }
 
 impl Templates {
@@ -68,12 +70,17 @@ impl Policies for Templates {
             policy.idle_after = template.idle_after;
             policy.ready_within = template.ready_within;
             policy.stop_grace = template.stop_grace;
+            policy.recycle = template.recycle;
         }
         policy
     }
 
     fn port(&self, session: &Session) -> u16 {
         self.of(session).map_or(9477, |template| template.sidecar_port)
+    }
+
+    fn pools(&self) -> &[Ahead] {
+        &self.pools
     }
 }
 
@@ -109,7 +116,8 @@ pub fn fleet(config: &Config, store: Arc<dyn Store>, hooks: Arc<dyn Hooks>, cloc
         providers.insert(name.clone(), provider(name, of)?);
     }
     let can = providers.iter().map(|(name, provider)| (name.clone(), provider.capabilities())).collect();
-    let policies = Templates { templates: config.templates.clone(), can };
+    let pools = config.templates.values().filter_map(|template| Ahead::of(template, &config.fleet.name)).collect();
+    let policies = Templates { templates: config.templates.clone(), can, pools };
     let inside = Http::new(client()?);
     let edges = (hooks, Arc::new(policies) as Arc<dyn Policies>, Arc::new(inside) as _);
     Ok(Fleet::new(&config.fleet.name, store, providers, edges, config.tenants.clone(), clock))

@@ -4,6 +4,7 @@
 
 mod api;
 mod money;
+mod pools;
 mod town;
 
 use std::sync::Arc;
