@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use crate::lifecycle::Phase;
 use crate::service::{Error, Fleet};
 use crate::session::Session;
-use crate::store::Filter;
+use crate::store::{self, Filter};
 
 /// How soon the other fleets know of it.
 const EVERY: Duration = Duration::from_secs(2);
@@ -34,7 +35,11 @@ impl Fleet {
         self.store().drain(provider, until).await?;
         self.see_drains().await?;
         for session in self.there(provider).await? {
-            self.store().wake(&session.id).await?;
+            match self.store().wake(&session.id).await {
+                // It is over and forgotten meanwhile.
+                Ok(()) | Err(store::Error::Missing(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         self.due();
         self.refill.notify_one();
@@ -46,7 +51,7 @@ impl Fleet {
         let until = self.store().drains().await?.get(provider).copied();
         let there = self.there(provider).await?;
         let held: Vec<&Session> = there.iter().filter(|session| session.holds).collect();
-        let asleep = held.iter().filter(|session| session.phase == crate::lifecycle::Phase::Paused).count();
+        let asleep = held.iter().filter(|session| session.phase == Phase::Paused).count();
         Ok(Progress { until, left: held.len(), asleep })
     }
 

@@ -1,13 +1,13 @@
 //! A provider is to be empty, and how far it is. For admins: it ends what others own.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Answer, Api, Body, Failure, Who, Wrong};
+use super::{Answer, Api, Body, Failure, Named, Who, Wrong};
 use crate::drain::Progress;
 
 /// The longest that what works may go on.
@@ -50,12 +50,7 @@ fn provider<'a>(api: &Api, who: &Who, name: &'a str) -> Answer<&'a str> {
 #[utoipa::path(post, path = "/v1/providers/{name}/drain", params(("name" = String, Path)), request_body = Drain, security(("token" = [])),
     responses((status = 202, body = Drained), (status = 400, body = Wrong), (status = 401, body = Wrong), (status = 403, body = Wrong),
         (status = 404, body = Wrong), (status = 413, body = Wrong), (status = 415, body = Wrong), (status = 503, body = Wrong)))]
-pub(super) async fn begin(
-    State(api): State<Api>,
-    who: Who,
-    Path(name): Path<String>,
-    Body(asked): Body<Drain>,
-) -> Answer<Response> {
+pub(super) async fn begin(State(api): State<Api>, who: Who, Named(name): Named, Body(asked): Body<Drain>) -> Answer<Response> {
     let name = provider(&api, &who, &name)?;
     if asked.seconds > MOST_SECONDS {
         return Err(Failure(StatusCode::BAD_REQUEST, format!("`seconds` is 0 to {MOST_SECONDS}")));
@@ -69,7 +64,7 @@ pub(super) async fn begin(
 #[utoipa::path(get, path = "/v1/providers/{name}/drain", params(("name" = String, Path)), security(("token" = [])),
     responses((status = 200, body = Drained), (status = 401, body = Wrong), (status = 403, body = Wrong), (status = 404, body = Wrong),
         (status = 503, body = Wrong)))]
-pub(super) async fn show(State(api): State<Api>, who: Who, Path(name): Path<String>) -> Answer<axum::Json<Drained>> {
+pub(super) async fn show(State(api): State<Api>, who: Who, Named(name): Named) -> Answer<axum::Json<Drained>> {
     let name = provider(&api, &who, &name)?;
     Ok(axum::Json(api.fleet.progress(name).await?.into()))
 }
@@ -78,7 +73,7 @@ pub(super) async fn show(State(api): State<Api>, who: Who, Path(name): Path<Stri
 #[utoipa::path(delete, path = "/v1/providers/{name}/drain", params(("name" = String, Path)), security(("token" = [])),
     responses((status = 200, body = Drained), (status = 401, body = Wrong), (status = 403, body = Wrong), (status = 404, body = Wrong),
         (status = 503, body = Wrong)))]
-pub(super) async fn end(State(api): State<Api>, who: Who, Path(name): Path<String>) -> Answer<axum::Json<Drained>> {
+pub(super) async fn end(State(api): State<Api>, who: Who, Named(name): Named) -> Answer<axum::Json<Drained>> {
     let name = provider(&api, &who, &name)?;
     Ok(axum::Json(api.fleet.drain(name, None).await?.into()))
 }

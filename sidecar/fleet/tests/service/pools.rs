@@ -68,7 +68,8 @@ async fn a_session_has_what_was_made_ahead_and_its_place_is_filled() {
     assert!(made.taken.is_none() && !there.contains(&made.key()), "nothing fits whose environment is its own");
     until("two wait again", || async { waiting(&town).await.len() == 2 }).await;
     // What its container says of itself is what it was made as.
-    let first = town.cloud.sandboxes.lock().unwrap()[&town.get("a").await.key()].labels["agent-fleet.session"].clone();
+    let key = town.get("a").await.key();
+    let first = town.cloud.sandboxes.lock().unwrap()[&key].labels["agent-fleet.session"].clone();
     assert_eq!(one.holder(&first.parse().unwrap()).await.unwrap().unwrap().id.as_str(), "a");
 
     one.want(&"a".parse().unwrap(), Wanted::Gone, "enough").await.unwrap();
