@@ -3,14 +3,23 @@
 
 #![expect(clippy::print_stdout, reason = "it is what it is for")]
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use agent_fleet::lifecycle::Phase;
+use agent_fleet::plan::{self, Policy, Seen};
+use agent_fleet::provider::{Sandbox, State};
 use agent_fleet::session::Session;
 use agent_fleet::store::{self, Filter, Store};
 
 const SESSIONS: usize = 10_000;
+/// Made ahead.
+const SPARES: usize = 2_000;
+/// How often each is decided about.
+const ROUNDS: usize = 20;
 /// As many as a fleet drives at once.
 const BATCH: usize = 64;
 const LEASE: Duration = Duration::from_secs(3600);
@@ -25,6 +34,31 @@ fn session(n: usize) -> serde_json::Result<Session> {
         "wanted": "running", "phase": "active", "since": "2026-11-26T12:00:00Z", "created": "2026-11-26T12:00:00Z", "ends": "2026-11-26T13:00:00Z",
         "generation": 1,
     }))
+}
+
+/// One whose container waits for somebody.
+fn spare(n: usize) -> serde_json::Result<Session> {
+    let mut spare = session(n)?;
+    if let Ok(id) = format!("spare-{n}").parse() {
+        spare.id = id;
+    }
+    (spare.pool, spare.phase, spare.holds, spare.native) =
+        (Some(String::from("kind")), Phase::Ready, true, Some(format!("container-{n}")));
+    Ok(spare)
+}
+
+fn running(session: &Session) -> Sandbox {
+    Sandbox {
+        key: Some(session.key()),
+        native: session.key(),
+        state: State::Running,
+        reason: None,
+        exit_code: None,
+        size: None,
+        created: None,
+        deadline: None,
+        labels: BTreeMap::new(),
+    }
 }
 
 /// What this process holds in memory now.
@@ -100,6 +134,52 @@ async fn measure(store: Arc<dyn Store>) -> Result<(), Box<dyn Error>> {
     })
     .await?;
     say("get, update, release", SESSIONS, began);
+
+    // As sessions take what was made ahead: what waits is looked for, and both are written or neither.
+    for n in 0..SPARES {
+        store.insert(&spare(n)?).await?;
+    }
+    let began = Instant::now();
+    let conflicts = Arc::new(AtomicUsize::new(0));
+    let (taking, lost) = (store.clone(), conflicts.clone());
+    each(BATCH, move |n| {
+        let (store, lost) = (taking.clone(), lost.clone());
+        async move {
+            if n >= SPARES {
+                return Ok(());
+            }
+            let id = format!("session-{n}").parse().map_err(store::Error::Store)?;
+            let mut session = store.get(&id).await?.ok_or(store::Error::Missing(id))?;
+            loop {
+                for mut spare in store.spares("kind", 8).await? {
+                    (spare.given, spare.holds, spare.phase) = (Some(session.id.clone()), false, Phase::Stopped);
+                    (session.taken, session.holds) = (Some(spare.key()), true);
+                    match store.update_both(&mut session, &mut spare).await {
+                        Ok(()) => return Ok(()),
+                        Err(store::Error::Conflict(_)) => drop(lost.fetch_add(1, Ordering::Relaxed)),
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+        }
+    })
+    .await?;
+    say("take from a pool of 2,000, 64 at a time", SPARES, began);
+    println!("{:<40} {:>9} took what was another's by then", "", conflicts.load(Ordering::Relaxed));
+
+    // What is decided of each, when it was just looked at: nothing is to be done, which is what is decided most.
+    let sessions: Vec<Session> = store.list(&Filter::default(), None, SESSIONS).await?;
+    let (policy, now) = (Policy::default(), "2026-11-26T12:10:00Z".parse()?);
+    let sandbox: Vec<Seen> = sessions.iter().map(|session| Seen { sandbox: running(session), at: now }).collect();
+    let began = Instant::now();
+    let mut waits = 0;
+    for _ in 0..ROUNDS {
+        for (session, seen) in sessions.iter().zip(&sandbox) {
+            waits += usize::from(matches!(plan::next(session, Some(seen), &policy, now), plan::Step::Wait(_)));
+        }
+    }
+    say("decide, 10,000 containers on one core", ROUNDS * sessions.len(), began);
+    println!("{:<40} {waits:>9} of them to wait", "");
 
     let began = Instant::now();
     store.count().await?;

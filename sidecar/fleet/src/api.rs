@@ -26,6 +26,8 @@ use crate::service::{self, Fleet, Lease, NotHeard, Told};
 use crate::session::{Pattern, Session, SessionId, Wanted};
 use crate::store::{self, Filter, HookRun, Inserted};
 
+mod drain;
+
 /// What is asked of us is small.
 const BODY_MOST: usize = 64 << 10;
 const PAGE_MOST: usize = 500;
@@ -170,7 +172,9 @@ impl From<service::Error> for Failure {
             service::Error::Unable { .. } | service::Error::NoProvider(_) => StatusCode::UNPROCESSABLE_ENTITY,
             service::Error::Full { .. } | service::Error::OverBudget(_) => StatusCode::TOO_MANY_REQUESTS,
             service::Error::Store(store::Error::Missing(_)) => StatusCode::NOT_FOUND,
-            service::Error::Store(_) | service::Error::Circle(_) => StatusCode::SERVICE_UNAVAILABLE,
+            service::Error::Store(_) | service::Error::Circle(_) | service::Error::Drained { .. } => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
         };
         Failure(status, error.to_string())
     }
@@ -513,6 +517,15 @@ async fn exposition(api: &Api) -> Answer<String> {
             limits.push((labels, limit));
         }
     }
+    let pools: Vec<(String, f64)> = [("taken", &counts.taken), ("missed", &counts.missed)]
+        .map(|(outcome, count)| (format!("outcome=\"{outcome}\""), count.load(Ordering::Relaxed) as f64))
+        .to_vec();
+    family(
+        "agent_fleet_pool_claims_total",
+        "counter",
+        "Sessions of a pool, by whether something made ahead was left for them.",
+        pools,
+    );
     family("agent_fleet_budget_used_usd", "gauge", "What a tenant has spent or set aside in the period that is now.", spent);
     family("agent_fleet_budget_limit_usd", "gauge", "What it may spend in that period.", limits);
     Ok(out)
@@ -530,8 +543,11 @@ impl Modify for Token {
 #[derive(OpenApi)]
 #[openapi(
     info(title = "agent-fleet", description = "Containers for agents: created, watched, put to sleep, woken and destroyed."),
-    paths(create, list, show, destroy, pause, resume, logs, hooks, proxy::messages, report, livez, readyz, metrics),
-    components(schemas(NewSession, View, Views, Wrong, proxy::Message, Told, Lease)),
+    paths(
+        create, list, show, destroy, pause, resume, logs, hooks, proxy::messages, report, drain::show, drain::begin, drain::end, livez,
+        readyz, metrics
+    ),
+    components(schemas(NewSession, View, Views, Wrong, proxy::Message, Told, Lease, drain::Drain, drain::Drained)),
     modifiers(&Token)
 )]
 struct Document;
@@ -563,6 +579,7 @@ pub fn router(api: Api) -> Router {
         .route("/v1/sessions/{id}/hooks", get(hooks))
         .merge(proxy::routes())
         .route("/v1/containers/{key}/report", post(report))
+        .route("/v1/providers/{name}/drain", get(drain::show).post(drain::begin).delete(drain::end))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use jiff::tz::TimeZone;
 
 use crate::config::Tenant;
 use crate::provider::Price;
@@ -24,7 +25,17 @@ pub struct Budgets {
 }
 
 impl Budgets {
-    pub fn new(store: Arc<dyn Store>, tenants: BTreeMap<String, Tenant>) -> Self {
+    pub fn new(store: Arc<dyn Store>, mut tenants: BTreeMap<String, Tenant>) -> Self {
+        // What is nobody's is added up, too, and has no limit but the size of its pool.
+        let budget_usd_per_month = Some(f64::INFINITY);
+        let nobody = Tenant {
+            name: String::new(),
+            budget_usd_per_day: None,
+            budget_usd_per_month,
+            zone: TimeZone::UTC,
+            max_sessions: None,
+        };
+        tenants.insert(String::new(), nobody);
         Self { store, tenants }
     }
 

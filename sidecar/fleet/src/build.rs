@@ -13,6 +13,7 @@ use crate::conversation::{Conversations, Shelf};
 use crate::hook::{self, Runner};
 use crate::inside::Http;
 use crate::plan::{PauseBy, Policy};
+use crate::pool::Ahead;
 use crate::provider::cloudflare::Cloudflare;
 use crate::provider::daytona::Daytona;
 use crate::provider::docker::Docker;
@@ -62,6 +63,7 @@ pub fn provider(name: &str, config: &ProviderConfig) -> Result<Arc<dyn Provider>
 struct Templates {
     templates: BTreeMap<String, Template>,
     can: BTreeMap<String, Capabilities>,
+    pools: Vec<Ahead>,
 }
 
 impl Templates {
@@ -85,12 +87,17 @@ impl Policies for Templates {
             policy.idle_after = template.idle_after;
             policy.ready_within = template.ready_within;
             policy.stop_grace = template.stop_grace;
+            policy.recycle = template.recycle;
         }
         policy
     }
 
     fn port(&self, session: &Session) -> u16 {
         self.of(session).map_or(9477, |template| template.sidecar_port)
+    }
+
+    fn pools(&self) -> &[Ahead] {
+        &self.pools
     }
 }
 
@@ -127,7 +134,8 @@ pub fn fleet(config: &Config, store: Arc<dyn Store>, hooks: Arc<dyn Hooks>, cloc
         providers.insert(name.clone(), provider(name, of)?);
     }
     let can = providers.iter().map(|(name, provider)| (name.clone(), provider.capabilities())).collect();
-    let policies = Templates { templates: config.templates.clone(), can };
+    let pools = config.templates.values().filter_map(|template| Ahead::of(template, &config.fleet.name)).collect();
+    let policies = Templates { templates: config.templates.clone(), can, pools };
     let inside = Http::new(client()?);
     let edges = (hooks, Arc::new(policies) as Arc<dyn Policies>, Arc::new(inside) as _);
     let away = config.conversations.as_ref().map(|away| conversations(&config.fleet.name, away)).transpose()?;

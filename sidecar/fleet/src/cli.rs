@@ -93,6 +93,21 @@ fn command() -> Command {
                 .visible_alias("stop")
                 .arg(flag("wait", "Until it is gone")),
         )
+        .subcommand(
+            asking(Command::new("drain").about("Empties a provider: nothing new is made there, and what is idle goes"))
+                .arg(Arg::new("provider").value_name("PROVIDER").required(true))
+                .arg(
+                    Arg::new("within")
+                        .long("within")
+                        .value_name("SECONDS")
+                        .value_parser(value_parser!(u64))
+                        .default_value("600")
+                        .help("What works may go on for so long"),
+                )
+                .arg(flag("status", "Says how far it is, and changes nothing"))
+                .arg(flag("end", "It may be used again"))
+                .arg(flag("wait", "Until nothing is left there but what sleeps")),
+        )
         .subcommand(one("logs", "Prints the last of what its container has said"))
         .subcommand(one("hooks", "Prints what hooks have done for it, as JSON"))
 }
@@ -326,10 +341,38 @@ async fn ask(name: &str, asked: &ArgMatches) -> Result<ExitCode> {
             }
             shown(&view)?;
         }
+        "drain" => return drain(&remote, asked).await,
         "logs" => std::io::stdout().lock().write_all(&remote.ask(Method::GET, &format!("{path}/logs"), None).await?)?,
         "hooks" => std::io::stdout().lock().write_all(&remote.ask(Method::GET, &format!("{path}/hooks"), None).await?)?,
         other => return Err(format!("there is no command `{other}`").into()),
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn drain(remote: &Remote, asked: &ArgMatches) -> Result<ExitCode> {
+    let name = text(asked, "provider").unwrap_or_default();
+    // It becomes part of a path.
+    if name.is_empty() || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
+        return Err(format!("`{name}` is no name of a provider").into());
+    }
+    let path = format!("/v1/providers/{name}/drain");
+    let (method, body) = if is(asked, "status") {
+        (Method::GET, None)
+    } else if is(asked, "end") {
+        (Method::DELETE, None)
+    } else {
+        (Method::POST, Some(serde_json::json!({ "seconds": asked.get_one::<u64>("within") })))
+    };
+    let mut said = remote.ask(method, &path, body).await?;
+    while is(asked, "wait") {
+        let progress: serde_json::Value = serde_json::from_slice(&said)?;
+        if progress["until"].is_null() || progress["left"] == progress["asleep"] {
+            break;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        said = remote.ask(Method::GET, &path, None).await?;
+    }
+    say(&String::from_utf8_lossy(&said))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -13,6 +13,8 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use crate::hook::Hook;
+use crate::plan::Recycle;
+use crate::pool::Pool;
 use crate::provider::{FLEET_LABEL, KEY_LABEL, SESSION_LABEL, Secret, Size, Spec};
 use crate::session::{Pattern, SessionId, container_key};
 
@@ -168,6 +170,10 @@ pub struct Template {
     pub provider_idle: Option<Duration>,
     /// Its conversation is put away when it is idle, and gone on with in another container.
     pub archive: bool,
+    /// How many containers are made ahead.
+    pub pool: Option<Pool>,
+    /// When a container is given up though its time is not over.
+    pub recycle: Recycle,
 }
 
 impl Template {
@@ -397,7 +403,20 @@ impl Template {
         writeln!(out, "provider_idle = {}", self.provider_idle.map_or_else(|| String::from("\"off\""), time))?;
         writeln!(out, "ready_within = {}\nstop_grace = {}", time(self.ready_within), time(self.stop_grace))?;
         writeln!(out, "archive = {}", self.archive)?;
-        writeln!(out, "labels = {{ {} }}", pairs(&self.labels))
+        writeln!(out, "labels = {{ {} }}", pairs(&self.labels))?;
+        let Recycle { age, memory_bytes, growth_per_hour_bytes } = self.recycle;
+        let size = |bytes: u64| format!("\"{}MiB\"", bytes >> 20);
+        let recycle = [
+            ("age", age.map(time)),
+            ("memory", memory_bytes.map(size)),
+            ("memory_growth_per_hour", growth_per_hour_bytes.map(size)),
+        ];
+        let recycle: Vec<String> = recycle.into_iter().filter_map(|(key, value)| Some(format!("{key} = {}", value?))).collect();
+        if !recycle.is_empty() {
+            writeln!(out, "recycle = {{ {} }}", recycle.join(", "))?;
+        }
+        let Some(Pool { size, max_age, per_minute }) = &self.pool else { return Ok(()) };
+        writeln!(out, "pool = {{ size = {size}, max_age = {}, per_minute = {per_minute} }}", time(*max_age))
     }
 }
 

@@ -15,6 +15,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 const MOST: usize = 4 << 20;
 /// A container may say what it likes: more than this is not believed. Infinity has no JSON, and a session that has it could not be read again.
 pub(crate) const USD_MOST: f64 = 1e9;
+const MEMORY: &str = "claude_agent_container_memory_working_set_bytes ";
 const COST: &str = "claude_agent_cost_usd_total";
 
 /// Who is asked.
@@ -69,10 +70,12 @@ impl Http {
 impl Inside for Http {
     async fn report(&self, at: &Endpoint, now: Timestamp) -> Result<Report, String> {
         let word: Word = serde_json::from_slice(&self.get(at, "/busy").await?).map_err(|error| format!("/busy: {error}"))?;
-        let cost_usd = cost(&String::from_utf8_lossy(&self.get(at, "/metrics").await?));
+        let metrics = self.get(at, "/metrics").await?;
+        let metrics = String::from_utf8_lossy(&metrics);
+        let (cost_usd, memory_bytes) = (cost(&metrics), memory(&metrics));
         // A lease without an end would never run out.
         let busy_until = word.until.filter(|_| word.busy).and_then(|until| Timestamp::from_second(until).ok());
-        Ok(Report { at: now, busy_until, cost_usd, conversation: None })
+        Ok(Report { at: now, busy_until, cost_usd, conversation: None, memory_bytes })
     }
 }
 
@@ -81,6 +84,17 @@ fn cost(metrics: &str) -> f64 {
     let series = metrics.lines().filter(|line| line.starts_with(COST) && line[COST.len()..].starts_with(['{', ' ']));
     let values = series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
     values.filter(|value| value.is_finite() && *value > 0.0).sum::<f64>().min(USD_MOST)
+}
+
+/// What the container uses of memory, in bytes, if its sidecar can see it.
+fn memory(metrics: &str) -> Option<u64> {
+    bytes(metrics.lines().find_map(|line| line.strip_prefix(MEMORY)?.trim().parse::<f64>().ok())?)
+}
+
+/// An amount of memory, if it can be one.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be in range")]
+pub(crate) fn bytes(value: f64) -> Option<u64> {
+    (0.0..1e15).contains(&value).then_some(value as u64)
 }
 
 #[cfg(test)]
@@ -94,6 +108,17 @@ mod tests {
             claude_agent_cost_usd_total{model=\"d\"} NaN\nclaude_agent_cost_usd_totally 7\n";
         assert_eq!(cost(text), 0.75);
         assert_eq!(cost(""), 0.0);
+    }
+
+    #[test]
+    fn memory_is_what_the_container_uses() {
+        let text = "claude_agent_container_memory_working_set_bytes 1.5e8\nclaude_agent_container_memory_limit_bytes 3e8\n";
+        assert_eq!(memory(text), Some(150_000_000));
+        for none in
+            ["", "claude_agent_container_memory_working_set_bytes NaN", "claude_agent_container_memory_working_set_bytes -1"]
+        {
+            assert_eq!(memory(none), None);
+        }
     }
 
     #[test]

@@ -20,8 +20,10 @@ pub struct Policy {
     pub ready_within: Duration,
     /// How long an agent may be idle. `None`: for ever.
     pub idle_after: Option<Duration>,
-    /// After so long a container is given up at the next quiet moment.
-    pub max_age: Option<Duration>,
+    /// When a container is given up at the next quiet moment.
+    pub recycle: Recycle,
+    /// Nothing new is made at its provider, and until then what works there may go on.
+    pub drained: Option<Timestamp>,
     /// How long a container may take to end.
     pub stop_grace: Duration,
     pub pause_by: PauseBy,
@@ -41,7 +43,8 @@ impl Default for Policy {
         Self {
             ready_within: Duration::from_secs(120),
             idle_after: None,
-            max_age: None,
+            recycle: Recycle::default(),
+            drained: None,
             stop_grace: Duration::from_secs(20),
             pause_by: PauseBy::Nothing,
             keep_alive: None,
@@ -50,6 +53,41 @@ impl Default for Policy {
             tries: 5,
             backoff: Duration::from_millis(500),
         }
+    }
+}
+
+/// What makes a container be given up when its agent is idle: a hybrid session goes on in another, one that is not ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recycle {
+    pub age: Option<Duration>,
+    /// In use, by the sidecar's word.
+    pub memory_bytes: Option<u64>,
+    /// What it grows by in an hour, since the container was warm.
+    pub growth_per_hour_bytes: Option<u64>,
+}
+
+/// What a container needs in its first minutes is no growth, and what it grew in a few minutes says nothing of an hour.
+const WARM: Duration = Duration::from_secs(300);
+const GROWTH_OVER: Duration = Duration::from_secs(900);
+
+impl Recycle {
+    /// Why, if a container is to be given up now.
+    pub fn due(&self, session: &Session, now: Timestamp) -> Option<String> {
+        if self.age.zip(session.made).is_some_and(|(age, made)| made + age <= now) {
+            return Some(String::from("its container is old"));
+        }
+        let memory = session.report.as_ref().and_then(|report| report.memory_bytes)?;
+        if self.memory_bytes.is_some_and(|most| memory >= most) {
+            return Some(format!("its container uses {} MiB of memory", memory >> 20));
+        }
+        let (at, warm) = session.warm?;
+        let over = now.duration_since(at).as_secs_f64();
+        #[expect(clippy::cast_precision_loss, reason = "a few bytes of an exabyte")]
+        let growth = memory.saturating_sub(warm) as f64 * 3600.0 / over.max(1.0);
+        #[expect(clippy::cast_precision_loss, reason = "a few bytes of an exabyte")]
+        let most = self.growth_per_hour_bytes.filter(|_| over >= GROWTH_OVER.as_secs_f64()).map(|most| most as f64);
+        most.is_some_and(|most| growth >= most)
+            .then(|| format!("its container's memory grows by {:.0} MiB an hour", growth / f64::from(1 << 20)))
     }
 }
 
@@ -82,6 +120,12 @@ const BACKOFF_MOST: Duration = Duration::from_secs(60);
 const LOOK_SOON: Duration = Duration::from_secs(1);
 /// How often what sleeps is thought of: it may cost all the same.
 const SLEEP: Duration = Duration::from_secs(600);
+
+/// How often one that is wanted asks whether its provider may be used again.
+const DRAINED_AGAIN: Duration = Duration::from_secs(10);
+/// How long one is left alone that could not be put away.
+const BACK: Duration = Duration::from_secs(300);
+const DRAINED: &str = "its provider is being drained";
 
 /// Sums of the same in another order differ by less, in USD.
 const ROUNDED: f64 = 1e-6;
@@ -196,10 +240,17 @@ impl Planner<'_> {
         if self.unwanted().is_some() {
             return Some(enter(Phase::Destroyed, "it was taken back"));
         }
+        if self.policy.drained.is_some() {
+            return Some(enter(Phase::Failed, DRAINED));
+        }
         self.hooks().or(Some(Step::Enter(Phase::Creating, None)))
     }
 
     fn creating(&self) -> Maybe {
+        // What was put away is not lost for that: it was wanted before.
+        if self.policy.drained.is_some() && !self.session.holds && self.session.archive.is_none() {
+            return Some(enter(Phase::Failed, DRAINED));
+        }
         let first = self.unwanted().or_else(|| self.late("created")).or_else(|| self.hooks()).or_else(|| self.later());
         first.or(Some(match self.session.native {
             None => Step::Do(Action::Create),
@@ -260,6 +311,14 @@ impl Planner<'_> {
             let kept = self.policy.pause_by == PauseBy::Archive && self.session.pattern == Pattern::Hybrid;
             return Some(enter(if kept { Phase::Pausing } else { Phase::Stopping }, "its container's time is over"));
         }
+        // It waits to be somebody's, and is nobody's until it is too old.
+        if self.session.pool.is_some() {
+            let look_again = self.seen.map_or(self.now, |seen| seen.at + self.policy.look_every);
+            return Some(self.wait(vec![self.session.ends, look_again]));
+        }
+        if self.policy.drained.is_some_and(|until| until <= self.now) {
+            return Some(self.later().unwrap_or_else(|| enter(self.quiet(), DRAINED)));
+        }
         if self.session.wanted == Wanted::Paused && self.policy.pause_by != PauseBy::Nothing {
             return Some(enter(Phase::Pausing, "somebody asked for it"));
         }
@@ -270,6 +329,7 @@ impl Planner<'_> {
     fn work(&self) -> Maybe {
         let look_again = self.seen.map_or(self.now, |seen| seen.at + self.policy.look_every);
         let mut wake = vec![self.session.ends, look_again];
+        wake.extend(self.policy.drained);
         let busy_until = self.session.report.as_ref().and_then(|report| report.busy_until).filter(|until| *until > self.now);
         if let Some(until) = busy_until {
             if self.session.phase != Phase::Active {
@@ -293,22 +353,33 @@ impl Planner<'_> {
         }
         // By its own word alone: who has never heard of it does not know.
         if let (Some(since), Some(_)) = (self.session.idle_since, &self.session.report) {
-            let aged = self.policy.max_age.and_then(|age| Some(self.session.metered_since? + age));
+            let aged = self.policy.recycle.age.and_then(|age| Some(self.session.made? + age));
             let idle = self.policy.idle_after.map(|after| since + after);
-            let quiet = match self.session.pattern {
-                Pattern::Hybrid if self.policy.pause_by != PauseBy::Nothing => Phase::Pausing,
-                Pattern::Ephemeral | Pattern::Hybrid | Pattern::LongRunning | Pattern::Shared => Phase::Stopping,
-            };
+            let quiet = self.quiet();
             if idle.is_some_and(|at| at <= self.now) {
                 return Some(self.later().unwrap_or_else(|| enter(quiet, "its agent is idle")));
             }
-            if aged.is_some_and(|at| at <= self.now) {
-                return Some(self.later().unwrap_or_else(|| enter(quiet, "its container is old")));
+            let drained = self.policy.drained.map(|_| DRAINED.to_owned());
+            if let Some(why) = drained.or_else(|| self.policy.recycle.due(self.session, self.now)) {
+                // It is back because it could not be put away: that is not tried all the time.
+                let again = self.session.since + BACK;
+                if self.session.reason.is_none() || again <= self.now {
+                    return Some(self.later().unwrap_or_else(|| enter(quiet, why)));
+                }
+                wake.push(again);
             }
             wake.extend(idle);
-            wake.extend(aged);
+            wake.extend(aged.filter(|at| *at > self.now));
         }
         Some(self.wait(wake))
+    }
+
+    /// What becomes of one that is not to go on here.
+    fn quiet(&self) -> Phase {
+        match self.session.pattern {
+            Pattern::Hybrid if self.policy.pause_by != PauseBy::Nothing => Phase::Pausing,
+            Pattern::Ephemeral | Pattern::Hybrid | Pattern::LongRunning | Pattern::Shared => Phase::Stopping,
+        }
     }
 
     fn pausing(&self) -> Maybe {
@@ -347,6 +418,9 @@ impl Planner<'_> {
     fn paused(&self) -> Maybe {
         if let Some(step) = self.unwanted().or_else(|| self.hooks()) {
             return Some(step);
+        }
+        if self.session.wanted == Wanted::Running && self.policy.drained.is_some() {
+            return Some(self.wait(vec![self.session.ends, self.now + DRAINED_AGAIN]));
         }
         if self.session.wanted == Wanted::Running {
             return Some(Step::Enter(Phase::Resuming, None));
@@ -507,6 +581,8 @@ pub fn enter_phase(session: &mut Session, phase: Phase, reason: Option<String>, 
     if phase == Phase::Creating && session.phase == Phase::Resuming {
         session.generation += 1;
         session.native = None;
+        session.taken = None;
+        session.warm = None;
         session.hydrated = false;
     }
     session.idle_since = matches!(phase, Phase::Ready | Phase::Idle).then_some(now);
@@ -625,6 +701,11 @@ pub fn heard(session: &mut Session, report: &Report) {
     }
     if report.conversation.is_some() {
         session.conversation.clone_from(&report.conversation);
+    }
+    if let (None, Some(made), Some(memory)) = (session.warm, session.made, report.memory_bytes)
+        && made + WARM <= report.at
+    {
+        session.warm = Some((report.at, memory));
     }
     session.report = Some(report.clone());
 }

@@ -25,6 +25,7 @@ use crate::hook::Verdict;
 use crate::inside::Inside;
 use crate::lifecycle::Phase;
 use crate::plan::{self, Action, Outcome, PauseBy, Policy, Seen, Step};
+use crate::pool::Ahead;
 use crate::provider::{self, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, Secret, State};
 use crate::session::{Report, Session, SessionId, Wanted};
 use crate::store::{self, Filter, Inserted, Store};
@@ -40,6 +41,12 @@ pub const LEASE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_secs(1);
 /// Sessions that are driven at the same time.
 const AT_ONCE: usize = 64;
+/// Of these, at most so many of one provider, where there are several: one that hangs does not hold up what the others do.
+const OF_ONE: usize = AT_ONCE / 2;
+/// How soon one is looked at again whose provider has all it may have.
+const HELD_UP: Duration = Duration::from_secs(2);
+/// A session whose provider is in no configuration waits for the next one.
+const NOBODYS: Duration = Duration::from_secs(300);
 /// Steps of one session in one go: more is no way to an end.
 const STEPS: usize = 200;
 /// How often somebody else may have written in between: where the store is slow, who drives it has its next write waiting already.
@@ -70,6 +77,11 @@ pub trait Policies: Send + Sync {
     fn policy(&self, session: &Session) -> Policy;
     /// The port of the sidecar in it.
     fn port(&self, session: &Session) -> u16;
+
+    /// What is made ahead.
+    fn pools(&self) -> &[Ahead] {
+        &[]
+    }
 }
 
 /// What everybody may ask now.
@@ -89,6 +101,10 @@ pub struct Fleet {
     clock: Clock,
     lease: Duration,
     due: Notify,
+    /// Something of what was made ahead was taken.
+    pub(crate) refill: Notify,
+    /// Where nothing new is made: as it was a moment ago.
+    pub(crate) drained: std::sync::RwLock<BTreeMap<String, Timestamp>>,
     /// Who asks for a session counts what there is: one at a time.
     admitting: tokio::sync::Mutex<()>,
     counts: Counts,
@@ -110,6 +126,9 @@ pub struct Counts {
     pub orphans: std::sync::atomic::AtomicU64,
     /// Actions, by name and whether they failed.
     pub actions: std::sync::Mutex<Actions>,
+    /// Sessions of a template with a pool: that had their container from it, and for which nothing was left.
+    pub taken: std::sync::atomic::AtomicU64,
+    pub missed: std::sync::atomic::AtomicU64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -124,6 +143,8 @@ pub enum Error {
     Full { tenant: String, most: u64 },
     #[error("{0}")]
     OverBudget(String),
+    #[error("provider `{provider}` is being drained: nothing new is made there")]
+    Drained { provider: String },
     #[error("session {0} goes round in a circle")]
     Circle(SessionId),
 }
@@ -139,9 +160,9 @@ impl Fleet {
     ) -> Self {
         let budgets = Budgets::new(Arc::clone(&store), tenants);
         let me = format!("{name}-{}", uuid::Uuid::now_v7());
-        let (due, admitting, counts) = (Notify::new(), tokio::sync::Mutex::default(), Counts::default());
-        let name = name.to_owned();
-        let (lease, away, tokens, url) = (LEASE, None, None, None);
+        let (due, refill, admitting, counts) = (Notify::new(), Notify::new(), tokio::sync::Mutex::default(), Counts::default());
+        let (name, lease, drained) = (name.to_owned(), LEASE, std::sync::RwLock::default());
+        let (away, tokens, url) = (None, None, None);
         Self {
             name,
             me,
@@ -154,6 +175,8 @@ impl Fleet {
             clock,
             lease,
             due,
+            refill,
+            drained,
             admitting,
             counts,
             away,
@@ -199,6 +222,19 @@ impl Fleet {
         self.providers.get(name).ok_or_else(|| Error::NoProvider(name.to_owned()))
     }
 
+    pub(crate) fn me(&self) -> (&str, Duration) {
+        (&self.me, self.lease)
+    }
+
+    pub(crate) fn pools(&self) -> &[Ahead] {
+        self.policies.pools()
+    }
+
+    /// Something is due at once.
+    pub(crate) fn due(&self) {
+        self.due.notify_one();
+    }
+
     pub fn providers(&self) -> &BTreeMap<String, Arc<dyn Provider>> {
         &self.providers
     }
@@ -212,6 +248,9 @@ impl Fleet {
         let refusals = provider::refusals(&provider.capabilities(), &session.spec);
         if !refusals.is_empty() {
             return Err(Error::Unable { provider: session.provider, refusals: refusals.join("; ") });
+        }
+        if self.store.drains().await?.contains_key(&session.provider) {
+            return Err(Error::Drained { provider: session.provider });
         }
         let _admitting = self.admitting.lock().await;
         let now = self.now();
@@ -250,7 +289,7 @@ impl Fleet {
     }
 
     /// The container's name and labels, by which it is found again.
-    fn label(&self, session: &mut Session) {
+    pub(crate) fn label(&self, session: &mut Session) {
         let key = session.key();
         session.spec.labels.extend([
             (FLEET_LABEL.to_owned(), self.name.clone()),
@@ -305,18 +344,32 @@ impl Fleet {
         beside.spawn(again_and_again("looking for orphans", move || Arc::clone(&fleet).reconcile_for_ever()));
         let fleet = Arc::clone(&self);
         beside.spawn(again_and_again("removing conversations", move || Arc::clone(&fleet).sweep_for_ever()));
+        let fleet = Arc::clone(&self);
+        beside.spawn(again_and_again("asking what is drained", move || Arc::clone(&fleet).see_drains_for_ever()));
+        let fleet = Arc::clone(&self);
+        beside.spawn(again_and_again("making containers ahead", move || Arc::clone(&fleet).refill_for_ever()));
+        let of_one = if self.providers.len() > 1 { OF_ONE } else { AT_ONCE };
+        let shares: BTreeMap<&String, Arc<Semaphore>> =
+            self.providers.keys().map(|name| (name, Arc::new(Semaphore::new(of_one)))).collect();
         while !*end.borrow() {
+            let mut held_up = false;
             while tasks.try_join_next().is_some() {}
             let free = room.available_permits();
             let claimed = if free == 0 { Ok(Vec::new()) } else { self.store.claim(&self.me, self.lease, free).await };
             match claimed {
                 Ok(sessions) => {
                     for session in sessions {
+                        let share = shares.get(&session.provider).map(|share| Arc::clone(share).try_acquire_owned());
+                        if let Some(Err(_)) = share {
+                            held_up = true;
+                            self.release(&session.id, Some(self.now() + HELD_UP)).await;
+                            continue;
+                        }
                         let Ok(permit) = Arc::clone(&room).acquire_owned().await else { break };
                         let (fleet, end) = (Arc::clone(&self), end.clone());
                         tasks.spawn(async move {
                             fleet.drive_and_release(session, &end).await;
-                            drop(permit);
+                            drop((permit, share));
                             // There is room for another.
                             fleet.due.notify_one();
                         });
@@ -324,9 +377,11 @@ impl Fleet {
                 }
                 Err(error) => tracing::error!(%error, "what is due cannot be read"),
             }
+            // Behind those that are held up there are others.
+            let poll = if held_up { POLL / 20 } else { POLL };
             tokio::select! {
                 () = self.due.notified() => {}
-                () = tokio::time::sleep(POLL) => {}
+                () = tokio::time::sleep(poll) => {}
                 _ = end.changed() => {}
             }
         }
@@ -349,6 +404,10 @@ impl Fleet {
         // A session that is not released is renewed, and driven by nobody.
         let wake = match AssertUnwindSafe(self.drive(session, end)).catch_unwind().await {
             Ok(Ok(wake)) => wake,
+            Ok(Err(error @ Error::NoProvider(_))) => {
+                tracing::warn!(session = %id, %error, "a session cannot be driven with this configuration");
+                Some(self.now() + NOBODYS)
+            }
             Ok(Err(error)) => {
                 tracing::error!(session = %id, %error, "a session cannot be driven now");
                 Some(self.now() + POLL * 5)
@@ -358,7 +417,11 @@ impl Fleet {
                 Some(self.now() + POLL * 5)
             }
         };
-        if let Err(error) = self.store.release(&self.me, &id, wake).await {
+        self.release(&id, wake).await;
+    }
+
+    async fn release(&self, id: &SessionId, wake: Option<Timestamp>) {
+        if let Err(error) = self.store.release(&self.me, id, wake).await {
             tracing::error!(session = %id, %error, "a session cannot be released: it is due when its lease is over");
         }
     }
@@ -367,7 +430,8 @@ impl Fleet {
     pub async fn drive(&self, mut session: Session, end: &watch::Receiver<bool>) -> Result<Option<Timestamp>, Error> {
         let provider = Arc::clone(self.provider(&session.provider)?);
         let price = provider.price(session.spec.size);
-        let policy = self.policies.policy(&session);
+        let mut policy = self.policies.policy(&session);
+        policy.drained = self.drained_until(&session.provider);
         let mut seen: Option<Seen> = None;
         for _ in 0..STEPS {
             if *end.borrow() {
@@ -402,6 +466,12 @@ impl Fleet {
                     self.entered(&session);
                 }
                 Step::Do(action) => {
+                    if action == Action::Create
+                        && let Some(taken) = self.take(&session).await?
+                    {
+                        session = taken;
+                        continue;
+                    }
                     let mut about = session.clone();
                     if plan::about_to(&mut about, &action, self.now()) {
                         match self.store.update(&mut about).await {
@@ -519,6 +589,8 @@ impl Fleet {
         provider: &Arc<dyn Provider>,
     ) -> (Outcome, Option<Sandbox>, Option<Report>) {
         let outcome = match action {
+            // Nobody has asked for what is made ahead: theirs run for who takes it.
+            Action::Hooks if session.pool.is_some() => Outcome::Done,
             Action::Hooks => match self.hooks.run(session).await {
                 Verdict::Go => Outcome::Done,
                 Verdict::Retry(at) => Outcome::Later(at),
@@ -690,8 +762,9 @@ impl Fleet {
 
     async fn heard(&self, session: Option<&str>) {
         let Some(id) = session.and_then(|id| id.parse::<SessionId>().ok()) else { return };
-        // One that nobody knows is the reconciler's.
-        if self.store.wake(&id).await.is_ok() {
+        // Its container may be another's by now, and still say its first name. One that nobody knows is the reconciler's.
+        let Ok(Some(session)) = self.holder(&id).await else { return };
+        if self.store.wake(&session.id).await.is_ok() {
             self.due.notify_one();
         }
     }
@@ -701,7 +774,7 @@ impl Fleet {
         self.matching(&Filter::default()).await
     }
 
-    async fn matching(&self, filter: &Filter) -> Result<BTreeMap<SessionId, Session>, Error> {
+    pub(crate) async fn matching(&self, filter: &Filter) -> Result<BTreeMap<SessionId, Session>, Error> {
         let mut all = BTreeMap::new();
         let mut after: Option<SessionId> = None;
         loop {

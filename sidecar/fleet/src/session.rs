@@ -98,6 +98,9 @@ pub struct Report {
     /// What to resume: the CLI's own name of the conversation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conversation: Option<String>,
+    /// What the container uses of memory and cannot be reclaimed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
 }
 
 /// What a sidecar has told by itself last, beside its [`Report`].
@@ -146,6 +149,15 @@ pub struct Session {
     /// When the provider was last told to make it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub made: Option<Timestamp>,
+    /// It was made ahead, for nobody yet: which sessions it fits, see [`crate::pool::kind`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// To whom what was made ahead has been given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given: Option<SessionId>,
+    /// The key of this container, where it was made ahead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken: Option<String>,
     /// What the provider calls the container, once it has said so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub native: Option<String>,
@@ -171,6 +183,9 @@ pub struct Session {
     pub report: Option<Report>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pushed: Option<Pushed>,
+    /// How much memory its container used once it was warm, and when that was, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warm: Option<(Timestamp, u64)>,
     /// What its earlier containers' agents have cost, in USD.
     #[serde(default)]
     pub cost_before_usd: f64,
@@ -225,6 +240,9 @@ impl Session {
             hooked: false,
             holds: false,
             made: None,
+            pool: None,
+            given: None,
+            taken: None,
             native: None,
             hydrated: false,
             persisted: false,
@@ -234,6 +252,7 @@ impl Session {
             conversation: None,
             report: None,
             pushed: None,
+            warm: None,
             cost_before_usd: 0.0,
             container_seconds: 0.0,
             container_usd: 0.0,
@@ -248,7 +267,14 @@ impl Session {
 
     /// The name and label of its container, the same whoever asks: fit for every provider (a DNS label of at most 40 characters).
     pub fn key(&self) -> String {
-        container_key(&self.id, self.generation)
+        self.taken.clone().unwrap_or_else(|| container_key(&self.id, self.generation))
+    }
+
+    /// Which sessions may have its container, if it waits for one.
+    pub fn spare(&self) -> Option<&str> {
+        let waits = matches!(self.phase, Phase::Ready | Phase::Idle) && self.wanted == Wanted::Running && self.holds;
+        // What has worked already is no longer as it was made.
+        self.pool.as_deref().filter(|_| waits && self.given.is_none() && self.native.is_some() && self.cost_usd() == 0.0)
     }
 
     /// Whether nothing is left to be done: what has failed may still have a container.

@@ -180,7 +180,7 @@ impl World {
     fn chance(&mut self) {
         let key = self.kept.key();
         let now = self.now;
-        let report = |busy_until| Report { at: now, busy_until, cost_usd: 0.5, conversation: None };
+        let report = |busy_until| Report { at: now, busy_until, cost_usd: 0.5, conversation: None, memory_bytes: None };
         match self.happens() {
             0..10 => self.kept.wanted = Wanted::Paused,
             10..40 if self.kept.wanted != Wanted::Gone => self.kept.wanted = Wanted::Running,
@@ -237,8 +237,13 @@ fn an_ephemeral_one_goes_straight_through() {
     while world.kept.phase != Phase::Ready {
         assert!(world.step());
     }
-    world.kept.report =
-        Some(Report { at: world.now, busy_until: Some(world.now + Duration::from_secs(30)), cost_usd: 0.25, conversation: None });
+    world.kept.report = Some(Report {
+        at: world.now,
+        busy_until: Some(world.now + Duration::from_secs(30)),
+        cost_usd: 0.25,
+        conversation: None,
+        memory_bytes: None,
+    });
     while world.kept.phase != Phase::Active {
         assert!(world.step());
     }
@@ -259,7 +264,7 @@ fn a_hybrid_one_is_put_away_when_it_is_idle_and_goes_on_in_another_container() {
         assert!(world.step());
     }
     let first = world.kept.key();
-    world.kept.report = Some(Report { at: world.now, busy_until: None, cost_usd: 1.0, conversation: None });
+    world.kept.report = Some(Report { at: world.now, busy_until: None, cost_usd: 1.0, conversation: None, memory_bytes: None });
     let began = world.now;
     while world.kept.phase != Phase::Paused {
         assert!(world.step());
@@ -277,7 +282,7 @@ fn a_hybrid_one_is_put_away_when_it_is_idle_and_goes_on_in_another_container() {
     }
     assert_ne!(world.kept.key(), first);
     assert!(world.kept.hydrated, "with what was put away");
-    world.kept.report = Some(Report { at: world.now, busy_until: None, cost_usd: 0.5, conversation: None });
+    world.kept.report = Some(Report { at: world.now, busy_until: None, cost_usd: 0.5, conversation: None, memory_bytes: None });
     assert_eq!(world.kept.cost_usd(), 1.5, "of both containers");
 }
 
@@ -310,7 +315,7 @@ fn who_has_never_been_heard_of_is_not_idle() {
 fn a_sidecar_that_begins_anew_does_not_take_back_what_it_has_cost() {
     let mut kept = session(Pattern::Hybrid);
     let mut say = |cost_usd| {
-        heard(&mut kept, &Report { at: start(), busy_until: None, cost_usd, conversation: None });
+        heard(&mut kept, &Report { at: start(), busy_until: None, cost_usd, conversation: None, memory_bytes: None });
         kept.cost_usd()
     };
     // Sums of the same in another order are the same.

@@ -121,6 +121,10 @@ promises! {
     hooks_are_remembered_in_their_order
     of_many_runs_of_hooks_the_last_are_kept
     what_is_over_is_forgotten_and_nothing_else
+    what_one_gives_the_other_has_and_neither_if_somebody_was_first
+    of_many_who_take_one_each_has_another
+    a_duty_is_one_fleets_until_its_lease_is_over
+    what_is_drained_is_known_until_it_is_no_longer
     whatever_is_written_into_a_name_stays_text
     two_hundred_sessions_are_each_claimed_once
     of_many_who_change_it_one_does
@@ -171,8 +175,13 @@ async fn a_session_comes_back_as_it_was_written(Fresh { store, .. }: &Fresh) {
     full.spec.env.insert(String::from("GREETING"), String::from("a\n\"b\" \u{0} ünd 🦀"));
     full.native = Some(String::from("f00"));
     full.retry_at = Some(Timestamp::MAX);
-    full.report =
-        Some(Report { at: Timestamp::MIN, busy_until: None, cost_usd: 0.1 + 0.2, conversation: Some(String::from("c")) });
+    full.report = Some(Report {
+        at: Timestamp::MIN,
+        busy_until: None,
+        cost_usd: 0.1 + 0.2,
+        conversation: Some(String::from("c")),
+        memory_bytes: Some(1 << 20),
+    });
     full.container_usd = f64::MIN_POSITIVE;
     full.version = 7;
     assert_eq!(store.insert(&full).await.unwrap(), Inserted::New);
@@ -616,4 +625,86 @@ async fn what_is_written_is_there_when_it_is_opened_again(Fresh { store, url, ..
     assert_eq!(again.renew("one", LONG).await.unwrap(), 0);
     assert_eq!(store.renew("one", LONG).await.unwrap(), 1);
     assert_eq!(claimed(&**store, "one", LONG).await, [""; 0]);
+}
+
+/// One whose container waits.
+fn spare(name: &str) -> Session {
+    let mut spare = session(name);
+    (spare.pool, spare.phase, spare.holds, spare.native) =
+        (Some(String::from("kind")), Phase::Ready, true, Some(name.to_owned()));
+    spare
+}
+
+async fn what_one_gives_the_other_has_and_neither_if_somebody_was_first(Fresh { store, .. }: &Fresh) {
+    let (mut gives, mut takes) = (spare("gives"), session("takes"));
+    for session in [&gives, &takes] {
+        store.insert(session).await.unwrap();
+    }
+    let kinds =
+        async |kind: &str| store.spares(kind, 8).await.unwrap().into_iter().map(|spare| spare.id.to_string()).collect::<Vec<_>>();
+    assert_eq!((kinds("kind").await, kinds("another").await.len()), (vec![String::from("gives")], 0));
+    let (old_gives, old_takes) = (gives.clone(), takes.clone());
+    (gives.given, gives.holds, takes.taken, takes.holds) = (Some(takes.id.clone()), false, Some(gives.key()), true);
+    gives.phase = Phase::Stopped;
+    store.update_both(&mut takes, &mut gives).await.unwrap();
+    assert_eq!((takes.version, gives.version), (1, 1));
+    assert_eq!(
+        (store.get(&id("takes")).await.unwrap(), store.get(&id("gives")).await.unwrap()),
+        (Some(takes.clone()), Some(gives.clone()))
+    );
+    assert!(kinds("kind").await.is_empty(), "it is no longer there to be taken");
+    // Whichever of the two was changed: neither is.
+    for (mut one, mut other) in [(old_takes, gives.clone()), (takes.clone(), old_gives)] {
+        one.reason = Some(String::from("too late"));
+        other.reason = Some(String::from("too late"));
+        let conflict = store.update_both(&mut one, &mut other).await.unwrap_err();
+        assert!(matches!(conflict, Error::Conflict(_)), "{conflict}");
+    }
+    assert_eq!((store.get(&id("takes")).await.unwrap(), store.get(&id("gives")).await.unwrap()), (Some(takes), Some(gives)));
+}
+
+async fn of_many_who_take_one_each_has_another(Fresh { store, .. }: &Fresh) {
+    for n in 0..20 {
+        store.insert(&spare(&format!("spare-{n}"))).await.unwrap();
+        store.insert(&session(&format!("s{n}"))).await.unwrap();
+    }
+    let takers = (0..20).map(|n| {
+        let store = Arc::clone(store);
+        tokio::spawn(async move {
+            let mut taker = store.get(&id(&format!("s{n}"))).await.unwrap().unwrap();
+            loop {
+                for mut spare in store.spares("kind", 3).await.unwrap() {
+                    (spare.given, spare.phase, spare.holds) = (Some(taker.id.clone()), Phase::Stopped, false);
+                    taker.taken = Some(spare.key());
+                    match store.update_both(&mut taker, &mut spare).await {
+                        Ok(()) => return spare.id,
+                        Err(Error::Conflict(_)) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            }
+        })
+    });
+    let taken: BTreeSet<SessionId> =
+        futures_util::future::join_all(takers).await.into_iter().map(|taken| taken.unwrap()).collect();
+    assert_eq!(taken.len(), 20);
+}
+
+async fn a_duty_is_one_fleets_until_its_lease_is_over(Fresh { store, .. }: &Fresh) {
+    assert!(store.duty("pools", "a", LONG).await.unwrap());
+    assert!(!store.duty("pools", "b", LONG).await.unwrap());
+    assert!(store.duty("another", "b", LONG).await.unwrap());
+    assert!(store.duty("pools", "a", OVER).await.unwrap(), "it goes on with it");
+    assert!(store.duty("pools", "b", LONG).await.unwrap());
+    assert!(!store.duty("pools", "a", LONG).await.unwrap());
+}
+
+async fn what_is_drained_is_known_until_it_is_no_longer(Fresh { store, .. }: &Fresh) {
+    let until: Timestamp = "2026-11-26T12:00:00.123456789Z".parse().unwrap();
+    store.drain("docker", Some(Timestamp::MIN)).await.unwrap();
+    store.drain("docker", Some(until)).await.unwrap();
+    store.drain("fly", Some(until)).await.unwrap();
+    assert_eq!(store.drains().await.unwrap(), [("docker", until), ("fly", until)].map(|(name, at)| (name.to_owned(), at)).into());
+    store.drain("docker", None).await.unwrap();
+    assert_eq!(store.drains().await.unwrap().into_keys().collect::<Vec<_>>(), ["fly"]);
 }

@@ -16,6 +16,8 @@ use super::{Caller, Config, Fleet, Hidden, KINDS, Mistake, Mistakes, Outside, Pr
 use crate::build;
 use crate::hook::{Act, Hook, sign};
 use crate::lifecycle::Phase;
+use crate::plan::Recycle;
+use crate::pool::Pool;
 use crate::provider::{Capabilities, Secret, Size, refusals};
 use crate::session::{Pattern, SessionId};
 
@@ -318,6 +320,16 @@ impl<'a> Reader<'a> {
             );
             self.wrong(s.at_key("archive"), what, "make it hybrid, or leave `archive` out");
         }
+        let (pool, recycle) = (self.pool(s, ttl), self.recycle(s));
+        for (key, beyond) in [
+            ("age", recycle.age.is_some_and(|age| age >= ttl)),
+            ("memory", recycle.memory_bytes.is_some_and(|bytes| bytes > u64::from(size.memory_mib) << 20)),
+        ] {
+            if beyond {
+                let what = format!("`{}.recycle.{key}` never comes: a container ends, or has no more memory, before", s.name);
+                self.wrong(s.at_key("recycle"), what, format!("lower `{key}`"));
+            }
+        }
         let at = section.at.clone();
         self.finish(section);
         let template = Template {
@@ -341,6 +353,8 @@ impl<'a> Reader<'a> {
             app_token,
             provider_idle,
             archive,
+            pool,
+            recycle,
         };
         if let Some(can) = self.can.get(&template.provider) {
             let refused = refusals(can, &template.spec_for("", &SessionId::fresh(), "", 1));
@@ -400,6 +414,35 @@ impl<'a> Reader<'a> {
         let disk_mib = self.get(&mut size, "disk", mebibytes).unwrap_or(default.disk_mib);
         self.finish(size);
         Size { cpu_milli, memory_mib, disk_mib }
+    }
+
+    fn pool(&mut self, s: &mut Section<'a>, ttl: Duration) -> Option<Pool> {
+        let mut pool = self.tables_at(s, "pool")?;
+        let size = self.need(&mut pool, "size", count, "size = 3: how many are to wait").unwrap_or(1);
+        let max_age = self.get(&mut pool, "max_age", time).unwrap_or(ttl / 2);
+        let per_minute = self.get(&mut pool, "per_minute", count).unwrap_or(PER_MINUTE);
+        if size > MOST_POOL {
+            let what = format!("`{}.size` is {size}, more than {MOST_POOL}", pool.name);
+            self.wrong(pool.at_key("size"), what, "lower it: each of them costs while it waits");
+        }
+        if max_age >= ttl {
+            let what =
+                format!("`{}.max_age` is {}: nothing is left of a life of {}", pool.name, super::time(max_age), super::time(ttl));
+            self.wrong(pool.at_key("max_age"), what, "lower it, or raise `ttl`: who takes a container has the rest of its life");
+        }
+        self.finish(pool);
+        let whole = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        Some(Pool { size: whole(size), max_age, per_minute: whole(per_minute) })
+    }
+
+    fn recycle(&mut self, s: &mut Section<'a>) -> Recycle {
+        let Some(mut recycle) = self.tables_at(s, "recycle") else { return Recycle::default() };
+        let age = self.get(&mut recycle, "age", time);
+        let bytes = |mib: u32| u64::from(mib) << 20;
+        let memory_bytes = self.get(&mut recycle, "memory", mebibytes).map(bytes);
+        let growth_per_hour_bytes = self.get(&mut recycle, "memory_growth_per_hour", mebibytes).map(bytes);
+        self.finish(recycle);
+        Recycle { age, memory_bytes, growth_per_hour_bytes }
     }
 
     fn labels(&mut self, s: &mut Section<'a>) -> BTreeMap<String, String> {
@@ -758,6 +801,9 @@ const TTL: Duration = Duration::from_secs(3_600);
 const HYBRID_AGE: Duration = Duration::from_secs(7 * 86_400);
 const IDLE_AFTER: Duration = Duration::from_secs(600);
 const READY_WITHIN: Duration = Duration::from_secs(120);
+/// Containers that are made ahead in a minute, at most: a provider that ends them at once is not asked for thousands.
+const PER_MINUTE: u64 = 30;
+const MOST_POOL: u64 = 1000;
 const STOP_GRACE: Duration = Duration::from_secs(30);
 const MOST_GRACE: Duration = Duration::from_secs(600);
 /// The sidecar's own default.

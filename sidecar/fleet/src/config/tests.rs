@@ -387,3 +387,27 @@ fn what_is_wrong_with_putting_away_is_said() {
     assert!(of("[conversations]\nstore = \"file:///c\"", "").contains("there is no [conversations] to put anything into"));
     assert!(of("secret = { env = \"S\" }", "url = \"http://fleet:9490\"").contains("`fleet.url` is for containers"));
 }
+
+#[test]
+fn a_pool_has_a_size_and_an_age_that_leaves_something_of_a_life() {
+    let text = format!("{HEAD}ttl = \"1h\"\npool = {{ size = 3 }}\nrecycle = {{ age = \"30m\", memory = \"900MiB\" }}\n");
+    let config = parse(&text).unwrap();
+    let task = &config.templates["task"];
+    assert_eq!(task.pool, Some(Pool { size: 3, max_age: Duration::from_secs(1800), per_minute: 30 }));
+    assert_eq!((task.recycle.age, task.recycle.memory_bytes), (Some(Duration::from_secs(1800)), Some(900 << 20)));
+    let again = config.print();
+    assert!(again.contains("pool = { size = 3, max_age = \"30m\", per_minute = 30 }"), "{again}");
+    assert!(again.contains("recycle = { age = \"30m\", memory = \"900MiB\" }"), "{again}");
+    for (line, what) in [
+        ("pool = {}", "`templates.task.pool` has no `size`"),
+        ("pool = { size = 0 }", "is zero"),
+        ("pool = { size = 1001 }", "more than 1000"),
+        ("pool = { size = 3, max_age = \"1h\" }", "nothing is left of a life of \"1h\""),
+        ("pool = { size = 3, age = \"1m\" }", "there is no setting `templates.task.pool.age`"),
+        ("recycle = { age = \"1h\" }", "`templates.task.recycle.age` never comes"),
+        ("recycle = { memory = \"2GiB\" }", "`templates.task.recycle.memory` never comes"),
+    ] {
+        let found = of_template(line);
+        assert!(found.contains(what) && found.lines().count() == 1, "{line}: {found}");
+    }
+}

@@ -63,6 +63,21 @@ impl Store for Log {
     async fn update(&self, _: &mut Session) -> store::Result<()> {
         unreachable!("{NONE}")
     }
+    async fn update_both(&self, _: &mut Session, _: &mut Session) -> store::Result<()> {
+        unreachable!("{NONE}")
+    }
+    async fn spares(&self, _: &str, _: usize) -> store::Result<Vec<Session>> {
+        unreachable!("{NONE}")
+    }
+    async fn duty(&self, _: &str, _: &str, _: Duration) -> store::Result<bool> {
+        unreachable!("{NONE}")
+    }
+    async fn drain(&self, _: &str, _: Option<Timestamp>) -> store::Result<()> {
+        unreachable!("{NONE}")
+    }
+    async fn drains(&self) -> store::Result<std::collections::BTreeMap<String, Timestamp>> {
+        unreachable!("{NONE}")
+    }
     async fn list(&self, _: &Filter, _: Option<&SessionId>, _: usize) -> store::Result<Vec<Session>> {
         unreachable!("{NONE}")
     }
@@ -173,8 +188,13 @@ fn session(phase: Phase) -> Session {
     let mut session = Session::new("s-1".parse().unwrap(), ("acme", "shop"), Pattern::Ephemeral, "local", spec, start());
     session.phase = phase;
     session.cost_before_usd = 1.0;
-    session.report =
-        Some(Report { at: start(), busy_until: None, cost_usd: 0.25, conversation: Some(String::from("the-conversation")) });
+    session.report = Some(Report {
+        at: start(),
+        busy_until: None,
+        cost_usd: 0.25,
+        conversation: Some(String::from("the-conversation")),
+        memory_bytes: None,
+    });
     session
 }
 

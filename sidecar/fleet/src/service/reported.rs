@@ -83,7 +83,8 @@ impl Fleet {
             return Err(NotHeard::Nonsense("`cost_usd` is an amount of dollars, and `run` has at most 64 characters"));
         }
         let id: SessionId = told.session.parse().map_err(|_| NotHeard::Stranger)?;
-        let session = self.store.get(&id).await?.filter(|session| session.key() == key);
+        // A container that was made ahead says its first name.
+        let session = self.holder(&id).await?.filter(|session| session.key() == key);
         let mut session = session.ok_or(NotHeard::Stranger)?;
         let now = self.now();
         if session.holds {
@@ -93,7 +94,7 @@ impl Fleet {
             }
             // What it says may be what is waited for.
             if (session.report.as_ref().map(|report| report.busy_until.is_some()), session.cost_usd()) != before {
-                self.store.wake(&id).await?;
+                self.store.wake(&session.id).await?;
                 self.due.notify_one();
             }
         }
@@ -134,7 +135,8 @@ fn hear(session: &mut Session, told: &Told, now: Timestamp) {
     let busy = Duration::try_from_secs_f64(told.busy_seconds.clamp(0.0, BUSY_MOST)).unwrap_or_default();
     let conversation = told.sessions.last().filter(|name| is_conversation(name)).cloned();
     let at = session.report.as_ref().map_or(now, |report| report.at.max(now));
-    let report = Report { at, busy_until: told.busy.then(|| now + busy), cost_usd, conversation };
+    let memory_bytes = crate::inside::bytes(told.memory_bytes).filter(|bytes| *bytes > 0);
+    let report = Report { at, busy_until: told.busy.then(|| now + busy), cost_usd, conversation, memory_bytes };
     plan::heard(session, &report);
     session.pushed = Some(Pushed {
         generation: session.generation,

@@ -8,6 +8,7 @@ mod postgres;
 mod sql;
 mod sqlite;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -119,6 +120,13 @@ pub trait Store: Send + Sync {
     /// What somebody wants of one, in one write: nobody has to have read it, and who drives it all the time keeps nobody waiting. Why, where it is to be gone;
     /// one that is to run is not idle until now. Says whether that can still be wanted: not of one that is to be gone, is over, or is not there.
     async fn want(&self, id: &SessionId, wanted: Wanted, why: &str, now: Timestamp) -> Result<bool>;
+    /// Writes two that were read and changed, or neither: what the one gives the other has.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] of the first if one of them is not the version that was read.
+    async fn update_both(&self, one: &mut Session, other: &mut Session) -> Result<()>;
+    /// Some of those whose containers wait for a session of that kind, by chance: who asks at the same time is not to be given the same.
+    async fn spares(&self, kind: &str, most: usize) -> Result<Vec<Session>>;
     /// In the order of their ids, from the one after.
     async fn list(&self, filter: &Filter, after: Option<&SessionId>, most: usize) -> Result<Vec<Session>>;
     /// How many there are in each phase, by provider and tenant.
@@ -146,6 +154,13 @@ pub trait Store: Send + Sync {
 
     /// When there was nothing in it yet, by its own clock: what is older than that it cannot know.
     async fn born(&self) -> Result<Timestamp>;
+
+    /// Takes upon it, or goes on with, what one fleet does for all, for so long. Whether it is its own now.
+    async fn duty(&self, name: &str, fleet: &str, lease: Duration) -> Result<bool>;
+    /// Nothing new is made at a provider, and what works there may go on until then. `None`: no longer so.
+    async fn drain(&self, provider: &str, until: Option<Timestamp>) -> Result<()>;
+    /// Where that is so.
+    async fn drains(&self) -> Result<BTreeMap<String, Timestamp>>;
 
     async fn log_hook(&self, run: &HookRun) -> Result<()>;
     /// What hooks have done for it, from the first to the last, of which the last [`HOOK_RUNS_MOST`] are kept.

@@ -34,7 +34,7 @@ const SETTINGS: &str = "SET statement_timeout = '10s'; SET lock_timeout = '5s'; 
      SET default_transaction_isolation = 'read committed'; SET client_min_messages = 'warning'";
 
 impl Dialect for Postgres {
-    const SCHEMA: &'static [&'static str] = &[include_str!("schema/postgres-1.sql")];
+    const SCHEMA: &'static [&'static str] = &[include_str!("schema/postgres-1.sql"), include_str!("schema/postgres-2.sql")];
     const CLAIM: &'static str = "
         WITH free AS MATERIALIZED (
             SELECT id FROM sessions

@@ -150,8 +150,8 @@ where
 {
     async fn insert(&self, session: &Session) -> Result<Inserted> {
         let write = sqlx::query::<DB>(
-            "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, changed, due, document)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, (SELECT now FROM clock), (SELECT now FROM clock), $8)
+            "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, spare, changed, due, document)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, (SELECT now FROM clock), (SELECT now FROM clock), $9)
              ON CONFLICT (id) DO NOTHING",
         )
         .bind(session.id.as_str())
@@ -161,6 +161,7 @@ where
         .bind(session.owner.as_str())
         .bind(session.provider.as_str())
         .bind(session.is_over())
+        .bind(session.spare())
         .bind(document(session)?);
         if DB::rows(&bounded(write.execute(&self.write)).await?) == 1 {
             return Ok(Inserted::New);
@@ -179,7 +180,8 @@ where
         let next = Session { version: session.version + 1, ..session.clone() };
         let write = sqlx::query::<DB>(
             "UPDATE sessions
-             SET version = $3, phase = $4, tenant = $5, owner = $6, provider = $7, over = $8, changed = (SELECT now FROM clock), document = $9
+             SET version = $3, phase = $4, tenant = $5, owner = $6, provider = $7, over = $8, spare = $9,
+                 changed = (SELECT now FROM clock), document = $10
              WHERE id = $1 AND version = $2",
         )
         .bind(next.id.as_str())
@@ -190,6 +192,7 @@ where
         .bind(next.owner.as_str())
         .bind(next.provider.as_str())
         .bind(next.is_over())
+        .bind(next.spare())
         .bind(document(&next)?);
         if DB::rows(&bounded(write.execute(&self.write)).await?) == 1 {
             session.version = next.version;
@@ -209,6 +212,60 @@ where
         };
         let write = sqlx::query::<DB>(DB::WANT).bind(id.as_str()).bind(wanted).bind(why).bind(now.to_string());
         Ok(DB::rows(&bounded(write.execute(&self.write)).await?) == 1)
+    }
+
+    async fn update_both(&self, one: &mut Session, other: &mut Session) -> Result<()> {
+        let next = |session: &Session| Session { version: session.version + 1, ..session.clone() };
+        let (this, that) = (next(one), next(other));
+        let write = sqlx::query::<DB>(
+            "UPDATE sessions
+             SET version = version + 1, changed = (SELECT now FROM clock),
+                 phase = CASE id WHEN $1 THEN $5 ELSE $6 END, over = CASE id WHEN $1 THEN $7 ELSE $8 END,
+                 spare = CASE id WHEN $1 THEN $9 ELSE $10 END, document = CASE id WHEN $1 THEN $11 ELSE $12 END
+             WHERE (id = $1 AND version = $2 OR id = $3 AND version = $4)
+               AND 2 = (SELECT count(*) FROM sessions WHERE id = $1 AND version = $2 OR id = $3 AND version = $4)",
+        )
+        .bind(one.id.as_str())
+        .bind(one.version)
+        .bind(other.id.as_str())
+        .bind(other.version)
+        .bind(this.phase.as_str())
+        .bind(that.phase.as_str())
+        .bind(this.is_over())
+        .bind(that.is_over())
+        .bind(this.spare())
+        .bind(that.spare())
+        .bind(document(&this)?)
+        .bind(document(&that)?);
+        let rows = match DB::LOCK {
+            None => DB::rows(&bounded(write.execute(&self.write)).await?),
+            // It may have counted two, and waited for who was writing one of them.
+            Some(_) => {
+                let whole = async {
+                    let mut transaction = self.write.begin().await?;
+                    let rows = DB::rows(&write.execute(&mut *transaction).await?);
+                    if rows == 2 {
+                        transaction.commit().await?
+                    } else {
+                        transaction.rollback().await?
+                    }
+                    Ok(rows)
+                };
+                bounded(whole).await?
+            }
+        };
+        if rows != 2 {
+            return Err(Error::Conflict(one.id.clone()));
+        }
+        (one.version, other.version) = (this.version, that.version);
+        Ok(())
+    }
+
+    async fn spares(&self, kind: &str, most: usize) -> Result<Vec<Session>> {
+        let found = sqlx::query_as("SELECT version, document FROM sessions WHERE spare = $1 ORDER BY random() LIMIT $2")
+            .bind(kind)
+            .bind(i64::try_from(most).unwrap_or(i64::MAX));
+        bounded(found.fetch_all(&self.read)).await?.into_iter().map(read_session).collect()
     }
 
     async fn list(&self, filter: &Filter, after: Option<&SessionId>, most: usize) -> Result<Vec<Session>> {
@@ -348,6 +405,39 @@ where
     async fn born(&self) -> Result<Timestamp> {
         let (second,) = bounded(sqlx::query_as::<DB, (i64,)>(DB::BORN).fetch_one(&self.read)).await?;
         Timestamp::from_second(second).map_err(|error| Error::Store(format!("when it was made: {error}")))
+    }
+
+    async fn duty(&self, name: &str, fleet: &str, lease: Duration) -> Result<bool> {
+        let write = sqlx::query::<DB>(
+            "INSERT INTO duties (name, held_by, held_until) VALUES ($1, $2, (SELECT now FROM clock) + $3)
+             ON CONFLICT (name) DO UPDATE SET held_by = excluded.held_by, held_until = excluded.held_until
+             WHERE duties.held_by = excluded.held_by OR duties.held_until <= (SELECT now FROM clock)",
+        )
+        .bind(name)
+        .bind(fleet)
+        .bind(millis(lease));
+        Ok(DB::rows(&bounded(write.execute(&self.write)).await?) == 1)
+    }
+
+    async fn drain(&self, provider: &str, until: Option<Timestamp>) -> Result<()> {
+        let write = match until {
+            Some(until) => sqlx::query::<DB>(
+                "INSERT INTO drains (provider, until) VALUES ($1, $2) ON CONFLICT (provider) DO UPDATE SET until = excluded.until",
+            )
+            .bind(provider)
+            .bind(until.to_string()),
+            None => sqlx::query::<DB>("DELETE FROM drains WHERE provider = $1").bind(provider),
+        };
+        bounded(write.execute(&self.write)).await.map(drop)
+    }
+
+    async fn drains(&self) -> Result<BTreeMap<String, Timestamp>> {
+        let found = sqlx::query_as::<DB, (String, String)>("SELECT provider, until FROM drains");
+        let read = |(provider, until): (String, String)| {
+            let until = until.parse().map_err(|error| Error::Store(format!("until when `{provider}` is drained: {error}")))?;
+            Ok((provider, until))
+        };
+        bounded(found.fetch_all(&self.read)).await?.into_iter().map(read).collect()
     }
 
     async fn log_hook(&self, run: &HookRun) -> Result<()> {

@@ -15,7 +15,7 @@ use super::{Error, Result};
 const READERS: u32 = 4;
 
 impl Dialect for Sqlite {
-    const SCHEMA: &'static [&'static str] = &[include_str!("schema/sqlite-1.sql")];
+    const SCHEMA: &'static [&'static str] = &[include_str!("schema/sqlite-1.sql"), include_str!("schema/sqlite-2.sql")];
     const CLAIM: &'static str = "
         WITH free AS MATERIALIZED (
             SELECT id FROM sessions

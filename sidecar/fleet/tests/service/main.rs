@@ -3,7 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed; helpers are tests, too")]
 
 mod api;
+mod chaos;
 mod money;
+mod pools;
 mod proxy;
 mod reported;
 mod town;

@@ -149,7 +149,7 @@ async fn over_midnight_each_day_has_what_was_spent_in_it_whatever_the_clock_says
     let mut kept = session("a", Pattern::LongRunning);
     let at = |text: &str| text.parse::<Timestamp>().unwrap();
     let book = async |kept: &mut Session, now: Timestamp, cost_usd: f64| {
-        kept.report = Some(Report { at: now, busy_until: None, cost_usd, conversation: None });
+        kept.report = Some(Report { at: now, busy_until: None, cost_usd, conversation: None, memory_bytes: None });
         let periods = budgets.periods(kept, now);
         budgets.close(kept, &periods).await.unwrap();
         kept.cost_at = periods;

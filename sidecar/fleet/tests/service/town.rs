@@ -10,6 +10,7 @@ use agent_fleet::hook::Verdict;
 use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::plan::{PauseBy, Policy};
+use agent_fleet::pool::Ahead;
 use agent_fleet::provider::{
     Capabilities, Endpoint, Error, Exec, Executed, Happened, Page, Pause, Price, Provider, Result, Sandbox, Size, Spec, State,
 };
@@ -34,19 +35,24 @@ pub(crate) struct Cloud {
     pub(crate) paused: Mutex<f64>,
     /// Where every container's port leads to, and what has to be sent with each request; nowhere, if it is empty.
     pub(crate) app: Mutex<String>,
+    /// Nothing is ever answered.
+    pub(crate) hangs: Mutex<bool>,
 }
 
 impl Cloud {
     pub(crate) fn new(every: u64) -> Arc<Self> {
         let (calls, every) = (AtomicU64::new(0), AtomicU64::new(every));
         let (sandboxes, created, panics, paused) = (Mutex::default(), Mutex::default(), AtomicBool::default(), Mutex::default());
-        let app = Mutex::default();
-        Arc::new(Self { sandboxes, created, calls, every, panics, paused, app })
+        let (app, hangs) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { sandboxes, created, calls, every, panics, paused, app, hangs })
     }
 
     /// Whether this call is done, and what is answered.
     pub(crate) async fn fate(&self) -> (bool, Option<Error>) {
         let call = self.calls.fetch_add(1, Ordering::SeqCst);
+        if *self.hangs.lock().unwrap() {
+            std::future::pending::<()>().await;
+        }
         tokio::task::yield_now().await;
         let every = self.every.load(Ordering::SeqCst);
         if every == 0 || !call.is_multiple_of(every) {
@@ -218,7 +224,13 @@ pub(crate) struct Words(pub(crate) Mutex<Option<(bool, f64)>>);
 impl Inside for Words {
     async fn report(&self, _: &Endpoint, now: Timestamp) -> std::result::Result<Report, String> {
         let (busy, cost_usd) = self.0.lock().unwrap().ok_or("it does not answer")?;
-        Ok(Report { at: now, busy_until: busy.then(|| now + Duration::from_secs(60)), cost_usd, conversation: None })
+        Ok(Report {
+            at: now,
+            busy_until: busy.then(|| now + Duration::from_secs(60)),
+            cost_usd,
+            conversation: None,
+            memory_bytes: None,
+        })
     }
 }
 
@@ -241,7 +253,7 @@ impl Hooks for Trail {
 /// What containers' tokens are made of.
 pub(crate) const SECRET: &str = "0123456789abcdef0123456789abcdef";
 
-pub(crate) struct Same(Policy);
+pub(crate) struct Same(Policy, Vec<Ahead>);
 
 impl Policies for Same {
     fn policy(&self, _: &Session) -> Policy {
@@ -250,6 +262,10 @@ impl Policies for Same {
 
     fn port(&self, _: &Session) -> u16 {
         9477
+    }
+
+    fn pools(&self) -> &[Ahead] {
+        &self.1
     }
 }
 
@@ -260,6 +276,11 @@ pub(crate) struct Town {
     pub(crate) trail: Arc<Trail>,
     pub(crate) policy: Policy,
     pub(crate) tenants: BTreeMap<String, Tenant>,
+    pub(crate) pools: Vec<Ahead>,
+    /// Who says what sidecars say, if not [`Words`].
+    pub(crate) inside: Option<Arc<dyn Inside>>,
+    /// Providers beside the cloud.
+    pub(crate) others: BTreeMap<String, Arc<dyn Provider>>,
 }
 
 impl Town {
@@ -280,6 +301,9 @@ impl Town {
             trail: Arc::default(),
             policy,
             tenants: BTreeMap::new(),
+            pools: vec![],
+            inside: None,
+            others: BTreeMap::new(),
         }
     }
 
@@ -296,8 +320,11 @@ impl Town {
     }
 
     fn made(&self, hooks: Arc<dyn Hooks>, clock: Clock) -> Arc<Fleet> {
-        let providers = BTreeMap::from([(String::from("cloud"), Arc::clone(&self.cloud) as Arc<dyn Provider>)]);
-        let edges = (hooks, Arc::new(Same(self.policy.clone())) as Arc<dyn Policies>, Arc::clone(&self.words) as Arc<dyn Inside>);
+        let mut providers = self.others.clone();
+        providers.insert(String::from("cloud"), Arc::clone(&self.cloud) as Arc<dyn Provider>);
+        let policies = Arc::new(Same(self.policy.clone(), self.pools.clone())) as Arc<dyn Policies>;
+        let inside = self.inside.clone().unwrap_or_else(|| Arc::clone(&self.words) as Arc<dyn Inside>);
+        let edges = (hooks, policies, inside);
         let fleet = Fleet::new("town", Arc::clone(&self.store), providers, edges, self.tenants.clone(), clock);
         Arc::new(fleet.with_lease(Duration::from_secs(2)).with_tokens(Some(Tokens::new(SECRET)), None))
     }

@@ -207,7 +207,7 @@ where
 {
     insert(&*fresh.store, &["a"]).await;
     let mut connection = C::connect(&fresh.url).await.unwrap();
-    let newer = "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) SELECT 99, 'x', success, checksum, 0 FROM _sqlx_migrations";
+    let newer = "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) SELECT 99, 'x', success, checksum, 0 FROM _sqlx_migrations WHERE version = 1";
     connection.execute(newer).await.unwrap();
     let error = store::open(&fresh.url).await.err().unwrap().to_string();
     assert!(error.contains("schema is version 99, of a newer agent-fleet"), "{error}");

@@ -213,7 +213,7 @@ fn environment(spec: &Spec, secret: &str) -> Result<Vec<Value>> {
                     return Err(Error::Refused { provider: super::NAME, what });
                 }
             },
-            Secret::Env(_) | Secret::File(_) => (secret, name.as_str()),
+            Secret::Env(_) | Secret::File(_) | Secret::Given(_) => (secret, name.as_str()),
         };
         all.push(json!({ "name": name, "valueFrom": { "secretKeyRef": { "name": of, "key": key } } }));
     }
