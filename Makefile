@@ -63,6 +63,7 @@ dashboards: build install
 docs: build
 	$(BIN) catalog --format markdown > docs/metrics.md
 	$(BIN) check --format markdown > docs/settings.md
+	cargo run -q -p agent-fleet -- catalog > docs/fleet-metrics.md
 	deploy/kubernetes/components/monitoring/prometheusrule > deploy/kubernetes/components/monitoring/prometheusrule.yaml
 	cargo run -q -p agent-sidecar-core --example detectors < docs/detectors.md > docs/detectors.new && mv docs/detectors.new docs/detectors.md
 

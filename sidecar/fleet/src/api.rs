@@ -1,9 +1,6 @@
 //! What callers ask for over HTTP. Each has a bearer token, and reaches its own sessions alone.
 
-use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query, Request, State};
@@ -20,6 +17,7 @@ use utoipa::{Modify, OpenApi, ToSchema};
 
 use crate::config::{Caller, Config, TEMPLATE_LABEL};
 use crate::lifecycle::Phase;
+use crate::metric;
 use crate::provider;
 use crate::service::{self, Fleet};
 use crate::session::{Pattern, Session, SessionId, Wanted};
@@ -318,7 +316,8 @@ async fn create(State(api): State<Api>, who: Who, Body(new): Body<NewSession>) -
     let mut session = Session::new(id, (&tenant, &who.0.name), template.pattern, &template.provider, spec, now);
     session.ends = now + template.max_age;
     let id = session.id.clone();
-    let (status, session) = match api.fleet.create(session.clone()).await? {
+    let created = api.fleet.create(session.clone()).await.inspect_err(|error| metric::refused(&api.fleet, &tenant, error));
+    let (status, session) = match created? {
         Inserted::New => (StatusCode::CREATED, session),
         Inserted::Known(known) if who.reaches(&known) => (StatusCode::OK, *known),
         Inserted::Known(_) => {
@@ -429,59 +428,8 @@ async fn readyz(State(api): State<Api>) -> Answer<&'static str> {
 
 #[utoipa::path(get, path = "/metrics", responses((status = 200, body = String), (status = 503, body = Wrong)))]
 async fn metrics(State(api): State<Api>) -> Answer<Response> {
-    let text = exposition(&api).await?;
+    let text = metric::now(&api.fleet).await?;
     Ok(([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())
-}
-
-/// What the fleet counts: names, labels and help are in docs/fleet.md.
-async fn exposition(api: &Api) -> Answer<String> {
-    let mut out = String::new();
-    let mut family = |name: &str, kind: &str, help: &str, series: Vec<(String, f64)>| {
-        // A String takes everything.
-        writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}").ok();
-        for (labels, value) in series {
-            let braces = if labels.is_empty() { String::new() } else { format!("{{{labels}}}") };
-            writeln!(out, "{name}{braces} {value}").ok();
-        }
-    };
-    let quote = |value: &str| value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
-    // Only what the configuration names is a label: what else there is goes together.
-    let known = |tenant: &str| if api.config.tenants.contains_key(tenant) { quote(tenant) } else { String::from("other") };
-    let mut sessions: BTreeMap<String, f64> = BTreeMap::new();
-    for (phase, provider, tenant, count) in api.fleet.store().count().await? {
-        let labels = format!("phase=\"{phase}\",provider=\"{}\",tenant=\"{}\"", quote(&provider), known(&tenant));
-        *sessions.entry(labels).or_default() += count as f64;
-    }
-    family("agent_fleet_sessions", "gauge", "Sessions that are remembered, by phase.", sessions.into_iter().collect());
-    let counts = api.fleet.counts();
-    let entered = counts.entered.lock().map(|counts| counts.clone()).unwrap_or_default();
-    let entered = Phase::ALL.map(|phase| (format!("phase=\"{phase}\""), entered.get(&phase).copied().unwrap_or_default() as f64));
-    family("agent_fleet_phases_entered_total", "counter", "How often a session came into a phase.", entered.to_vec());
-    let actions = counts.actions.lock().map(|counts| counts.clone()).unwrap_or_default();
-    let labels = |name: &str, failed: bool| format!("action=\"{name}\",outcome=\"{}\"", if failed { "failed" } else { "ok" });
-    let times = actions.iter().map(|((name, failed), (times, _))| (labels(name, *failed), *times as f64)).collect();
-    family("agent_fleet_actions_total", "counter", "What was done for sessions.", times);
-    let seconds = actions.iter().map(|((name, failed), (_, seconds))| (labels(name, *failed), *seconds)).collect();
-    family("agent_fleet_action_seconds_total", "counter", "How long that took.", seconds);
-    let orphans = counts.orphans.load(Ordering::Relaxed) as f64;
-    family(
-        "agent_fleet_orphans_removed_total",
-        "counter",
-        "Containers that no session held, and were removed.",
-        vec![(String::new(), orphans)],
-    );
-    let (mut spent, mut limits) = (Vec::new(), Vec::new());
-    for tenant in api.config.tenants.values() {
-        for (period, limit) in tenant.periods(api.fleet.now()) {
-            let length = if period.len() > "2026-11".len() { "day" } else { "month" };
-            let labels = format!("tenant=\"{}\",period=\"{length}\"", quote(&tenant.name));
-            spent.push((labels.clone(), api.fleet.store().spent(&tenant.name, &period).await?));
-            limits.push((labels, limit));
-        }
-    }
-    family("agent_fleet_budget_used_usd", "gauge", "What a tenant has spent or set aside in the period that is now.", spent);
-    family("agent_fleet_budget_limit_usd", "gauge", "What it may spend in that period.", limits);
-    Ok(out)
 }
 
 struct Token;

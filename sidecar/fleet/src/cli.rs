@@ -10,6 +10,7 @@ use agent_fleet::api::{self, Api, View, Views, Wrong};
 use agent_fleet::config::{Config, Elsewhere};
 use agent_fleet::hook::plan_hooks;
 use agent_fleet::lifecycle::Phase;
+use agent_fleet::metric::{self, Counted, Metrics};
 use agent_fleet::{build, provider, store};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use jiff::Timestamp;
@@ -73,6 +74,11 @@ fn command() -> Command {
                 .arg(Arg::new("template").value_name("TEMPLATE").help("This one alone")),
         )
         .subcommand(
+            Command::new("catalog")
+                .about("Prints every metric")
+                .arg(Arg::new("format").long("format").value_parser(["markdown", "json"]).default_value("markdown")),
+        )
+        .subcommand(
             asking(Command::new("create").about("Asks for a session"))
                 .arg(Arg::new("template").value_name("TEMPLATE").required(true))
                 .arg(Arg::new("id").long("id").value_name("SESSION").help("The same twice is one session"))
@@ -104,6 +110,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         "serve" => serve(&read(asked)?),
         "check" => check(asked),
         "plan" => plan(asked),
+        "catalog" => catalog(asked),
         _ => runtime()?.block_on(ask(name, asked)),
     }
 }
@@ -174,13 +181,24 @@ fn plan(asked: &ArgMatches) -> Result<ExitCode> {
     Ok(if refused { ExitCode::from(FAILED) } else { ExitCode::SUCCESS })
 }
 
+fn catalog(asked: &ArgMatches) -> Result<ExitCode> {
+    match text(asked, "format") {
+        Some("json") => say(&serde_json::to_string_pretty(&metric::json())?)?,
+        _ => say(metric::page().trim_end())?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 fn serve(config: &Config) -> Result<ExitCode> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(false).init();
     runtime()?.block_on(async {
         let store = store::open(config.fleet.store.reveal()).await?;
+        let metrics = Arc::new(Metrics::of(config));
+        let store = Counted::new(store, &metrics);
         let clock: agent_fleet::service::Clock = Arc::new(Timestamp::now);
         let hooks = build::hooks(config, &store, &clock)?;
-        let fleet = Arc::new(build::fleet(config, Arc::clone(&store), hooks, clock)?);
+        let fleet = build::fleet(config, Arc::clone(&store), hooks, clock)?;
+        let fleet = Arc::new(fleet.with_metrics(metrics));
         let api = Api { fleet: Arc::clone(&fleet), config: Arc::new(config.clone()) };
         let listener = tokio::net::TcpListener::bind(config.fleet.listen).await;
         let listener = listener.map_err(|error| format!("{} cannot be listened at: {error}", config.fleet.listen))?;

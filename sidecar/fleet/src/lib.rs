@@ -11,6 +11,7 @@ pub mod config;
 pub mod hook;
 pub mod inside;
 pub mod lifecycle;
+pub mod metric;
 pub mod plan;
 pub mod provider;
 pub mod service;

@@ -23,6 +23,7 @@ use crate::config::Tenant;
 use crate::hook::Verdict;
 use crate::inside::Inside;
 use crate::lifecycle::Phase;
+use crate::metric::{self, Metrics};
 use crate::plan::{self, Action, Outcome, Policy, Seen, Step};
 use crate::provider::{self, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, State};
 use crate::session::{Session, SessionId, Wanted};
@@ -83,21 +84,7 @@ pub struct Fleet {
     due: Notify,
     /// Who asks for a session counts what there is: one at a time.
     admitting: tokio::sync::Mutex<()>,
-    counts: Counts,
-}
-
-/// How often, and how long in all, in seconds.
-type Actions = BTreeMap<(&'static str, bool), (u64, f64)>;
-
-/// What the fleet counts of itself.
-#[derive(Default)]
-pub struct Counts {
-    /// By phase: how often one came into it.
-    pub entered: std::sync::Mutex<BTreeMap<Phase, u64>>,
-    /// Containers that nobody held, and were removed.
-    pub orphans: std::sync::atomic::AtomicU64,
-    /// Actions, by name and whether they failed.
-    pub actions: std::sync::Mutex<Actions>,
+    metrics: Arc<Metrics>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -127,14 +114,20 @@ impl Fleet {
     ) -> Self {
         let budgets = Budgets::new(Arc::clone(&store), tenants);
         let me = format!("{name}-{}", uuid::Uuid::now_v7());
-        let (due, admitting, counts) = (Notify::new(), tokio::sync::Mutex::default(), Counts::default());
+        let (due, admitting) = (Notify::new(), tokio::sync::Mutex::default());
         let name = name.to_owned();
-        Self { name, me, store, providers, hooks, policies, inside, budgets, clock, lease: LEASE, due, admitting, counts }
+        let metrics = Arc::default();
+        Self { name, me, store, providers, hooks, policies, inside, budgets, clock, lease: LEASE, due, admitting, metrics }
     }
 
     #[must_use]
     pub fn with_lease(self, lease: Duration) -> Self {
         Self { lease, ..self }
+    }
+
+    #[must_use]
+    pub fn with_metrics(self, metrics: Arc<Metrics>) -> Self {
+        Self { metrics, ..self }
     }
 
     pub fn store(&self) -> &Arc<dyn Store> {
@@ -145,8 +138,8 @@ impl Fleet {
         &self.budgets
     }
 
-    pub fn counts(&self) -> &Counts {
-        &self.counts
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
     }
 
     pub fn now(&self) -> Timestamp {
@@ -234,6 +227,7 @@ impl Fleet {
             change(&mut changed);
             match self.store.update(&mut changed).await {
                 Ok(()) => {
+                    self.metrics.spent(session, &changed);
                     *session = changed;
                     return Ok(());
                 }
@@ -347,14 +341,16 @@ impl Fleet {
                     plan::enter_phase(&mut entered, phase, reason.clone(), &price, now);
                     self.label(&mut entered);
                     match self.store.update(&mut entered).await {
-                        Ok(()) => session = entered,
+                        Ok(()) => {
+                            self.entered(&session, &entered);
+                            session = entered;
+                        }
                         Err(store::Error::Conflict(_)) => {
                             session = self.read(&session.id).await?;
                             continue;
                         }
                         Err(error) => return Err(error.into()),
                     }
-                    self.entered(&session);
                 }
                 Step::Do(action) => {
                     let mut about = session.clone();
@@ -369,11 +365,12 @@ impl Fleet {
                         }
                     }
                     let began = std::time::Instant::now();
-                    let before = session.phase;
+                    let before = session.clone();
                     let (outcome, looked, report) = self.perform(&action, &session, &provider).await;
-                    self.count(&action, &outcome, began.elapsed());
+                    self.count(&action, &outcome, &session.provider, began.elapsed());
                     let now = self.now();
                     self.change(&mut session, |session| {
+                        plan::meter(session, &price, now);
                         if let Some(sandbox) = &looked {
                             plan::saw(session, sandbox, &policy, &price, now);
                         }
@@ -381,13 +378,13 @@ impl Fleet {
                         if let Some(report) = report.as_ref().filter(|_| session.holds) {
                             plan::heard(session, report);
                         }
-                        if session.phase == before {
+                        if session.phase == before.phase {
                             plan::record(session, &action, &outcome, &policy, &price, now);
                         }
                     })
                     .await?;
-                    if session.phase != before {
-                        self.entered(&session);
+                    if session.phase != before.phase {
+                        self.entered(&before, &session);
                     }
                     if report.is_some() || action == Action::Delete || session.holds && action == Action::Look {
                         self.charge(&mut session, &price).await?;
@@ -407,10 +404,8 @@ impl Fleet {
         Err(Error::Circle(session.id))
     }
 
-    fn entered(&self, session: &Session) {
-        if let Ok(mut counts) = self.counts.entered.lock() {
-            *counts.entry(session.phase).or_default() += 1;
-        }
+    fn entered(&self, before: &Session, session: &Session) {
+        self.metrics.entered(before, session);
         tracing::info!(session = %session.id, phase = %session.phase, reason = session.reason, "a session");
     }
 
@@ -457,13 +452,9 @@ impl Fleet {
         Ok(self.store.get(id).await?.ok_or_else(|| store::Error::Missing(id.clone()))?)
     }
 
-    fn count(&self, action: &Action, outcome: &Outcome, took: Duration) {
-        let failed = matches!(outcome, Outcome::Failed(_));
-        if let Ok(mut counts) = self.counts.actions.lock() {
-            let (times, seconds) = counts.entry((action.name(), failed)).or_default();
-            *times += 1;
-            *seconds += took.as_secs_f64();
-        }
+    fn count(&self, action: &Action, outcome: &Outcome, provider: &str, took: Duration) {
+        self.metrics.add(&metric::ACTIONS_DONE, &[action.name(), provider, outcome.name()], 1.0);
+        self.metrics.observe(&metric::ACTION_DURATION, &[action.name(), provider], took);
     }
 
     /// Does it: what came of it, what was seen, and what the sidecar said.
@@ -593,10 +584,12 @@ impl Fleet {
                 Ok(found) => found,
                 Err(error) => {
                     tracing::warn!(provider = %name, %error, "what exists there is not known");
+                    self.metrics.add(&metric::RECONCILES, &[name, "failed"], 1.0);
                     continue;
                 }
             };
             let before = found.iter().filter(|sandbox| sandbox.created.is_some_and(|created| created < born)).count();
+            self.metrics.set(&metric::STRANGERS, &[name], before as f64);
             if before > 0 {
                 let what = "containers of this fleet's name are older than its store, and left alone: is it the right store? Else remove them by hand";
                 tracing::warn!(provider = %name, containers = before, "{what}");
@@ -608,11 +601,13 @@ impl Fleet {
                 match provider.delete(&orphan.native).await {
                     Ok(()) => {
                         removed += 1;
-                        self.counts.orphans.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        self.metrics.add(&metric::ORPHANS_REMOVED, &[name], 1.0);
                     }
                     Err(error) => tracing::warn!(provider = %name, %error, "it cannot be removed now"),
                 }
             }
+            self.metrics.add(&metric::RECONCILES, &[name, "ok"], 1.0);
+            self.metrics.set(&metric::RECONCILED_AT, &[name], self.now().as_millisecond() as f64 / 1e3);
         }
         Ok(removed)
     }

@@ -9,6 +9,7 @@ use agent_fleet::config::Tenant;
 use agent_fleet::hook::Verdict;
 use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
+use agent_fleet::metric::{Counted, Metrics};
 use agent_fleet::plan::{PauseBy, Policy};
 use agent_fleet::provider::{
     Capabilities, Endpoint, Error, Exec, Executed, Happened, Page, Pause, Price, Provider, Result, Sandbox, Size, Spec, State,
@@ -251,6 +252,7 @@ pub(crate) struct Town {
     pub(crate) trail: Arc<Trail>,
     pub(crate) policy: Policy,
     pub(crate) tenants: BTreeMap<String, Tenant>,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 impl Town {
@@ -264,13 +266,15 @@ impl Town {
             ..Policy::default()
         };
         let words = Words(Mutex::new(Some((false, 0.5))));
+        let metrics = Arc::new(Metrics::new(["cloud"], ["acme", "globex"], []));
         Town {
-            store: store::memory().await.unwrap(),
+            store: Counted::new(store::memory().await.unwrap(), &metrics),
             cloud: Cloud::new(every),
             words: Arc::new(words),
             trail: Arc::default(),
             policy,
             tenants: BTreeMap::new(),
+            metrics,
         }
     }
 
@@ -290,7 +294,7 @@ impl Town {
         let providers = BTreeMap::from([(String::from("cloud"), Arc::clone(&self.cloud) as Arc<dyn Provider>)]);
         let edges = (hooks, Arc::new(Same(self.policy.clone())) as Arc<dyn Policies>, Arc::clone(&self.words) as Arc<dyn Inside>);
         let fleet = Fleet::new("town", Arc::clone(&self.store), providers, edges, self.tenants.clone(), clock);
-        Arc::new(fleet.with_lease(Duration::from_secs(2)))
+        Arc::new(fleet.with_lease(Duration::from_secs(2)).with_metrics(Arc::clone(&self.metrics)))
     }
 
     pub(crate) async fn get(&self, id: &str) -> Session {
