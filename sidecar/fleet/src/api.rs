@@ -1,5 +1,9 @@
 //! What callers ask for over HTTP. Each has a bearer token, and reaches its own sessions alone.
 
+mod events;
+mod letters;
+mod page;
+
 use std::sync::Arc;
 
 use axum::Router;
@@ -444,8 +448,8 @@ impl Modify for Token {
 #[derive(OpenApi)]
 #[openapi(
     info(title = "agent-fleet", description = "Containers for agents: created, watched, put to sleep, woken and destroyed."),
-    paths(create, list, show, destroy, pause, resume, logs, hooks, livez, readyz, metrics),
-    components(schemas(NewSession, View, Views, Wrong)),
+    paths(create, list, show, destroy, pause, resume, logs, hooks, events::events, letters::list, letters::redeliver, livez, readyz, metrics),
+    components(schemas(NewSession, View, Views, letters::Which, Wrong)),
     modifiers(&Token)
 )]
 struct Document;
@@ -475,6 +479,10 @@ pub fn router(api: Api) -> Router {
         .route("/v1/sessions/{id}/resume", post(resume))
         .route("/v1/sessions/{id}/logs", get(logs))
         .route("/v1/sessions/{id}/hooks", get(hooks))
+        .route("/v1/sessions/{id}/redeliver", post(letters::redeliver))
+        .route("/v1/dead-letters", get(letters::list))
+        .route("/v1/events", get(events::events))
+        .merge(page::routes())
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))

@@ -1,5 +1,6 @@
 //! The command line: `serve`, what is read from the configuration alone (`check`, `plan`), and what is asked of a fleet that serves.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,6 +12,7 @@ use agent_fleet::config::{Config, Elsewhere};
 use agent_fleet::hook::plan_hooks;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::metric::{self, Counted, Metrics};
+use agent_fleet::store::HookRun;
 use agent_fleet::{build, provider, store};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use jiff::Timestamp;
@@ -101,6 +103,16 @@ fn command() -> Command {
         )
         .subcommand(one("logs", "Prints the last of what its container has said"))
         .subcommand(one("hooks", "Prints what hooks have done for it, as JSON"))
+        .subcommand(
+            asking(Command::new("events").about("Follows sessions: says each phase that one comes into"))
+                .arg(flag("json", "As JSON, one in a line, with whatever else changes")),
+        )
+        .subcommand(asking(Command::new("dead-letters").about("Lists calls of hooks that were given up, as JSON, one in a line")))
+        .subcommand(
+            asking(Command::new("redeliver").about("Tells dead letters again, as they were"))
+                .arg(Arg::new("id").value_name("SESSION").help("Those of this one alone"))
+                .arg(Arg::new("key").long("key").value_name("KEY").requires("id").help("This one alone")),
+        )
 }
 
 pub(crate) fn run() -> Result<ExitCode> {
@@ -334,6 +346,13 @@ async fn ask(name: &str, asked: &ArgMatches) -> Result<ExitCode> {
             return Ok(if view.phase == Phase::Failed { ExitCode::from(FAILED) } else { ExitCode::SUCCESS });
         }
         "list" => return list(&remote, asked).await,
+        "events" => return events(&remote, is(asked, "json")).await,
+        "dead-letters" => {
+            for letter in letters(&remote).await? {
+                say(&serde_json::to_string(&letter)?)?;
+            }
+        }
+        "redeliver" => return redeliver(&remote, id, text(asked, "key")).await,
         "show" => shown(&remote.view(Method::GET, &path, None).await?)?,
         "pause" => shown(&remote.view(Method::POST, &format!("{path}/pause"), None).await?)?,
         "resume" => shown(&remote.view(Method::POST, &format!("{path}/resume"), None).await?)?,
@@ -349,6 +368,79 @@ async fn ask(name: &str, asked: &ArgMatches) -> Result<ExitCode> {
         other => return Err(format!("there is no command `{other}`").into()),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn letters(remote: &Remote) -> Result<Vec<HookRun>> {
+    Ok(serde_json::from_slice(&remote.ask(Method::GET, "/v1/dead-letters", None).await?)?)
+}
+
+/// Those of one session, or of all. Fails if one was told in vain again.
+async fn redeliver(remote: &Remote, id: &str, key: Option<&str>) -> Result<ExitCode> {
+    let sessions: BTreeSet<String> = match id {
+        "" => letters(remote).await?.into_iter().map(|letter| letter.session.to_string()).collect(),
+        id => BTreeSet::from([id.to_owned()]),
+    };
+    let mut heard = true;
+    for id in sessions {
+        let body = key.map_or_else(|| serde_json::json!({}), |key| serde_json::json!({ "key": key }));
+        let told = remote.ask(Method::POST, &format!("/v1/sessions/{id}/redeliver"), Some(body)).await?;
+        for run in serde_json::from_slice::<Vec<HookRun>>(&told)? {
+            heard &= run.outcome == "ok";
+            say(&format!("{} {} {} {} {}", run.session, run.phase, run.hook, run.outcome, run.said.escape_debug()))?;
+        }
+    }
+    Ok(if heard { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
+}
+
+/// Until it is interrupted, also over a restart of the fleet.
+async fn events(remote: &Remote, json: bool) -> Result<ExitCode> {
+    let mut last: Option<String> = None;
+    let mut heard = std::time::Instant::now();
+    loop {
+        match listen(remote, json, &mut last, &mut heard).await {
+            Ok(()) => {}
+            Err(error) if error.is::<NoAnswer>() && last.is_some() && heard.elapsed() < AWAY => {}
+            Err(error) => return Err(error),
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+async fn listen(remote: &Remote, json: bool, last: &mut Option<String>, heard: &mut std::time::Instant) -> Result<()> {
+    let mut request = remote.client.get(format!("{}/v1/events", remote.url)).bearer_auth(&remote.token);
+    if let Some(last) = last.as_ref() {
+        request = request.header("last-event-id", last);
+    }
+    let gone = |error: reqwest::Error| NoAnswer(format!("{}: {}", remote.url, root(&error)));
+    let mut answer = request.send().await.map_err(gone)?;
+    if !answer.status().is_success() {
+        let status = answer.status().to_string();
+        let body = answer.bytes().await.map_err(gone)?;
+        return Err(serde_json::from_slice::<Wrong>(&body).map_or(status, |wrong| wrong.error).into());
+    }
+    let (mut rest, mut name) = (Vec::new(), String::new());
+    // Comments come all the time: who is silent for so long is gone.
+    while let Ok(piece) = tokio::time::timeout(AWAY, answer.chunk()).await {
+        *heard = std::time::Instant::now();
+        let Some(piece) = piece.map_err(gone)? else { break };
+        rest.extend_from_slice(&piece);
+        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = rest.drain(..=end).collect();
+            let line = String::from_utf8_lossy(&line);
+            match line.trim_end().split_once(": ") {
+                Some(("id", id)) => *last = Some(id.to_owned()),
+                Some(("event", event)) => event.clone_into(&mut name),
+                Some(("data", data)) if json => say(data)?,
+                Some(("data", data)) if name == "phase" => {
+                    let View { id, phase, since, reason, .. } = serde_json::from_str(data)?;
+                    let reason = reason.map(|reason| format!(" ({})", reason.escape_debug())).unwrap_or_default();
+                    say(&format!("{since:.0} {id} {phase}{reason}"))?;
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(())
 }
 
 async fn list(remote: &Remote, asked: &ArgMatches) -> Result<ExitCode> {

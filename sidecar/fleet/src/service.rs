@@ -27,7 +27,7 @@ use crate::metric::{self, Metrics};
 use crate::plan::{self, Action, Outcome, Policy, Seen, Step};
 use crate::provider::{self, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, State};
 use crate::session::{Session, SessionId, Wanted};
-use crate::store::{self, Filter, Inserted, Store};
+use crate::store::{self, Filter, HookRun, Inserted, Store};
 
 /// How long a fleet that is not heard of keeps its sessions, unless somebody says otherwise.
 pub const LEASE: Duration = Duration::from_secs(30);
@@ -55,6 +55,11 @@ pub trait Hooks: Send + Sync {
     /// Runs again what nobody waits for, of whatever phase. When there is more of that.
     async fn beside(&self, _: &Session) -> Option<Timestamp> {
         None
+    }
+
+    /// Tells a dead letter once more. `None`: there is none of this key.
+    async fn redeliver(&self, _: &Session, _: &str) -> store::Result<Option<HookRun>> {
+        Ok(None)
     }
 }
 
@@ -85,6 +90,8 @@ pub struct Fleet {
     /// Who asks for a session counts what there is: one at a time.
     admitting: tokio::sync::Mutex<()>,
     metrics: Arc<Metrics>,
+    /// It ends, or has.
+    ended: watch::Sender<bool>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -116,8 +123,8 @@ impl Fleet {
         let me = format!("{name}-{}", uuid::Uuid::now_v7());
         let (due, admitting) = (Notify::new(), tokio::sync::Mutex::default());
         let name = name.to_owned();
-        let metrics = Arc::default();
-        Self { name, me, store, providers, hooks, policies, inside, budgets, clock, lease: LEASE, due, admitting, metrics }
+        let (metrics, ended) = (Arc::default(), watch::Sender::new(false));
+        Self { name, me, store, providers, hooks, policies, inside, budgets, clock, lease: LEASE, due, admitting, metrics, ended }
     }
 
     #[must_use]
@@ -140,6 +147,16 @@ impl Fleet {
 
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
+    }
+
+    /// For who would listen on for ever.
+    pub fn ended(&self) -> watch::Receiver<bool> {
+        self.ended.subscribe()
+    }
+
+    /// Tells a dead letter of a hook once more.
+    pub async fn redeliver(&self, session: &Session, key: &str) -> store::Result<Option<HookRun>> {
+        self.hooks.redeliver(session, key).await
     }
 
     pub fn now(&self) -> Timestamp {
@@ -280,6 +297,7 @@ impl Fleet {
                 _ = end.changed() => {}
             }
         }
+        self.ended.send_replace(true);
         // What is under way is finished under our lease.
         while tasks.join_next().await.is_some() {}
         beside.shutdown().await;

@@ -28,6 +28,8 @@ pub(super) const OPERATIONS: &[&str] = &[
     "born",
     "log_hook",
     "hook_runs",
+    "with_dead_letters",
+    "changed",
     "prune",
 ];
 
@@ -125,6 +127,14 @@ impl Store for Counted {
 
     async fn hook_runs(&self, id: &SessionId) -> Result<Vec<HookRun>> {
         self.timed("hook_runs", self.store.hook_runs(id)).await
+    }
+
+    async fn with_dead_letters(&self, owner: Option<&str>, most: usize) -> Result<Vec<SessionId>> {
+        self.timed("with_dead_letters", self.store.with_dead_letters(owner, most)).await
+    }
+
+    async fn changed(&self, after: Option<(i64, &str)>, owner: Option<&str>, most: usize) -> Result<Vec<(i64, Session)>> {
+        self.timed("changed", self.store.changed(after, owner, most)).await
     }
 
     async fn prune(&self, before: Timestamp) -> Result<u64> {
