@@ -93,6 +93,11 @@ fn command() -> Command {
                 .arg(flag("over", "Those that are over, too"))
                 .arg(flag("json", "As JSON, one in a line")),
         )
+        .subcommand(
+            Command::new("probe")
+                .about("Says by its exit code whether a fleet answers")
+                .arg(Arg::new("url").long("url").env("AGENT_FLEET_URL").default_value(HERE).help("Where the fleet serves")),
+        )
         .subcommand(one("show", "Shows a session, as JSON"))
         .subcommand(one("pause", "Puts a session to sleep"))
         .subcommand(one("resume", "Wakes a session"))
@@ -123,6 +128,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         "check" => check(asked),
         "plan" => plan(asked),
         "catalog" => catalog(asked),
+        "probe" => runtime()?.block_on(probe(text(asked, "url").unwrap_or(HERE))),
         _ => runtime()?.block_on(ask(name, asked)),
     }
 }
@@ -199,6 +205,17 @@ fn catalog(asked: &ArgMatches) -> Result<ExitCode> {
         _ => say(metric::page().trim_end())?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// How long whoever asks for its health has.
+const PROBE: Duration = Duration::from_secs(5);
+
+/// Whether it lives, not whether its store does: a fleet that is started again has the same store.
+async fn probe(url: &str) -> Result<ExitCode> {
+    let url = format!("{}/livez", url.trim_end_matches('/'));
+    let answer = build::client()?.get(&url).timeout(PROBE).send().await;
+    let answer = answer.map_err(|error| NoAnswer(format!("{url}: {}", root(&error))))?;
+    Ok(if answer.status().is_success() { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
 }
 
 fn serve(config: &Config) -> Result<ExitCode> {

@@ -72,8 +72,10 @@ impl Metrics {
         for provider in providers {
             for phase in Phase::ALL {
                 metrics.add(&PHASES_ENTERED, &[phase.as_str(), provider], 0.0);
+                metrics.touch(&PHASE_DURATION, &[phase.as_str(), provider]);
             }
             for action in ACTIONS {
+                metrics.touch(&ACTION_DURATION, &[action, provider]);
                 for outcome in ["ok", "busy", "failed", "refused", "unsure"] {
                     metrics.add(&ACTIONS_DONE, &[action, provider, outcome], 0.0);
                 }
@@ -95,6 +97,7 @@ impl Metrics {
             }
         }
         for hook in hooks {
+            metrics.touch(&HOOK_DURATION, &[hook]);
             for outcome in ["ok", "veto", "failed", "timeout", "dead-letter"] {
                 metrics.add(&HOOK_RUNS, &[hook, outcome], 0.0);
             }

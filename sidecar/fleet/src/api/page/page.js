@@ -173,8 +173,10 @@ function enter() {
   at("sessions").focus();
 }
 
-at("go").addEventListener("click", enter);
-at("token").addEventListener("keydown", (event) => { if (event.key === "Enter") enter(); });
+at("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  enter();
+});
 at("leave").addEventListener("click", () => leave(""));
 at("filter").addEventListener("input", draw);
 at("over").addEventListener("change", draw);
