@@ -35,7 +35,7 @@ def free_port() -> int:
 class Outside:
     """`shop` may have three sessions and 20 USD a day, `poor` one container's hour; `ops` reaches all."""
 
-    def __init__(self, directory: Path, sidecar: Path, port: int | None = None, name: str = "outside"):
+    def __init__(self, directory: Path, sidecar: Path, port: int | None = None, name: str = "outside", collector: str = ""):
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.port, self.name = directory, port or free_port(), name
         self.url, self.daemon, self.process = f"http://127.0.0.1:{self.port}", Daemon(directory / "daemon"), None
@@ -45,7 +45,8 @@ class Outside:
         agent = directory / "claude"
         agent.write_text(f"#!/bin/sh\ncat {shlex.quote(str(RECORDING))}\nexec sleep ${{STAYS:-0}}\n")
         agent.chmod(0o755)
-        work = [str(sidecar), "run", "--hub", "off", "--linger", "3s", "--", str(agent), "-p", "--output-format", "stream-json", "--verbose"]
+        traced = ["--otlp-endpoint", collector] if collector else []
+        work = [str(sidecar), "run", "--hub", "off", "--linger", "3s", *traced, "--", str(agent), "-p", "--output-format", "stream-json", "--verbose"]
         template = '[templates.{0}]\nprovider = "local"\nimage = "i"\nports = [9477]\nttl = "1h"\n{1}\n'
         templates = {
             "task": f'pattern = "ephemeral"\ncommand = {json.dumps(work)}',
@@ -55,6 +56,7 @@ class Outside:
         self.file = directory / "fleet.toml"
         self.file.write_text(
             f'[fleet]\nname = "{name}"\nlisten = "127.0.0.1:{self.port}"\nstore = "sqlite:{directory}/fleet.db"\n'
+            + (f'otlp_endpoint = "{collector}"\n' if collector else "") +
             f'[callers.ops]\ntoken = {{ file = "{directory}/ops" }}\ntenants = ["*"]\nadmin = true\n'
             f'[callers.shop]\ntoken = {{ file = "{directory}/shop" }}\ntenants = ["shop"]\n'
             f'[callers.poor]\ntoken = {{ file = "{directory}/poor" }}\ntenants = ["poor"]\n'

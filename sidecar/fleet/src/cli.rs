@@ -13,7 +13,7 @@ use agent_fleet::hook::plan_hooks;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::metric::{self, Counted, Metrics};
 use agent_fleet::store::HookRun;
-use agent_fleet::{build, provider, store};
+use agent_fleet::{build, provider, store, trace};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use jiff::Timestamp;
 use reqwest::Method;
@@ -226,14 +226,26 @@ fn serve(config: &Config) -> Result<ExitCode> {
         let store = Counted::new(store, &metrics);
         let clock: agent_fleet::service::Clock = Arc::new(Timestamp::now);
         let hooks = build::hooks(config, &store, &clock)?;
-        let fleet = build::fleet(config, Arc::clone(&store), hooks, clock)?;
-        let fleet = Arc::new(fleet.with_metrics(metrics));
+        let mut fleet = build::fleet(config, Arc::clone(&store), hooks, clock)?.with_metrics(Arc::clone(&metrics));
+        let mut sender = None;
+        if let Some(endpoint) = &config.fleet.otlp_endpoint {
+            let (traces, sends) = trace::to(endpoint, &config.fleet.name, build::client()?, &metrics);
+            (fleet, sender) = (fleet.with_traces(traces), Some(sends));
+        }
+        let fleet = Arc::new(fleet);
         let api = Api { fleet: Arc::clone(&fleet), config: Arc::new(config.clone()) };
         let listener = tokio::net::TcpListener::bind(config.fleet.listen).await;
         let listener = listener.map_err(|error| format!("{} cannot be listened at: {error}", config.fleet.listen))?;
         tracing::info!(address = %listener.local_addr()?, fleet = %config.fleet.name, "serving");
         let (end, ended) = watch::channel(false);
         let mut driving = tokio::spawn(Arc::clone(&fleet).run(ended.clone()));
+        // When what is under way is done there are no more spans.
+        let (last, told) = watch::channel(false);
+        let sending = tokio::spawn(async move {
+            if let Some(sender) = sender {
+                sender.run(told).await;
+            }
+        });
         let pruning = tokio::spawn(prune(store, config.fleet.keep));
         let mut served = ended;
         let serving = axum::serve(listener, api::router(api)).with_graceful_shutdown(async move {
@@ -251,7 +263,13 @@ fn serve(config: &Config) -> Result<ExitCode> {
         end.send(true).ok();
         pruning.abort();
         // Who does not hang up is not waited for.
-        if tokio::time::timeout(LAST, async { tokio::join!(driving, serving) }).await.is_err() {
+        if tokio::time::timeout(LAST, async {
+            let driven = async { driving.await.map(|()| last.send(true)) };
+            tokio::join!(driven, serving, sending)
+        })
+        .await
+        .is_err()
+        {
             tracing::warn!("something is still under way; it is gone on with at the next start");
         }
         Ok(ExitCode::SUCCESS)

@@ -53,6 +53,8 @@ pub struct Fleet {
     pub store: Hidden,
     /// How long sessions that are over are remembered.
     pub keep: Duration,
+    /// Where traces of sessions go: `http://collector:4318`.
+    pub otlp_endpoint: Option<String>,
 }
 
 /// Somebody with a token.
@@ -256,9 +258,12 @@ impl Config {
     }
 
     fn print_to(&self, out: &mut String) -> fmt::Result {
-        let Fleet { name, listen, store, keep } = &self.fleet;
+        let Fleet { name, listen, store, keep, otlp_endpoint } = &self.fleet;
         writeln!(out, "[fleet]\nname = {name:?}\nlisten = \"{listen}\"")?;
         writeln!(out, "store = {:?}\nkeep = {}", secret::without_password(store.reveal()), time(*keep))?;
+        if let Some(endpoint) = otlp_endpoint {
+            writeln!(out, "otlp_endpoint = {endpoint:?}")?;
+        }
         for caller in self.callers.values() {
             let tenants: &[String] = if caller.tenants.is_empty() { &[String::from("*")] } else { &caller.tenants };
             writeln!(out, "\n[callers.{}]\ntenants = {tenants:?}\nadmin = {}", caller.name, caller.admin)?;

@@ -28,6 +28,7 @@ use crate::plan::{self, Action, Outcome, Policy, Seen, Step};
 use crate::provider::{self, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, State};
 use crate::session::{Session, SessionId, Wanted};
 use crate::store::{self, Filter, HookRun, Inserted, Store};
+use crate::trace::{self, Traces};
 
 /// How long a fleet that is not heard of keeps its sessions, unless somebody says otherwise.
 pub const LEASE: Duration = Duration::from_secs(30);
@@ -90,6 +91,7 @@ pub struct Fleet {
     /// Who asks for a session counts what there is: one at a time.
     admitting: tokio::sync::Mutex<()>,
     metrics: Arc<Metrics>,
+    traces: Option<Traces>,
     /// It ends, or has.
     ended: watch::Sender<bool>,
 }
@@ -124,7 +126,23 @@ impl Fleet {
         let (due, admitting) = (Notify::new(), tokio::sync::Mutex::default());
         let name = name.to_owned();
         let (metrics, ended) = (Arc::default(), watch::Sender::new(false));
-        Self { name, me, store, providers, hooks, policies, inside, budgets, clock, lease: LEASE, due, admitting, metrics, ended }
+        Self {
+            name,
+            me,
+            store,
+            providers,
+            hooks,
+            policies,
+            inside,
+            budgets,
+            clock,
+            lease: LEASE,
+            due,
+            admitting,
+            metrics,
+            traces: None,
+            ended,
+        }
     }
 
     #[must_use]
@@ -135,6 +153,12 @@ impl Fleet {
     #[must_use]
     pub fn with_metrics(self, metrics: Arc<Metrics>) -> Self {
         Self { metrics, ..self }
+    }
+
+    /// With a trace of each session.
+    #[must_use]
+    pub fn with_traces(self, traces: Traces) -> Self {
+        Self { traces: Some(traces), ..self }
     }
 
     pub fn store(&self) -> &Arc<dyn Store> {
@@ -197,6 +221,10 @@ impl Fleet {
             return Err(Error::OverBudget(why));
         }
         self.label(&mut session);
+        if let Some(traces) = self.traces.as_ref().filter(|_| provider.capabilities().env) {
+            let parent = traces.context(&session).to_traceparent();
+            session.spec.env.entry(trace::VARIABLE.to_owned()).or_insert(parent);
+        }
         let inserted = self.store.insert(&session).await;
         match &inserted {
             Ok(Inserted::New) => {}
@@ -382,11 +410,14 @@ impl Fleet {
                             Err(error) => return Err(error.into()),
                         }
                     }
-                    let began = std::time::Instant::now();
+                    let (began, began_at) = (std::time::Instant::now(), self.now());
                     let before = session.clone();
                     let (outcome, looked, report) = self.perform(&action, &session, &provider).await;
                     self.count(&action, &outcome, &session.provider, began.elapsed());
                     let now = self.now();
+                    if let Some(traces) = &self.traces {
+                        traces.done(&session, &action, &outcome, began_at, now);
+                    }
                     self.change(&mut session, |session| {
                         plan::meter(session, &price, now);
                         if let Some(sandbox) = &looked {
@@ -424,6 +455,9 @@ impl Fleet {
 
     fn entered(&self, before: &Session, session: &Session) {
         self.metrics.entered(before, session);
+        if let Some(traces) = &self.traces {
+            traces.entered(before, session);
+        }
         tracing::info!(session = %session.id, phase = %session.phase, reason = session.reason, "a session");
     }
 

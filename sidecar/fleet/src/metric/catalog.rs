@@ -78,5 +78,6 @@ catalog! {
     STORE_DURATION = histogram("agent_fleet_store_duration_seconds", &["operation"], STORE_SECONDS, "How long the store took for an answer.");
     STORE_ERRORS = counter("agent_fleet_store_errors_total", Plain, &["operation"], "What the store could not do. Who was outrun by another's write is none of it.");
     LISTENERS = gauge(Sum, "agent_fleet_event_listeners", Plain, &[], "Who listens to `/v1/events`.");
+    SPANS = counter("agent_fleet_spans_total", Plain, &["outcome"], "Spans by what became of them, where they are sent anywhere: failed is the collector's doing, dropped ours.");
     BUILD_INFO = metric(Kind::Info, Max, "agent_fleet_build_info", Plain, &["version"], "Version of the fleet.");
 }

@@ -103,6 +103,9 @@ impl Metrics {
             }
         }
         metrics.add(&CLAIMS, &[], 0.0);
+        for outcome in ["sent", "failed", "dropped"] {
+            metrics.add(&SPANS, &[outcome], 0.0);
+        }
         for operation in counted::OPERATIONS {
             metrics.add(&STORE_ERRORS, &[operation], 0.0);
         }
