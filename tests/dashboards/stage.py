@@ -357,7 +357,7 @@ class Stage:
         fleet.reaches("breaks", "failed")
         assert (fleet.create("stays", "dear", "poor"), fleet.create("stays", "dearer", "poor")) == (201, 429)
         fleet.daemon.broken = True
-        fleet.create("task", "in-vain")
+        fleet.create("hurries", "in-vain")
         fleet.reaches("in-vain", "failed")
         fleet.daemon.broken = False
         # What the store could not do: what it cannot write while somebody else holds it.

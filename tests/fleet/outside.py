@@ -50,6 +50,8 @@ class Outside:
         template = '[templates.{0}]\nprovider = "local"\nimage = "i"\nports = [9477]\nttl = "1h"\n{1}\n'
         templates = {
             "task": f'pattern = "ephemeral"\ncommand = {json.dumps(work)}',
+            # Where the daemon is broken it is not waited for.
+            "hurries": f'pattern = "ephemeral"\nready_within = "4s"\ncommand = {json.dumps(work)}',
             "stays": f'pattern = "long-running"\nstop_grace = "5s"\ncommand = {json.dumps(work)}\nenv = {{ STAYS = "600" }}',
             "breaks": 'pattern = "ephemeral"\ncommand = ["false"]',
         }

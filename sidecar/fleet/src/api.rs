@@ -43,7 +43,7 @@ pub struct Api {
 #[serde(deny_unknown_fields)]
 pub struct NewSession {
     /// One of the configuration's.
-    #[schema(min_length = 1)]
+    #[schema(min_length = 1, example = "task")]
     pub template: String,
     /// 1 to 64 letters, digits, `-` and `_`. The same twice is one session. Left out: a new one.
     #[serde(default)]
@@ -51,7 +51,7 @@ pub struct NewSession {
     pub id: Option<String>,
     /// Who pays. May be left out by who has one tenant alone.
     #[serde(default)]
-    #[schema(pattern = r"^[^\x00-\x1f\x7f-\x9f]{1,64}$")]
+    #[schema(pattern = r"^[^\x00-\x1f\x7f-\x9f]{1,64}$", example = "shop")]
     pub tenant: Option<String>,
 }
 
