@@ -223,7 +223,7 @@ fn serve(config: &Config) -> Result<ExitCode> {
     runtime()?.block_on(async {
         let store = store::open(config.fleet.store.reveal()).await?;
         let metrics = Arc::new(Metrics::of(config));
-        let store = Counted::new(store, &metrics);
+        let store = Counted::over(store, &metrics);
         let clock: agent_fleet::service::Clock = Arc::new(Timestamp::now);
         let hooks = build::hooks(config, &store, &clock)?;
         let mut fleet = build::fleet(config, Arc::clone(&store), hooks, clock)?.with_metrics(Arc::clone(&metrics));

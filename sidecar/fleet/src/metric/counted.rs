@@ -40,7 +40,7 @@ pub struct Counted {
 }
 
 impl Counted {
-    pub fn new(store: Arc<dyn Store>, metrics: &Arc<Metrics>) -> Arc<dyn Store> {
+    pub fn over(store: Arc<dyn Store>, metrics: &Arc<Metrics>) -> Arc<dyn Store> {
         Arc::new(Self { store, metrics: Arc::clone(metrics) })
     }
 

@@ -268,7 +268,7 @@ impl Town {
         let words = Words(Mutex::new(Some((false, 0.5))));
         let metrics = Arc::new(Metrics::new(["cloud"], ["acme", "globex"], []));
         Town {
-            store: Counted::new(store::memory().await.unwrap(), &metrics),
+            store: Counted::over(store::memory().await.unwrap(), &metrics),
             cloud: Cloud::new(every),
             words: Arc::new(words),
             trail: Arc::default(),
