@@ -247,7 +247,7 @@ async fn read_until(answer: &mut reqwest::Response, so: impl Fn(&str) -> bool) -
     let reading = async {
         while !so(&text) {
             let piece = answer.chunk().await.unwrap().unwrap_or_else(|| panic!("it has ended: {text}"));
-            text.push_str(&String::from_utf8(piece.to_vec()).unwrap());
+            text.push_str(std::str::from_utf8(&piece).unwrap());
         }
     };
     let done = tokio::time::timeout(std::time::Duration::from_secs(60), reading).await;
