@@ -11,7 +11,7 @@ export AGENT_SIDECAR_BIN := $(CURDIR)/$(BIN)
 # Outside of containers size is nothing: what its own tests are built with is quick enough, and needs no build of its own.
 export AGENT_FLEET_BIN := $(CURDIR)/target/$(TARGET)/debug/agent-fleet
 
-.PHONY: demo test build install lint unit live containers fleet deploy alerts dashboards docs bench clean
+.PHONY: demo test build install lint unit live containers fleet deploy outside alerts dashboards docs bench clean
 
 ## The real CLI under the sidecar, on a scripted API on loopback: `make demo`, or with a key `make demo LIVE=1`. `make demo STACK=1` leaves agents
 ## running, and a Prometheus with the alerts' rules that scrapes them.
@@ -37,7 +37,7 @@ unit: build install
 # With a database for the fleet's store, and the SDKs of the providers that are faked.
 	AGENT_FLEET_TEST_SDKS=$(CURDIR)/.cache/deploy/venv/bin/python tests/fleet/postgres cargo test --locked --workspace
 
-live: build install
+live: build install outside
 # Two CLIs at a time for two cores. What they are late for on a busy machine is asked again, twice at most, and said in the closing line.
 	tests/live/run -n 2 --reruns 2 -q
 
@@ -49,20 +49,25 @@ fleet: unit
 	tests/fleet/run -n 2 --reruns 1 -q
 
 # What is in deploy/, as far as it can be tried on one machine.
-deploy: build install
+deploy: build install outside
 	tests/deploy/run -n 2 --dist loadfile --reruns 1 -q
 
-alerts: build install
+# The fleet, of which tests have what `unit` has built.
+outside: install
+	cargo test --locked --workspace --test docker --no-run
+
+alerts: build install outside
 # The live run mostly waits; what is checked without it goes on beside.
 	tests/alerts/run -n 2 --dist loadfile --reruns 1 -q
 
-dashboards: build install
+dashboards: build install outside
 	tests/dashboards/run --reruns 1 -q
 
 ## The generated pages.
 docs: build
 	$(BIN) catalog --format markdown > docs/metrics.md
 	$(BIN) check --format markdown > docs/settings.md
+	cargo run -q -p agent-fleet -- catalog > docs/fleet-metrics.md
 	deploy/kubernetes/components/monitoring/prometheusrule > deploy/kubernetes/components/monitoring/prometheusrule.yaml
 	cargo run -q -p agent-sidecar-core --example detectors < docs/detectors.md > docs/detectors.new && mv docs/detectors.new docs/detectors.md
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-from . import agent, fleet, internals, limits, native, spend
+from . import agent, agent_fleet, fleet, internals, limits, native, spend
 
 HERE = Path(__file__).resolve().parents[1]
-BOARDS = {"fleet": fleet, "spend": spend, "agent": agent, "limits": limits, "internals": internals, "native": native}
+BOARDS = {"fleet": fleet, "spend": spend, "agent": agent, "limits": limits, "internals": internals, "agent-fleet": agent_fleet, "native": native}
 
 
 def texts() -> dict[str, str]:

@@ -29,7 +29,8 @@ FIRING = 'ALERTS{alertname=~"ClaudeAgent.+|AgentSidecar.+", alertstate="firing",
 
 ALERTS = {
     rule["alert"]: rule
-    for group in yaml.safe_load((ROOT / "alerts/agent-sidecar.rules.yaml").read_text())["groups"]
+    for rules in ["agent-sidecar", "agent-fleet"]
+    for group in yaml.safe_load((ROOT / f"alerts/{rules}.rules.yaml").read_text())["groups"]
     for rule in group["rules"]
     if "alert" in rule
 }

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "live"))
+for suite in ["live", "fleet"]:
+    # Without the conftest of the other's.
+    sys.path.append(str(Path(__file__).resolve().parents[1] / suite))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,15 +14,18 @@ import urllib.request
 from functools import cache
 from pathlib import Path
 
+import outside
 import promql
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 ALERTS, RUNBOOKS, RECORDINGS = ROOT / "alerts", ROOT / "docs/runbooks", ROOT / "sidecar/core/tests/data"
-RULES = yaml.safe_load((ALERTS / "agent-sidecar.rules.yaml").read_text())
-RULE_LIST = [rule for group in RULES["groups"] for rule in group["rules"]]
+RULE_FILES = [ALERTS / "agent-sidecar.rules.yaml", ALERTS / "agent-fleet.rules.yaml"]
+AGENTS_RULES, FLEET_RULES = ([rule for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]] for path in RULE_FILES)
+RULE_LIST = AGENTS_RULES + FLEET_RULES
 ALERT_RULES = {rule["alert"]: rule for rule in RULE_LIST if "alert" in rule}
+AGENTS = [rule["alert"] for rule in AGENTS_RULES if "alert" in rule]
 RECORDED = {rule["record"]: rule for rule in RULE_LIST if "record" in rule}
 TESTS = sorted(ALERTS.glob("*.test.yaml"))
 SECTIONS = ["Meaning", "Impact", "First commands", "Causes", "Remedy"]
@@ -43,7 +46,8 @@ def output(*argv: object, timeout: float = 60) -> str:
 
 @cache
 def catalogue() -> dict[str, dict]:
-    return {metric["name"]: metric for metric in json.loads(output(binary(), "catalog", "--format", "json"))}
+    """The sidecar's, and the fleet's."""
+    return {metric["name"]: metric for program in [binary(), outside.binary()] for metric in json.loads(output(program, "catalog", "--format", "json"))}
 
 
 @cache
@@ -60,7 +64,7 @@ def exposed() -> dict[str, dict[str, set[str]]]:
 @cache
 def source_words() -> set[str]:
     """Every text of the code: where a label's values do not exist beforehand, they are among them."""
-    sources = [path for crate in ["core", "daemon"] for path in (ROOT / "sidecar" / crate / "src").rglob("*.rs")]
+    sources = [path for crate in ["core", "daemon", "fleet"] for path in (ROOT / "sidecar" / crate / "src").rglob("*.rs")]
     return {word for path in sources for word in re.findall(r'"([\w.-]+)"', path.read_text())}
 
 
@@ -111,7 +115,7 @@ def may_be(metric: str, label: str, value: str) -> bool:
 @pytest.fixture(scope="module", autouse=True)
 def promtool():
     """It has its minute while the other tests have theirs; what it says is looked at last."""
-    asked = {"check": ["check", "rules", "--lint=all", "--lint-fatal", "agent-sidecar.rules.yaml"]} | {path.name: ["test", "rules", path.name] for path in TESTS}
+    asked = {"check": ["check", "rules", "--lint=all", "--lint-fatal", *(path.name for path in RULE_FILES)]} | {path.name: ["test", "rules", path.name] for path in TESTS}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running = {name: subprocess.Popen(["promtool", *argv], cwd=ALERTS, **pipes) for name, argv in asked.items()}
     yield running
@@ -133,6 +137,8 @@ def test_what_a_rule_names_exists(rule: dict):
     'rate(claude_agent_time_to_first_token_seconds_bucket{le="11"}[5m])',
     "max by (namespace) (agent_sidecar_degraded) and on (slot) claude_agent_turns_total",
     "scope:claude_agent_budget_remaining:ratio{kind=\"usd\"}",
+    'agent_fleet_actions_total{outcome="exploded"}',
+    "sum by (session) (agent_fleet_sessions)",
 ])  # fmt: skip
 def test_what_does_not_exist_is_found(broken: str):
     with pytest.raises(AssertionError):
@@ -174,9 +180,9 @@ def test_an_alert_says_what_is_to_be_done(alert: str):
 
 def test_the_page_says_how_long_each_takes():
     """Who adds an alert has a fault for it, and has measured (AGENT_SIDECAR_WRITE_DOCS=1 tests/alerts/run test_live.py)."""
-    assert re.findall(r"^\| (\w+) \| .* s / .* s \|", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE) == list(ALERT_RULES)
-    assert f": {len(ALERT_RULES)} alerts, " in (ROOT / "docs/for-sre.md").read_text()
-    assert f"[{len(ALERT_RULES)} alerts](docs/alerts.md)" in (ROOT / "README.md").read_text()
+    assert re.findall(r"^\| (\w+) \| .* s / .* s \|", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE) == AGENTS
+    assert f": {len(AGENTS)} alerts, " in (ROOT / "docs/for-sre.md").read_text()
+    assert f"[{len(AGENTS)} alerts](docs/alerts.md)" in (ROOT / "README.md").read_text()
 
 
 # Told by the panel of another: the same turns, in longer windows.
@@ -226,8 +232,8 @@ def commands(alert: str) -> list[str]:
 
 
 @cache
-def flags(*verbs: str) -> str:
-    return output(binary(), *verbs, "--help")
+def flags(*verbs: str, program: Path | None = None) -> str:
+    return output(program or binary(), *verbs, "--help")
 
 
 @pytest.mark.parametrize("alert", ALERT_RULES)
@@ -237,17 +243,18 @@ def test_a_runbook_has_its_parts(alert: str):
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS
     for page in re.findall(r"\]\(([^)#]+)\)", text):
         assert (RUNBOOKS / page).resolve().is_file(), f"{page} is not there"
-    for metric in re.findall(r"`((?:claude_agent|agent_sidecar)_\w+)", text):
+    for metric in re.findall(r"`((?:claude_agent|agent_sidecar|agent_fleet)_\w+)", text):
         assert family(metric), f"no metric is called {metric}"
     assert len(commands(alert)) == 3
     # Those of the text, too.
-    quoted = [line for line in re.findall(r"`(agent-sidecar [^`]*)`", text) if line.split()[1].isalpha()]
+    quoted = [line for line in re.findall(r"`(agent-(?:sidecar|fleet) [^`]*)`", text) if line.split()[1].isalpha()]
     for line in [*commands(alert), *quoted]:
         words = shlex.split(line)
-        if words[0] == "agent-sidecar":
+        if words[0] in {"agent-sidecar", "agent-fleet"}:
             verbs = words[1:3] if words[1] == "control" else words[1:2]
-            for flag in [word for word in words if re.fullmatch(r"--[a-z-]+", word)]:
-                assert re.search(rf"(^|\s){flag}\b", flags(*verbs)), f"{' '.join(verbs)} has no {flag}"
+            program = binary() if words[0] == "agent-sidecar" else outside.binary()
+            for flag in ["", *(word for word in words if re.fullmatch(r"--[a-z-]+", word))]:
+                assert re.search(rf"(^|\s){flag}\b", flags(*verbs, program=program)), f"{' '.join(verbs)} has no {flag}"
         if words[:3] == ["promtool", "query", "instant"]:
             assert words[3] == "$PROMETHEUS"
             holds(words[4])
@@ -262,11 +269,15 @@ class Scene:
         for path in [bin_dir, home]:
             path.mkdir()
         (bin_dir / "agent-sidecar").symlink_to(binary().resolve())
+        (bin_dir / "agent-fleet").symlink_to(outside.binary().resolve())
         self.env = {
             "PATH": f"{bin_dir}:{os.environ['PATH']}", "HOME": str(home), "LEDGER": str(ledger), "SIDECAR": "http://localhost:9477",
             "PROMETHEUS": "http://localhost:9090", "AGENT_SIDECAR_SOCKET": str(directory / "hub.sock"), "AGENT_SIDECAR_LEDGER": str(ledger),
             "AGENT_SIDECAR_CONTAINER_DAY_MAX_COST_USD": "20", "AGENT_SIDECAR_TENANT": "acme",
         }  # fmt: skip
+        # Where the fleet's commands ask.
+        self.fleet = outside.Outside(directory / "fleet", binary(), 9490).start()
+        self.env |= self.fleet.environment()
         # It says what a real one has said, and stays until its input ends.
         agent = directory / "claude"
         agent.write_text(f"#!/bin/sh\ncat {shlex.quote(str(RECORDINGS / '05a_subagent.jsonl'))}\ncat >/dev/null\n")
@@ -274,8 +285,8 @@ class Scene:
         argv = ["agent-sidecar", "run", "--listen", "127.0.0.1:9477", "--", agent, "-p", "--output-format", "stream-json", "--verbose"]
         self.start("agent", argv, stdin=subprocess.PIPE)
         config = directory / "prometheus.yml"
-        scrape = {"job_name": "agent", "scrape_interval": "1s", "static_configs": [{"targets": ["localhost:9477"]}]}
-        settings = {"global": {"evaluation_interval": "1s"}, "rule_files": [str(ALERTS / "agent-sidecar.rules.yaml")], "scrape_configs": [scrape]}
+        scrape = {"job_name": "agent", "scrape_interval": "1s", "static_configs": [{"targets": ["localhost:9477", "localhost:9490"]}]}
+        settings = {"global": {"evaluation_interval": "1s"}, "rule_files": [str(path) for path in RULE_FILES], "scrape_configs": [scrape]}
         config.write_text(yaml.safe_dump(settings))
         flags = [f"--config.file={config}", f"--storage.tsdb.path={directory / 'tsdb'}", "--web.listen-address=127.0.0.1:9090"]
         self.start("prometheus", ["prometheus", *flags], stdin=subprocess.DEVNULL)
@@ -307,6 +318,7 @@ class Scene:
         return self.ran[command]
 
     def close(self):
+        self.fleet.close()
         for process in self.started:
             if process.stdin:
                 process.stdin.close()
@@ -323,6 +335,7 @@ def scene(tmp_path_factory):
     one = Scene(tmp_path_factory.mktemp("scene"))
     try:
         one.wait_for("sum(claude_agent_cost_usd_total) > 0")
+        one.wait_for("agent_fleet_claimed_timestamp_seconds")
         yield one
     finally:
         one.close()
@@ -353,6 +366,7 @@ def test_the_first_commands_work(alert: str, scene: Scene):
     ('agent-sidecar explain --ledger "$LEDGER"', "what it was spent on"),
     ("agent-sidecar control budgets", "container_day"),
     ("agent-sidecar doctor", "ledger"),
+    ('curl -s "$FLEET/readyz"', "ok"),
     ("agent-sidecar check --print | grep hub", "hub.socket"),
     ("""promtool query instant "$PROMETHEUS" 'claude_agent_sessions_active'""", 'instance="localhost:9477"'),
 ])  # fmt: skip

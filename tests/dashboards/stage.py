@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT / "tests/live"))
 
 import harness  # noqa: E402
 import native  # noqa: E402
+import outside  # noqa: E402
 from harness import STREAM_JSON, user, wait_for  # noqa: E402
 
 RECORDINGS = ROOT / "sidecar/core/tests/data"
@@ -124,7 +126,9 @@ class Stage:
         self.prometheus = Prometheus(directory / "prometheus", ROOT / "alerts/agent-sidecar.rules.yaml")
         # Whoever has no sidecar has none of its series.
         self.native = Prometheus(directory / "native", None, honor_labels=True)
-        for one in [self.prometheus, self.native]:
+        # Nor has a fleet, which is scraped beside its agents.
+        self.outside = Prometheus(directory / "outside-prometheus", ROOT / "alerts/agent-fleet.rules.yaml")
+        for one in [self.prometheus, self.native, self.outside]:
             self.closing.callback(one.close)
 
     # The parts.
@@ -332,9 +336,39 @@ class Stage:
         ]
         native.start(self, rules, script)
 
+    def is_made_from_outside(self) -> None:
+        """Sessions of a fleet: done, asleep, failed, refused; a hook that nobody hears, a container that nobody knows, and a daemon that fails for a while."""
+        fleet = outside.Outside(self.directory / "outside", harness.binary())
+        self.closing.callback(fleet.close)
+        strange = {"agent-fleet.fleet": fleet.name, "agent-fleet.session": "old", "agent-fleet.key": "agent-old-1"}
+        fleet.daemon.asked("POST", "/containers/create", {"name": "agent-old-1"}, {"Labels": strange, "Entrypoint": ["true"]})
+        next(iter(fleet.daemon.containers.values())).created -= 3600
+        fleet.start()
+        self.outside.watch(fleet.port, cluster="eu", namespace="fleets", pod="fleet-0")
+        wait_for("a scrape", lambda: self.outside.query("agent_fleet_build_info"), PATIENCE)
+        listener = urllib.request.Request(f"{fleet.url}/v1/events", headers={"Authorization": f"Bearer {outside.TOKENS['shop']}"})
+        self.closing.callback(urllib.request.urlopen(listener, timeout=PATIENCE).close)
+        assert fleet.create("task", "done") == 201 and fleet.create("stays", "sleeps") == 201
+        fleet.reaches("sleeps", "ready", "active", "idle")
+        fleet.ask("/v1/sessions/sleeps/pause", "POST")
+        fleet.reaches("sleeps", "paused")
+        fleet.reaches("done", "destroyed")
+        fleet.create("breaks", "breaks")
+        fleet.reaches("breaks", "failed")
+        assert (fleet.create("stays", "dear", "poor"), fleet.create("stays", "dearer", "poor")) == (201, 429)
+        fleet.daemon.broken = True
+        fleet.create("hurries", "in-vain")
+        fleet.reaches("in-vain", "failed")
+        fleet.daemon.broken = False
+        # What the store could not do: what it cannot write while somebody else holds it.
+        with contextlib.closing(sqlite3.connect(fleet.directory / "fleet.db", isolation_level=None)) as store:
+            store.execute("BEGIN IMMEDIATE")
+            wait_for("an error", lambda: self.outside.query('sum(agent_fleet_store_errors_total{operation="claim"}) > 0'), PATIENCE)
+
     def play(self) -> None:
         """All of them at once, and then until Prometheus has seen the end of it."""
-        acts = [self.works, self.is_held, self.would_be_held, self.asks, self.share, self.dies, self.has_no_room, self.is_ended, self.speaks_text, self.has_a_subscription, self.is_native]
+        acts = [self.works, self.is_held, self.would_be_held, self.asks, self.share, self.dies, self.has_no_room, self.is_ended, self.speaks_text, self.has_a_subscription, self.is_native,
+                self.is_made_from_outside]  # fmt: skip
         with ThreadPoolExecutor(4) as pool:
             for done in [pool.submit(act) for act in acts]:
                 done.result()
@@ -342,6 +376,8 @@ class Stage:
         self.sees('ALERTS{alertname="ClaudeAgentLimitEnforced", alertstate="firing"}')
         self.sees('sum(last_over_time(claude_agent_idle_shutdowns_total[1h])) == 1')
         self.sees("max(claude_agent_transcript_bytes) > 0")
+        for metric in ["sum(agent_fleet_hook_runs_total) > 0", "agent_fleet_agent_cost_usd_total > 0", 'ALERTS{alertname="AgentFleetHookDeadLetters", alertstate="firing"}']:
+            wait_for(metric, lambda metric=metric: self.outside.query(metric), PATIENCE)
         # A few times, by all of them: what is asked for the whole time is asked in steps.
         self.sees(f"min(timestamp(up)) > {time.time() + 8}")
 

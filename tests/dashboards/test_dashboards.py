@@ -29,7 +29,7 @@ from stage import Stage
 
 UIDS = {
     "fleet": "agent-sidecar-fleet", "spend": "agent-sidecar-spend", "agent": "agent-sidecar-agent", "limits": "agent-sidecar-limits", "internals": "agent-sidecar-internals",
-    "native": "claude-code-native",
+    "agent-fleet": "agent-fleet", "native": "claude-code-native",
 }  # fmt: skip
 OURS = [name for name in UIDS if name != "native"]
 QUERIES = [query for name in UIDS for query in boards.queries(name)]
@@ -49,7 +49,7 @@ OF_THE_MACHINE = {
 # What they are.
 
 
-def test_there_are_six():
+def test_there_are_seven():
     assert {name: board["uid"] for name, board in BOARDS.items()} == UIDS
 
 
@@ -259,7 +259,7 @@ def stage(tmp_path_factory):
 def ask(stage: Stage, query: Query, step: int = boards.STEP) -> list[dict]:
     """As Grafana would, with all chosen."""
     expr = boards.put_in(query.expr, boards.everything(BOARDS[query.board]))
-    server = stage.native if query.board == "native" else stage.prometheus
+    server = {"native": stage.native, "agent-fleet": stage.outside}.get(query.board, stage.prometheus)
     if query.kind == "variable":
         answer = server.ask(f"label/{query.legend}/values?" + urllib.parse.urlencode({"match[]": expr}), get=True)
         assert answer["status"] == "success", answer

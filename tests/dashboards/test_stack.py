@@ -33,7 +33,7 @@ def test_the_stack_runs_and_ends(tmp_path):
         alerts_page, graph = (get(url).decode() for url in re.findall(r"(http://\S+/(?:alerts|graph)\S*)", done.stdout))
         assert "AgentSidecarBlind" in alerts_page or 'id="root"' in alerts_page and "<title>Prometheus" in graph
         groups = json.loads(get(f"{server}/api/v1/rules"))["data"]["groups"]
-        assert sum(rule["type"] == "alerting" for group in groups for rule in group["rules"]) == len(alerts.ALERT_RULES)
+        assert sum(rule["type"] == "alerting" for group in groups for rule in group["rules"]) == len(alerts.AGENTS)
         assert b"claude_agent_cost_usd_total" in get(f"{page}metrics") and b"sessions" in get(f"{page}status")
         (cost,) = json.loads(get(f"{server}/api/v1/query?query=sum(claude_agent_cost_usd_total)"))["data"]["result"]
         assert float(cost["value"][1]) > 0

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "containers"))
+# Its conftest is not ours.
+sys.path.append(str(Path(__file__).parents[1] / "fleet"))
 
 import engine
+import harness
 import images
 import pytest
 
 LEFT_OUT = os.environ.get("AGENT_SIDECAR_TESTS_NO_DOCKER") == "1"
-WITH_CONTAINERS = {"test_images.py", "test_compose.py", "test_pods.py"}
+WITH_CONTAINERS = {"test_images.py", "test_compose.py", "test_pods.py", "test_fleet.py"}
 daemon = pytest.StashKey[engine.Dockerd]()
 
 
@@ -24,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     files = {Path(word.split("::")[0]).name for word in config.args}
     if all(name.endswith(".py") for name in files) and not files & WITH_CONTAINERS:
         return
-    if not images.is_static():
+    if not images.is_static(harness.binary()):
         pytest.exit("the sidecar's image is the binary alone, which has to be static: `make build`, or AGENT_SIDECAR_BIN", returncode=4)
     try:
         config.stash[daemon] = engine.Dockerd(bridges=True)

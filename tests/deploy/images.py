@@ -14,23 +14,24 @@ from pathlib import Path
 
 import engine
 import harness
+import outside
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose/compose.yaml").read_text())
-SIDECAR, AGENT = "agent-sidecar:0.1.0", "agent:1.0.0"
+SIDECAR, AGENT, FLEET = "agent-sidecar:0.1.0", "agent:1.0.0", "agent-fleet:0.1.0"
 
 CARGO = """#!/bin/bash
 # Stands in for cargo: crates cannot be fetched here.
 set -eu
 target=x86_64-unknown-linux-gnu
-[ "$*" = "build --release --locked -p agent-sidecar --target $target" ]
+[[ "$*" =~ ^"build --release --locked -p "agent-(sidecar|fleet)" --target $target"$ ]]
 [ "$RUSTFLAGS" = "-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs" ]
 [ -e Cargo.toml ] && [ -e Cargo.lock ] && [ -e sidecar/core/src/lib.rs ] && [ -e sidecar/daemon/src/main.rs ]
 [ ! -e target ] && [ ! -e tests ] && [ ! -e .git ]
 mkdir -p target/$target/release
-cp /prebuilt target/$target/release/agent-sidecar
+cp "/prebuilt/$5" target/$target/release/
 """
 
 PIP = """#!/bin/bash
@@ -97,7 +98,13 @@ def stand_ins() -> None:
     engine.make_bare()
     tools = {name: Path(shutil.which(name)) for name in ("chmod", "chown", "uname")}
     more = f"FROM {engine.BARE}\nCOPY {' '.join(tools)} /usr/bin/\n"
-    build(base("Dockerfile"), more + "COPY cargo /usr/local/bin/\nCOPY prebuilt /\n", **tools, cargo=CARGO, prebuilt=harness.binary())
+    with tempfile.TemporaryDirectory() as directory:
+        fleet = Path(directory) / "agent-fleet"
+        # Of a debug build most is not for the machine.
+        subprocess.run(["strip", "--strip-debug", "-o", fleet, outside.binary()], check=True)
+        prebuilt = {"agent-sidecar": harness.binary(), "agent-fleet": fleet}
+        copied = "COPY cargo /usr/local/bin/\nCOPY agent-sidecar agent-fleet /prebuilt/\n"
+        build(base("Dockerfile"), more + copied, **tools, cargo=CARGO, **prebuilt)
     build(base("agent.Dockerfile"), more + "COPY pip /usr/local/bin/\n", **tools, pip=PIP)
     services = COMPOSE["services"]
     served(services["prometheus"]["image"], "prometheus", "/bin/prometheus", 65534, "/prometheus")
@@ -109,10 +116,12 @@ def stand_ins() -> None:
 def ours() -> None:
     """As deploy/README.md says it."""
     engine.docker("build", "--network", "none", "-f", DEPLOY / "docker/Dockerfile", "-t", SIDECAR, ROOT, timeout=300)
+    if is_static(outside.binary()):
+        engine.docker("build", "--network", "none", "-f", DEPLOY / "fleet/Dockerfile", "-t", FLEET, ROOT, timeout=300)
     engine.docker("build", "--network", "none", "-f", DEPLOY / "docker/agent.Dockerfile", "-t", AGENT, DEPLOY / "docker", timeout=300)
 
 
-def is_static() -> bool:
+def is_static(binary: Path) -> bool:
     """What ships is; a developer's binary need not be, and an image without anything else cannot run it."""
-    listed = subprocess.run(["ldd", harness.binary()], capture_output=True, text=True)
+    listed = subprocess.run(["ldd", binary], capture_output=True, text=True)
     return "statically linked" in listed.stdout or "not a dynamic executable" in listed.stderr

@@ -52,10 +52,13 @@ def test_what_is_sent_to_be_built_is_the_source_and_nothing_else(tmp_path: Path)
     assert 1_000_000 < sum(file.size for file in sent) < 20_000_000
 
 
+def dockers_own(name: str) -> bool:
+    """What docker itself lays into every container."""
+    return bool(re.fullmatch(r"(\.dockerenv|dev|etc|proc|sys)(/.*)?", name))
+
+
 def test_the_sidecars_image_is_the_binary_and_nothing_else():
-    # What docker itself lays into every container.
-    dockers = re.compile(r"(\.dockerenv|dev|etc|proc|sys)(/.*)?")
-    ours = {file.name: file for file in files(images.SIDECAR) if not dockers.fullmatch(file.name)}
+    ours = {file.name: file for file in files(images.SIDECAR) if not dockers_own(file.name)}
     assert {name for name, file in ours.items() if file.isfile()} == {"agent-sidecar"}
     for directory in ("run/agent-sidecar", "var/lib/agent-sidecar"):
         assert (ours[directory].uid, ours[directory].mode & 0o777) == (10001, 0o700)

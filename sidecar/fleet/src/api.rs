@@ -1,9 +1,10 @@
 //! What callers ask for over HTTP. Each has a bearer token, and reaches its own sessions alone.
 
-use std::collections::BTreeMap;
-use std::fmt::Write;
+mod events;
+mod letters;
+mod page;
+
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query, Request, State};
@@ -20,6 +21,7 @@ use utoipa::{Modify, OpenApi, ToSchema};
 
 use crate::config::{Caller, Config, TEMPLATE_LABEL};
 use crate::lifecycle::Phase;
+use crate::metric;
 use crate::provider;
 use crate::proxy;
 use crate::service::{self, Fleet, Lease, NotHeard, Told};
@@ -44,7 +46,7 @@ pub struct Api {
 #[serde(deny_unknown_fields)]
 pub struct NewSession {
     /// One of the configuration's.
-    #[schema(min_length = 1)]
+    #[schema(min_length = 1, example = "task")]
     pub template: String,
     /// 1 to 64 letters, digits, `-` and `_`. The same twice is one session. Left out: a new one.
     #[serde(default)]
@@ -52,7 +54,7 @@ pub struct NewSession {
     pub id: Option<String>,
     /// Who pays. May be left out by who has one tenant alone.
     #[serde(default)]
-    #[schema(pattern = r"^[^\x00-\x1f\x7f-\x9f]{1,64}$")]
+    #[schema(pattern = r"^[^\x00-\x1f\x7f-\x9f]{1,64}$", example = "shop")]
     pub tenant: Option<String>,
 }
 
@@ -313,7 +315,8 @@ impl Api {
         let mut session = Session::new(id, (&tenant, &who.0.name), template.pattern, &template.provider, spec, now);
         session.ends = now + template.max_age;
         let id = session.id.clone();
-        match self.fleet.create(session.clone()).await? {
+        let created = self.fleet.create(session.clone()).await.inspect_err(|error| metric::refused(&self.fleet, &tenant, error));
+        match created? {
             Inserted::New => Ok((StatusCode::CREATED, session)),
             Inserted::Known(known) if who.reaches(&known) => Ok((StatusCode::OK, *known)),
             Inserted::Known(_) => {
@@ -467,68 +470,8 @@ async fn readyz(State(api): State<Api>) -> Answer<&'static str> {
 
 #[utoipa::path(get, path = "/metrics", responses((status = 200, body = String), (status = 503, body = Wrong)))]
 async fn metrics(State(api): State<Api>) -> Answer<Response> {
-    let text = exposition(&api).await?;
+    let text = metric::now(&api.fleet).await?;
     Ok(([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())
-}
-
-/// What the fleet counts: names, labels and help are in docs/fleet.md.
-async fn exposition(api: &Api) -> Answer<String> {
-    let mut out = String::new();
-    let mut family = |name: &str, kind: &str, help: &str, series: Vec<(String, f64)>| {
-        // A String takes everything.
-        writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}").ok();
-        for (labels, value) in series {
-            let braces = if labels.is_empty() { String::new() } else { format!("{{{labels}}}") };
-            writeln!(out, "{name}{braces} {value}").ok();
-        }
-    };
-    let quote = |value: &str| value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
-    // Only what the configuration names is a label: what else there is goes together.
-    let known = |tenant: &str| if api.config.tenants.contains_key(tenant) { quote(tenant) } else { String::from("other") };
-    let mut sessions: BTreeMap<String, f64> = BTreeMap::new();
-    for (phase, provider, tenant, count) in api.fleet.store().count().await? {
-        let labels = format!("phase=\"{phase}\",provider=\"{}\",tenant=\"{}\"", quote(&provider), known(&tenant));
-        *sessions.entry(labels).or_default() += count as f64;
-    }
-    family("agent_fleet_sessions", "gauge", "Sessions that are remembered, by phase.", sessions.into_iter().collect());
-    let counts = api.fleet.counts();
-    let entered = counts.entered.lock().map(|counts| counts.clone()).unwrap_or_default();
-    let entered = Phase::ALL.map(|phase| (format!("phase=\"{phase}\""), entered.get(&phase).copied().unwrap_or_default() as f64));
-    family("agent_fleet_phases_entered_total", "counter", "How often a session came into a phase.", entered.to_vec());
-    let actions = counts.actions.lock().map(|counts| counts.clone()).unwrap_or_default();
-    let labels = |name: &str, failed: bool| format!("action=\"{name}\",outcome=\"{}\"", if failed { "failed" } else { "ok" });
-    let times = actions.iter().map(|((name, failed), (times, _))| (labels(name, *failed), *times as f64)).collect();
-    family("agent_fleet_actions_total", "counter", "What was done for sessions.", times);
-    let seconds = actions.iter().map(|((name, failed), (_, seconds))| (labels(name, *failed), *seconds)).collect();
-    family("agent_fleet_action_seconds_total", "counter", "How long that took.", seconds);
-    let orphans = counts.orphans.load(Ordering::Relaxed) as f64;
-    family(
-        "agent_fleet_orphans_removed_total",
-        "counter",
-        "Containers that no session held, and were removed.",
-        vec![(String::new(), orphans)],
-    );
-    let (mut spent, mut limits) = (Vec::new(), Vec::new());
-    for tenant in api.config.tenants.values() {
-        for (period, limit) in tenant.periods(api.fleet.now()) {
-            let length = if period.len() > "2026-11".len() { "day" } else { "month" };
-            let labels = format!("tenant=\"{}\",period=\"{length}\"", quote(&tenant.name));
-            spent.push((labels.clone(), api.fleet.store().spent(&tenant.name, &period).await?));
-            limits.push((labels, limit));
-        }
-    }
-    let pools: Vec<(String, f64)> = [("taken", &counts.taken), ("missed", &counts.missed)]
-        .map(|(outcome, count)| (format!("outcome=\"{outcome}\""), count.load(Ordering::Relaxed) as f64))
-        .to_vec();
-    family(
-        "agent_fleet_pool_claims_total",
-        "counter",
-        "Sessions of a pool, by whether something made ahead was left for them.",
-        pools,
-    );
-    family("agent_fleet_budget_used_usd", "gauge", "What a tenant has spent or set aside in the period that is now.", spent);
-    family("agent_fleet_budget_limit_usd", "gauge", "What it may spend in that period.", limits);
-    Ok(out)
 }
 
 struct Token;
@@ -544,10 +487,12 @@ impl Modify for Token {
 #[openapi(
     info(title = "agent-fleet", description = "Containers for agents: created, watched, put to sleep, woken and destroyed."),
     paths(
-        create, list, show, destroy, pause, resume, logs, hooks, proxy::messages, report, drain::show, drain::begin, drain::end, livez,
-        readyz, metrics
+        create, list, show, destroy, pause, resume, logs, hooks, proxy::messages, events::events, letters::list, letters::redeliver,
+        report, drain::show, drain::begin, drain::end, livez, readyz, metrics
     ),
-    components(schemas(NewSession, View, Views, Wrong, proxy::Message, Told, Lease, drain::Drain, drain::Drained)),
+    components(schemas(
+        NewSession, View, Views, Wrong, letters::Which, proxy::Message, Told, Lease, drain::Drain, drain::Drained
+    )),
     modifiers(&Token)
 )]
 struct Document;
@@ -580,6 +525,10 @@ pub fn router(api: Api) -> Router {
         .merge(proxy::routes())
         .route("/v1/containers/{key}/report", post(report))
         .route("/v1/providers/{name}/drain", get(drain::show).post(drain::begin).delete(drain::end))
+        .route("/v1/sessions/{id}/redeliver", post(letters::redeliver))
+        .route("/v1/dead-letters", get(letters::list))
+        .route("/v1/events", get(events::events))
+        .merge(page::routes())
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))

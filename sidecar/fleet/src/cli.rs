@@ -1,5 +1,6 @@
 //! The command line: `serve`, what is read from the configuration alone (`check`, `plan`), and what is asked of a fleet that serves.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,7 +11,9 @@ use agent_fleet::api::{self, Api, View, Views, Wrong};
 use agent_fleet::config::{Config, Elsewhere};
 use agent_fleet::hook::plan_hooks;
 use agent_fleet::lifecycle::Phase;
-use agent_fleet::{build, provider, store};
+use agent_fleet::metric::{self, Counted, Metrics};
+use agent_fleet::store::HookRun;
+use agent_fleet::{build, provider, store, trace};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use jiff::Timestamp;
 use reqwest::Method;
@@ -73,6 +76,11 @@ fn command() -> Command {
                 .arg(Arg::new("template").value_name("TEMPLATE").help("This one alone")),
         )
         .subcommand(
+            Command::new("catalog")
+                .about("Prints every metric")
+                .arg(Arg::new("format").long("format").value_parser(["markdown", "json"]).default_value("markdown")),
+        )
+        .subcommand(
             asking(Command::new("create").about("Asks for a session"))
                 .arg(Arg::new("template").value_name("TEMPLATE").required(true))
                 .arg(Arg::new("id").long("id").value_name("SESSION").help("The same twice is one session"))
@@ -84,6 +92,11 @@ fn command() -> Command {
                 .arg(Arg::new("phase").long("phase").value_name("PHASE"))
                 .arg(flag("over", "Those that are over, too"))
                 .arg(flag("json", "As JSON, one in a line")),
+        )
+        .subcommand(
+            Command::new("probe")
+                .about("Says by its exit code whether a fleet answers")
+                .arg(Arg::new("url").long("url").env("AGENT_FLEET_URL").default_value(HERE).help("Where the fleet serves")),
         )
         .subcommand(one("show", "Shows a session, as JSON"))
         .subcommand(one("pause", "Puts a session to sleep"))
@@ -110,6 +123,16 @@ fn command() -> Command {
         )
         .subcommand(one("logs", "Prints the last of what its container has said"))
         .subcommand(one("hooks", "Prints what hooks have done for it, as JSON"))
+        .subcommand(
+            asking(Command::new("events").about("Follows sessions: says each phase that one comes into"))
+                .arg(flag("json", "As JSON, one in a line, with whatever else changes")),
+        )
+        .subcommand(asking(Command::new("dead-letters").about("Lists calls of hooks that were given up, as JSON, one in a line")))
+        .subcommand(
+            asking(Command::new("redeliver").about("Tells dead letters again, as they were"))
+                .arg(Arg::new("id").value_name("SESSION").help("Those of this one alone"))
+                .arg(Arg::new("key").long("key").value_name("KEY").requires("id").help("This one alone")),
+        )
 }
 
 pub(crate) fn run() -> Result<ExitCode> {
@@ -119,6 +142,8 @@ pub(crate) fn run() -> Result<ExitCode> {
         "serve" => serve(&read(asked)?),
         "check" => check(asked),
         "plan" => plan(asked),
+        "catalog" => catalog(asked),
+        "probe" => runtime()?.block_on(probe(text(asked, "url").unwrap_or(HERE))),
         _ => runtime()?.block_on(ask(name, asked)),
     }
 }
@@ -189,19 +214,53 @@ fn plan(asked: &ArgMatches) -> Result<ExitCode> {
     Ok(if refused { ExitCode::from(FAILED) } else { ExitCode::SUCCESS })
 }
 
+fn catalog(asked: &ArgMatches) -> Result<ExitCode> {
+    match text(asked, "format") {
+        Some("json") => say(&serde_json::to_string_pretty(&metric::json())?)?,
+        _ => say(metric::page().trim_end())?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// How long whoever asks for its health has.
+const PROBE: Duration = Duration::from_secs(5);
+
+/// Whether it lives, not whether its store does: a fleet that is started again has the same store.
+async fn probe(url: &str) -> Result<ExitCode> {
+    let url = format!("{}/livez", url.trim_end_matches('/'));
+    let answer = build::client()?.get(&url).timeout(PROBE).send().await;
+    let answer = answer.map_err(|error| NoAnswer(format!("{url}: {}", root(&error))))?;
+    Ok(if answer.status().is_success() { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
+}
+
 fn serve(config: &Config) -> Result<ExitCode> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(false).init();
     runtime()?.block_on(async {
         let store = store::open(config.fleet.store.reveal()).await?;
+        let metrics = Arc::new(Metrics::of(config));
+        let store = Counted::over(store, &metrics);
         let clock: agent_fleet::service::Clock = Arc::new(Timestamp::now);
         let hooks = build::hooks(config, &store, &clock)?;
-        let fleet = Arc::new(build::fleet(config, Arc::clone(&store), hooks, clock)?);
+        let mut fleet = build::fleet(config, Arc::clone(&store), hooks, clock)?.with_metrics(Arc::clone(&metrics));
+        let mut sender = None;
+        if let Some(endpoint) = &config.fleet.otlp_endpoint {
+            let (traces, sends) = trace::to(endpoint, &config.fleet.name, build::client()?, &metrics);
+            (fleet, sender) = (fleet.with_traces(traces), Some(sends));
+        }
+        let fleet = Arc::new(fleet);
         let api = Api { fleet: Arc::clone(&fleet), config: Arc::new(config.clone()) };
         let listener = tokio::net::TcpListener::bind(config.fleet.listen).await;
         let listener = listener.map_err(|error| format!("{} cannot be listened at: {error}", config.fleet.listen))?;
         tracing::info!(address = %listener.local_addr()?, fleet = %config.fleet.name, "serving");
         let (end, ended) = watch::channel(false);
         let mut driving = tokio::spawn(Arc::clone(&fleet).run(ended.clone()));
+        // When what is under way is done there are no more spans.
+        let (last, told) = watch::channel(false);
+        let sending = tokio::spawn(async move {
+            if let Some(sender) = sender {
+                sender.run(told).await;
+            }
+        });
         let pruning = tokio::spawn(prune(store, config.fleet.keep));
         let mut served = ended;
         let serving = axum::serve(listener, api::router(api)).with_graceful_shutdown(async move {
@@ -219,7 +278,13 @@ fn serve(config: &Config) -> Result<ExitCode> {
         end.send(true).ok();
         pruning.abort();
         // Who does not hang up is not waited for.
-        if tokio::time::timeout(LAST, async { tokio::join!(driving, serving) }).await.is_err() {
+        if tokio::time::timeout(LAST, async {
+            let driven = async { driving.await.map(|()| last.send(true)) };
+            tokio::join!(driven, serving, sending)
+        })
+        .await
+        .is_err()
+        {
             tracing::warn!("something is still under way; it is gone on with at the next start");
         }
         Ok(ExitCode::SUCCESS)
@@ -331,6 +396,13 @@ async fn ask(name: &str, asked: &ArgMatches) -> Result<ExitCode> {
             return Ok(if view.phase == Phase::Failed { ExitCode::from(FAILED) } else { ExitCode::SUCCESS });
         }
         "list" => return list(&remote, asked).await,
+        "events" => return events(&remote, is(asked, "json")).await,
+        "dead-letters" => {
+            for letter in letters(&remote).await? {
+                say(&serde_json::to_string(&letter)?)?;
+            }
+        }
+        "redeliver" => return redeliver(&remote, id, text(asked, "key")).await,
         "show" => shown(&remote.view(Method::GET, &path, None).await?)?,
         "pause" => shown(&remote.view(Method::POST, &format!("{path}/pause"), None).await?)?,
         "resume" => shown(&remote.view(Method::POST, &format!("{path}/resume"), None).await?)?,
@@ -374,6 +446,79 @@ async fn drain(remote: &Remote, asked: &ArgMatches) -> Result<ExitCode> {
     }
     say(&String::from_utf8_lossy(&said))?;
     Ok(ExitCode::SUCCESS)
+}
+
+async fn letters(remote: &Remote) -> Result<Vec<HookRun>> {
+    Ok(serde_json::from_slice(&remote.ask(Method::GET, "/v1/dead-letters", None).await?)?)
+}
+
+/// Those of one session, or of all. Fails if one was told in vain again.
+async fn redeliver(remote: &Remote, id: &str, key: Option<&str>) -> Result<ExitCode> {
+    let sessions: BTreeSet<String> = match id {
+        "" => letters(remote).await?.into_iter().map(|letter| letter.session.to_string()).collect(),
+        id => BTreeSet::from([id.to_owned()]),
+    };
+    let mut heard = true;
+    for id in sessions {
+        let body = key.map_or_else(|| serde_json::json!({}), |key| serde_json::json!({ "key": key }));
+        let told = remote.ask(Method::POST, &format!("/v1/sessions/{id}/redeliver"), Some(body)).await?;
+        for run in serde_json::from_slice::<Vec<HookRun>>(&told)? {
+            heard &= run.outcome == "ok";
+            say(&format!("{} {} {} {} {}", run.session, run.phase, run.hook, run.outcome, run.said.escape_debug()))?;
+        }
+    }
+    Ok(if heard { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
+}
+
+/// Until it is interrupted, also over a restart of the fleet.
+async fn events(remote: &Remote, json: bool) -> Result<ExitCode> {
+    let mut last: Option<String> = None;
+    let mut heard = std::time::Instant::now();
+    loop {
+        match listen(remote, json, &mut last, &mut heard).await {
+            Ok(()) => {}
+            Err(error) if error.is::<NoAnswer>() && last.is_some() && heard.elapsed() < AWAY => {}
+            Err(error) => return Err(error),
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+async fn listen(remote: &Remote, json: bool, last: &mut Option<String>, heard: &mut std::time::Instant) -> Result<()> {
+    let mut request = remote.client.get(format!("{}/v1/events", remote.url)).bearer_auth(&remote.token);
+    if let Some(last) = last.as_ref() {
+        request = request.header("last-event-id", last);
+    }
+    let gone = |error: reqwest::Error| NoAnswer(format!("{}: {}", remote.url, root(&error)));
+    let mut answer = request.send().await.map_err(gone)?;
+    if !answer.status().is_success() {
+        let status = answer.status().to_string();
+        let body = answer.bytes().await.map_err(gone)?;
+        return Err(serde_json::from_slice::<Wrong>(&body).map_or(status, |wrong| wrong.error).into());
+    }
+    let (mut rest, mut name) = (Vec::new(), String::new());
+    // Comments come all the time: who is silent for so long is gone.
+    while let Ok(piece) = tokio::time::timeout(AWAY, answer.chunk()).await {
+        *heard = std::time::Instant::now();
+        let Some(piece) = piece.map_err(gone)? else { break };
+        rest.extend_from_slice(&piece);
+        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = rest.drain(..=end).collect();
+            let line = String::from_utf8_lossy(&line);
+            match line.trim_end().split_once(": ") {
+                Some(("id", id)) => *last = Some(id.to_owned()),
+                Some(("event", event)) => event.clone_into(&mut name),
+                Some(("data", data)) if json => say(data)?,
+                Some(("data", data)) if name == "phase" => {
+                    let View { id, phase, since, reason, .. } = serde_json::from_str(data)?;
+                    let reason = reason.map(|reason| format!(" ({})", reason.escape_debug())).unwrap_or_default();
+                    say(&format!("{since:.0} {id} {phase}{reason}"))?;
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(())
 }
 
 async fn list(remote: &Remote, asked: &ArgMatches) -> Result<ExitCode> {

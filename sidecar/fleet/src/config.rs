@@ -62,6 +62,8 @@ pub struct Fleet {
     pub url: Option<String>,
     /// What containers' tokens are made of.
     pub secret: Option<Hidden>,
+    /// Where traces of sessions go: `http://collector:4318`.
+    pub otlp_endpoint: Option<String>,
 }
 
 /// Where conversations are kept that are put away.
@@ -308,7 +310,7 @@ impl Config {
     }
 
     fn print_to(&self, out: &mut String) -> fmt::Result {
-        let Fleet { name, listen, store, keep, url, secret } = &self.fleet;
+        let Fleet { name, listen, store, keep, url, secret, otlp_endpoint } = &self.fleet;
         writeln!(out, "[fleet]\nname = {name:?}\nlisten = \"{listen}\"")?;
         writeln!(out, "store = {:?}\nkeep = {}", secret::without_password(store.reveal()), time(*keep))?;
         if let Some(url) = url {
@@ -316,6 +318,9 @@ impl Config {
         }
         if secret.is_some() {
             writeln!(out, "# secret is set")?;
+        }
+        if let Some(endpoint) = otlp_endpoint {
+            writeln!(out, "otlp_endpoint = {endpoint:?}")?;
         }
         if let Some(conversations) = &self.conversations {
             conversations.print_to(out)?;

@@ -193,6 +193,26 @@ pub enum Outcome {
     Failed(provider::Error),
 }
 
+impl Outcome {
+    /// In a word, for what is counted.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Outcome::Done | Outcome::Made(_) | Outcome::Persisted(_) | Outcome::Answered(true) => "ok",
+            Outcome::Answered(false) => "unanswered",
+            Outcome::Later(_) => "later",
+            Outcome::Vetoed(_) => "veto",
+            Outcome::Failed(error) => match error {
+                provider::Error::Busy { .. } => "busy",
+                provider::Error::Unsure { .. } => "unsure",
+                provider::Error::Failed { .. } => "failed",
+                provider::Error::Refused { .. } => "refused",
+                provider::Error::Missing { .. } => "missing",
+                provider::Error::Unsupported { .. } => "unsupported",
+            },
+        }
+    }
+}
+
 /// What a container was doing, and when that was seen.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Seen {
@@ -745,7 +765,8 @@ pub fn meter(session: &mut Session, price: &Price, now: Timestamp) {
     };
     session.container_seconds += seconds;
     session.container_usd += seconds / 3600.0 * rate;
-    session.metered_since = Some(now);
+    // Whose clock is behind has nothing counted twice.
+    session.metered_since = Some(now.max(since));
 }
 
 /// Containers with our label that no session holds: of a fleet's own, and old enough that nobody is about to write down that they are theirs. Those

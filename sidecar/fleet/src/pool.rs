@@ -16,13 +16,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use jiff::Timestamp;
 
 use crate::config::{TENANT_LABEL, Template};
 use crate::lifecycle::Phase;
+use crate::metric::POOL_CLAIMS;
 use crate::plan;
 use crate::provider::{FLEET_LABEL, KEY_LABEL, Price, SESSION_LABEL, Spec};
 use crate::service::{Error, Fleet};
@@ -226,7 +226,7 @@ impl Fleet {
             self.label(&mut with);
             match self.store().update_both(&mut with, &mut spare).await {
                 Ok(()) => {
-                    self.counts().taken.fetch_add(1, Ordering::Relaxed);
+                    self.metrics().add(&POOL_CLAIMS, &["taken"], 1.0);
                     tracing::info!(session = %with.id, container = with.native, "a session has a container that was made ahead");
                     // What it has cost as nobody's is booked, and its place is filled.
                     if let Err(error) = self.store().wake(&spare.id).await {
@@ -242,7 +242,7 @@ impl Fleet {
                 Err(error) => return Err(error.into()),
             }
         }
-        self.counts().missed.fetch_add(1, Ordering::Relaxed);
+        self.metrics().add(&POOL_CLAIMS, &["missed"], 1.0);
         tracing::debug!(session = %session.id, template = %ahead.template, "nothing that was made ahead is left");
         Ok(None)
     }

@@ -24,12 +24,14 @@ use crate::conversation::{self, Conversations};
 use crate::hook::Verdict;
 use crate::inside::Inside;
 use crate::lifecycle::Phase;
+use crate::metric::{self, Metrics};
 use crate::plan::{self, Action, Outcome, PauseBy, Policy, Seen, Step};
 use crate::pool::Ahead;
 use crate::provider::{self, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, Secret, State};
 use crate::session::{Report, Session, SessionId, Wanted};
-use crate::store::{self, Filter, Inserted, Store};
+use crate::store::{self, Filter, HookRun, Inserted, Store};
 use crate::token::Tokens;
+use crate::trace::{self, Traces};
 
 mod reported;
 
@@ -70,6 +72,11 @@ pub trait Hooks: Send + Sync {
     async fn beside(&self, _: &Session) -> Option<Timestamp> {
         None
     }
+
+    /// Tells a dead letter once more. `None`: there is none of this key.
+    async fn redeliver(&self, _: &Session, _: &str) -> store::Result<Option<HookRun>> {
+        Ok(None)
+    }
 }
 
 /// How each session is treated, from its template.
@@ -107,28 +114,14 @@ pub struct Fleet {
     pub(crate) drained: std::sync::RwLock<BTreeMap<String, Timestamp>>,
     /// Who asks for a session counts what there is: one at a time.
     admitting: tokio::sync::Mutex<()>,
-    counts: Counts,
+    metrics: Arc<Metrics>,
+    traces: Option<Traces>,
+    /// It ends, or has.
+    ended: watch::Sender<bool>,
     away: Option<Arc<Conversations>>,
     tokens: Option<Tokens>,
     /// Where containers reach us.
     url: Option<String>,
-}
-
-/// How often, and how long in all, in seconds.
-type Actions = BTreeMap<(&'static str, bool), (u64, f64)>;
-
-/// What the fleet counts of itself.
-#[derive(Default)]
-pub struct Counts {
-    /// By phase: how often one came into it.
-    pub entered: std::sync::Mutex<BTreeMap<Phase, u64>>,
-    /// Containers that nobody held, and were removed.
-    pub orphans: std::sync::atomic::AtomicU64,
-    /// Actions, by name and whether they failed.
-    pub actions: std::sync::Mutex<Actions>,
-    /// Sessions of a template with a pool: that had their container from it, and for which nothing was left.
-    pub taken: std::sync::atomic::AtomicU64,
-    pub missed: std::sync::atomic::AtomicU64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -160,9 +153,9 @@ impl Fleet {
     ) -> Self {
         let budgets = Budgets::new(Arc::clone(&store), tenants);
         let me = format!("{name}-{}", uuid::Uuid::now_v7());
-        let (due, refill, admitting, counts) = (Notify::new(), Notify::new(), tokio::sync::Mutex::default(), Counts::default());
-        let (name, lease, drained) = (name.to_owned(), LEASE, std::sync::RwLock::default());
-        let (away, tokens, url) = (None, None, None);
+        let (due, refill, admitting) = (Notify::new(), Notify::new(), tokio::sync::Mutex::default());
+        let (name, drained) = (name.to_owned(), std::sync::RwLock::default());
+        let (metrics, ended) = (Arc::default(), watch::Sender::new(false));
         Self {
             name,
             me,
@@ -173,15 +166,17 @@ impl Fleet {
             inside,
             budgets,
             clock,
-            lease,
+            lease: LEASE,
             due,
             refill,
             drained,
             admitting,
-            counts,
-            away,
-            tokens,
-            url,
+            metrics,
+            traces: None,
+            ended,
+            away: None,
+            tokens: None,
+            url: None,
         }
     }
 
@@ -202,6 +197,17 @@ impl Fleet {
         Self { lease, ..self }
     }
 
+    #[must_use]
+    pub fn with_metrics(self, metrics: Arc<Metrics>) -> Self {
+        Self { metrics, ..self }
+    }
+
+    /// With a trace of each session.
+    #[must_use]
+    pub fn with_traces(self, traces: Traces) -> Self {
+        Self { traces: Some(traces), ..self }
+    }
+
     pub fn store(&self) -> &Arc<dyn Store> {
         &self.store
     }
@@ -210,8 +216,18 @@ impl Fleet {
         &self.budgets
     }
 
-    pub fn counts(&self) -> &Counts {
-        &self.counts
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// For who would listen on for ever.
+    pub fn ended(&self) -> watch::Receiver<bool> {
+        self.ended.subscribe()
+    }
+
+    /// Tells a dead letter of a hook once more.
+    pub async fn redeliver(&self, session: &Session, key: &str) -> store::Result<Option<HookRun>> {
+        self.hooks.redeliver(session, key).await
     }
 
     pub fn now(&self) -> Timestamp {
@@ -268,6 +284,10 @@ impl Fleet {
             return Err(Error::OverBudget(why));
         }
         self.label(&mut session);
+        if let Some(traces) = self.traces.as_ref().filter(|_| provider.capabilities().env) {
+            let parent = traces.context(&session).to_traceparent();
+            session.spec.env.entry(trace::VARIABLE.to_owned()).or_insert(parent);
+        }
         let inserted = self.store.insert(&session).await;
         match &inserted {
             Ok(Inserted::New) => {}
@@ -315,6 +335,7 @@ impl Fleet {
             change(&mut changed);
             match self.store.update(&mut changed).await {
                 Ok(()) => {
+                    self.metrics.spent(session, &changed);
                     *session = changed;
                     return Ok(());
                 }
@@ -385,6 +406,7 @@ impl Fleet {
                 _ = end.changed() => {}
             }
         }
+        self.ended.send_replace(true);
         // What is under way is finished under our lease.
         while tasks.join_next().await.is_some() {}
         beside.shutdown().await;
@@ -456,14 +478,16 @@ impl Fleet {
                     plan::enter_phase(&mut entered, phase, reason.clone(), &price, now);
                     self.label(&mut entered);
                     match self.store.update(&mut entered).await {
-                        Ok(()) => session = entered,
+                        Ok(()) => {
+                            self.entered(&session, &entered);
+                            session = entered;
+                        }
                         Err(store::Error::Conflict(_)) => {
                             session = self.read(&session.id).await?;
                             continue;
                         }
                         Err(error) => return Err(error.into()),
                     }
-                    self.entered(&session);
                 }
                 Step::Do(action) => {
                     if action == Action::Create
@@ -483,12 +507,16 @@ impl Fleet {
                             Err(error) => return Err(error.into()),
                         }
                     }
-                    let began = std::time::Instant::now();
-                    let before = session.phase;
+                    let (began, began_at) = (std::time::Instant::now(), self.now());
+                    let before = session.clone();
                     let (outcome, looked, report) = self.perform(&action, &session, &provider).await;
-                    self.count(&action, &outcome, began.elapsed());
+                    self.count(&action, &outcome, &session.provider, began.elapsed());
                     let now = self.now();
+                    if let Some(traces) = &self.traces {
+                        traces.done(&session, &action, &outcome, began_at, now);
+                    }
                     self.change(&mut session, |session| {
+                        plan::meter(session, &price, now);
                         if let Some(sandbox) = &looked {
                             plan::saw(session, sandbox, &policy, &price, now);
                         }
@@ -496,13 +524,13 @@ impl Fleet {
                         if let Some(report) = report.as_ref().filter(|_| session.holds) {
                             plan::heard(session, report);
                         }
-                        if session.phase == before {
+                        if session.phase == before.phase {
                             plan::record(session, &action, &outcome, &policy, &price, now);
                         }
                     })
                     .await?;
-                    if session.phase != before {
-                        self.entered(&session);
+                    if session.phase != before.phase {
+                        self.entered(&before, &session);
                     }
                     if report.is_some() || action == Action::Delete || session.holds && action == Action::Look {
                         self.charge(&mut session, &price).await?;
@@ -522,9 +550,10 @@ impl Fleet {
         Err(Error::Circle(session.id))
     }
 
-    fn entered(&self, session: &Session) {
-        if let Ok(mut counts) = self.counts.entered.lock() {
-            *counts.entry(session.phase).or_default() += 1;
+    fn entered(&self, before: &Session, session: &Session) {
+        self.metrics.entered(before, session);
+        if let Some(traces) = &self.traces {
+            traces.entered(before, session);
         }
         tracing::info!(session = %session.id, phase = %session.phase, reason = session.reason, "a session");
     }
@@ -572,13 +601,9 @@ impl Fleet {
         Ok(self.store.get(id).await?.ok_or_else(|| store::Error::Missing(id.clone()))?)
     }
 
-    fn count(&self, action: &Action, outcome: &Outcome, took: Duration) {
-        let failed = matches!(outcome, Outcome::Failed(_));
-        if let Ok(mut counts) = self.counts.actions.lock() {
-            let (times, seconds) = counts.entry((action.name(), failed)).or_default();
-            *times += 1;
-            *seconds += took.as_secs_f64();
-        }
+    fn count(&self, action: &Action, outcome: &Outcome, provider: &str, took: Duration) {
+        self.metrics.add(&metric::ACTIONS_DONE, &[action.name(), provider, outcome.name()], 1.0);
+        self.metrics.observe(&metric::ACTION_DURATION, &[action.name(), provider], took);
     }
 
     /// Does it: what came of it, what was seen, and what the sidecar said.
@@ -804,10 +829,12 @@ impl Fleet {
                 Ok(found) => found,
                 Err(error) => {
                     tracing::warn!(provider = %name, %error, "what exists there is not known");
+                    self.metrics.add(&metric::RECONCILES, &[name, "failed"], 1.0);
                     continue;
                 }
             };
             let before = found.iter().filter(|sandbox| sandbox.created.is_some_and(|created| created < born)).count();
+            self.metrics.set(&metric::STRANGERS, &[name], before as f64);
             if before > 0 {
                 let what = "containers of this fleet's name are older than its store, and left alone: is it the right store? Else remove them by hand";
                 tracing::warn!(provider = %name, containers = before, "{what}");
@@ -819,11 +846,13 @@ impl Fleet {
                 match provider.delete(&orphan.native).await {
                     Ok(()) => {
                         removed += 1;
-                        self.counts.orphans.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        self.metrics.add(&metric::ORPHANS_REMOVED, &[name], 1.0);
                     }
                     Err(error) => tracing::warn!(provider = %name, %error, "it cannot be removed now"),
                 }
             }
+            self.metrics.add(&metric::RECONCILES, &[name, "ok"], 1.0);
+            self.metrics.set(&metric::RECONCILED_AT, &[name], self.now().as_millisecond() as f64 / 1e3);
         }
         Ok(removed)
     }

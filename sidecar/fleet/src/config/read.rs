@@ -133,6 +133,13 @@ impl<'a> Reader<'a> {
         let name = self.need(&mut section, "name", label, "name = \"prod\": it is on every container as a label");
         let listen = self.get(&mut section, "listen", address).unwrap_or(default.listen);
         let keep = self.get(&mut section, "keep", time).unwrap_or(default.keep);
+        let at = section.at_key("otlp_endpoint");
+        let otlp_endpoint = self.get(&mut section, "otlp_endpoint", text);
+        if let Some(endpoint) = &otlp_endpoint
+            && (!["http://", "https://"].iter().any(|scheme| endpoint.starts_with(scheme)) || endpoint.contains('@'))
+        {
+            self.wrong(at, "`fleet.otlp_endpoint` is a URL without a password", "write it like http://collector:4318");
+        }
         let (store, at) = (section.has("store"), section.at_key("store"));
         let store = match store {
             Some(DeValue::Table(_)) => {
@@ -168,7 +175,8 @@ impl<'a> Reader<'a> {
             self.wrong(section.at_key("url"), "`fleet.url` is for containers, and they have no token", remedy);
         }
         self.finish(section);
-        Fleet { name: name.unwrap_or_default(), listen, store: store.unwrap_or(default.store), keep, url, secret }
+        let (name, store) = (name.unwrap_or_default(), store.unwrap_or(default.store));
+        Fleet { name, listen, store, keep, url, secret, otlp_endpoint }
     }
 
     fn provider(&mut self, name: &str, mut section: Section<'a>, mut settings: toml::Table) -> ProviderConfig {
@@ -791,6 +799,7 @@ impl Default for Fleet {
             keep: Duration::from_secs(30 * 86_400),
             url: None,
             secret: None,
+            otlp_endpoint: None,
         }
     }
 }

@@ -330,6 +330,10 @@ impl crate::service::Hooks for Runner {
             }
         }
     }
+
+    async fn redeliver(&self, session: &Session, key: &str) -> store::Result<Option<HookRun>> {
+        self.hooks.redeliver(session, key, &*self.store).await
+    }
 }
 
 /// What a hook is told, and how it is known again.

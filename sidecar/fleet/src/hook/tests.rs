@@ -111,6 +111,12 @@ impl Store for Log {
     async fn spent(&self, _: &str, _: &str) -> store::Result<f64> {
         unreachable!("{NONE}")
     }
+    async fn with_dead_letters(&self, _: Option<&str>, _: usize) -> store::Result<Vec<SessionId>> {
+        unreachable!("{NONE}")
+    }
+    async fn changed(&self, _: Option<(i64, &str)>, _: Option<&str>, _: usize) -> store::Result<Vec<(i64, Session)>> {
+        unreachable!("{NONE}")
+    }
     async fn prune(&self, _: Timestamp) -> store::Result<u64> {
         unreachable!("{NONE}")
     }

@@ -165,6 +165,11 @@ pub trait Store: Send + Sync {
     async fn log_hook(&self, run: &HookRun) -> Result<()>;
     /// What hooks have done for it, from the first to the last, of which the last [`HOOK_RUNS_MOST`] are kept.
     async fn hook_runs(&self, id: &SessionId) -> Result<Vec<HookRun>>;
+    /// Sessions of an owner, or of all, for which a hook has been given up at least once, in the order of their ids.
+    async fn with_dead_letters(&self, owner: Option<&str>, most: usize) -> Result<Vec<SessionId>>;
+    /// Sessions that were written after that one, each with when (milliseconds by the store's own clock), in that order. A write that began before may become
+    /// visible after one that is told here. `None`: the last alone.
+    async fn changed(&self, after: Option<(i64, &str)>, owner: Option<&str>, most: usize) -> Result<Vec<(i64, Session)>>;
     /// Forgets sessions that are over and were last changed before then, with their hooks' runs. How many. Amounts stay for [`SPENT_KEPT`] longer.
     async fn prune(&self, before: Timestamp) -> Result<u64>;
 }

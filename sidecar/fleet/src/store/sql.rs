@@ -463,6 +463,36 @@ where
         bounded(found.fetch_all(&self.read)).await?.into_iter().map(read).collect()
     }
 
+    async fn with_dead_letters(&self, owner: Option<&str>, most: usize) -> Result<Vec<SessionId>> {
+        // Quotes in what a hook has said are written with a backslash.
+        let found = sqlx::query_as::<DB, (String,)>(
+            r#"SELECT id FROM sessions WHERE ($1 IS NULL OR owner = $1) AND EXISTS (
+                 SELECT 1 FROM hook_runs WHERE session = sessions.id AND document LIKE '%"outcome":"dead-letter"%')
+               ORDER BY id LIMIT $2"#,
+        )
+        .bind(owner)
+        .bind(i64::try_from(most).unwrap_or(i64::MAX));
+        let found = bounded(found.fetch_all(&self.read)).await?;
+        found.into_iter().map(|(id,)| id.parse().map_err(Error::Store)).collect()
+    }
+
+    async fn changed(&self, after: Option<(i64, &str)>, owner: Option<&str>, most: usize) -> Result<Vec<(i64, Session)>> {
+        let found = match after {
+            Some((at, id)) => sqlx::query_as::<DB, (i64, i64, String)>(
+                "SELECT changed, version, document FROM sessions
+                 WHERE (changed > $1 OR changed = $1 AND id > $2) AND ($3 IS NULL OR owner = $3)
+                 ORDER BY changed, id LIMIT $4",
+            )
+            .bind(at)
+            .bind(id)
+            .bind(owner)
+            .bind(i64::try_from(most).unwrap_or(i64::MAX)),
+            None => sqlx::query_as("SELECT changed, version, document FROM sessions ORDER BY changed DESC, id DESC LIMIT 1"),
+        };
+        let found = bounded(found.fetch_all(&self.read)).await?;
+        found.into_iter().map(|(changed, version, document)| Ok((changed, read_session((version, document))?))).collect()
+    }
+
     async fn prune(&self, before: Timestamp) -> Result<u64> {
         let mut pruned = 0;
         loop {

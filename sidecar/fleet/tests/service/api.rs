@@ -6,6 +6,8 @@ use std::sync::Arc;
 use agent_fleet::api::{self, Api};
 use agent_fleet::config::{Config, Machine};
 use agent_fleet::lifecycle::Phase;
+use agent_fleet::metric::{CATALOG, Metric};
+use agent_sidecar_core::metric::Kind;
 use serde_json::{Value, json};
 
 use crate::town::{Running, Town, run};
@@ -65,23 +67,27 @@ pub(crate) struct Served {
     pub(crate) town: Town,
     pub(crate) url: String,
     pub(crate) client: reqwest::Client,
-    _running: Running,
+    running: Running,
     dir: std::path::PathBuf,
 }
 
 impl Served {
     pub(crate) async fn new(name: &str) -> Self {
+        Self::with(name, Town::fleet).await
+    }
+
+    async fn with(name: &str, made: impl FnOnce(&Town) -> Arc<agent_fleet::service::Fleet>) -> Self {
         let dir = std::env::temp_dir().join(format!("agent-fleet-api-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let config = Arc::new(config(&dir));
         let mut town = Town::new(0).await;
         town.tenants = config.tenants.clone();
-        let fleet = town.fleet();
+        let fleet = made(&town);
         let running = run(&fleet);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         tokio::spawn(axum::serve(listener, api::router(Api { fleet, config })).into_future());
-        Served { town, url, client: agent_fleet::build::client().unwrap(), _running: running, dir }
+        Served { town, url, client: agent_fleet::build::client().unwrap(), running, dir }
     }
 
     pub(crate) async fn ask(&self, who: &str, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
@@ -193,6 +199,8 @@ async fn it_tells_what_it_is_and_what_it_counts() {
     let served = Served::new("tells").await;
     served.create("bank", json!({ "template": "task", "id": "a", "tenant": "globex" })).await;
     served.town.reaches("a", Phase::Ready).await;
+    // It may have one.
+    assert_eq!(served.create("bank", json!({ "template": "task", "id": "b", "tenant": "globex" })).await.0, 429);
     for path in ["/livez", "/readyz"] {
         assert_eq!(served.ask("", "GET", path, None).await.0, 200, "{path}");
     }
@@ -200,12 +208,35 @@ async fn it_tells_what_it_is_and_what_it_counts() {
     let metrics = metrics.as_str().unwrap().to_owned();
     for line in [
         "agent_fleet_sessions{phase=\"ready\",provider=\"cloud\",tenant=\"globex\"} 1",
-        "agent_fleet_phases_entered_total{phase=\"ready\"} 1",
-        "agent_fleet_phases_entered_total{phase=\"failed\"} 0",
-        "agent_fleet_actions_total{action=\"create\",outcome=\"ok\"} 1",
-        "agent_fleet_orphans_removed_total 0",
+        "agent_fleet_phases_entered_total{phase=\"ready\",provider=\"cloud\"} 1",
+        "agent_fleet_phases_entered_total{phase=\"failed\",provider=\"cloud\"} 0",
+        "agent_fleet_phase_duration_seconds_count{phase=\"starting\",provider=\"cloud\"} 1",
+        "agent_fleet_phase_oldest_seconds{phase=\"creating\",provider=\"cloud\"} 0",
+        "agent_fleet_ready_seconds_count{provider=\"cloud\"} 1",
+        "agent_fleet_actions_total{action=\"create\",provider=\"cloud\",outcome=\"ok\"} 1",
+        "agent_fleet_actions_total{action=\"create\",provider=\"cloud\",outcome=\"busy\"} 0",
+        "agent_fleet_refusals_total{reason=\"full\",tenant=\"globex\"} 1",
+        "agent_fleet_orphans_removed_total{provider=\"cloud\"} 0",
+        "agent_fleet_agent_cost_usd_total{provider=\"cloud\",tenant=\"globex\"} 0.5",
+        "agent_fleet_store_duration_seconds_count{operation=\"insert\"} 1",
     ] {
         assert!(metrics.lines().any(|found| found == line), "{line}\n{metrics}");
+    }
+    // What is told is what the catalogue says: names, kinds, and labels, and nothing beside.
+    let heads: Vec<String> = metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")).map(str::to_owned).collect();
+    let kind = |metric: &Metric| if metric.kind == Kind::Info { Kind::Gauge } else { metric.kind };
+    let listed: Vec<String> = CATALOG.iter().map(|metric| format!("{} {}", metric.name, kind(metric).as_str())).collect();
+    assert_eq!(heads, listed);
+    for line in metrics.lines().filter(|line| !line.starts_with('#')) {
+        let name = line.split(['{', ' ']).next().unwrap();
+        let of = |metric: &&&Metric| match metric.kind {
+            Kind::Histogram => ["_bucket", "_sum", "_count"].iter().any(|end| name.strip_suffix(end) == Some(metric.name)),
+            Kind::Counter | Kind::Gauge | Kind::Info => name == metric.name,
+        };
+        let metric = CATALOG.iter().find(of).unwrap_or_else(|| panic!("{line} is in no catalogue"));
+        let labels: Vec<&str> = line.split("=\"").map(|part| part.rsplit(['{', ',']).next().unwrap()).collect();
+        let labels: Vec<&str> = labels[..labels.len() - 1].iter().copied().filter(|label| *label != "le").collect();
+        assert_eq!(labels, metric.labels, "{line}");
     }
     let (_, document) = served.ask("", "GET", "/openapi.json", None).await;
     let paths: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
@@ -217,11 +248,127 @@ async fn it_tells_what_it_is_and_what_it_counts() {
     for path in ["/v1/sessions", "/v1/sessions/{id}", "/v1/sessions/{id}/pause", "/v1/sessions/{id}/hooks", "/metrics"] {
         assert!(paths.iter().any(|found| *found == path), "{path}: {paths:?}");
     }
-    // Every metric is on the page, and every one of the page's is there.
-    let page = include_str!("../../../../docs/fleet.md");
-    let named: std::collections::BTreeSet<&str> =
-        page.split(|c: char| !c.is_ascii_lowercase() && c != '_').filter(|word| word.starts_with("agent_fleet_")).collect();
-    let served: std::collections::BTreeSet<&str> =
-        metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
-    assert_eq!(named, served);
+}
+
+/// What comes in an answer that does not end, until it has come.
+async fn read_until(answer: &mut reqwest::Response, so: impl Fn(&str) -> bool) -> String {
+    let mut text = String::new();
+    let reading = async {
+        while !so(&text) {
+            let piece = answer.chunk().await.unwrap().unwrap_or_else(|| panic!("it has ended: {text}"));
+            text.push_str(std::str::from_utf8(&piece).unwrap());
+        }
+    };
+    let done = tokio::time::timeout(std::time::Duration::from_secs(60), reading).await;
+    done.unwrap_or_else(|_| panic!("waited in vain"));
+    text
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_listens_hears_of_its_own_sessions_and_misses_nothing_while_it_was_away() {
+    let served = Served::new("events").await;
+    let listen = async |who: &str, last: Option<&str>| {
+        let request = served.client.get(format!("{}/v1/events", served.url)).bearer_auth(who.repeat(12));
+        last.into_iter().fold(request, |request, last| request.header("last-event-id", last)).send().await.unwrap()
+    };
+    assert_eq!(listen("nobody", None).await.status(), 401);
+    assert_eq!(listen("shop", Some("not a number")).await.status(), 400);
+    let mut shop = listen("shop", None).await;
+    assert_eq!(shop.status(), 200);
+    served.create("shop", json!({ "template": "task", "id": "a" })).await;
+    served.create("bank", json!({ "template": "task", "id": "b", "tenant": "acme" })).await;
+    served.town.reaches("a", Phase::Ready).await;
+    served.town.reaches("b", Phase::Ready).await;
+    let text = read_until(&mut shop, |text| text.contains("\"phase\":\"ready\"")).await;
+    assert!(text.contains("event: phase") && text.contains("\"id\":\"a\"") && !text.contains("\"id\":\"b\""), "{text}");
+    let last = text.lines().filter_map(|line| line.strip_prefix("id: ")).next_back().unwrap().to_owned();
+    drop(shop);
+    // Nobody listens while it ends.
+    served.ask("shop", "DELETE", "/v1/sessions/a", None).await;
+    served.town.reaches("a", Phase::Destroyed).await;
+    let mut again = listen("shop", Some(&last)).await;
+    let text = read_until(&mut again, |text| text.contains("\"phase\":\"destroyed\"")).await;
+    assert!(text.contains("event: phase"), "{text}");
+    // An admin hears of all.
+    let mut ops = listen("ops", None).await;
+    served.ask("bank", "DELETE", "/v1/sessions/b", None).await;
+    read_until(&mut ops, |text| text.contains("\"id\":\"b\"") && text.contains("\"phase\":\"destroyed\"")).await;
+    // A fleet that ends does not wait for who listens.
+    served.running.end.send(true).unwrap();
+    let rest = async { while ops.chunk().await.unwrap().is_some() {} };
+    tokio::time::timeout(std::time::Duration::from_secs(60), rest).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_hook_was_told_in_vain_is_told_again() {
+    use agent_fleet::config::Elsewhere;
+    use agent_fleet::hook::{Act, Hook, Hooks, Runner};
+
+    let file = std::env::temp_dir().join(format!("agent-fleet-{}-letters", std::process::id()));
+    let script = format!("cat >> {0}.told; test -e {0}", file.display());
+    let act = Act::Command { argv: ["/bin/sh", "-c", &script].map(String::from).to_vec(), pass: vec![] };
+    let (name, timeout) = (String::from("tell"), std::time::Duration::from_secs(60));
+    let hook = Hook { name, on: vec![Phase::Ready], templates: vec![], act, timeout, retries: 0, required: false, veto: false };
+    let served = Served::with("letters", |town| {
+        let hooks = Hooks::new("town", vec![hook], Arc::new(Elsewhere)).unwrap();
+        town.fleet_with(Arc::new(Runner { hooks, store: Arc::clone(&town.store) }))
+    })
+    .await;
+    served.create("shop", json!({ "template": "task", "id": "a" })).await;
+    served.create("bank", json!({ "template": "task", "id": "b", "tenant": "acme" })).await;
+    let letters = async |who: &str| {
+        let (status, letters) = served.ask(who, "GET", "/v1/dead-letters", None).await;
+        assert_eq!(status, 200, "{letters}");
+        letters.as_array().unwrap().clone()
+    };
+    for _ in 0..3000 {
+        if letters("ops").await.len() == 2 {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    let mine = letters("shop").await;
+    assert_eq!((mine.len(), letters("ops").await.len()), (1, 2), "each sees its own");
+    assert_eq!((mine[0]["session"].as_str(), mine[0]["outcome"].as_str()), (Some("a"), Some("dead-letter")));
+    let again = async |who: &str, id: &str, body: Value| {
+        served.ask(who, "POST", &format!("/v1/sessions/{id}/redeliver"), Some(body)).await
+    };
+    assert_eq!(again("shop", "b", json!({})).await.0, 404, "another's is as if it were not there");
+    assert_eq!(again("shop", "a", json!({ "key": "no such" })).await.0, 404);
+    assert_eq!(again("shop", "a", json!({ "kee": "no such" })).await.0, 400);
+    let (_, told) = again("shop", "a", json!({})).await;
+    assert_eq!(told[0]["outcome"], "dead-letter", "in vain once more");
+    std::fs::write(&file, "").unwrap();
+    let (status, told) = again("shop", "a", json!({ "key": mine[0]["key"] })).await;
+    assert_eq!((status, told[0]["outcome"].as_str(), told[0]["event"].is_null()), (200, Some("ok"), true));
+    assert_eq!((letters("shop").await.len(), letters("ops").await.len()), (0, 1));
+    let heard = std::fs::read_to_string(format!("{}.told", file.display())).unwrap();
+    let event = mine[0]["event"].as_str().unwrap();
+    assert_eq!(heard.matches(event).count(), 3, "each time the same: {heard}");
+    let (_, metrics) = served.ask("", "GET", "/metrics", None).await;
+    let line = "agent_fleet_hook_runs_total{hook=\"tell\",outcome=\"ok\"} 1";
+    assert!(metrics.as_str().unwrap().lines().any(|found| found == line), "{metrics}");
+    std::fs::remove_file(format!("{}.told", file.display())).unwrap();
+    std::fs::remove_file(file).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_page_loads_nothing_from_elsewhere_and_tells_nothing() {
+    let served = Served::new("page").await;
+    for (path, kind) in [("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")] {
+        let answer = served.client.get(format!("{}{path}", served.url)).send().await.unwrap();
+        let header = |name: &str| answer.headers().get(name).map(|value| value.to_str().unwrap().to_owned()).unwrap_or_default();
+        assert!(answer.status() == 200 && header("content-type").starts_with(kind), "{path}");
+        let policy = header("content-security-policy");
+        assert!(
+            policy.starts_with("default-src 'none'; script-src 'self';") && policy.contains("frame-ancestors 'none'"),
+            "{policy}"
+        );
+        assert_eq!((header("x-content-type-options").as_str(), header("set-cookie").as_str()), ("nosniff", ""));
+        let text = answer.text().await.unwrap();
+        assert!(
+            !text.contains("http://") && !text.contains("https://") && !text.contains("//cdn") && !text.contains("innerHTML"),
+            "{path}"
+        );
+    }
 }

@@ -9,6 +9,7 @@ use agent_fleet::config::Tenant;
 use agent_fleet::hook::Verdict;
 use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
+use agent_fleet::metric::{Counted, Metrics};
 use agent_fleet::plan::{PauseBy, Policy};
 use agent_fleet::pool::Ahead;
 use agent_fleet::provider::{
@@ -281,6 +282,7 @@ pub(crate) struct Town {
     pub(crate) inside: Option<Arc<dyn Inside>>,
     /// Providers beside the cloud.
     pub(crate) others: BTreeMap<String, Arc<dyn Provider>>,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 impl Town {
@@ -294,8 +296,9 @@ impl Town {
             ..Policy::default()
         };
         let words = Words(Mutex::new(Some((false, 0.5))));
+        let metrics = Arc::new(Metrics::new(["cloud"], ["acme", "globex"], []));
         Town {
-            store: store::memory().await.unwrap(),
+            store: Counted::over(store::memory().await.unwrap(), &metrics),
             cloud: Cloud::new(every),
             words: Arc::new(words),
             trail: Arc::default(),
@@ -304,6 +307,7 @@ impl Town {
             pools: vec![],
             inside: None,
             others: BTreeMap::new(),
+            metrics,
         }
     }
 
@@ -326,7 +330,8 @@ impl Town {
         let inside = self.inside.clone().unwrap_or_else(|| Arc::clone(&self.words) as Arc<dyn Inside>);
         let edges = (hooks, policies, inside);
         let fleet = Fleet::new("town", Arc::clone(&self.store), providers, edges, self.tenants.clone(), clock);
-        Arc::new(fleet.with_lease(Duration::from_secs(2)).with_tokens(Some(Tokens::new(SECRET)), None))
+        let fleet = fleet.with_lease(Duration::from_secs(2)).with_tokens(Some(Tokens::new(SECRET)), None);
+        Arc::new(fleet.with_metrics(Arc::clone(&self.metrics)))
     }
 
     pub(crate) async fn get(&self, id: &str) -> Session {

@@ -1,0 +1,137 @@
+"""The fleet's alerts on the running thing: what can be had within a minute, with time compressed as for the agents' (compress.py)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import compress
+import outside
+import pytest
+import yaml
+from test_alerts import ALERTS, FLEET_RULES, binary
+
+SHIPPED = yaml.safe_load((ALERTS / "agent-fleet.rules.yaml").read_text())
+# Of each: the fault. The others take longer than a test may: they are tried on made-up series alone.
+FAULTS = {
+    "AgentFleetProviderFailing": "the daemon answers 500 to whatever changes something",
+    "AgentFleetSessionsFail": "the command of four sessions ends with 1",
+    "AgentFleetStrangeContainers": "a container of this fleet's name is older than its store",
+    "AgentFleetHookDeadLetters": "a hook ends with 1, and is not tried again",
+    "AgentFleetBudgetNearlyUsed": "a session's container may cost more than nine tenths of a day's budget",
+    "AgentFleetRequestsRefused": "and the next one is refused",
+    "AgentFleetStalled": "the fleet is killed, and its last word is of two minutes ago",
+}
+PATIENCE = 90
+
+
+class Watch:
+    """A Prometheus with the compressed rules."""
+
+    def __init__(self, directory: Path, targets: list[int]):
+        self.port = outside.free_port()
+        rules, config = directory / "rules.yaml", directory / "prometheus.yml"
+        rules.write_text(yaml.safe_dump(compress.rules(SHIPPED)))
+        scrape = {"job_name": "fleet", "static_configs": [{"targets": [f"127.0.0.1:{port}" for port in targets]}]}
+        every = {"scrape_interval": "1s", "evaluation_interval": "500ms"}
+        config.write_text(yaml.safe_dump({"global": every, "rule_files": [str(rules)], "scrape_configs": [scrape]}))
+        flags = [f"--config.file={config}", f"--storage.tsdb.path={directory / 'tsdb'}", f"--web.listen-address=127.0.0.1:{self.port}"]
+        with (directory / "prometheus.log").open("wb") as log:
+            self.process = subprocess.Popen(["prometheus", *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def query(self, expression: str) -> list[dict]:
+        url = f"http://127.0.0.1:{self.port}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return json.load(answer)["data"]["result"]
+        except (urllib.error.URLError, ConnectionError):
+            return []
+
+    def ever_fired(self) -> set[str]:
+        return {one["metric"]["alertname"] for one in self.query('max by (alertname) (max_over_time(ALERTS{alertstate="firing"}[1h]))')}
+
+    def fires(self, alert: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while alert not in self.ever_fired():
+            assert time.monotonic() < deadline, f"{alert} did not fire: {FAULTS[alert]}"
+            time.sleep(0.5)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@pytest.fixture
+def watched(tmp_path):
+    fleet = outside.Outside(tmp_path / "fleet", binary())
+    watch = None
+    try:
+        watch = Watch(tmp_path, [fleet.port])
+        yield fleet, watch
+    finally:
+        fleet.close()
+        if watch:
+            watch.close()
+
+
+def test_what_is_caused_is_told_of_and_not_before(watched):
+    fleet, watch = watched
+    fleet.start()
+    deadline = time.monotonic() + PATIENCE
+    while not watch.query("agent_fleet_reconciles_total > 0"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    # One that is well, to its end.
+    (fleet.directory / "heard").touch()
+    assert fleet.create("task", "well") == 201
+    fleet.reaches("well", "destroyed")
+    assert watch.ever_fired() == set()
+
+    (fleet.directory / "heard").unlink()
+    assert fleet.create("task", "unheard") == 201
+    watch.fires("AgentFleetHookDeadLetters")
+    # A container's hour is more than nine tenths of what it has.
+    assert (fleet.create("stays", "dear", "poor"), fleet.create("stays", "dearer", "poor")) == (201, 429)
+    watch.fires("AgentFleetBudgetNearlyUsed")
+    watch.fires("AgentFleetRequestsRefused")
+    for n in range(5):
+        fleet.wait_for("room", lambda n=n: fleet.create("breaks", f"breaks-{n}") in {200, 201})
+    watch.fires("AgentFleetSessionsFail")
+    assert "AgentFleetProviderFailing" not in watch.ever_fired()
+    fleet.daemon.broken = True
+    for n in range(3):
+        fleet.wait_for("room", lambda n=n: fleet.create("task", f"in-vain-{n}") in {200, 201})
+    watch.fires("AgentFleetProviderFailing")
+    fleet.daemon.broken = False
+    assert watch.ever_fired() == set(FAULTS) - {"AgentFleetStrangeContainers", "AgentFleetStalled"}
+
+
+def test_a_container_that_is_older_than_the_store_is_told_of_and_left(watched):
+    fleet, watch = watched
+    labels = {"agent-fleet.fleet": fleet.name, "agent-fleet.session": "old", "agent-fleet.key": "agent-old-1"}
+    fleet.daemon.asked("POST", "/containers/create", {"name": "agent-old-1"}, {"Labels": labels, "Entrypoint": ["true"]})
+    next(iter(fleet.daemon.containers.values())).created -= 3600
+    fleet.start()
+    watch.fires("AgentFleetStrangeContainers")
+    assert [one.name for one in fleet.daemon.containers.values()] == ["agent-old-1"]
+    # As if two minutes had gone by since it was last heard of: the rule's own figure is not compressed.
+    fleet.process.kill()
+    fleet.process.wait(10)
+    stalled = next(rule["expr"] for rule in FLEET_RULES if rule["alert"] == "AgentFleetStalled")
+    said = watch.query("max(last_over_time(agent_fleet_claimed_timestamp_seconds[1h]))")
+    at = float(said[0]["value"][1])
+    sooner = stalled.replace("> 120", f"> {time.time() + 3 - at}")
+    assert sooner != stalled and watch.query(sooner) == []
+    deadline = time.monotonic() + PATIENCE
+    while not watch.query(sooner):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_every_fault_is_of_an_alert():
+    assert set(FAULTS) <= {rule["alert"] for rule in FLEET_RULES}
