@@ -125,23 +125,14 @@ fn a_conversation_is_taken_from_one_container_and_another_waits_for_it() {
             .env("AGENT_SIDECAR_FLEET_TOKEN", TOKEN)
             .env("CLAUDE_CONFIG_DIR", dir.join("config"))
             .current_dir(dir.join("work"));
-        command.args([
-            "run",
-            "--listen",
-            "127.0.0.1:0",
-            "--conversation-serve",
-            "true",
-            "--fleet-container",
-            container,
-            "--socket",
-        ]);
+        command.args(["run", "--listen", "127.0.0.1:0", "--fleet-container", container, "--socket"]);
         command.arg(dir.join("hub.sock")).args(more).args(["--", "sh", "-c", "ls; cat", "sh"]).args(STREAM_JSON);
         Running::start(command)
     };
     let at = |dir: &Path| -> SocketAddr {
         wait_for("an address", || std::fs::read_to_string(dir.join("hub.state/address")).ok()?.trim().parse().ok())
     };
-    let mut first = start(&from, "agent-1-1", &[]);
+    let mut first = start(&from, "agent-1-1", &["--conversation-serve"]);
     std::fs::write(from.join("work/notes"), "a line").unwrap();
     std::fs::create_dir_all(from.join("config/projects/work")).unwrap();
     std::fs::write(from.join("config/projects/work/s.jsonl"), "{}").unwrap();
@@ -157,7 +148,7 @@ fn a_conversation_is_taken_from_one_container_and_another_waits_for_it() {
     first.close_stdin();
     assert_eq!(first.code(), Some(0));
 
-    let mut second = start(&to, "agent-1-2", &["--conversation-wait", "1h"]);
+    let mut second = start(&to, "agent-1-2", &["--conversation-serve", "--conversation-wait", "1h"]);
     let address = at(&to);
     assert_eq!(wait_for("it to be asked", || talk(address, "PUT", "another", &tar)).0, 401);
     assert_eq!(talk(address, "PUT", TOKEN, &tar[..tar.len() - 1024]).unwrap().0, 400, "half of it");
@@ -174,10 +165,10 @@ fn a_conversation_is_taken_from_one_container_and_another_waits_for_it() {
     assert_eq!(second.code(), Some(0));
 
     // Nobody brings anything: then nothing is begun anew.
-    let mut third = start(&to, "agent-1-3", &["--conversation-wait", "1ms"]);
+    let mut third = start(&to, "agent-1-3", &["--conversation-serve", "--conversation-wait", "1ms"]);
     assert_eq!((third.code(), third.rest()), (Some(125), Vec::new()));
     // Where it is not opened, it is closed.
-    let mut closed = start(&from, "agent-1-1", &["--conversation-serve", "false"]);
+    let mut closed = start(&from, "agent-1-1", &[]);
     let code = wait_for("an answer", || talk(at(&from), "GET", TOKEN, b"")).0;
     assert!(code != 200, "{code}");
     closed.close_stdin();
