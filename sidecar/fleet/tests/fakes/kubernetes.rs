@@ -83,7 +83,7 @@ fn now() -> String {
 fn canonical(amount: &str) -> String {
     let whole = |amount: &str, unit: &str, larger: &str, times: u64| {
         let number: u64 = amount.strip_suffix(unit)?.parse().ok()?;
-        (number % times == 0).then(|| format!("{}{larger}", number / times))
+        number.is_multiple_of(times).then(|| format!("{}{larger}", number / times))
     };
     whole(amount, "m", "", 1000).or_else(|| whole(amount, "Mi", "Gi", 1024)).unwrap_or_else(|| amount.to_owned())
 }
