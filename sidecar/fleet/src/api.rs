@@ -299,6 +299,9 @@ impl Api {
         if session.wanted == Wanted::Gone && wanted != Wanted::Gone {
             return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is to end: it is {}", session.phase)));
         }
+        if session.pool.is_some() && wanted != Wanted::Gone {
+            return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` was made ahead, and waits to be somebody's")));
+        }
         let why = format!("`{}` asked for it", who.0.name);
         self.fleet.want(&session.id, wanted, &why).await?.ok_or_else(|| no_session(id))
     }
@@ -416,7 +419,9 @@ async fn destroy(State(api): State<Api>, who: Who, Named(id): Named) -> Answer<R
 async fn pause(State(api): State<Api>, who: Who, Named(id): Named) -> Answer<Response> {
     let session = api.session(&who, &id).await?;
     let provider = api.fleet.provider(&session.provider)?;
-    if provider.capabilities().pause == provider::Pause::No {
+    let template = session.spec.labels.get(TEMPLATE_LABEL).and_then(|name| api.config.templates.get(name));
+    let archives = template.is_some_and(|template| template.archive);
+    if !archives && provider.capabilities().pause == provider::Pause::No {
         return Err(
             provider::Error::Unsupported { provider: provider.name(), verb: "pause", hint: Some("stop it instead") }.into()
         );

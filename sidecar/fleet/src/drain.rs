@@ -65,7 +65,7 @@ impl Fleet {
         self.drained.read().unwrap_or_else(PoisonError::into_inner).get(provider).copied()
     }
 
-    async fn see_drains(&self) -> Result<(), Error> {
+    pub(crate) async fn see_drains(&self) -> Result<(), Error> {
         let drains: BTreeMap<String, Timestamp> = self.store().drains().await?;
         *self.drained.write().unwrap_or_else(PoisonError::into_inner) = drains;
         Ok(())

@@ -314,6 +314,7 @@ impl Planner<'_> {
             State::Running | State::Unknown(_) => {}
             // It has come and gone with a provider that forgets for a moment.
             State::Missing | State::Destroyed if self.settling() => return Some(self.soon()),
+            State::Paused if self.session.pool.is_some() => return Some(enter(Phase::Stopping, "the provider has paused it")),
             State::Paused => return Some(enter(Phase::Paused, "the provider has paused it")),
             State::Creating | State::Created | State::Pausing | State::Stopping => return Some(self.soon()),
             State::Stopped if container.exit_code == Some(0) && self.session.pattern == Pattern::Ephemeral => {
@@ -325,24 +326,37 @@ impl Planner<'_> {
                 return Some(enter(if kept { Phase::Pausing } else { Phase::Failed }, what));
             }
         }
+        let look_again = self.seen.map_or(self.now, |seen| seen.at + self.policy.look_every);
+        let back = self.back();
         // The provider, or the reconciler, ends it then anyway.
         if self.session.metered_since.is_some() && self.session.made.is_some_and(|made| made + self.session.spec.ttl <= self.now)
         {
             let kept = self.policy.pause_by == PauseBy::Archive && self.session.pattern == Pattern::Hybrid;
+            if let Some(again) = back.filter(|_| kept) {
+                return Some(self.wait(vec![self.session.ends, look_again, again]));
+            }
             return Some(enter(if kept { Phase::Pausing } else { Phase::Stopping }, "its container's time is over"));
         }
         // It waits to be somebody's, and is nobody's until it is too old.
         if self.session.pool.is_some() {
-            let look_again = self.seen.map_or(self.now, |seen| seen.at + self.policy.look_every);
             return Some(self.wait(vec![self.session.ends, look_again]));
         }
         if self.policy.drained.is_some_and(|until| until <= self.now) {
+            if let Some(again) = back.filter(|_| self.quiet() == Phase::Pausing) {
+                return Some(self.wait(vec![self.session.ends, look_again, again]));
+            }
             return Some(self.later().unwrap_or_else(|| enter(self.quiet(), DRAINED)));
         }
         if self.session.wanted == Wanted::Paused && self.policy.pause_by != PauseBy::Nothing {
             return Some(enter(Phase::Pausing, "somebody asked for it"));
         }
         self.work()
+    }
+
+    /// One that is back because it could not be put away: that is not tried all the time, but again then.
+    fn back(&self) -> Option<Timestamp> {
+        let back = self.session.phase == Phase::Idle && self.session.reason.is_some();
+        Some(self.session.since + BACK).filter(|again| back && *again > self.now)
     }
 
     /// What follows from what the sidecar says of its agents.
@@ -374,20 +388,23 @@ impl Planner<'_> {
         // By its own word alone: who has never heard of it does not know.
         if let (Some(since), Some(_)) = (self.session.idle_since, &self.session.report) {
             let aged = self.policy.recycle.age.and_then(|age| Some(self.session.made? + age));
-            let idle = self.policy.idle_after.map(|after| since + after);
+            let idle = self.policy.idle_after.map(|after| (since + after).max(self.back().unwrap_or(since)));
             let quiet = self.quiet();
             if idle.is_some_and(|at| at <= self.now) {
                 return Some(self.later().unwrap_or_else(|| enter(quiet, "its agent is idle")));
             }
             let drained = self.policy.drained.map(|_| DRAINED.to_owned());
-            if let Some(why) = drained.or_else(|| self.policy.recycle.due(self.session, self.now)) {
-                // It is back because it could not be put away: that is not tried all the time.
-                let again = self.session.since + BACK;
-                if self.session.reason.is_none() || again <= self.now {
+            // Who was woken, or has just begun, is first to do what it was wanted for.
+            let calm = since + self.policy.look_every;
+            let worked = self.session.phase == Phase::Idle && calm <= self.now;
+            let recycled = self.policy.recycle.due(self.session, self.now).filter(|_| worked);
+            if let Some(why) = drained.or(recycled) {
+                let Some(again) = self.back() else {
                     return Some(self.later().unwrap_or_else(|| enter(quiet, why)));
-                }
+                };
                 wake.push(again);
             }
+            wake.extend(Some(calm).filter(|at| *at > self.now));
             wake.extend(idle);
             wake.extend(aged.filter(|at| *at > self.now));
         }
@@ -421,6 +438,12 @@ impl Planner<'_> {
         };
         let ended = matches!(container.state, State::Stopped | State::Failed | State::Missing | State::Destroyed);
         let by_provider = self.policy.pause_by == PauseBy::Provider;
+        let busy = self.session.report.as_ref().and_then(|report| report.busy_until).is_some_and(|until| until > self.now);
+        let lives = self.session.made.is_none_or(|made| made + self.session.spec.ttl > self.now);
+        // What was put away is not all of it any more.
+        if busy && lives && container.state == State::Running && self.policy.pause_by == PauseBy::Archive {
+            return Some(Step::Enter(Phase::Idle, None));
+        }
         Some(match &container.state {
             State::Paused if by_provider => Step::Enter(Phase::Paused, None),
             State::Running if by_provider => Step::Do(Action::Pause),

@@ -66,10 +66,14 @@ pub struct Ahead {
 impl Ahead {
     /// `None`: nothing of it is made ahead.
     pub fn of(template: &Template, fleet: &str) -> Option<Self> {
-        let pool = template.pool.clone()?;
+        let mut pool = template.pool.clone()?;
         let mut spec = template.spec_for(fleet, &SessionId::fresh(), "", 1);
         // It is nobody's.
         spec.labels.remove(TENANT_LABEL);
+        // Nobody keeps it awake: it is given away, or replaced, before its provider puts it to sleep.
+        if let Some(idle) = spec.idle {
+            pool.max_age = pool.max_age.min(idle / 2);
+        }
         let (provider, pattern) = (template.provider.clone(), template.pattern);
         Some(Self { template: template.name.clone(), pool, provider, pattern, spec })
     }
@@ -92,6 +96,8 @@ impl Ahead {
 pub fn kind(provider: &str, spec: &Spec) -> String {
     let mut same = spec.clone();
     same.key.clear();
+    // A trace is each session's own.
+    same.env.remove(crate::trace::VARIABLE);
     for label in [FLEET_LABEL, KEY_LABEL, SESSION_LABEL, TENANT_LABEL] {
         same.labels.remove(label);
     }
@@ -221,11 +227,13 @@ impl Fleet {
             if !may_give(&spare, now) {
                 continue;
             }
+            let before = spare.clone();
             let (mut spare, mut with) = (spare, session.clone());
             hand_over(&mut spare, &mut with, &price, now);
             self.label(&mut with);
             match self.store().update_both(&mut with, &mut spare).await {
                 Ok(()) => {
+                    self.metrics().spent(&before, &spare);
                     self.metrics().add(&POOL_CLAIMS, &["taken"], 1.0);
                     tracing::info!(session = %with.id, container = with.native, "a session has a container that was made ahead");
                     // What it has cost as nobody's is booked, and its place is filled.

@@ -372,6 +372,13 @@ impl Fleet {
         let of_one = if self.providers.len() > 1 { OF_ONE } else { AT_ONCE };
         let shares: BTreeMap<&String, Arc<Semaphore>> =
             self.providers.keys().map(|name| (name, Arc::new(Semaphore::new(of_one)))).collect();
+        // Nothing is made or woken before it is known where it must not be.
+        while !*end.borrow()
+            && let Err(error) = self.see_drains().await
+        {
+            tracing::error!(%error, "it is not known what is drained");
+            tokio::time::sleep(POLL).await;
+        }
         while !*end.borrow() {
             let mut held_up = false;
             while tasks.try_join_next().is_some() {}
@@ -479,6 +486,7 @@ impl Fleet {
                     self.label(&mut entered);
                     match self.store.update(&mut entered).await {
                         Ok(()) => {
+                            self.metrics.spent(&session, &entered);
                             self.entered(&session, &entered);
                             session = entered;
                         }
@@ -842,6 +850,12 @@ impl Fleet {
             // Kept after it was found: what was written down meanwhile is no orphan.
             let kept = self.all().await?;
             for orphan in plan::orphans(&found, &kept, born, ORPHAN_GRACE, self.now()) {
+                // It may have been given away while the pages were read.
+                let first = orphan.labels.get(SESSION_LABEL).and_then(|id| id.parse::<SessionId>().ok());
+                let holder = if let Some(id) = first { self.holder(&id).await? } else { None };
+                if holder.is_some_and(|one| one.holds && orphan.key.as_ref() == Some(&one.key())) {
+                    continue;
+                }
                 tracing::warn!(provider = %name, container = %orphan.native, "a container that no session holds is removed");
                 match provider.delete(&orphan.native).await {
                     Ok(()) => {

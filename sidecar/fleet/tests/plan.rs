@@ -39,6 +39,10 @@ fn session(pattern: Pattern) -> Session {
     Session::new("s".parse().unwrap(), ("t", "o"), pattern, "p", spec(), start())
 }
 
+fn report(at: Timestamp, busy_until: Option<Timestamp>) -> Report {
+    Report { at, busy_until, cost_usd: 0.5, conversation: None, memory_bytes: None }
+}
+
 /// A provider with containers, a clock, and a fleet that keeps one session.
 struct World {
     now: Timestamp,
@@ -297,6 +301,80 @@ fn what_holds_a_container_up_is_said_when_it_is_late() {
     let seen = Seen { sandbox: Sandbox { state: State::Creating, reason, ..world.find() }, at: now };
     let said = Some(String::from("it was not ready within 120 s: ImagePullBackOff: no such image"));
     assert_eq!(next(&world.kept, Some(&seen), &world.policy, now), Step::Enter(Phase::Failed, said));
+}
+
+#[test]
+fn what_cannot_be_put_away_when_its_time_is_over_is_not_tried_all_the_time() {
+    let mut world = World::new(Pattern::Hybrid, PauseBy::Archive, vec![], Duration::ZERO);
+    world.kept.ends = start() + Duration::from_secs(7200);
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    world.kept.report = Some(report(world.now, None));
+    let mut tried = 0;
+    // Its container's hour, and twenty minutes more.
+    while world.now < start() + Duration::from_secs(4800) {
+        match next(&world.kept, world.seen.as_ref(), &world.policy, world.now) {
+            Step::Do(Action::Persist) => {
+                tried += 1;
+                assert!(tried < 100, "at {}", world.now);
+                let never = Outcome::Failed(Error::Refused { provider: "test", what: String::from("too large") });
+                record(&mut world.kept, &Action::Persist, &never, &world.policy, &price(), world.now);
+            }
+            _ => assert!(world.step()),
+        }
+    }
+    assert!((4..40).contains(&tried), "{tried}");
+    assert_eq!(world.kept.phase, Phase::Idle, "it is there, until its own end");
+}
+
+#[test]
+fn who_begins_to_work_while_it_is_put_away_is_left_where_it_is() {
+    let mut world = World::new(Pattern::Hybrid, PauseBy::Archive, vec![], Duration::ZERO);
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    world.kept.report = Some(report(world.now, None));
+    while !world.kept.persisted {
+        assert!(world.step());
+    }
+    world.kept.report = Some(report(world.now, Some(world.now + Duration::from_secs(30))));
+    while world.kept.phase != Phase::Active {
+        assert!(world.step());
+    }
+    assert_eq!((world.alive(), world.find().state), (1, State::Running), "{:?}", world.trail);
+}
+
+#[test]
+fn who_is_woken_though_its_container_is_old_does_what_it_was_woken_for() {
+    let mut world = World::new(Pattern::Hybrid, PauseBy::Provider, vec![], Duration::ZERO);
+    world.policy.recycle.age = Some(Duration::from_secs(600));
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    world.now += Duration::from_secs(1200);
+    world.kept.report = Some(report(world.now, None));
+    world.kept.since = world.now;
+    world.kept.idle_since = Some(world.now);
+    // It was only just heard of, and has not worked yet.
+    let until = world.now + Duration::from_secs(50);
+    while world.now < until {
+        assert!(world.step());
+        assert_eq!(world.kept.phase, Phase::Ready, "{:?}", world.trail);
+    }
+    world.kept.report = Some(report(world.now, Some(world.now + Duration::from_secs(5))));
+    while world.kept.phase != Phase::Active {
+        assert!(world.step());
+    }
+    while world.kept.phase != Phase::Pausing {
+        assert!(world.step());
+    }
+    assert_eq!(
+        world.kept.reason.as_deref().map(|why| why.contains("old") || why.contains("age")),
+        Some(true),
+        "{:?}",
+        world.kept.reason
+    );
 }
 
 #[test]

@@ -358,6 +358,7 @@ fn only_what_is_made_of_the_same_fits() {
     let mut whose = spec();
     whose.key = String::from("k");
     whose.labels.extend([("agent-fleet.tenant", "t"), ("agent-fleet.session", "s")].map(|(a, b)| (a.to_owned(), b.to_owned())));
+    whose.env.insert(String::from("TRACEPARENT"), String::from("00-1-2-01"));
     assert_eq!(pool::kind("p", &whose), same, "whose it is does not matter");
     let mut others: BTreeSet<String> = BTreeSet::from([same.clone(), pool::kind("q", &spec())]);
     let of = |change: fn(&mut Spec)| {

@@ -51,7 +51,7 @@ pub(super) async fn events(State(api): State<Api>, who: Who, headers: HeaderMap)
         None => api.fleet.store().changed(None, None, 1).await?.first().map_or(0, |(changed, _)| *changed),
     };
     let (tell, told) = mpsc::channel(WAITING);
-    let feed = Feed { fleet: api.fleet, owner, at, resumed: last.is_some(), known: BTreeMap::new(), tell };
+    let feed = Feed { fleet: api.fleet, owner, at, resumed: last.is_some(), known: BTreeMap::new(), tell, cut: false };
     tokio::spawn(feed.run(permit));
     let stream = futures_util::stream::unfold(told, |mut told| async {
         told.recv().await.map(|event| (Ok::<_, Infallible>(event), told))
@@ -76,6 +76,8 @@ struct Feed {
     resumed: bool,
     known: BTreeMap<SessionId, Known>,
     tell: mpsc::Sender<Event>,
+    /// It does not read.
+    cut: bool,
 }
 
 impl Feed {
@@ -87,6 +89,9 @@ impl Feed {
         loop {
             if let Err(error) = self.look(since).await {
                 tracing::warn!(%error, "who listens to events is told nothing now");
+            }
+            if self.cut {
+                break;
             }
             tokio::select! {
                 () = tokio::time::sleep(LOOK) => {}
@@ -110,7 +115,7 @@ impl Feed {
                 let Some(event) = event else { continue };
                 let told = tokio::time::timeout(READS_WITHIN, self.tell.send(event)).await;
                 if !matches!(told, Ok(Ok(()))) {
-                    self.tell.closed().await;
+                    self.cut = true;
                     return Ok(());
                 }
             }

@@ -162,7 +162,7 @@ impl Metrics {
         self.add(&PHASES_ENTERED, &[after.phase.as_str(), provider], 1.0);
         self.observe(&PHASE_DURATION, &[before.phase.as_str(), provider], between(before.since, after.since));
         // For the first time: who wakes was there before.
-        if after.phase == Phase::Ready && after.generation == 1 && before.report.is_none() {
+        if after.phase == Phase::Ready && after.generation == 1 && before.report.is_none() && after.pool.is_none() {
             self.observe(&READY, &[provider], between(after.created, after.since));
         }
     }

@@ -73,7 +73,8 @@ async fn oldest(fleet: &Fleet, told: &mut Told) -> store::Result<()> {
 }
 
 async fn budgets(fleet: &Fleet, told: &mut Told) -> store::Result<()> {
-    for tenant in fleet.budgets().tenants().values() {
+    // What is made ahead is nobody's, and has no bound.
+    for tenant in fleet.budgets().tenants().values().filter(|tenant| !tenant.name.is_empty()) {
         for (period, limit) in tenant.periods(fleet.now()) {
             let length = if period.len() > "2026-11".len() { "day" } else { "month" };
             let labels = vec![tenant.name.clone(), length.to_owned()];

@@ -480,7 +480,7 @@ where
         let found = match after {
             Some((at, id)) => sqlx::query_as::<DB, (i64, i64, String)>(
                 "SELECT changed, version, document FROM sessions
-                 WHERE (changed > $1 OR changed = $1 AND id > $2) AND ($3 IS NULL OR owner = $3)
+                 WHERE changed >= $1 AND (changed > $1 OR id > $2) AND ($3 IS NULL OR owner = $3)
                  ORDER BY changed, id LIMIT $4",
             )
             .bind(at)

@@ -14,3 +14,6 @@ CREATE TABLE drains (
     provider TEXT NOT NULL PRIMARY KEY,
     until    TEXT NOT NULL
 );
+
+-- What has changed since: who listens to events asks all the time.
+CREATE INDEX sessions_changed ON sessions (changed, id);
