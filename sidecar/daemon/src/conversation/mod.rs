@@ -177,8 +177,12 @@ impl Conversation {
             Method::PUT => false,
             _ => return text(StatusCode::METHOD_NOT_ALLOWED, "take it with GET, bring it with PUT\n"),
         };
+        let Ok(taken) = Arc::clone(&self.taken).try_acquire_owned() else {
+            return Wrong::Busy(String::from("somebody else takes or brings it just now")).answer();
+        };
         // Whose answer was lost asks again: by now an agent may work with it.
         if !get && self.fetched.is(&self.options.container) {
+            drop(taken);
             let mut body = request.into_body();
             while let Ok(Some(Ok(_))) = tokio::time::timeout(STALLS, body.frame()).await {}
             return text(StatusCode::OK, "it was here already\n");
@@ -191,14 +195,11 @@ impl Conversation {
         if !idle {
             return Wrong::Busy(String::from("an agent works here, or may")).answer();
         }
-        let Ok(taken) = Arc::clone(&self.taken).try_acquire_owned() else {
-            return Wrong::Busy(String::from("somebody else takes or brings it just now")).answer();
-        };
         tokio::spawn(async move {
             tokio::time::sleep(LONGEST).await;
             cut.notify_one();
         });
-        let mut answer = if get { self.take(taken, works).await } else { self.bring(request.into_body()).await };
+        let mut answer = if get { self.take(taken, works).await } else { self.bring(taken, request.into_body()).await };
         answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         answer
     }
@@ -244,14 +245,10 @@ impl Conversation {
         answer
     }
 
-    async fn bring(&self, mut body: Incoming) -> Answer {
+    async fn bring(&self, taken: tokio::sync::OwnedSemaphorePermit, mut body: Incoming) -> Answer {
         let (say, hear) = mpsc::channel::<io::Result<Bytes>>(CHUNKS);
-        let options = Arc::clone(&self.options);
-        let unpacked = tokio::task::spawn_blocking(move || {
-            let mut unpacker = Unpacker::new(&options.roots, &options.exclude, options.max_size);
-            unpacker.read(In { hear, rest: Bytes::new() })?;
-            unpacker.finish()
-        });
+        let brought = Brought { options: Arc::clone(&self.options), fetched: self.fetched.clone(), taken };
+        let unpacked = tokio::task::spawn_blocking(move || brought.unpack(In { hear, rest: Bytes::new() }));
         loop {
             let part = match tokio::time::timeout(STALLS, body.frame()).await {
                 Ok(None) => break,
@@ -269,17 +266,31 @@ impl Conversation {
             }
         }
         drop(say);
-        let done = unpacked.await.unwrap_or_else(|_| Err(io::Error::other("it failed").into()));
-        match done.and_then(|()| Ok(self.fetched.say(&self.options.container)?)) {
-            Ok(()) => {
-                tracing::info!("the conversation is here");
-                text(StatusCode::OK, "it is here\n")
-            }
-            Err(wrong) => {
-                tracing::warn!(%wrong, "the conversation was not taken back");
-                wrong.answer()
-            }
+        match unpacked.await.unwrap_or_else(|_| Err(io::Error::other("it failed").into())) {
+            Ok(()) => text(StatusCode::OK, "it is here\n"),
+            Err(wrong) => wrong.answer(),
         }
+    }
+}
+
+/// One that is on its way in, to its end: whether or not anybody waits for the answer.
+struct Brought {
+    options: Arc<Options>,
+    fetched: Fetched,
+    taken: tokio::sync::OwnedSemaphorePermit,
+}
+
+impl Brought {
+    fn unpack(self, from: impl Read) -> Result<(), Wrong> {
+        let mut unpacker = Unpacker::new(&self.options.roots, &self.options.exclude, self.options.max_size);
+        let done = unpacker.read(from).and_then(|()| unpacker.finish());
+        let done = done.and_then(|()| Ok(self.fetched.say(&self.options.container)?));
+        match &done {
+            Ok(()) => tracing::info!("the conversation is here"),
+            Err(wrong) => tracing::warn!(%wrong, "the conversation was not taken back"),
+        }
+        drop(self.taken);
+        done
     }
 }
 
@@ -291,11 +302,17 @@ fn newest(roots: &[Root]) -> Option<String> {
     let last = transcripts.filter_map(|entry| {
         let name = entry.file_name().into_string().ok()?;
         let session = name.strip_suffix(".jsonl")?;
-        let plain = session.len() <= 64 && session.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+        // Of a session's own: what its subagents say has other names.
+        let plain = is_uuid(session);
         let about = entry.metadata().ok().filter(|about| about.is_file())?;
         plain.then(|| Some((about.modified().ok()?, session.to_owned())))?
     });
     last.max().map(|(_, session)| session)
+}
+
+fn is_uuid(text: &str) -> bool {
+    let dashes = [8, 13, 18, 23];
+    text.len() == 36 && text.char_indices().all(|(at, c)| if dashes.contains(&at) { c == '-' } else { c.is_ascii_hexdigit() })
 }
 
 /// Without links, as far as it is there: before an agent can make some.
