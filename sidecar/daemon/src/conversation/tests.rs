@@ -102,8 +102,13 @@ fn a_conversation_is_elsewhere_what_it_was() {
     for (path, text) in [(".claude/settings.json", "of the image"), ("old", "of the image"), ("secret/key", "theirs")] {
         to.write(path, text);
     }
+    run("touch -hd @1000000000 code/same code .claude/projects code/run", &from.dir.join("home"));
     let tar = from.pack(&["secret"], MOST).unwrap();
     to.unpack(&["secret"], &tar[..]).unwrap();
+    for path in ["code/same", "code", ".claude/projects", "code/run"] {
+        use std::os::unix::fs::MetadataExt;
+        assert_eq!(to.dir.join("home").join(path).symlink_metadata().unwrap().mtime(), 1_000_000_000, "{path}");
+    }
     let expected = is(&[
         (".claude/projects/-home/s.jsonl", "said"),
         ("code/run", "#!"),
@@ -123,7 +128,11 @@ fn a_conversation_is_elsewhere_what_it_was() {
     for place in [&from, &to] {
         fs::set_permissions(place.dir.join("home/code"), fs::Permissions::from_mode(0o755)).unwrap();
     }
-    assert_eq!(newest(&to.roots).as_deref(), Some("s"));
+    assert_eq!(newest(&to.roots), None);
+    let session = "0b5d7a52-3c1e-4a6f-9d53-1f0c2f7be001";
+    to.write(&format!(".claude/projects/-home/{session}.jsonl"), "said");
+    to.write(".claude/projects/-home/agent-0b5d7a52-3c1e-4a6f-9d53-1f0c2f7.jsonl", "said later by a subagent");
+    assert_eq!(newest(&to.roots).as_deref(), Some(session));
 }
 
 #[test]
@@ -185,6 +194,8 @@ fn what_leads_out_or_is_not_all_there_changes_nothing() {
         again.to_vec(),
         // Of two roots, one is right.
         vec![tar_of(Regular, "config/settings.json", None), tar_of(Directory, "elsewhere", None)],
+        // Found when all is in its place.
+        TWICE.map(|(kind, path)| tar_of(kind, path, None)).to_vec(),
     ];
     for (n, mut case) in cases.into_iter().enumerate() {
         case.push(end.clone());
@@ -200,6 +211,155 @@ fn what_leads_out_or_is_not_all_there_changes_nothing() {
     }
     to.unpack(&[], &whole[..]).unwrap();
     assert_eq!(to.all(), is(&[("new", "evil")]));
+}
+
+/// A file that is a directory, too.
+const TWICE: [(tar::EntryType, &str); 3] = [
+    (tar::EntryType::Regular, "workspace/kept"),
+    (tar::EntryType::Regular, "workspace/both"),
+    (tar::EntryType::Directory, "workspace/both"),
+];
+
+/// Whether this is the test in namespaces of its own: it is run again in them.
+fn inside(flags: &[&str], test: &str) -> bool {
+    const INSIDE: &str = "AGENT_SIDECAR_TEST_INSIDE";
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let unshare = || std::process::Command::new("unshare");
+    if !unshare().args(flags).arg("true").status().is_ok_and(|status| status.success()) {
+        eprintln!("no namespaces here: not tried");
+        return false;
+    }
+    let mut again = unshare();
+    again.args(flags).arg(std::env::current_exe().unwrap()).args(["--nocapture", "--exact"]);
+    let output = again.arg(format!("conversation::tests::{test}")).env(INSIDE, "1").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    false
+}
+
+fn mounting() -> &'static [&'static str] {
+    if rustix::process::geteuid().is_root() { &["-m"] } else { &["-Urm"] }
+}
+
+fn run(line: &str, at: &Path) {
+    let done = std::process::Command::new("sh").arg("-ec").arg(line).current_dir(at).status().unwrap();
+    assert!(done.success(), "{line}");
+}
+
+#[test]
+fn what_is_mounted_stays_with_all_that_is_in_it() {
+    if !inside(mounting(), "what_is_mounted_stays_with_all_that_is_in_it") {
+        return;
+    }
+    let (from, to) = (Place::new("unmounted"), Place::new("mounted"));
+    for (path, text) in [("data/new", "new"), ("data/a vol/theirs", "not here"), ("env", "theirs"), ("bound/theirs", "not here")]
+    {
+        from.write(path, text);
+    }
+    for path in ["data/a vol/-", "data/old", "other/deep/vol/-", "other/old", "env", "bound/-"] {
+        to.write(path, "of the image");
+    }
+    let home = to.dir.join("home");
+    run("mount -t tmpfs none 'data/a vol'; mount -t tmpfs none other/deep/vol; mkdir ../vol; touch ../of", &home);
+    // One of the same file system is one, too.
+    run("mount --bind ../of env; mount --bind ../vol bound", &home);
+    to.write("data/a vol/kept", "kept");
+    to.write("bound/kept", "kept");
+    to.write("other/deep/vol/kept", "kept");
+    let before = to.all();
+    let twice = TWICE.map(|(kind, path)| tar_of(kind, path, None)).concat();
+    assert!(to.unpack(&[], &[twice, vec![0; 1024]].concat()[..]).is_err());
+    assert_eq!(to.all(), before);
+    let tar = from.pack(&[], MOST).unwrap();
+    to.unpack(&[], &tar[..]).unwrap();
+    let expected = is(&[
+        ("data/a vol/kept", "kept"),
+        ("data/new", "new"),
+        ("env", ""),
+        ("bound/kept", "kept"),
+        ("other/deep/vol/kept", "kept"),
+    ]);
+    assert_eq!(to.all(), expected);
+    run("umount 'data/a vol' other/deep/vol env bound", &home);
+}
+
+#[test]
+fn what_an_image_has_in_another_layer_makes_room() {
+    if !inside(mounting(), "what_an_image_has_in_another_layer_makes_room") {
+        return;
+    }
+    let (from, to) = (Place::new("unlayered"), Place::new("layered"));
+    from.write("repo/src/new", "new");
+    from.write("was-a-directory", "file");
+    fs::set_permissions(from.dir.join("home/repo"), fs::Permissions::from_mode(0o750)).unwrap();
+    let tar = from.pack(&[], MOST).unwrap();
+    let home = to.dir.join("home");
+    run(
+        "mkdir layers; mount -t tmpfs none layers; cd layers; mkdir -p lower/.claude lower/repo/src/deep lower/was-a-directory/a/b lower/gone/a upper work",
+        &to.dir,
+    );
+    run("cd layers/lower; for at in repo/a repo/src/deep/a was-a-directory/a/b/c gone/a/b; do echo image >$at; done", &to.dir);
+    run("cd layers; mount -t overlay none -o lowerdir=lower,upperdir=upper,workdir=work,redirect_dir=off ../home", &to.dir);
+    let renamed = fs::rename(home.join("gone"), home.join("else"));
+    assert_eq!(renamed.unwrap_err().kind(), io::ErrorKind::CrossesDevices, "it is a layer");
+    let before = to.all();
+    let twice = TWICE.map(|(kind, path)| tar_of(kind, path, None)).concat();
+    assert!(to.unpack(&[], &[twice, vec![0; 1024]].concat()[..]).is_err());
+    assert_eq!(to.all(), before);
+    to.unpack(&[], &tar[..]).unwrap();
+    assert_eq!(to.all(), is(&[("repo/src/new", "new"), ("was-a-directory", "file")]));
+    assert_eq!(home.join("repo").metadata().unwrap().permissions().mode() & 0o777, 0o750);
+    assert!(!home.join("gone").exists());
+    run("umount home layers", &to.dir);
+}
+
+#[test]
+fn a_root_that_is_deep_in_another_is_not_lost_with_what_is_around_it() {
+    let deep = |name: &str| {
+        let mut place = Place::new(name);
+        place.roots[0].path = place.dir.join("home/.config/claude");
+        fs::create_dir_all(&place.roots[0].path).unwrap();
+        place
+    };
+    let (from, to) = (deep("deep-from"), deep("deep-to"));
+    from.write(".config/claude/projects/-home/s.jsonl", "said");
+    from.write(".config/git", "new");
+    to.write(".config/claude/settings.json", "of the image");
+    to.write(".config/old", "of the image");
+    let tar = from.pack(&[], MOST).unwrap();
+    to.unpack(&[], &tar[..]).unwrap();
+    assert_eq!(to.all(), from.all());
+    // Also where nothing comes for it.
+    to.unpack(&[], &[tar_of(tar::EntryType::Regular, "workspace/a", None), vec![0; 1024]].concat()[..]).unwrap();
+    assert_eq!(to.all(), is(&[(".config/claude/projects/-home/s.jsonl", "said"), ("a", "evil")]));
+}
+
+#[test]
+fn who_is_not_root_moves_what_may_not_be_written_to() {
+    if !inside(&["-U"], "who_is_not_root_moves_what_may_not_be_written_to") {
+        return;
+    }
+    let (from, to) = (Place::new("own-from"), Place::new("own-to"));
+    for place in [&from, &to] {
+        place.write("code/deep/run", "#!");
+        place.write("code/other", "");
+        for path in ["home/code/deep", "home/code"] {
+            fs::set_permissions(place.dir.join(path), fs::Permissions::from_mode(0o555)).unwrap();
+        }
+    }
+    let mode = |path: &str| to.dir.join("home").join(path).metadata().unwrap().permissions().mode() & 0o777;
+    let twice = TWICE.map(|(kind, path)| tar_of(kind, path, None)).concat();
+    assert!(to.unpack(&[], &[twice, vec![0; 1024]].concat()[..]).is_err());
+    assert_eq!((to.all(), mode("code"), mode("code/deep")), (from.all(), 0o555, 0o555));
+    let tar = from.pack(&[], MOST).unwrap();
+    to.unpack(&[], &tar[..]).unwrap();
+    assert_eq!((to.all(), mode("code"), mode("code/deep")), (from.all(), 0o555, 0o555));
+    assert_eq!(fs::read_dir(to.dir.join("home")).unwrap().count(), 2, "nothing is left beside it");
+    for place in [&from, &to] {
+        run("chmod -R u+w .", &place.dir);
+    }
 }
 
 #[test]
