@@ -194,7 +194,10 @@ class Stage:
         rules = [{"when": {"agent": "main", "prompt_contains": word}, "reply": {"blocks": [bash(command)]}} | how for word, (command, how) in again.items()]
         # On a busy machine a tool may take its time, and so may its end: the session is to go on.
         flags = ("--stop-interrupt", "3m", "--loop-mode", "enforce", "--max-identical-calls", "4", "--turn-max-cost-usd", "0.45", "--tool-max-duration", "15s", "--max-turns", "20")
-        cli = self.cli("held", self.api("held", script(*rules)), *TOOLS, wrapper=self.wrapper("held", *flags))
+        wrapper = self.wrapper("held", *flags)
+        cli = self.cli("held", self.api("held", script(*rules)), *TOOLS, wrapper=wrapper)
+        # It says nothing until it is asked: how long that took is counted between two scrapes, which is what a rate is.
+        self.sees(f'up{{instance="127.0.0.1:{wrapper.port}"}} == 1')
         for text in ("slow", "circle", "dear"):
             cli.ask(text, timeout=PATIENCE)
 
