@@ -58,6 +58,7 @@ struct Bucket {
     uploads: Mutex<BTreeMap<String, BTreeMap<u32, Vec<u8>>>>,
     /// The next part is refused.
     breaks: Mutex<bool>,
+    gone: Mutex<bool>,
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -103,6 +104,9 @@ async fn s3(State(bucket): State<Arc<Bucket>>, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let (path, query) = (parts.uri.path().to_owned(), parts.uri.query().unwrap_or_default().to_owned());
     let host = parts.headers["host"].to_str().unwrap();
+    if *bucket.gone.lock().unwrap() {
+        return (StatusCode::NOT_FOUND, "<Error><Code>NoSuchBucket</Code></Error>").into_response();
+    }
     let body = axum::body::to_bytes(body, 64 << 20).await.unwrap();
     if !is_signed(&parts.method, &path, &query, host) {
         let code = "<Error><Code>SignatureDoesNotMatch</Code></Error>";
@@ -131,7 +135,7 @@ async fn s3(State(bucket): State<Arc<Bucket>>, request: Request) -> Response {
         }
         ("GET", _) => match bucket.objects.lock().unwrap().get(&key) {
             Some(bytes) => bytes.clone().into_response(),
-            None => StatusCode::NOT_FOUND.into_response(),
+            None => (StatusCode::NOT_FOUND, "<Error><Code>NoSuchKey</Code></Error>").into_response(),
         },
         ("POST", None) => {
             let mut uploads = bucket.uploads.lock().unwrap();
@@ -224,6 +228,8 @@ async fn a_directory_keeps_conversations() {
     let root = scratch.0.join("shelf");
     keeps(&Directory::new(root.clone()), &scratch, "fleet").await;
     let left: Vec<_> = std::fs::read_dir(root.join("fleet")).unwrap().collect();
+    let away = Directory::new(scratch.0.join("not-mounted")).get("fleet/s/1", &scratch.0.join("none")).await;
+    assert!(matches!(away, Err(Error::Passing(_))), "what should be mounted is not, {away:?}");
     assert!(left.is_empty(), "directories of sessions that have nothing: {left:?}");
 }
 
@@ -240,6 +246,11 @@ async fn a_bucket_keeps_conversations_for_who_signs_with_its_key() {
     assert!(kept.uploads.lock().unwrap().is_empty() && kept.objects.lock().unwrap().is_empty());
     shelf.put("fleet/s/1", &large).await.unwrap();
     assert_eq!(kept.objects.lock().unwrap().keys().collect::<Vec<_>>(), ["some/where/fleet/s/1"]);
+    // Its bucket is not there: that is mended, and then it is.
+    *kept.gone.lock().unwrap() = true;
+    let away = shelf.get("fleet/s/1", &scratch.0.join("out")).await;
+    assert!(matches!(away, Err(Error::Passing(_))), "{away:?}");
+    *kept.gone.lock().unwrap() = false;
     let stranger = bucket(&kept, "another").await;
     let refused = stranger.list("fleet/").await.unwrap_err().to_string();
     assert!(refused.contains("403 SignatureDoesNotMatch") && !refused.contains("another"), "{refused}");
@@ -261,7 +272,16 @@ async fn postgresql_keeps_conversations() {
 struct Sidecar {
     has: Mutex<Vec<u8>>,
     says: Mutex<Option<StatusCode>>,
+    /// What `/livez` is answered with.
+    live: Mutex<Option<(StatusCode, &'static str)>>,
 }
+
+async fn livez(State(sidecar): State<Arc<Sidecar>>) -> Response {
+    sidecar.live.lock().unwrap().unwrap_or((StatusCode::OK, "ok\n")).into_response()
+}
+
+/// What every tar ends with.
+const END: [u8; 1024] = [0; 1024];
 
 async fn sidecar(State(sidecar): State<Arc<Sidecar>>, method: Method, headers: HeaderMap, body: Bytes) -> Response {
     if headers.get("authorization").is_none_or(|said| said != "Bearer the-token") {
@@ -289,7 +309,7 @@ async fn a_conversation_comes_back_as_it_was_or_not_at_all() {
     let scratch = Scratch::new();
     let root = scratch.0.join("shelf");
     let container = Arc::new(Sidecar::default());
-    let routes = Router::new().route("/livez", axum::routing::get(|| async { "ok" }));
+    let routes = Router::new().route("/livez", axum::routing::get(livez));
     let at = served(routes.fallback(sidecar).with_state(Arc::clone(&container))).await;
     let at = Endpoint { url: at, headers: vec![] };
     let away = Conversations {
@@ -305,7 +325,7 @@ async fn a_conversation_comes_back_as_it_was_or_not_at_all() {
     let was: Vec<u8> = (0..300_000_u32).flat_map(u32::to_le_bytes).collect();
     let mut last = None;
     for n in 0..4_u8 {
-        *container.has.lock().unwrap() = [&was[..], &[n]].concat();
+        *container.has.lock().unwrap() = [&was[..], &[n], &END].concat();
         last = Some(away.put_away(&talk, &at, "the-token", Timestamp::now()).await.unwrap());
     }
     let last = last.unwrap();
@@ -313,7 +333,7 @@ async fn a_conversation_comes_back_as_it_was_or_not_at_all() {
     assert_eq!(away.shelf.list("fleet/talk/").await.unwrap().len(), 2, "the last two are kept");
     container.has.lock().unwrap().clear();
     away.bring(&last.name, &at, "the-token").await.unwrap();
-    assert!(*container.has.lock().unwrap() == [&was[..], &[3]].concat());
+    assert!(*container.has.lock().unwrap() == [&was[..], &[3], &END].concat());
     // Whose token is another's, who works, who refuses, who is not there.
     let refused = away.put_away(&talk, &at, "another", Timestamp::now()).await;
     assert!(matches!(refused, Err(Error::Lasting(_))), "{refused:?}");
@@ -326,6 +346,22 @@ async fn a_conversation_comes_back_as_it_was_or_not_at_all() {
     *container.says.lock().unwrap() = None;
     let nobody = Endpoint { url: String::from("http://127.0.0.1:1"), headers: vec![] };
     assert!(matches!(away.bring(&last.name, &nobody, "the-token").await, Err(Error::NotYet(_))));
+    // A gateway that answers for nobody is not the sidecar; a sidecar that is not well is.
+    let unwell = "the agent survives every attempt to end it\n";
+    for (status, said, there) in [(404, "", false), (502, "", false), (503, "no healthy upstream", false), (503, unwell, true)] {
+        *container.live.lock().unwrap() = Some((StatusCode::from_u16(status).unwrap(), said));
+        *container.says.lock().unwrap() = Some(StatusCode::FORBIDDEN);
+        let brought = away.bring(&last.name, &at, "the-token").await;
+        assert_eq!(matches!(brought, Err(Error::NotYet(_))), !there, "{status} {said}: {brought:?}");
+    }
+    (*container.live.lock().unwrap(), *container.says.lock().unwrap()) = (None, None);
+    // What ends before its end is not all of it, however well its connection ends.
+    for part in [&b""[..], &was[..5000], &END[1..], &[&END[..], b"x"].concat()] {
+        *container.has.lock().unwrap() = part.to_vec();
+        let half = away.put_away(&session("half"), &at, "the-token", Timestamp::now()).await;
+        assert!(matches!(half, Err(Error::Passing(_))), "{half:?}");
+    }
+    assert_eq!(away.shelf.list("fleet/half/").await.unwrap(), Vec::<String>::new());
     // What is damaged is brought nowhere.
     container.has.lock().unwrap().clear();
     let path = root.join(&last.name);
@@ -344,6 +380,42 @@ async fn a_conversation_comes_back_as_it_was_or_not_at_all() {
     assert_eq!(away.shelf.list("fleet/large/").await.unwrap(), Vec::<String>::new());
     let spooled = |path: &Path| std::fs::read_dir(path).unwrap().filter(|entry| entry.as_ref().unwrap().path().is_file()).count();
     assert_eq!(spooled(&scratch.0), 0, "nothing is left on the way");
+}
+
+#[tokio::test]
+async fn what_was_put_away_last_is_kept_whatever_it_is_called() {
+    let scratch = Scratch::new();
+    let container = Arc::new(Sidecar { has: Mutex::new(END.to_vec()), ..Sidecar::default() });
+    let url = served(Router::new().fallback(sidecar).with_state(container)).await;
+    let at = Endpoint { url, headers: vec![] };
+    let away = Conversations {
+        fleet: String::from("fleet"),
+        shelf: Arc::new(Directory::new(scratch.0.join("shelf"))),
+        client: build::client().unwrap(),
+        spool: scratch.0.clone(),
+        keep: 1,
+        keep_for: None,
+        max_size: 1 << 20,
+    };
+    let (now, mut talk) = (Timestamp::now(), session("talk"));
+    let put = async |session: &Session, seconds: u64| {
+        away.put_away(session, &at, "the-token", now + Duration::from_secs(seconds)).await.unwrap().name
+    };
+    let list = async || away.shelf.list("fleet/talk/").await.unwrap();
+    // Of one of the same id, which had more containers than this one has yet.
+    talk.generation = 7;
+    let before = put(&talk, 0).await;
+    talk.generation = 1;
+    let first = put(&talk, 60).await;
+    assert_eq!(list().await, [first.clone()], "and not {before}");
+    // What it would go on with, if nobody hears that there is another.
+    talk.archive = Some(first.clone());
+    let second = put(&talk, 120).await;
+    assert_eq!(list().await, [first.clone(), second.clone()]);
+    // A clock that was put back says that the new is the oldest.
+    talk.archive = Some(second.clone());
+    let third = put(&talk, 30).await;
+    assert_eq!(list().await, [third, second]);
 }
 
 #[tokio::test]
@@ -375,11 +447,30 @@ async fn what_nobody_needs_is_swept_and_nothing_else() {
         keep_for: Some(Duration::from_secs(3600)),
         max_size: 1 << 20,
     };
+    // What was on its way when somebody was killed, and what is on its way now.
+    let old = std::time::SystemTime::now() - Duration::from_secs(2 * 86_400);
+    let (spool, half) = (scratch.0.clone(), scratch.0.join("shelf/fleet/half"));
+    std::fs::create_dir(&half).unwrap();
+    let begun = |dir: &Path, name: &str, is_old: bool| {
+        let path = dir.join(name);
+        let file = std::fs::File::create(&path).unwrap();
+        is_old.then(|| file.set_modified(old).unwrap());
+        path
+    };
+    let gone = [begun(&half, ".begun-1", true), begun(&spool, "agent-fleet-1.tar.gz", true)];
+    let stays = [
+        begun(&scratch.0.join("shelf/fleet/lives"), ".begun-2", false),
+        begun(&spool, "agent-fleet-2.tar.gz", false),
+        begun(&spool, "agent-fleet-notes", true),
+        begun(&spool, "another.tar.gz", true),
+    ];
     let later = now + Duration::from_secs(600);
     assert_eq!(away.sweep(&store, later).await.unwrap(), 0, "they are kept for an hour");
     away.keep_for = None;
     assert_eq!(away.sweep(&store, later).await.unwrap(), 2);
     let left = shelf.list("fleet/").await.unwrap();
     let expected = [name("before", Timestamp::UNIX_EPOCH), name("failed", now), name("lives", now), String::from("fleet/notes")];
+    assert!(!gone.iter().any(|path| path.exists()) && !half.exists(), "it was left by nobody who lives");
+    assert!(stays.iter().all(|path| path.exists()), "it is somebody's");
     assert_eq!(left, expected, "older than the store, wanted perhaps, alive, or no conversation");
 }

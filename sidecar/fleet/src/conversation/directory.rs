@@ -3,10 +3,11 @@
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 
-use super::{Error, Result, Shelf, private};
+use super::{Error, Result, Shelf, is_older, private};
 
 /// What is not there yet is called so.
 const BEGUN: &str = ".begun-";
@@ -41,24 +42,30 @@ fn put(path: &Path, file: &Path) -> std::io::Result<()> {
     put().inspect_err(|_| drop(fs::remove_file(&begun)))
 }
 
-/// Every file below, as it is called from the root.
-fn find(root: &Path, dir: &Path, found: &mut Vec<String>) -> std::io::Result<()> {
+/// Every file below.
+fn walk(dir: &Path, found: &mut dyn FnMut(&fs::DirEntry)) -> std::io::Result<()> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         entries => entries?,
     };
     for entry in entries {
         let entry = entry?;
-        let path = entry.path();
         if entry.file_type()?.is_dir() {
-            find(root, &path, found)?;
-        } else if let Some(name) = path.strip_prefix(root).ok().and_then(Path::to_str)
-            && !entry.file_name().to_string_lossy().starts_with(BEGUN)
-        {
-            found.push(name.to_owned());
+            walk(&entry.path(), found)?;
+        } else {
+            found(&entry);
         }
     }
     Ok(())
+}
+
+fn is_begun(entry: &fs::DirEntry) -> bool {
+    entry.file_name().to_string_lossy().starts_with(BEGUN)
+}
+
+/// Of a whole directory alone, so that not all of it is walked for one session.
+fn directory(root: &Path, beginning: &str) -> PathBuf {
+    root.join(beginning.rsplit_once('/').map_or("", |(dir, _)| dir))
 }
 
 #[async_trait]
@@ -70,8 +77,10 @@ impl Shelf for Directory {
 
     async fn get(&self, name: &str, to: &Path) -> Result<()> {
         let (path, to) = (self.root.join(name), to.to_owned());
+        // Where nothing of the fleet is, what should be mounted is not.
+        let fleet = self.root.join(name.split('/').next().unwrap_or_default());
         let there = blocking(move || match fs::File::open(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && fleet.is_dir() => Ok(false),
             from => std::io::copy(&mut from?, &mut private(&to)?).map(|_| true),
         });
         if there.await? { Ok(()) } else { Err(gone()) }
@@ -79,11 +88,15 @@ impl Shelf for Directory {
 
     async fn list(&self, beginning: &str) -> Result<Vec<String>> {
         let root = self.root.clone();
-        // Of a whole directory alone, so that not all of it is walked for one session.
-        let dir = root.join(beginning.rsplit_once('/').map_or("", |(dir, _)| dir));
+        let dir = directory(&root, beginning);
         let mut found = blocking(move || {
             let mut found = Vec::new();
-            find(&root, &dir, &mut found).map(|()| found)
+            let mut add = |entry: &fs::DirEntry| {
+                let path = entry.path();
+                let name = path.strip_prefix(&root).ok().and_then(Path::to_str).filter(|_| !is_begun(entry));
+                found.extend(name.map(str::to_owned));
+            };
+            walk(&dir, &mut add).map(|()| found)
         })
         .await?;
         found.retain(|name| name.starts_with(beginning));
@@ -100,6 +113,20 @@ impl Shelf for Directory {
                 path.parent().map(fs::remove_dir);
                 Ok(())
             }
+        })
+        .await
+    }
+
+    async fn tidy(&self, beginning: &str, before: SystemTime) -> Result<usize> {
+        let dir = directory(&self.root, beginning);
+        blocking(move || {
+            let mut old = Vec::new();
+            walk(&dir, &mut |entry| old.extend((is_begun(entry) && is_older(entry, before)).then(|| entry.path())))?;
+            for path in &old {
+                fs::remove_file(path)?;
+                path.parent().map(fs::remove_dir);
+            }
+            Ok(old.len())
         })
         .await
     }

@@ -16,11 +16,12 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use jiff::Timestamp;
+use reqwest::StatusCode;
 use ring::digest::{Context, SHA256};
 use tokio::sync::mpsc;
 
@@ -39,6 +40,14 @@ const CONNECT: Duration = Duration::from_secs(5);
 const LONGEST: Duration = Duration::from_secs(30 * 60);
 /// How long what was put away of a session that has failed is kept at least: somebody may still want it.
 const FAILED_KEPT: Duration = Duration::from_secs(7 * 86_400);
+/// What was begun so long ago is nobody's any more.
+const ABANDONED: Duration = Duration::from_secs(86_400);
+const SPOOLED: &str = "agent-fleet-";
+const BROKEN_OFF: &str = "the sidecar has not given all of it";
+/// What a whole tar ends with: zeros.
+const TAR_END: usize = 1024;
+/// What a sidecar says that listens and is not well. A gateway before it says the same status when nobody listens.
+const UNWELL: [&str; 3] = ["the agent survives", "the sidecar's own loop", "no agent of this container"];
 /// So much at once, and so many of these on their way.
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 16;
@@ -59,6 +68,10 @@ pub trait Shelf: Send + Sync {
     async fn list(&self, beginning: &str) -> Result<Vec<String>>;
     /// It is gone. It is no mistake if it was.
     async fn delete(&self, name: &str) -> Result<()>;
+    /// Removes what was begun before a time, below a beginning, and never came to be there. How many.
+    async fn tidy(&self, _beginning: &str, _before: SystemTime) -> Result<usize> {
+        Ok(0)
+    }
 }
 
 /// What went wrong, by what can be done about it.
@@ -92,7 +105,8 @@ fn passing(what: &str, error: &reqwest::Error) -> Error {
     Error::Passing(format!("{what}: {cause}"))
 }
 
-/// What one is called: `FLEET/SESSION/GENERATION-MILLISECONDS-DIGEST.tar.gz`, so that the last of a session comes last.
+/// What one is called: `FLEET/SESSION/GENERATION-MILLISECONDS-DIGEST.tar.gz`. Generations begin anew with a new session of the same id: what is the
+/// last says the time alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Name {
     session: SessionId,
@@ -150,7 +164,7 @@ impl Drop for Spooled {
 
 impl Conversations {
     fn spooled(&self) -> Spooled {
-        Spooled(self.spool.join(format!("agent-fleet-{}{ENDING}", uuid::Uuid::now_v7())))
+        Spooled(self.spool.join(format!("{SPOOLED}{}{ENDING}", uuid::Uuid::now_v7())))
     }
 
     /// Takes what the container has, and keeps it.
@@ -174,7 +188,7 @@ impl Conversations {
                 Ok(part) if say.send(part.to_vec()).await.is_err() => break,
                 Ok(_) => {}
                 Err(error) => {
-                    whole = Err(passing("the sidecar has not given all of it", &error));
+                    whole = Err(passing(BROKEN_OFF, &error));
                     break;
                 }
             }
@@ -183,12 +197,12 @@ impl Conversations {
         let digest = packing.await.map_err(|_| Error::Passing(String::from("packing it has panicked")))?;
         whole?;
         let digest = digest?;
-        let (session, generation, unix_ms) = (session.id.clone(), session.generation, now.as_millisecond());
-        let name = Name { session: session.clone(), generation, unix_ms, digest }.written(&self.fleet);
+        let (generation, unix_ms) = (session.generation, now.as_millisecond());
+        let name = Name { session: session.id.clone(), generation, unix_ms, digest }.written(&self.fleet);
         self.shelf.put(&name, &spooled.0).await?;
         // What is too much is in nobody's way: it is tried again with the next.
-        if let Err(error) = self.thin(&session).await {
-            tracing::warn!(%session, %error, "what was put away before cannot be removed");
+        if let Err(error) = self.thin(session, &name).await {
+            tracing::warn!(session = %session.id, %error, "what was put away before cannot be removed");
         }
         Ok(Kept { name, conversation })
     }
@@ -199,8 +213,7 @@ impl Conversations {
     /// Nobody listens there yet, it is damaged, or something does not answer.
     pub async fn bring(&self, name: &str, at: &Endpoint, token: &str) -> Result<()> {
         // Before it is fetched: a container takes a while to listen.
-        let there = self.client.get(format!("{}/livez", at.url)).timeout(CONNECT);
-        headers(there, at).send().await.map_err(|error| Error::NotYet(error.without_url().to_string()))?;
+        self.listens(at).await?;
         let known =
             Name::read(&self.fleet, name).ok_or_else(|| Error::Lasting(format!("`{name}` is no name of what was put away")))?;
         let spooled = self.spooled();
@@ -220,6 +233,22 @@ impl Conversations {
         answer.map(drop)
     }
 
+    /// Whether it is the sidecar that answers, and not who stands before it.
+    async fn listens(&self, at: &Endpoint) -> Result<()> {
+        let not_yet = |error: reqwest::Error| Error::NotYet(error.without_url().to_string());
+        let asked = self.client.get(format!("{}/livez", at.url)).timeout(CONNECT);
+        let answer = headers(asked, at).send().await.map_err(not_yet)?;
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(());
+        }
+        let unwell = status == StatusCode::SERVICE_UNAVAILABLE && {
+            let said = answer.text().await.map_err(not_yet)?;
+            UNWELL.iter().any(|words| said.starts_with(words))
+        };
+        if unwell { Ok(()) } else { Err(Error::NotYet(format!("something says {}, and is not the sidecar", status.as_u16()))) }
+    }
+
     fn request(&self, method: reqwest::Method, at: &Endpoint, token: &str) -> reqwest::RequestBuilder {
         headers(self.client.request(method, format!("{}{PATH}", at.url)).bearer_auth(token).timeout(LONGEST), at)
     }
@@ -228,10 +257,14 @@ impl Conversations {
         self.shelf.list(&format!("{}/{session}/", self.fleet)).await
     }
 
-    /// Removes all but the last.
-    async fn thin(&self, session: &SessionId) -> Result<()> {
-        let names = self.of(session).await?;
-        for name in &names[..names.len().saturating_sub(self.keep.max(1))] {
+    /// Removes all but the last, but never `put`, nor what the session still goes on with: nobody may have written down yet that there is another.
+    async fn thin(&self, session: &Session, put: &str) -> Result<()> {
+        let names = self.of(&session.id).await?.into_iter();
+        let mut names: Vec<(i64, String)> =
+            names.filter_map(|text| Some((Name::read(&self.fleet, &text)?.unix_ms, text))).collect();
+        names.sort();
+        names.truncate(names.len().saturating_sub(self.keep.max(1)));
+        for (_, name) in names.iter().filter(|(_, name)| name != put && Some(name) != session.archive.as_ref()) {
             self.shelf.delete(name).await?;
         }
         Ok(())
@@ -254,6 +287,7 @@ impl Conversations {
     /// # Errors
     /// The shelf or the store does not answer.
     pub async fn sweep(&self, store: &Arc<dyn Store>, now: Timestamp) -> Result<usize> {
+        self.tidy(now).await;
         let unread = |error: crate::store::Error| Error::Passing(error.to_string());
         let born = store.born().await.map_err(unread)?;
         let mut sessions: BTreeMap<SessionId, Vec<(Name, String)>> = BTreeMap::new();
@@ -282,6 +316,32 @@ impl Conversations {
         }
         Ok(removed)
     }
+
+    /// Removes what somebody who was killed has left half done: it is as private as what is whole.
+    async fn tidy(&self, now: Timestamp) {
+        let before = UNIX_EPOCH + Duration::from_millis(now.as_millisecond().unsigned_abs()) - ABANDONED;
+        if let Err(error) = self.shelf.tidy(&format!("{}/", self.fleet), before).await {
+            tracing::warn!(%error, "conversations that were put away by half cannot be removed now");
+        }
+        let spool = self.spool.clone();
+        let swept = tokio::task::spawn_blocking(move || {
+            let is_ours = |name: &str| name.starts_with(SPOOLED) && name.ends_with(ENDING);
+            for entry in std::fs::read_dir(spool)?.flatten() {
+                if entry.file_name().to_str().is_some_and(is_ours) && is_older(&entry, before) {
+                    std::fs::remove_file(entry.path())?;
+                }
+            }
+            Ok::<_, std::io::Error>(())
+        });
+        if let Ok(Err(error)) = swept.await {
+            tracing::warn!(%error, "conversations that were on their way cannot be removed now");
+        }
+    }
+}
+
+/// Whether it is a file, last written before then.
+fn is_older(entry: &std::fs::DirEntry, before: SystemTime) -> bool {
+    entry.metadata().is_ok_and(|file| file.is_file() && file.modified().is_ok_and(|written| written < before))
 }
 
 fn headers(asked: reqwest::RequestBuilder, at: &Endpoint) -> reqwest::RequestBuilder {
@@ -332,21 +392,27 @@ fn hex(context: Context) -> String {
 
 /// Compresses what comes into a file. Its digest.
 fn pack(path: &Path, mut parts: mpsc::Receiver<Vec<u8>>, most: u64) -> Result<String> {
+    let mut end = Vec::new();
     let mut pack = || -> std::io::Result<String> {
         let file = private(path)?;
         let to = Digesting { to: std::io::BufWriter::new(file), context: Context::new(&SHA256), bytes: 0, most };
         let mut gzip = flate2::write::GzEncoder::new(to, flate2::Compression::fast());
         while let Some(part) = parts.blocking_recv() {
             gzip.write_all(&part)?;
+            end.extend_from_slice(&part[part.len().saturating_sub(TAR_END)..]);
+            end.drain(..end.len().saturating_sub(TAR_END));
         }
         let mut digesting = gzip.finish()?;
         digesting.flush()?;
         Ok(hex(digesting.context))
     };
-    pack().map_err(|error| match error.kind() {
+    let digest = pack().map_err(|error| match error.kind() {
         std::io::ErrorKind::FileTooLarge => Error::Lasting(format!("it is larger than `conversations.max_size`, {most} bytes")),
         _ => error.into(),
-    })
+    })?;
+    // Its container is destroyed after this: that the connection has ended well is not enough.
+    let whole = end.len() == TAR_END && end.iter().all(|byte| *byte == 0);
+    if whole { Ok(digest) } else { Err(Error::Passing(String::from(BROKEN_OFF))) }
 }
 
 fn digest(path: &Path) -> Result<String> {

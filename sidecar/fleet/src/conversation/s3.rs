@@ -56,12 +56,13 @@ impl S3 {
         if status.is_success() {
             return Ok(answer);
         }
-        if status == StatusCode::NOT_FOUND {
-            return Err(gone());
-        }
         // A code in the XML says more than the status; the rest may repeat the request.
         let said = answer.text().await.unwrap_or_default();
         let code = said.split_once("<Code>").and_then(|(_, rest)| rest.split_once("</Code>")).map_or("", |(code, _)| code);
+        // That a bucket is not there, or the wrong one is asked, can be mended.
+        if status == StatusCode::NOT_FOUND && code == "NoSuchKey" {
+            return Err(gone());
+        }
         Err(Error::Passing(format!("S3 says {} {}", status.as_u16(), code.chars().take(60).collect::<String>())))
     }
 
