@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -36,23 +36,42 @@ pub(super) struct Book {
     /// Whose directory it is in, if it may be nobody else's.
     owner: Option<u32>,
     kept: Kept,
+    /// The file that was read or written last.
+    seen: Option<Seen>,
+}
+
+/// Which file, and as it was when.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Seen(u64, i64, u64);
+
+impl Seen {
+    #[expect(clippy::useless_conversion, clippy::unnecessary_cast, reason = "its types differ between architectures")]
+    fn of(file: impl AsFd) -> io::Result<Seen> {
+        let about = rustix::fs::fstat(file)?;
+        Ok(Seen(about.st_ino.into(), about.st_mtime.into(), about.st_mtime_nsec as u64))
+    }
 }
 
 impl Book {
     /// As it was left. One that cannot be read is said, and begun anew.
     pub(super) fn open(path: PathBuf, user: &User) -> Book {
         let owner = (!user.is_us()).then(|| user.uid());
-        let mut book = Book { path, owner, kept: Kept::default() };
-        match book.read() {
-            Ok(kept) => book.kept = kept,
+        let mut book = Book { path, owner, kept: Kept { version: 1, ..Kept::default() }, seen: None };
+        book.refresh();
+        book
+    }
+
+    /// Reads it again where it is another: it is brought with the conversations, and that may be after the start.
+    pub(super) fn refresh(&mut self) {
+        match self.read() {
+            Ok(Some((kept, seen))) => (self.kept, self.seen) = (Kept { version: 1, ..kept }, Some(seen)),
+            Ok(None) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => {
-                tracing::error!(path = %book.path.display(), %error, "which conversations there are cannot be read: sessions begin anew");
-                book.put_aside();
+                tracing::error!(path = %self.path.display(), %error, "which conversations there are cannot be read: sessions begin anew");
+                self.put_aside();
             }
         }
-        book.kept.version = 1;
-        book
     }
 
     pub(super) fn find(&self, id: &str) -> Option<String> {
@@ -111,11 +130,16 @@ impl Book {
         self.path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "it is no file's name"))
     }
 
-    fn read(&self) -> io::Result<Kept> {
+    /// `None`: that is known.
+    fn read(&self) -> io::Result<Option<(Kept, Seen)>> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = File::from(rustix::fs::openat(self.dir()?, self.name()?, flags, Mode::empty())?);
         if !file.metadata()?.is_file() {
             return Err(io::Error::other("it is no file"));
+        }
+        let seen = Seen::of(&file)?;
+        if self.seen == Some(seen) {
+            return Ok(None);
         }
         let mut bytes = Vec::new();
         if file.take(LARGEST + 1).read_to_end(&mut bytes)? as u64 > LARGEST {
@@ -123,11 +147,11 @@ impl Book {
         }
         let mut kept: Kept = serde_json::from_slice(&bytes)?;
         kept.sessions.retain(|_, entry| is_conversation(&entry.conversation));
-        Ok(kept)
+        Ok(Some((kept, seen)))
     }
 
     /// A reader sees the one before or this one.
-    fn write(&self) -> io::Result<()> {
+    fn write(&mut self) -> io::Result<()> {
         let (dir, name) = (self.dir()?, self.name()?);
         let mut beside = name.to_owned();
         beside.push(format!(".{}", std::process::id()));
@@ -136,13 +160,17 @@ impl Book {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&dir, &beside, flags, Mode::from_raw_mode(0o600));
         let written = file.map_err(io::Error::from).and_then(|file| {
-            File::from(file).write_all(&serde_json::to_vec(&self.kept)?)?;
-            Ok(rustix::fs::renameat(&dir, &beside, &dir, name)?)
+            let mut file = File::from(file);
+            file.write_all(&serde_json::to_vec(&self.kept)?)?;
+            let seen = Seen::of(&file)?;
+            rustix::fs::renameat(&dir, &beside, &dir, name)?;
+            Ok(seen)
         });
         if written.is_err() {
             rustix::fs::unlinkat(&dir, &beside, AtFlags::empty()).ok();
         }
-        written
+        self.seen = Some(written?);
+        Ok(())
     }
 
     /// Somebody may want to see what it was.
@@ -185,6 +213,32 @@ mod tests {
         assert_eq!(open().all().collect::<Vec<_>>(), [("a", "7a")]);
         assert_eq!(std::fs::read_dir(dir.join("deep")).unwrap().count(), 1, "nothing is left beside it");
         std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn one_that_is_brought_later_is_read_before_anything_is_written_over_it() {
+        let (dir, brought) = (scratch("here"), scratch("brought"));
+        let mut book = Book::open(dir.join("book.json"), &User::ours());
+        let mut other = Book::open(brought.join("book.json"), &User::ours());
+        for (id, conversation) in [("a", "1"), ("b", "2")] {
+            other.remember(id, conversation).unwrap();
+            std::fs::rename(brought.join("book.json"), dir.join("book.json")).unwrap();
+            book.refresh();
+            assert_eq!(book.find(id).as_deref(), Some(conversation));
+        }
+        book.remember("c", "3").unwrap();
+        book.refresh();
+        let all = [("a", "1"), ("b", "2"), ("c", "3")];
+        assert_eq!(book.all().collect::<Vec<_>>(), all);
+        assert_eq!(Book::open(dir.join("book.json"), &User::ours()).all().collect::<Vec<_>>(), all);
+        // What cannot be written is known all the same.
+        std::fs::remove_dir_all(&dir).unwrap();
+        std::fs::write(&dir, "").unwrap();
+        assert!(book.remember("d", "4").is_err());
+        book.refresh();
+        assert_eq!(book.find("d").as_deref(), Some("4"));
+        std::fs::remove_file(dir).unwrap();
+        std::fs::remove_dir_all(brought).unwrap();
     }
 
     #[test]

@@ -21,7 +21,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_sidecar_core::launch::{Launch, Mode};
@@ -164,6 +164,8 @@ struct House {
     reaper: Arc<Reaper>,
     book: Mutex<Book>,
     talks: Mutex<BTreeMap<String, Arc<Talk>>>,
+    /// Those that are over, and whose agents are not yet. Locked while `talks` is.
+    ending: Mutex<Vec<Arc<Talk>>>,
     /// Nothing new is begun.
     closing: watch::Receiver<bool>,
 }
@@ -185,7 +187,10 @@ impl House {
             return Err(Refusal::Closing);
         }
         let mut talks = self.talks.lock().unwrap_or_else(PoisonError::into_inner);
-        talks.retain(|_, talk| !talk.is_over());
+        let mut ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
+        ending.retain(|talk| talk.state().runs);
+        ending.extend(talks.extract_if(.., |_, talk| talk.is_over()).map(|(_, talk)| talk).filter(|talk| talk.state().runs));
+        drop(ending);
         if !talks.contains_key(id) && talks.len() >= TALKS {
             let rests = talks.iter().find(|(_, talk)| !talk.state().runs && !talk.state().busy).map(|(id, _)| id.clone());
             let Some(rests) = rests else { return Err(Refusal::Full) };
@@ -216,7 +221,8 @@ impl House {
     /// Whether there is room for one more agent: then it is this one's.
     fn take_room(&self, talk: &Talk) -> bool {
         let talks = self.talks.lock().unwrap_or_else(PoisonError::into_inner);
-        let room = talks.values().filter(|talk| talk.state().runs).count() < self.options.agents;
+        let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = talks.values().chain(ending.iter()).filter(|talk| talk.state().runs).count() < self.options.agents;
         if room {
             talk.set(|state| state.runs = true);
         }
@@ -227,20 +233,26 @@ impl House {
         self.talks.lock().unwrap_or_else(PoisonError::into_inner).get(id).filter(|talk| !talk.is_over()).cloned()
     }
 
+    /// As it is by now.
+    fn book(&self) -> MutexGuard<'_, Book> {
+        let mut book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
+        book.refresh();
+        book
+    }
+
     fn conversation(&self, id: &str) -> Option<String> {
-        self.book.lock().unwrap_or_else(PoisonError::into_inner).find(id)
+        self.book().find(id)
     }
 
     fn remember(&self, id: &str, conversation: &str) {
-        let kept = self.book.lock().unwrap_or_else(PoisonError::into_inner).remember(id, conversation);
+        let kept = self.book().remember(id, conversation);
         if let Err(error) = kept {
             tracing::warn!(%error, "which conversation a session is cannot be kept: it begins anew after the next start");
         }
     }
 
     fn forget(&self, id: &str) -> bool {
-        let mut book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
-        match book.forget(id) {
+        match self.book().forget(id) {
             Ok(known) => known,
             Err(error) => {
                 tracing::warn!(%error, "that a session is over cannot be kept");
@@ -304,6 +316,7 @@ pub(crate) fn run(config: &Config, recipe: Recipe) -> Result<(), Error> {
             reaper: Arc::clone(&reaper),
             book: Mutex::new(book),
             talks: Mutex::default(),
+            ending: Mutex::default(),
             closing: closing.clone(),
         });
         let pages = tokio::spawn(pages::serve(bound.into_listener(), Arc::clone(&house)));

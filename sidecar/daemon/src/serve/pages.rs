@@ -1,7 +1,9 @@
 //! What is asked over HTTP, by the contract of the hosting cookbook: `POST /sessions/{id}/messages`, `/health`, and what of them there is.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::TcpListener;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -13,7 +15,6 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use subtle::ConstantTimeEq;
-use tokio::sync::Semaphore;
 
 use super::talk::State;
 use super::{House, Refusal};
@@ -25,7 +26,7 @@ use crate::page;
 const CONNECTIONS: usize = 512;
 /// A message is a text that somebody wrote, or pasted.
 const MESSAGE: usize = 1024 * 1024;
-/// A client has this long to say what it wants.
+/// A client has this long to say what it wants, and to take something of the answer.
 const CLIENT: Duration = Duration::from_secs(30);
 
 pub(super) async fn serve(listener: TcpListener, house: Arc<House>) {
@@ -33,31 +34,58 @@ pub(super) async fn serve(listener: TcpListener, house: Arc<House>) {
         Ok(listener) => listener,
         Err(error) => return tracing::error!(%error, "sessions cannot be served"),
     };
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut open = Connections::default();
     loop {
-        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((stream, _)) => {
-                let house = Arc::clone(&house);
-                tokio::spawn(async move {
-                    let service = hyper::service::service_fn(|request: Request<Incoming>| {
-                        let house = Arc::clone(&house);
-                        async move {
-                            let mut answer = house.answer(request).await.unwrap_or_else(Refused::answer);
-                            page::harden(&mut answer);
-                            Ok::<_, Infallible>(answer)
-                        }
-                    });
-                    let mut builder = hyper::server::conn::http1::Builder::new();
-                    builder.timer(TokioTimer::new()).header_read_timeout(CLIENT).max_buf_size(16 * 1024);
-                    // Whoever hangs up has hung up.
-                    builder.serve_connection(TokioIo::new(stream), service).await.ok();
-                    drop(permit);
-                });
-            }
+            Ok((stream, _)) => open.serve(stream, &house),
             // Out of descriptors, most likely the agents' doing.
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
+    }
+}
+
+/// Those that are open, oldest first.
+#[derive(Default)]
+struct Connections {
+    open: VecDeque<Connection>,
+}
+
+struct Connection {
+    task: tokio::task::AbortHandle,
+    /// A turn's events are sent on it.
+    turn: Arc<AtomicBool>,
+}
+
+impl Connections {
+    /// Where there are too many, the oldest without a turn has to go: a crowd that says nothing must not keep a probe out.
+    fn serve(&mut self, stream: tokio::net::TcpStream, house: &Arc<House>) {
+        self.open.retain(|connection| !connection.task.is_finished());
+        if self.open.len() >= CONNECTIONS {
+            let Some(oldest) = self.open.iter().position(|connection| !connection.turn.load(Relaxed)) else { return };
+            self.open.remove(oldest).inspect(|connection| connection.task.abort());
+        }
+        // Of whoever takes nothing of what was sent, the kernel says that it has hung up.
+        let within = u32::try_from(CLIENT.as_millis()).unwrap_or(u32::MAX);
+        rustix::net::sockopt::set_tcp_user_timeout(&stream, within).ok();
+        let (house, turn) = (Arc::clone(house), Arc::new(AtomicBool::new(false)));
+        let streams = Arc::clone(&turn);
+        let task = tokio::spawn(async move {
+            let service = hyper::service::service_fn(|request: Request<Incoming>| {
+                let (house, streams) = (Arc::clone(&house), Arc::clone(&streams));
+                async move {
+                    streams.store(false, Relaxed);
+                    let mut answer = house.answer(request).await.unwrap_or_else(Refused::answer);
+                    streams.store(matches!(answer.body(), Body::Stream(_)), Relaxed);
+                    page::harden(&mut answer);
+                    Ok::<_, Infallible>(answer)
+                }
+            });
+            let mut builder = hyper::server::conn::http1::Builder::new();
+            builder.timer(TokioTimer::new()).header_read_timeout(CLIENT).max_buf_size(16 * 1024);
+            // Whoever hangs up has hung up.
+            builder.serve_connection(TokioIo::new(stream), service).await.ok();
+        });
+        self.open.push_back(Connection { task: task.abort_handle(), turn });
     }
 }
 
@@ -185,7 +213,7 @@ impl House {
     }
 
     fn list(&self) -> Vec<Value> {
-        let book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
+        let book = self.book();
         let mut all: std::collections::BTreeMap<String, Option<String>> =
             book.all().map(|(id, conversation)| (id.to_owned(), Some(conversation.to_owned()))).collect();
         drop(book);
@@ -210,7 +238,7 @@ impl House {
     fn end(&self, id: &str) -> Result<Answer, Refused> {
         let talk = self.talk(id);
         if let Some(talk) = &talk {
-            talk.end();
+            talk.drop_it();
         }
         if !self.forget(id) && talk.is_none() {
             return Err(refuse(StatusCode::NOT_FOUND, "there is no such session"));

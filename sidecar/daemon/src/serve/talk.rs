@@ -54,6 +54,8 @@ pub(super) struct State {
     pub(super) rests: bool,
     pub(super) used: Option<Instant>,
     over: bool,
+    /// And its conversation is not gone on with.
+    dropped: bool,
 }
 
 pub(super) struct Talk {
@@ -104,6 +106,12 @@ impl Talk {
             self.set(|state| state.rests = true);
             self.asks.try_send(Ask::Rest).ok();
         }
+    }
+
+    /// For good: what its agent still says is not remembered.
+    pub(super) fn drop_it(&self) {
+        self.set(|state| state.dropped = true);
+        self.end();
     }
 
     pub(super) fn end(&self) {
@@ -295,12 +303,15 @@ impl Driver {
     /// Starts the agent, with its conversation if it has one, as soon as there is room.
     async fn start(&mut self) -> Result<(), String> {
         let waited = timeout(ROOM, async {
-            while !self.house.take_room(&self.talk) {
+            while !self.talk.is_over() && !self.house.take_room(&self.talk) {
                 tokio::time::sleep(LOOK).await;
             }
         });
         if waited.await.is_err() {
             return Err(String::from("as many agents work as may: try again later"));
+        }
+        if self.talk.is_over() {
+            return Err(String::from("the session was ended"));
         }
         let resume = self.house.conversation(&self.id);
         let wrapper = self.house.recipe.wrapper(&self.house.program, resume.as_deref());
@@ -343,7 +354,9 @@ impl Driver {
         let answered = kind == "assistant" && value["parent_tool_use_id"].is_null();
         // One that was refused before it began was never written down, and cannot be resumed.
         let worked = kind == "result" && value["num_turns"].as_u64().is_some_and(|turns| turns > 0);
-        if let Some(conversation) = value["session_id"].as_str().filter(|_| answered || worked) {
+        if let Some(conversation) = value["session_id"].as_str().filter(|_| answered || worked)
+            && !self.talk.state().dropped
+        {
             self.house.remember(&self.id, conversation);
         }
         if let Some(message) = shape::message(self.house.options.form, &line, &value) {
@@ -369,7 +382,7 @@ impl Driver {
             return Ok(());
         }
         let errors: Vec<&str> = result["errors"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-        if errors.iter().any(|error| error.contains(NO_CONVERSATION)) {
+        if errors.iter().any(|error| error.contains(NO_CONVERSATION)) && !self.talk.state().dropped {
             self.house.forget(&self.id);
             return Err(String::from("its conversation is gone: the next message begins a new one"));
         }

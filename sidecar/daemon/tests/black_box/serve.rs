@@ -380,6 +380,8 @@ fn what_is_ended_leaves_nothing_and_is_told_so() {
     assert_eq!(server.ask("DELETE", "/sessions/a").0, 204);
     let last = std::iter::from_fn(|| turn.next()).last().unwrap();
     assert_eq!(last, (String::from("error"), json!({"message": "the session was ended"})));
+    // What its agent says on its way out is not remembered.
+    assert_eq!(server.ask("GET", "/sessions/a").0, 404);
     let mut turn = server.begin("b", "wait /nonexistent");
     turn.next().unwrap();
     let pids: Vec<i32> = server.starts().iter().map(|start| start["pid"].as_i64().unwrap().try_into().unwrap()).collect();
@@ -389,6 +391,42 @@ fn what_is_ended_leaves_nothing_and_is_told_so() {
     assert_eq!(last.0, "error");
     pids.into_iter().for_each(gone);
     assert_eq!({ server }.running.code(), Some(0));
+}
+
+#[test]
+fn what_an_agent_says_after_its_session_was_ended_is_not_remembered_and_it_counts_until_it_is_gone() {
+    let dir = Scratch::new("serve", "dropped");
+    let server = Server::start(&dir, &["--serve-max-agents", "1"]);
+    let go = dir.join("go");
+    let mut turn = server.begin("a", &format!("wait {}", go.display()));
+    while turn.next().unwrap().0 != "message" {}
+    assert_eq!(server.ask("DELETE", "/sessions/a").0, 204);
+    let mut next = server.begin("a", "hello");
+    let pid = |n: usize| i32::try_from(server.starts()[n]["pid"].as_i64().unwrap()).unwrap();
+    let first = pid(0);
+    std::fs::write(&go, "").unwrap();
+    assert!(std::iter::from_fn(|| turn.next()).any(|event| event.0 == "error"));
+    let answer = std::iter::from_fn(|| next.next()).last().unwrap();
+    assert_eq!(answer.0, "done", "{answer:?}");
+    gone(first);
+    assert_eq!(server.starts()[1]["resume"], json!([]), "another conversation");
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn a_crowd_that_says_nothing_keeps_nobody_out() {
+    let dir = Scratch::new("serve", "crowd");
+    let server = Server::start(&dir, &[]);
+    let go = dir.join("go");
+    let mut turn = server.begin("a", &format!("wait {}", go.display()));
+    turn.next().unwrap();
+    let crowd: Vec<TcpStream> = (0..520).map(|_| TcpStream::connect(server.address).unwrap()).collect();
+    assert_eq!(server.raw("GET", "/health", "", "").0, 200);
+    // Whoever has a turn, keeps it.
+    std::fs::write(&go, "").unwrap();
+    assert_eq!(std::iter::from_fn(|| turn.next()).last().unwrap().0, "done");
+    drop(crowd);
+    assert_eq!(server.stop(), Some(0));
 }
 
 #[test]
