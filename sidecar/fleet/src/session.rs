@@ -116,6 +116,9 @@ pub struct Pushed {
     pub every_seconds: u64,
     /// What the container's memory is.
     pub memory_bytes: f64,
+    /// Who spoke before, and is over: what they say late is not counted once more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub over: Vec<String>,
 }
 
 /// A session, as it is kept. What changes it goes through [`crate::store::Store`], with its `version`.

@@ -18,6 +18,8 @@ const BUSY_MOST: f64 = 3600.0;
 /// Reports that may be missing before the sidecar is asked.
 const MISSING: u64 = 3;
 const EVERY_MOST: u64 = 300;
+/// Runs that are over and remembered: a report is not on its way for as long as so many take.
+const OVER_MOST: usize = 16;
 
 /// A sidecar's word.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -79,8 +81,11 @@ impl Fleet {
         if !self.tokens.as_ref().is_some_and(|tokens| tokens.is_of(key, token)) {
             return Err(NotHeard::Stranger);
         }
-        if !told.cost_usd.is_finite() || told.cost_usd < 0.0 || told.run.len() > 64 {
-            return Err(NotHeard::Nonsense("`cost_usd` is an amount of dollars, and `run` has at most 64 characters"));
+        // It is kept as it is, and not every store keeps every character. Of the other texts only those are, that can be a conversation's name.
+        let named = told.run.len() <= 64 && !told.run.chars().any(char::is_control);
+        if !told.cost_usd.is_finite() || told.cost_usd < 0.0 || !named {
+            let what = "`cost_usd` is an amount of dollars, and `run` has at most 64 bytes, none of them a control character";
+            return Err(NotHeard::Nonsense(what));
         }
         let id: SessionId = told.session.parse().map_err(|_| NotHeard::Stranger)?;
         // A container that was made ahead says its first name.
@@ -114,6 +119,9 @@ pub(super) fn fresh(session: &Session, now: Timestamp) -> Option<Report> {
 /// Whether it is worth a write: an idle agent says the same again and again.
 fn is_news(session: &Session, told: &Told, now: Timestamp) -> bool {
     let (Some(pushed), Some(report)) = (&session.pushed, &session.report) else { return true };
+    if pushed.over.contains(&told.run) {
+        return false;
+    }
     let soon = pushed.at + Duration::from_secs(told.every_seconds.clamp(1, EVERY_MOST)) > now;
     let same = report.busy_until.is_some() == told.busy && !told.busy && report.cost_usd.to_bits() == told.cost_usd.to_bits();
     !(same && soon && pushed.run == told.run)
@@ -121,6 +129,10 @@ fn is_news(session: &Session, told: &Told, now: Timestamp) -> bool {
 
 fn hear(session: &mut Session, told: &Told, now: Timestamp) {
     if !session.holds {
+        return;
+    }
+    // Its sidecar has begun anew since: what this one had said was added up then, and would be once more.
+    if session.pushed.as_ref().is_some_and(|pushed| pushed.over.contains(&told.run)) {
         return;
     }
     let before = session.pushed.as_ref().filter(|pushed| pushed.run == told.run && pushed.generation == session.generation);
@@ -138,6 +150,7 @@ fn hear(session: &mut Session, told: &Told, now: Timestamp) {
     let memory_bytes = crate::inside::bytes(told.memory_bytes).filter(|bytes| *bytes > 0);
     let report = Report { at, busy_until: told.busy.then(|| now + busy), cost_usd, conversation, memory_bytes };
     plan::heard(session, &report);
+    let over = session.pushed.take().map_or_else(Vec::new, |last| over(last, &told.run));
     session.pushed = Some(Pushed {
         generation: session.generation,
         run: told.run.clone(),
@@ -145,7 +158,18 @@ fn hear(session: &mut Session, told: &Told, now: Timestamp) {
         at: now,
         every_seconds: told.every_seconds,
         memory_bytes: told.memory_bytes.clamp(0.0, 1e18),
+        over,
     });
+}
+
+/// Who is over, now that `run` speaks.
+fn over(last: Pushed, run: &str) -> Vec<String> {
+    let mut over = last.over;
+    if last.run != run {
+        over.push(last.run);
+    }
+    over.drain(..over.len().saturating_sub(OVER_MOST));
+    over
 }
 
 /// What is left of the container's life: none, if the session is to be gone.

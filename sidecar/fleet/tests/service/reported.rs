@@ -52,6 +52,10 @@ async fn who_tells_by_itself_is_not_asked_and_is_heard_once() {
         (told(4, true, 0.5), 0.75),
         (Told { run: String::from("another"), ..told(1, true, 0.5) }, 1.25),
         (Told { run: String::from("another"), ..told(2, true, 0.5) }, 1.25),
+        // The last words of a run that is over come late, and are not all its money once more.
+        (told(5, true, 5.0), 1.25),
+        (Told { run: String::from("another"), ..told(3, true, 0.5) }, 1.25),
+        (told(6, true, 5.0), 1.25),
     ] {
         say(word.clone()).await.unwrap();
         let now = town.get("a").await;
@@ -66,14 +70,19 @@ async fn who_tells_by_itself_is_not_asked_and_is_heard_once() {
     for cost in [f64::NAN, f64::INFINITY, -1.0] {
         assert!(matches!(say(told(9, true, cost)).await, Err(NotHeard::Nonsense(_))));
     }
-    assert_eq!(town.get("a").await.cost_usd(), 1.25);
+    // What PostgreSQL cannot keep is not kept.
+    assert!(matches!(say(Told { run: String::from("a\0b"), ..told(9, true, 9.0) }).await, Err(NotHeard::Nonsense(_))));
+    let unnamed = Told { run: String::from("another"), sessions: vec![String::from("\0")], ..told(4, true, 0.5) };
+    say(unnamed).await.unwrap();
+    let now = town.get("a").await;
+    assert_eq!((now.cost_usd(), now.conversation.as_deref()), (1.25, Some("the-conversation")));
     // It works no more: that is acted on at once, though its last word held for a minute.
-    say(Told { run: String::from("another"), ..told(3, false, 0.5) }).await.unwrap();
+    say(Told { run: String::from("another"), ..told(5, false, 0.5) }).await.unwrap();
     town.reaches("a", Phase::Paused).await;
     fleet.want(&"a".parse().unwrap(), Wanted::Gone, "enough").await.unwrap();
     let gone = town.reaches("a", Phase::Destroyed).await;
     assert_eq!(gone.cost_usd(), 1.25);
-    let late = say(Told { run: String::from("another"), ..told(4, true, 5.0) }).await.unwrap();
+    let late = say(Told { run: String::from("another"), ..told(6, true, 5.0) }).await.unwrap();
     assert_eq!((late.lease_seconds, town.get("a").await.cost_usd()), (0.0, 1.25), "its container is gone");
     running.stop().await;
 }
