@@ -7,12 +7,13 @@
 //!
 //! Neither side sees the other's token. A session has one container, so the same id is always the same agent.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Extension, Request, State};
+use axum::extract::{Extension, FromRequestParts, Request, State};
 use axum::http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use axum::http::{Method, StatusCode};
 use axum::response::Response;
@@ -23,6 +24,7 @@ use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use utoipa::ToSchema;
 
 use crate::api::{Answer, Api, Asked, Failure, Named, NewSession, Who, Wrong, no_session};
@@ -33,6 +35,10 @@ use crate::session::{Session, SessionId, Wanted};
 
 /// Streams at once: each holds two connections.
 const STREAMS: usize = 1000;
+/// However many callers there are, one may have a part of that: an equal one, but no less than this.
+const PARTS: usize = 4;
+/// A tunnel through which nothing flows for so long has a dead end.
+const QUIET: Duration = Duration::from_secs(3600);
 /// A message is a text that somebody wrote, or pasted; apps may be sent a file.
 const MESSAGE_MOST: usize = 1 << 20;
 const BODY_MOST: usize = 16 << 20;
@@ -60,6 +66,30 @@ const HOPS: [HeaderName; 7] = [
 pub(crate) struct Proxy {
     client: Option<reqwest::Client>,
     room: Arc<Semaphore>,
+    /// Each caller's part, by the caller's name: no more of them than are configured.
+    parts: Mutex<BTreeMap<String, Arc<Semaphore>>>,
+}
+
+/// For one stream: of all, and of its caller's.
+struct Place {
+    _room: OwnedSemaphorePermit,
+    _part: OwnedSemaphorePermit,
+}
+
+/// A place for the stream that a request asks for, before anything of its body is read.
+impl FromRequestParts<Api> for Place {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut http::request::Parts, api: &Api) -> Answer<Self> {
+        let token = parts.headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let caller = token.and_then(|value| api.config.caller(value.split_once(' ')?.1.trim()));
+        let proxy = parts.extensions.get::<Arc<Proxy>>();
+        let (Some(caller), Some(proxy)) = (caller, proxy) else {
+            // Who they are is asked before this.
+            return Err(Failure(StatusCode::UNAUTHORIZED, String::from("a bearer token is needed")));
+        };
+        proxy.place(&caller.name, api.config.callers.len())
+    }
 }
 
 /// What is said to a session.
@@ -84,7 +114,7 @@ struct OnDemand {
 }
 
 pub(crate) fn routes() -> Router<Api> {
-    let proxy = Proxy { client: client(), room: Arc::new(Semaphore::new(STREAMS)) };
+    let proxy = Proxy::new(client());
     Router::new()
         .route("/v1/sessions/{id}/messages", post(messages))
         .route("/v1/sessions/{id}/ws", get(websocket))
@@ -113,6 +143,7 @@ async fn messages(
     State(api): State<Api>,
     Extension(proxy): Extension<Arc<Proxy>>,
     who: Who,
+    place: Place,
     Named(id): Named,
     Asked(on_demand): Asked<OnDemand>,
     request: Request,
@@ -131,7 +162,7 @@ async fn messages(
         (found, _) => found?,
     };
     let path = format!("/sessions/{}/messages", session.id);
-    proxy.pass(&api, &session, parts, &path, Bytes(body), Flows::Both).await
+    proxy.pass(&api, &session, parts, &path, Bytes(body), Flows::Both, place).await
 }
 
 /// A WebSocket to the session's app, at `/ws` and below it.
@@ -139,6 +170,7 @@ async fn websocket(
     State(api): State<Api>,
     Extension(proxy): Extension<Arc<Proxy>>,
     who: Who,
+    place: Place,
     request: Request,
 ) -> Answer<Response> {
     let (id, path) = split(&request)?;
@@ -146,20 +178,26 @@ async fn websocket(
     if !upgrades(request.headers()) {
         return Err(Failure(StatusCode::UPGRADE_REQUIRED, String::from("this is for WebSockets: Connection: Upgrade")));
     }
-    proxy.tunnel(&api, &session, request, &path).await
+    proxy.tunnel(&api, &session, request, &path, place).await
 }
 
 /// Whatever else the session's app answers, below its `/`.
-async fn app(State(api): State<Api>, Extension(proxy): Extension<Arc<Proxy>>, who: Who, request: Request) -> Answer<Response> {
+async fn app(
+    State(api): State<Api>,
+    Extension(proxy): Extension<Arc<Proxy>>,
+    who: Who,
+    place: Place,
+    request: Request,
+) -> Answer<Response> {
     let (id, path) = split(&request)?;
     let session = api.session(&who, &id).await?;
     let path = path.strip_prefix("/app").unwrap_or(&path).to_owned();
     if upgrades(request.headers()) {
-        return proxy.tunnel(&api, &session, request, &path).await;
+        return proxy.tunnel(&api, &session, request, &path, place).await;
     }
     let (parts, body) = request.into_parts();
     let body = whole(body, BODY_MOST).await?;
-    proxy.pass(&api, &session, parts, &path, Bytes(body), Flows::Once).await
+    proxy.pass(&api, &session, parts, &path, Bytes(body), Flows::Once, place).await
 }
 
 /// The session's id, and the rest of the path with the query, as they were written.
@@ -197,11 +235,11 @@ enum Flows {
 struct Touch {
     flowed: Arc<AtomicBool>,
     task: tokio::task::JoinHandle<()>,
-    _permit: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Touch {
-    fn begin(api: &Api, session: &Session, template: &Template, permit: OwnedSemaphorePermit) -> Self {
+    fn begin(api: &Api, session: &Session, template: &Template, place: Place) -> Self {
         let every = template.idle_after.map_or(TOLD, |idle| (idle / 3).min(TOLD));
         let flowed = Arc::new(AtomicBool::new(false));
         let (api, id, flows) = (api.clone(), session.id.clone(), Arc::clone(&flowed));
@@ -213,7 +251,7 @@ impl Touch {
                 }
             }
         });
-        Self { flowed, task, _permit: permit }
+        Self { flowed, task, _place: place }
     }
 
     fn flows(&self) {
@@ -283,9 +321,21 @@ impl Api {
 }
 
 impl Proxy {
-    fn permit(&self) -> Answer<OwnedSemaphorePermit> {
+    fn new(client: Option<reqwest::Client>) -> Self {
+        Self { client, room: Arc::new(Semaphore::new(STREAMS)), parts: Mutex::default() }
+    }
+
+    /// For one that is one of so many callers.
+    fn place(&self, caller: &str, callers: usize) -> Answer<Place> {
+        let part = {
+            let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+            let most = STREAMS / callers.clamp(1, PARTS);
+            Arc::clone(parts.entry(caller.to_owned()).or_insert_with(|| Arc::new(Semaphore::new(most))))
+        };
+        let many = |_| Failure(StatusCode::TOO_MANY_REQUESTS, String::from("you talk to as many sessions at once as you may"));
         let full = |_| Failure(StatusCode::SERVICE_UNAVAILABLE, String::from("as many talk to sessions as may: ask again"));
-        Arc::clone(&self.room).try_acquire_owned().map_err(full)
+        let part = part.try_acquire_owned().map_err(many)?;
+        Ok(Place { _room: Arc::clone(&self.room).try_acquire_owned().map_err(full)?, _part: part })
     }
 
     /// Sends it as soon as the app listens. Once it has been heard, it is not sent again.
@@ -305,7 +355,7 @@ impl Proxy {
             // Said by the provider alone.
             headers.remove(name.as_str());
         }
-        let began = tokio::time::Instant::now();
+        let began = Instant::now();
         loop {
             let mut request = client.request(method.clone(), format!("{}{path}", at.url)).headers(headers.clone());
             for (name, value) in &at.headers {
@@ -338,11 +388,11 @@ impl Proxy {
         path: &str,
         body: Bytes,
         flows: Flows,
+        place: Place,
     ) -> Answer<Response> {
         let (template, port) = api.template_of(session)?;
-        let permit = self.permit()?;
         let at = api.wake(session, template, port).await?;
-        let touch = Touch::begin(api, session, template, permit);
+        let touch = Touch::begin(api, session, template, place);
         let answer = self.send(&at, template, &parts.method, path, &passed_on(&parts.headers), body).await?;
         let mut response = Response::new(Body::empty());
         *response.status_mut() = answer.status();
@@ -359,11 +409,10 @@ impl Proxy {
         Ok(response)
     }
 
-    async fn tunnel(&self, api: &Api, session: &Session, mut request: Request, path: &str) -> Answer<Response> {
+    async fn tunnel(&self, api: &Api, session: &Session, mut request: Request, path: &str, place: Place) -> Answer<Response> {
         let (template, port) = api.template_of(session)?;
-        let permit = self.permit()?;
         let at = api.wake(session, template, port).await?;
-        let touch = Touch::begin(api, session, template, permit);
+        let touch = Touch::begin(api, session, template, place);
         let mut headers = passed_on(request.headers());
         let to = HeaderValue::from_static("websocket");
         headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
@@ -381,15 +430,36 @@ impl Proxy {
         response.headers_mut().insert(header::UPGRADE, to);
         tokio::spawn(async move {
             let (Ok(theirs), Ok(app)) = (theirs.await, answer.upgrade().await) else { return };
-            let (mut from_caller, mut to_caller) = tokio::io::split(TokioIo::new(theirs));
-            let (mut from_app, mut to_app) = tokio::io::split(app);
             // What a caller says is work; that an app says it is still there is none.
-            tokio::select! {
-                () = pump(&mut from_caller, &mut to_app, || touch.flows()) => {}
-                () = pump(&mut from_app, &mut to_caller, || {}) => {}
-            }
+            through(TokioIo::new(theirs), app, || touch.flows()).await;
         });
         Ok(response)
+    }
+}
+
+/// Until one of the two has had enough, or neither says anything any more.
+async fn through(caller: impl AsyncRead + AsyncWrite + Unpin, app: impl AsyncRead + AsyncWrite + Unpin, said: impl Fn()) {
+    let (mut from_caller, mut to_caller) = tokio::io::split(caller);
+    let (mut from_app, mut to_app) = tokio::io::split(app);
+    let last = Mutex::new(Instant::now());
+    let flowed = || *last.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    let quiet = async {
+        loop {
+            let ends = *last.lock().unwrap_or_else(PoisonError::into_inner) + QUIET;
+            if ends <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(ends).await;
+        }
+    };
+    let heard = || {
+        flowed();
+        said();
+    };
+    tokio::select! {
+        () = pump(&mut from_caller, &mut to_app, heard) => {}
+        () = pump(&mut from_app, &mut to_caller, flowed) => {}
+        () = quiet => {}
     }
 }
 
@@ -459,6 +529,45 @@ mod tests {
         let mut names: Vec<&str> = passed.keys().map(HeaderName::as_str).collect();
         names.sort_unstable();
         assert_eq!(names, ["content-type", "last-event-id"]);
+    }
+
+    #[test]
+    fn one_caller_does_not_have_every_place() {
+        let proxy = Proxy::new(None);
+        let take = |caller| proxy.place(caller, 5);
+        let refused = |caller| take(caller).err().map(|Failure(status, _)| status.as_u16());
+        let mut taken: Vec<Place> = (0..STREAMS / PARTS).map(|_| take("a").unwrap()).collect();
+        assert_eq!((refused("a"), refused("b")), (Some(429), None));
+        for caller in ["b", "c", "d"] {
+            taken.extend((0..STREAMS / PARTS).map(|_| take(caller).unwrap()));
+        }
+        assert_eq!(refused("e"), Some(503));
+        taken.remove(0);
+        assert_eq!((refused("b"), refused("e")), (Some(429), None));
+        // Who is alone has all of them.
+        let proxy = Proxy::new(None);
+        let all: Vec<Place> = (0..STREAMS).map(|_| proxy.place("a", 1).unwrap()).collect();
+        assert!(proxy.place("a", 1).is_err() && all.len() == STREAMS);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tunnel_ends_when_nothing_has_flowed_either_way_for_long() {
+        let ((mut caller, ours), (theirs, mut app)) = (tokio::io::duplex(64), tokio::io::duplex(64));
+        let began = Instant::now();
+        let tunnel = tokio::spawn(async move { through(ours, theirs, || {}).await });
+        let mut byte = [0];
+        // Either keeps it.
+        for _ in 0..3 {
+            tokio::time::sleep(QUIET * 3 / 4).await;
+            caller.write_all(b"1").await.unwrap();
+            app.read_exact(&mut byte).await.unwrap();
+            tokio::time::sleep(QUIET * 3 / 4).await;
+            app.write_all(b"2").await.unwrap();
+            caller.read_exact(&mut byte).await.unwrap();
+        }
+        tunnel.await.unwrap();
+        let took = began.elapsed();
+        assert!(took >= QUIET * 11 / 2 && took < QUIET * 6, "{took:?}");
     }
 
     #[test]
