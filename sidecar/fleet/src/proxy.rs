@@ -162,7 +162,7 @@ async fn messages(
         (found, _) => found?,
     };
     let path = format!("/sessions/{}/messages", session.id);
-    proxy.pass(&api, &session, parts, &path, Bytes(body), Flows::Both, place).await
+    proxy.pass(&api, &session, parts, &path, (Bytes(body), Flows::Both), place).await
 }
 
 /// A WebSocket to the session's app, at `/ws` and below it.
@@ -197,7 +197,7 @@ async fn app(
     }
     let (parts, body) = request.into_parts();
     let body = whole(body, BODY_MOST).await?;
-    proxy.pass(&api, &session, parts, &path, Bytes(body), Flows::Once, place).await
+    proxy.pass(&api, &session, parts, &path, (Bytes(body), Flows::Once), place).await
 }
 
 /// The session's id, and the rest of the path with the query, as they were written.
@@ -386,8 +386,7 @@ impl Proxy {
         session: &Session,
         parts: http::request::Parts,
         path: &str,
-        body: Bytes,
-        flows: Flows,
+        (body, flows): (Bytes, Flows),
         place: Place,
     ) -> Answer<Response> {
         let (template, port) = api.template_of(session)?;
