@@ -78,6 +78,7 @@ root=$base/${program##*/}/$id/root
 mkdir -p "$root/dev/net" "$root/run"
 [ ! -e "$root/dev/kvm" ] || { echo "Failed to create /dev/kvm via mknod inside the jail: File exists (os error 17)"; exit 1; }
 : >"$root/dev/kvm"
+( set -C; echo $$ >"$root/${program##*/}.pid" ) || { echo "the file with the process id is there already"; exit 1; }
 FAKE_ROOT=$root; export FAKE_ROOT
 exec "$program" --id "$id" --start-time-us 1 --start-time-cpu-us 1 --parent-cpu-time-us 1 "$@""#;
         script(&at, "jailer", &format!("{path}\n{jailer}"));

@@ -27,8 +27,8 @@ use serde::{Deserialize, Serialize};
 use super::process::Process;
 use crate::provider::Size;
 
-/// Whoever is at it is done by then: memory of many GiB is written to a disk.
-const LOCK_MOST: Duration = Duration::from_secs(330);
+/// Whoever is at it is done by then: memory of many GiB is written to a disk, or the longest grace waited for.
+const LOCK_MOST: Duration = Duration::from_secs(660);
 /// A console that is longer is cut to its end. Firecracker writes on behind.
 const CONSOLE_MOST: u64 = 16 << 20;
 const CONSOLE_KEPT: u64 = 4 << 20;

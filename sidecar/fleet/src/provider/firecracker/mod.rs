@@ -40,6 +40,8 @@ use api::{Fault, cut};
 use home::{Asleep, Home, Lock, Machine, Record};
 use process::Process;
 
+/// When a machine that has not ended is asked to once more.
+const ASKED_AGAIN: Duration = Duration::from_secs(5);
 const NAME: &str = "firecracker";
 /// A call that changes little, on a machine that is busy.
 const CALL: Duration = Duration::from_secs(30);
@@ -387,6 +389,13 @@ impl Firecracker {
                 return Err(refused(format!("there is no {what} `{}` on this machine", path.display())));
             }
         }
+        // The jailer names its directory by what a link leads to.
+        if jailer.is_some() && !fs::canonicalize(firecracker).is_ok_and(|real| real.file_name() == firecracker.file_name()) {
+            let link = firecracker.display();
+            return Err(refused(format!(
+                "`{link}` is a link to a file of another name, and the jailer goes by that: name the file itself"
+            )));
+        }
         if !image.is_absolute() {
             return Err(refused(format!("the image `{}` must begin with `/`", image.display())));
         }
@@ -553,7 +562,12 @@ impl Firecracker {
             None => Command::new(&self.settings.firecracker),
             Some(jailer) => {
                 // Its devices are made anew, and it does not like those that are there.
-                home::absent(fs::remove_dir_all(place.here("dev"))).map_err(broken)?;
+                for made in ["dev", "sys"] {
+                    home::absent(fs::remove_dir_all(place.here(made))).map_err(broken)?;
+                }
+                // So is the file with its process id, since 1.7.
+                let program = self.settings.firecracker.file_name().unwrap_or_default().to_string_lossy();
+                home::absent(fs::remove_file(place.here(&format!("{program}.pid")))).map_err(broken)?;
                 self.jailed(jailer)
             }
         };
@@ -601,7 +615,8 @@ impl Firecracker {
         let mut command = Command::new(&jailer.program);
         command.arg("--exec-file").arg(&self.settings.firecracker).arg("--chroot-base-dir").arg(&jailer.chroot_base);
         command.args(["--uid", &jailer.uid.to_string(), "--gid", &jailer.gid.to_string()]);
-        if !jailer.cgroups.is_empty() {
+        // A parent alone is heeded in the second version only.
+        if !jailer.cgroups.is_empty() || jailer.parent_cgroup.is_some() {
             command.args(["--cgroup-version", "2"]);
         }
         for cgroup in &jailer.cgroups {
@@ -698,7 +713,10 @@ impl Firecracker {
                 return Err(error);
             }
             for file in files {
-                fs::File::open(place.here(file)).and_then(|file| file.sync_all()).map_err(broken)?;
+                let at = place.here(file);
+                // Of many GiB: others go on meanwhile.
+                let synced = tokio::task::spawn_blocking(move || fs::File::open(at)?.sync_all()).await;
+                synced.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(broken)?;
             }
             machine.write("asleep", &asleep).map_err(broken)?;
             for file in before {
@@ -953,8 +971,14 @@ impl Provider for Firecracker {
         }
         // On x86-64 its keyboard asks. Where there is none, nobody can.
         let heard = self.tell(native, Method::PUT, "/actions", &json!({ "action_type": "SendCtrlAltDel" })).await;
+        let mut again = false;
         while heard.is_ok() && process.lives() && began.elapsed() < grace {
             tokio::time::sleep(Duration::from_millis(50)).await;
+            // One whose kernel was still beginning has no keyboard yet, and has not heard.
+            if !again && began.elapsed() > ASKED_AGAIN {
+                again = true;
+                self.tell(native, Method::PUT, "/actions", &json!({ "action_type": "SendCtrlAltDel" })).await.ok();
+            }
         }
         if let Err(fault) = heard
             && process.lives()

@@ -26,11 +26,14 @@ impl Process {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // Its name is in brackets, and may have some of its own.
         let (_, rest) = stat.rsplit_once(')')?;
-        let mut fields = rest.split_ascii_whitespace();
-        if matches!(fields.next()?, "Z" | "X") {
+        let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+        let state = *fields.first()?;
+        // Its first thread may have ended while others still hold memory, disk and network.
+        let threads: u32 = fields.get(17)?.parse().ok()?;
+        if state == "X" || state == "Z" && threads <= 1 {
             return None;
         }
-        Some(Self { pid, start: fields.nth(18)?.parse().ok()?, boot: boot() })
+        Some(Self { pid, start: fields.get(19)?.parse().ok()?, boot: boot() })
     }
 
     pub(super) fn lives(&self) -> bool {

@@ -18,6 +18,8 @@ const SIDECAR_PORT: u16 = 9477;
 pub(super) const SIDECAR_SIZE: (u32, u32, u32) = (100, 64, 64);
 /// How long a pod's containers have when its time is over.
 const GRACE_SECONDS: u32 = 30;
+/// The longest `stop_grace`.
+const LONGEST_GRACE_SECONDS: u32 = 600;
 
 /// A name and a value that Kubernetes takes for a label's: what it does not take is known by its hash.
 pub(super) fn label(name: &str, value: &str) -> (String, String) {
@@ -97,7 +99,7 @@ fn metadata(spec: &Spec, annotations: &BTreeMap<String, String>) -> Value {
 pub(super) fn object(settings: &Settings, spec: &Spec, secret: &str, ends: jiff::Timestamp) -> Result<Value> {
     let mut head = metadata(spec, &BTreeMap::new());
     head["name"] = json!(spec.key);
-    let template = template(settings, spec, secret)?;
+    let mut template = template(settings, spec, secret)?;
     Ok(match settings.backend {
         Backend::Pod => {
             let mut head = template["metadata"].clone();
@@ -105,6 +107,8 @@ pub(super) fn object(settings: &Settings, spec: &Spec, secret: &str, ends: jiff:
             json!({ "apiVersion": "v1", "kind": "Pod", "metadata": head, "spec": template["spec"] })
         }
         Backend::Sandbox => {
+            // Its pod is deleted by the cluster first, without a grace of ours; what we ask for after that can only be shorter.
+            template["spec"]["terminationGracePeriodSeconds"] = json!(LONGEST_GRACE_SECONDS);
             let mut own = json!({
                 "podTemplate": template,
                 "operatingMode": "Running",
