@@ -28,7 +28,7 @@ use tokio::sync::Notify;
 
 use crate::busy::Word;
 use crate::control;
-use crate::conversation::{self, Conversation, Work, Works};
+use crate::conversation::{self, Conversation, Works};
 use crate::export::{otlp, prometheus};
 use crate::feed::Feed;
 use crate::hub::gate::{Judged, Peer};
@@ -411,12 +411,8 @@ impl Pages for Site {
 
     async fn works(&self) -> Works {
         let lease = self.lease;
-        let ask = move |monitor: &mut Monitor, now| {
-            let status = serde_json::to_value(monitor.status()).unwrap_or_default();
-            Work::new(Word::of(monitor, now, lease).busy, &status["totals"])
-        };
-        match visit(&self.handle, ask).await {
-            Visit::Answer(work) => Some(work),
+        match visit(&self.handle, move |monitor, now| Word::of(monitor, now, lease).busy).await {
+            Visit::Answer(busy) => Some(busy),
             Visit::Silent | Visit::Gone => None,
         }
     }
@@ -474,8 +470,7 @@ impl Pages for Desk {
     }
 
     async fn works(&self) -> Works {
-        let status = self.status(Sees::All);
-        Some(Work::new(self.busy_of(&status).busy, &status["totals"]))
+        Some(self.busy().busy)
     }
 }
 

@@ -147,22 +147,8 @@ pub(crate) struct Conversation {
     taken: Arc<tokio::sync::Semaphore>,
 }
 
-/// `None` if nobody knows.
-pub(crate) type Works = Option<Work>;
-
-/// What agents do, at a moment.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Work {
-    pub(crate) busy: bool,
-    /// Turns and cost so far: a turn may begin and end between two looks.
-    pub(crate) done: String,
-}
-
-impl Work {
-    pub(crate) fn new(busy: bool, totals: &serde_json::Value) -> Work {
-        Work { busy, done: format!("{} {}", totals["turns"], totals["cost_usd"]) }
-    }
-}
+/// Whether an agent works; `None` if nobody knows.
+pub(crate) type Works = Option<bool>;
 
 impl Conversation {
     pub(crate) fn new(options: Options, fetched: Fetched) -> Conversation {
@@ -201,9 +187,8 @@ impl Conversation {
             while let Ok(Some(Ok(_))) = tokio::time::timeout(STALLS, body.frame()).await {}
             return text(StatusCode::OK, "it was here already\n");
         }
-        let before = works().await;
-        let idle = match &before {
-            Some(work) => !work.busy,
+        let idle = match works().await {
+            Some(works) => !works,
             // Nothing runs yet, and so nothing can be asked.
             None => !get && self.fetched.waits.load(Relaxed),
         };
@@ -214,12 +199,12 @@ impl Conversation {
             tokio::time::sleep(LONGEST).await;
             cut.notify_one();
         });
-        let mut answer = if get { self.take(taken, before, works).await } else { self.bring(taken, request.into_body()).await };
+        let mut answer = if get { self.take(taken, works).await } else { self.bring(taken, request.into_body()).await };
         answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         answer
     }
 
-    async fn take<W, F>(&self, taken: tokio::sync::OwnedSemaphorePermit, before: Works, works: W) -> Answer
+    async fn take<W, F>(&self, taken: tokio::sync::OwnedSemaphorePermit, works: W) -> Answer
     where
         W: Fn() -> F + Send + 'static,
         F: Future<Output = Works> + Send,
@@ -243,8 +228,8 @@ impl Conversation {
                 Opened::open(&options.roots)?.pack(&options.exclude, options.max_size, out)
             });
             let mut packed = packed.await.unwrap_or_else(|_| Err(io::Error::other("it failed").into()));
-            if packed.is_ok() && works().await != before {
-                packed = Err(Wrong::Busy(String::from("an agent has worked meanwhile")));
+            if packed.is_ok() && works().await != Some(false) {
+                packed = Err(Wrong::Busy(String::from("an agent has begun to work")));
             }
             if let Err(wrong) = packed {
                 tracing::warn!(%wrong, "the conversation was not put away");

@@ -223,10 +223,7 @@ impl Desk {
     }
 
     pub(crate) fn busy(&self) -> Word {
-        self.busy_of(&self.status(Sees::All))
-    }
-
-    pub(crate) fn busy_of(&self, status: &Value) -> Word {
+        let status = self.status(Sees::All);
         // Who is frozen or lost says nothing of now: a lease that it had runs out.
         let sessions = status["sessions"].as_array().into_iter().flatten().filter(|session| session["stale"] != true);
         let states = sessions.filter_map(|session| Activity::deserialize(&session["state"]).ok());
