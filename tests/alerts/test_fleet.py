@@ -104,9 +104,12 @@ def test_what_is_caused_is_told_of_and_not_before(watched):
     watch.fires("AgentFleetSessionsFail")
     assert "AgentFleetProviderFailing" not in watch.ever_fired()
     fleet.daemon.broken = True
-    for n in range(3):
-        fleet.wait_for("room", lambda n=n: fleet.create("task", f"in-vain-{n}") in {200, 201})
-    watch.fires("AgentFleetProviderFailing")
+    # Each is tried ever later; ten minutes are seconds here, and so there is always a new one.
+    deadline, n = time.monotonic() + PATIENCE, 0
+    while "AgentFleetProviderFailing" not in watch.ever_fired():
+        assert time.monotonic() < deadline, FAULTS["AgentFleetProviderFailing"]
+        fleet.create("hurries", f"in-vain-{(n := n + 1)}")
+        time.sleep(0.5)
     fleet.daemon.broken = False
     assert watch.ever_fired() == set(FAULTS) - {"AgentFleetStrangeContainers", "AgentFleetStalled"}
 
