@@ -45,10 +45,10 @@ pub(super) struct Book {
 struct Seen(u64, i64, u64);
 
 impl Seen {
-    #[expect(clippy::useless_conversion, clippy::unnecessary_cast, reason = "its types differ between architectures")]
+    #[expect(clippy::useless_conversion, reason = "its types differ between architectures")]
     fn of(file: impl AsFd) -> io::Result<Seen> {
         let about = rustix::fs::fstat(file)?;
-        Ok(Seen(about.st_ino.into(), about.st_mtime.into(), about.st_mtime_nsec as u64))
+        Ok(Seen(about.st_ino.into(), about.st_mtime.into(), about.st_mtime_nsec.into()))
     }
 }
 
