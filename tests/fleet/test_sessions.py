@@ -158,7 +158,7 @@ def test_a_task_is_done_once_billed_to_the_cent_and_leaves_nothing(fleet, api, t
     # Another caller has no such session; the key is in none of what is kept or said.
     assert one.get("/v1/sessions/first", who="other")[0] == 404
     status, metrics = one.get("/metrics", who=None)
-    assert status == 200 and 'agent_fleet_phases_entered_total{phase="destroyed"} 1' in metrics
+    assert status == 200 and 'agent_fleet_phases_entered_total{phase="destroyed",provider="local"} 1' in metrics
     for path in [tmp_path / "fleet.db", tmp_path / "fleet.db-wal", tmp_path / "log"]:
         assert not path.exists() or b"sk-ant-test-of-the-fleet" not in path.read_bytes(), path
 

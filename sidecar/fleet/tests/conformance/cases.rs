@@ -246,7 +246,8 @@ async fn list_broken(suite: &Suite<'_>) -> Outcome {
 
 async fn unknown_state(suite: &Suite<'_>) -> Outcome {
     let spec = spec!(suite, Does::Wait);
-    let native = suite.up(&spec).await.native;
+    let native = suite.created(&spec).await.native;
+    suite.becomes(&native, "something", |sandbox| sandbox.state != State::Creating).await;
     arm!(suite, Call::State, Fault::UnknownState);
     let told = suite.provider.state(&native).await.expect("state");
     assert!(matches!(&told.state, State::Unknown(word) if !word.is_empty()), "{told:?}");
