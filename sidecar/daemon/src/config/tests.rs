@@ -202,12 +202,12 @@ fn a_variable_that_is_near_nothing_is_a_stranger() {
 
 #[test]
 fn mistakes_come_in_the_order_of_the_file() {
-    let file = "[stop]\ngrace = 1\n[limits]\nmax_turns = 1\nmax_turns = 2\nidle = \"3m\"\n[limit]\na = 1\n[labels]\nteam = \"a\\nb\"\n[prices]\nmodel = 3\n";
+    let file = "[stop]\ngentle = 1\n[limits]\nmax_turns = 1\nmax_turns = 2\nidle = \"3m\"\n[limit]\na = 1\n[labels]\nteam = \"a\\nb\"\n[prices]\nmodel = 3\n";
     let mistakes = load(file, &[], &[]).unwrap_err();
     assert_eq!(
         mistakes.to_string(),
         "the configuration has 6 mistakes
-  c.toml:2:1: there is no setting `stop.grace`; remove it; `agent-sidecar check --print` lists what there is
+  c.toml:2:1: there is no setting `stop.gentle`; remove it; `agent-sidecar check --print` lists what there is
   c.toml:5:1: duplicate key; mend the TOML here; text goes in quotes
   c.toml:6:1: there is no setting `limits.idle`; did you mean `limits.idle_timeout`?
   c.toml:7:2: there is no setting `limit`; did you mean `limits`?

@@ -101,6 +101,9 @@ pub(crate) struct Recipe {
     pub(crate) command: Vec<OsString>,
 }
 
+/// What the CLI is spoken to in, and answers in.
+const FORMAT: &str = "stream-json";
+
 impl Recipe {
     /// # Errors
     /// The command says what only we can say.
@@ -117,6 +120,17 @@ impl Recipe {
         {
             return Err(Error::Conversation(flag));
         }
+        // Its own word for one of them stands, and what it says must be what we speak.
+        let words: Vec<&str> = self.command.iter().filter_map(|word| word.to_str()).collect();
+        let other = |flag: &str| {
+            words.iter().enumerate().any(|(n, word)| match word.split_once('=') {
+                Some((name, value)) => name == flag && value != FORMAT,
+                None => *word == flag && words.get(n + 1) != Some(&FORMAT),
+            })
+        };
+        if other("--input-format") || other("--output-format") {
+            return Err(Error::Format);
+        }
         let formats = self.argv(None);
         match Launch::of(&formats, false, false).mode {
             Mode::Parse { stdin_json: true } => Ok(()),
@@ -129,9 +143,7 @@ impl Recipe {
         let has =
             |flag: &str| self.command.iter().any(|word| word.to_str().is_some_and(|word| word.split('=').next() == Some(flag)));
         let mut more: Vec<String> = Vec::new();
-        for (flag, value) in
-            [("--input-format", "stream-json"), ("--output-format", "stream-json"), ("--permission-prompt-tool", "stdio")]
-        {
+        for (flag, value) in [("--input-format", FORMAT), ("--output-format", FORMAT), ("--permission-prompt-tool", "stdio")] {
             if !has(flag) {
                 more.extend([flag.to_owned(), value.to_owned()]);
             }
