@@ -208,4 +208,6 @@ def test_it_ends_in_the_middle_of_a_turn_with_its_cost_on_the_books(version, api
     assert rest[-1][0] == "error"
     assert server.process.wait(60) == 0
     booked = replayed(server.ledger)["totals"]
-    assert booked["cost_usd"] == pytest.approx(served.cost_usd(version), rel=0.3) and booked["cost_usd"] > 0
+    # Of an answer that was asked for at that very moment nobody may have heard.
+    total, answers = served.cost_usd(version), len(served.requests())
+    assert 0 < booked["cost_usd"] <= total * 1.3 and booked["cost_usd"] >= 0.7 * total * max(answers - 1, 1) / answers
