@@ -11,7 +11,7 @@ export AGENT_SIDECAR_BIN := $(CURDIR)/$(BIN)
 # Outside of containers size is nothing: what its own tests are built with is quick enough, and needs no build of its own.
 export AGENT_FLEET_BIN := $(CURDIR)/target/$(TARGET)/debug/agent-fleet
 
-.PHONY: demo test build install lint unit live containers fleet deploy outside alerts dashboards docs bench clean
+.PHONY: demo test ready beside rest build install lint tests unit live containers fleet deploy alerts dashboards docs bench clean
 
 ## The real CLI under the sidecar, on a scripted API on loopback: `make demo`, or with a key `make demo LIVE=1`. `make demo STACK=1` leaves agents
 ## running, and a Prometheus with the alerts' rules that scrapes them.
@@ -20,7 +20,18 @@ demo: build
 	$(if $(STACK),tests/stack start $(CLI) $(BIN),$(if $(LIVE),$(BIN) demo --live --cli $(CLI),tests/loopback $(BIN) demo --cli $(CLI)))
 
 ## Every test.
-test: lint unit live containers fleet deploy alerts dashboards
+test: ready unit live containers beside
+
+# Side by side: what ships is built on one core for the most part, and downloads wait for others.
+ready:
+	$(MAKE) --jobs 4 --output-sync=target build install lint tests
+
+# The alerts' suite mostly waits: the last ones go on meanwhile.
+beside:
+	$(MAKE) --jobs 2 --output-sync=target alerts rest
+
+rest:
+	$(MAKE) --jobs 1 fleet deploy dashboards
 
 build:
 # Alone: what the fleet asks of their common dependencies would make it larger.
@@ -33,11 +44,15 @@ lint:
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
-unit: build install
+# The fleet's program, too, which other suites start.
+tests:
+	cargo test --locked --workspace --no-run
+
+unit: build install tests
 # With a database for the fleet's store, and the SDKs of the providers that are faked.
 	AGENT_FLEET_TEST_SDKS=$(CURDIR)/.cache/deploy/venv/bin/python tests/fleet/postgres cargo test --locked --workspace
 
-live: build install outside
+live: build install tests
 # Two CLIs at a time for two cores. What they are late for on a busy machine is asked again, twice at most, and said in the closing line.
 	tests/live/run -n 2 --reruns 2 -q
 
@@ -45,22 +60,18 @@ containers: build install
 	tests/containers/run -n 2 --reruns 1 -q
 
 # The fleet's providers, on a real daemon.
-fleet: unit
+fleet: install tests
 	tests/fleet/run -n 2 --reruns 1 -q
 
 # What is in deploy/, as far as it can be tried on one machine.
-deploy: build install outside
+deploy: build install tests
 	tests/deploy/run -n 2 --dist loadfile --reruns 1 -q
 
-# The fleet, of which tests have what `unit` has built.
-outside: install
-	cargo test --locked --workspace --test docker --no-run
-
-alerts: build install outside
+alerts: build install tests
 # The live run mostly waits; what is checked without it goes on beside.
 	tests/alerts/run -n 2 --dist loadfile --reruns 1 -q
 
-dashboards: build install outside
+dashboards: build install tests
 	tests/dashboards/run --reruns 1 -q
 
 ## The generated pages.

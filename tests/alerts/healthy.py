@@ -48,7 +48,7 @@ def tools_subagents_retries(pod: Pod) -> None:
 @healthy
 def long_tool(pod: Pod) -> None:
     """One call takes most of the time, and may."""
-    cli = pod.agent(pod.api(on("build", bash("sleep 100; echo built")), usage=USUAL), *ALLOWED, flags=("--tool-max-duration", "10m", "--stall-timeout", "7m"))
+    cli = pod.agent(pod.api(on("build", bash("timeout 100 tail -f /dev/null; echo built")), usage=USUAL), *ALLOWED, flags=("--tool-max-duration", "10m", "--stall-timeout", "7m"))
     for _ in pod.beat(1, 1):
         cli.ask("build", 3 * PATIENCE)
     pod.wait()

@@ -108,7 +108,7 @@ def test_what_is_caused_is_told_of_and_not_before(watched):
     deadline, n = time.monotonic() + PATIENCE, 0
     while "AgentFleetProviderFailing" not in watch.ever_fired():
         assert time.monotonic() < deadline, FAULTS["AgentFleetProviderFailing"]
-        fleet.create("hurries", f"in-vain-{(n := n + 1)}")
+        fleet.create("hurries", f"in-vain-{(n := n + 1)}", "crowd")
         time.sleep(0.5)
     fleet.daemon.broken = False
     assert watch.ever_fired() == set(FAULTS) - {"AgentFleetStrangeContainers", "AgentFleetStalled"}

@@ -110,8 +110,8 @@ class Prometheus:
     def query(self, expression: str) -> list[dict]:
         try:
             return self.ask("query", query=expression)["data"]["result"]
-        except urllib.error.URLError:
-            return []  # Not listening yet.
+        except (urllib.error.URLError, json.JSONDecodeError):
+            return []  # Not listening yet, or not ready: that it says in plain text.
 
     def close(self) -> None:
         self.process.terminate()

@@ -244,11 +244,21 @@ def test_what_does_not_exist_is_found(broken: str):
 # What they show.
 
 
+FAILED: list[BaseException] = []
+
+
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
+    # A test that is asked again has it set up again: two tries are enough for all of them.
+    if len(FAILED) > 1:
+        pytest.fail(f"the stage failed twice, at last by {FAILED[-1]!r}")
     one = Stage(tmp_path_factory.mktemp("stage"))
     try:
-        one.play()
+        try:
+            one.play()
+        except BaseException as error:
+            FAILED.append(error)
+            raise
         yield one
         if directory := os.environ.get("PICTURES"):
             pictures(one, Path(directory))

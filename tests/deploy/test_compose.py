@@ -38,10 +38,12 @@ def bash(command: str) -> dict:
     return {"tool": "Bash", "input": {"command": command, "description": "a step"}}
 
 
+# As long as ten minutes; a bare sleep the CLI refuses, and asks on at once.
+LONG = "timeout 600 tail -f /dev/null"
 SCRIPT = {
     "defaults": {"usage": USAGE},
     "rules": [
-        {"when": {"agent": "main", "prompt_contains": "dear", "results": 0}, "reply": {"blocks": [bash("sleep 600")], "usage": DEAR}},
+        {"when": {"agent": "main", "prompt_contains": "dear", "results": 0}, "reply": {"blocks": [bash(LONG)], "usage": DEAR}},
         {"when": {"agent": "main", "results": 0}, "reply": {"blocks": [bash("echo 1")]}},
     ],
     "otherwise": {"blocks": ["done"]},

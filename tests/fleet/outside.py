@@ -17,7 +17,7 @@ from daemon import Daemon
 ROOT = Path(__file__).resolve().parents[2]
 # The largest of what is replayed: it costs something.
 RECORDING = ROOT / "sidecar/core/tests/data/05a_subagent.jsonl"
-TOKENS = {name: f"{name}-{'0123456789abcdef' * 2}" for name in ("ops", "shop", "poor")}
+TOKENS = {name: f"{name}-{'0123456789abcdef' * 2}" for name in ("ops", "shop", "poor", "crowd")}
 PATIENCE = 120
 
 
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 class Outside:
-    """`shop` may have three sessions and 20 USD a day, `poor` one container's hour; `ops` reaches all."""
+    """`shop` may have three sessions and 20 USD a day, `poor` one container's hour, `crowd` as many as it likes; `ops` reaches all."""
 
     def __init__(self, directory: Path, sidecar: Path, port: int | None = None, name: str = "outside", collector: str = ""):
         directory.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,8 @@ class Outside:
             f'[callers.ops]\ntoken = {{ file = "{directory}/ops" }}\ntenants = ["*"]\nadmin = true\n'
             f'[callers.shop]\ntoken = {{ file = "{directory}/shop" }}\ntenants = ["shop"]\n'
             f'[callers.poor]\ntoken = {{ file = "{directory}/poor" }}\ntenants = ["poor"]\n'
-            '[tenants.shop]\nbudget_usd_per_day = 20\nmax_sessions = 3\n[tenants.poor]\nbudget_usd_per_day = 0.037\n'
+            f'[callers.crowd]\ntoken = {{ file = "{directory}/crowd" }}\ntenants = ["crowd"]\n'
+            '[tenants.shop]\nbudget_usd_per_day = 20\nmax_sessions = 3\n[tenants.poor]\nbudget_usd_per_day = 0.037\n[tenants.crowd]\n'
             f'[providers.local]\nkind = "docker"\nsocket = "{self.daemon.url}"\nreach = "container"\n'
             '[[hooks]]\nname = "tell"\non = ["ready"]\ntemplates = ["task"]\ncommand = ["/bin/sh", "-c", "cat >/dev/null; test -e '
             f'{directory}/heard"]\nrequired = false\nretries = 0\ntimeout = "10s"\n'

@@ -103,7 +103,7 @@ def test_a_cli_that_the_agent_starts_itself_is_seen(version, api, session, sidec
     second = f"{harness.cli(version)} -p hi >/dev/null 2>&1 &\nsleep 1"
     # The second one asks, too, and waits for an answer.
     first = {"times": 1, **main(0, bash(second))}
-    served = api(script(first, main(1, bash("sleep 60")), {"when": {"agent": "main", "results": 0}, "reply": {"hang": True}}))
+    served = api(script(first, main(1, bash("timeout 60 tail -f /dev/null")), {"when": {"agent": "main", "results": 0}, "reply": {"hang": True}}))
     guarded = alone(sidecar("--user", str(NOBODY), "--patrol"))
     cli = session(served, "--dangerously-skip-permissions", sidecar=guarded, home=home, IS_SANDBOX="0")
     cli.send(harness.user("go"))
