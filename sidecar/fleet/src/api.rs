@@ -22,6 +22,7 @@ use utoipa::{Modify, OpenApi, ToSchema};
 use crate::config::{Caller, Config, TEMPLATE_LABEL};
 use crate::lifecycle::Phase;
 use crate::metric;
+use crate::place::Place;
 use crate::provider;
 use crate::proxy;
 use crate::service::{self, Fleet, Lease, NotHeard, Told};
@@ -299,6 +300,9 @@ impl Api {
         if session.wanted == Wanted::Gone && wanted != Wanted::Gone {
             return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is to end: it is {}", session.phase)));
         }
+        if session.places.is_some() && wanted != Wanted::Gone {
+            return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is a container that several are in")));
+        }
         if session.pool.is_some() && wanted != Wanted::Gone {
             return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` was made ahead, and waits to be somebody's")));
         }
@@ -317,6 +321,7 @@ impl Api {
         let now = self.fleet.now();
         let mut session = Session::new(id, (&tenant, &who.0.name), template.pattern, &template.provider, spec, now);
         session.ends = now + template.max_age;
+        session.place = template.shared.map(|share| Place::of(&session, share));
         let id = session.id.clone();
         let created = self.fleet.create(session.clone()).await.inspect_err(|error| metric::refused(&self.fleet, &tenant, error));
         match created? {
@@ -418,7 +423,7 @@ async fn destroy(State(api): State<Api>, who: Who, Named(id): Named) -> Answer<R
         (status = 501, description = "Its provider cannot pause.", body = Wrong), (status = 503, body = Wrong)))]
 async fn pause(State(api): State<Api>, who: Who, Named(id): Named) -> Answer<Response> {
     let session = api.session(&who, &id).await?;
-    let provider = api.fleet.provider(&session.provider)?;
+    let provider = api.fleet.provider_of(&session)?;
     let template = session.spec.labels.get(TEMPLATE_LABEL).and_then(|name| api.config.templates.get(name));
     let archives = template.is_some_and(|template| template.archive);
     if !archives && provider.capabilities().pause == provider::Pause::No {
@@ -448,7 +453,7 @@ async fn logs(State(api): State<Api>, who: Who, Named(id): Named) -> Answer<Resp
     let Some(native) = session.native.as_ref().filter(|_| session.holds) else {
         return Err(Failure(StatusCode::CONFLICT, format!("session `{id}` has no container now: it is {}", session.phase)));
     };
-    let said = api.fleet.provider(&session.provider)?.logs(native, LOGS_MOST).await?;
+    let said = api.fleet.provider_of(&session)?.logs(native, LOGS_MOST).await?;
     // Whatever an agent prints is never a page.
     Ok(([(CONTENT_TYPE, "application/octet-stream"), (CACHE_CONTROL, "no-store")], said).into_response())
 }

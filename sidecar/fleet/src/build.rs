@@ -12,6 +12,7 @@ use crate::conversation::s3::S3;
 use crate::conversation::{Conversations, Shelf};
 use crate::hook::{self, Runner};
 use crate::inside::Http;
+use crate::place::App;
 use crate::plan::{PauseBy, Policy};
 use crate::pool::Ahead;
 use crate::provider::cloudflare::Cloudflare;
@@ -94,6 +95,11 @@ impl Policies for Templates {
 
     fn port(&self, session: &Session) -> u16 {
         self.of(session).map_or(9477, |template| template.sidecar_port)
+    }
+
+    fn app(&self, session: &Session) -> Option<App> {
+        let template = self.of(session)?;
+        Some((template.app_port?, template.app_token.clone()))
     }
 
     fn pools(&self) -> &[Ahead] {

@@ -13,6 +13,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use crate::hook::Hook;
+use crate::place::Share;
 use crate::plan::Recycle;
 use crate::pool::Pool;
 use crate::provider::{FLEET_LABEL, KEY_LABEL, SESSION_LABEL, Secret, Size, Spec};
@@ -176,6 +177,8 @@ pub struct Template {
     pub pool: Option<Pool>,
     /// When a container is given up though its time is not over.
     pub recycle: Recycle,
+    /// How many sessions are in one container. `None`: one.
+    pub shared: Option<Share>,
 }
 
 impl Template {
@@ -419,6 +422,10 @@ impl Template {
         let recycle: Vec<String> = recycle.into_iter().filter_map(|(key, value)| Some(format!("{key} = {}", value?))).collect();
         if !recycle.is_empty() {
             writeln!(out, "recycle = {{ {} }}", recycle.join(", "))?;
+        }
+        if let Some(Share { sessions_per_container, containers }) = self.shared {
+            let containers = containers.map_or_else(String::new, |n| format!(", containers = {n}"));
+            writeln!(out, "shared = {{ sessions_per_container = {sessions_per_container}{containers} }}")?;
         }
         let Some(Pool { size, max_age, per_minute }) = &self.pool else { return Ok(()) };
         writeln!(out, "pool = {{ size = {size}, max_age = {}, per_minute = {per_minute} }}", time(*max_age))

@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use reqwest::{Method, Response, StatusCode};
 use serde::Deserialize;
 
+use crate::conversation::is_conversation;
 use crate::provider::Endpoint;
-use crate::session::Report;
+use crate::session::{Report, SessionId};
 
 /// How long a sidecar may take for an answer.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -15,6 +17,8 @@ const ANSWER: Duration = Duration::from_secs(5);
 const MOST: usize = 4 << 20;
 /// A container may say what it likes: more than this is not believed. Infinity has no JSON, and a session that has it could not be read again.
 pub(crate) const USD_MOST: f64 = 1e9;
+/// How long it is believed that one of several works: it is asked again before that.
+const WORKS: Duration = Duration::from_secs(60);
 const MEMORY: &str = "claude_agent_container_memory_working_set_bytes ";
 const COST: &str = "claude_agent_cost_usd_total";
 
@@ -26,6 +30,22 @@ pub trait Inside: Send + Sync {
     /// # Errors
     /// It does not answer, or not as a sidecar would: in words.
     async fn report(&self, at: &Endpoint, now: Timestamp) -> Result<Report, String>;
+
+    /// What its app says of one of the sessions in it: `GET /sessions/{id}`, as `agent-sidecar serve` answers it.
+    ///
+    /// # Errors
+    /// It does not answer: in words.
+    async fn session(&self, _at: &Endpoint, _token: Option<&str>, _id: &SessionId, _now: Timestamp) -> Result<Report, String> {
+        Err(String::from("it cannot be asked for one of its sessions"))
+    }
+
+    /// One of the sessions in it is to end: `DELETE /sessions/{id}`.
+    ///
+    /// # Errors
+    /// It does not answer: in words.
+    async fn end(&self, _at: &Endpoint, _token: Option<&str>, _id: &SessionId) -> Result<(), String> {
+        Err(String::from("it cannot be told of one of its sessions"))
+    }
 }
 
 /// Asked over HTTP, at the sidecar's own port.
@@ -41,20 +61,39 @@ struct Word {
     until: Option<i64>,
 }
 
+/// As `/sessions/{id}` says it.
+#[derive(Deserialize)]
+struct One {
+    state: String,
+    conversation: Option<String>,
+    cost_usd: Option<f64>,
+}
+
 impl Http {
     pub fn new(client: reqwest::Client) -> Self {
         Self { client }
     }
 
-    async fn get(&self, at: &Endpoint, path: &str) -> Result<Vec<u8>, String> {
-        let mut asked = self.client.get(format!("{}{path}", at.url)).timeout(ANSWER);
+    async fn send(&self, method: Method, at: &Endpoint, path: &str, token: Option<&str>) -> Result<Response, String> {
+        let mut asked = self.client.request(method, format!("{}{path}", at.url)).timeout(ANSWER);
         for (name, value) in &at.headers {
             asked = asked.header(name, value);
         }
-        let mut answer = asked.send().await.map_err(|error| error.without_url().to_string())?;
+        if let Some(token) = token {
+            asked = asked.bearer_auth(token);
+        }
+        asked.send().await.map_err(|error| error.without_url().to_string())
+    }
+
+    async fn get(&self, at: &Endpoint, path: &str) -> Result<Vec<u8>, String> {
+        let answer = self.send(Method::GET, at, path, None).await?;
         if !answer.status().is_success() {
             return Err(format!("{path} answers {}", answer.status()));
         }
+        Self::body(answer, path).await
+    }
+
+    async fn body(mut answer: Response, path: &str) -> Result<Vec<u8>, String> {
         let mut body = Vec::new();
         while let Some(chunk) = answer.chunk().await.map_err(|error| error.without_url().to_string())? {
             if body.len() + chunk.len() > MOST {
@@ -76,6 +115,38 @@ impl Inside for Http {
         // A lease without an end would never run out.
         let busy_until = word.until.filter(|_| word.busy).and_then(|until| Timestamp::from_second(until).ok());
         Ok(Report { at: now, busy_until, cost_usd, conversation: None, memory_bytes })
+    }
+
+    async fn session(&self, at: &Endpoint, token: Option<&str>, id: &SessionId, now: Timestamp) -> Result<Report, String> {
+        let path = format!("/sessions/{id}");
+        let answer = self.send(Method::GET, at, &path, token).await?;
+        let idle = Report { at: now, busy_until: None, cost_usd: 0.0, conversation: None, memory_bytes: None };
+        match answer.status() {
+            // Nobody has said anything to it yet.
+            StatusCode::NOT_FOUND => Ok(idle),
+            status if status.is_success() => {
+                let one: One =
+                    serde_json::from_slice(&Self::body(answer, &path).await?).map_err(|error| format!("{path}: {error}"))?;
+                Ok(Report {
+                    busy_until: (one.state == "working").then_some(now + WORKS),
+                    cost_usd: one.cost_usd.filter(|usd| usd.is_finite() && *usd > 0.0).unwrap_or_default().min(USD_MOST),
+                    conversation: one.conversation.filter(|name| is_conversation(name)),
+                    ..idle
+                })
+            }
+            status => Err(format!("{path} answers {status}")),
+        }
+    }
+
+    async fn end(&self, at: &Endpoint, token: Option<&str>, id: &SessionId) -> Result<(), String> {
+        let path = format!("/sessions/{id}");
+        let answer = self.send(Method::DELETE, at, &path, token).await?;
+        match answer.status() {
+            // An app that knows nothing of sessions has none to end.
+            StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => Ok(()),
+            status if status.is_success() => Ok(()),
+            status => Err(format!("{path} answers {status}")),
+        }
     }
 }
 

@@ -14,6 +14,7 @@ pub mod hook;
 pub mod inside;
 pub mod lifecycle;
 pub mod metric;
+pub mod place;
 pub mod plan;
 pub mod pool;
 pub mod provider;

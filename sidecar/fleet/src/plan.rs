@@ -56,6 +56,24 @@ impl Default for Policy {
     }
 }
 
+impl Policy {
+    /// What is otherwise for one of several in a container, and for that: see [`crate::place`].
+    pub fn shared(&mut self, session: &Session) {
+        if session.place.is_none() && session.places.is_none() {
+            return;
+        }
+        self.pause_by = PauseBy::Nothing;
+        if session.place.is_some() {
+            // The container's age and memory are its own, and its timers.
+            self.recycle = Recycle::default();
+            self.keep_alive = None;
+            self.settle = Duration::ZERO;
+            // It is made, and speaks, before the session in it does.
+            self.ready_within *= 3;
+        }
+    }
+}
+
 /// What makes a container be given up when its agent is idle: a hybrid session goes on in another, one that is not ends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Recycle {
@@ -125,6 +143,8 @@ const SLEEP: Duration = Duration::from_secs(600);
 const DRAINED_AGAIN: Duration = Duration::from_secs(10);
 /// How long one is left alone that could not be put away.
 const BACK: Duration = Duration::from_secs(300);
+/// How long a container of several stays that has nobody in it, unless somebody says otherwise.
+const EMPTY: Duration = Duration::from_secs(300);
 const DRAINED: &str = "its provider is being drained";
 
 /// Sums of the same in another order differ by less, in USD.
@@ -314,7 +334,9 @@ impl Planner<'_> {
             State::Running | State::Unknown(_) => {}
             // It has come and gone with a provider that forgets for a moment.
             State::Missing | State::Destroyed if self.settling() => return Some(self.soon()),
-            State::Paused if self.session.pool.is_some() => return Some(enter(Phase::Stopping, "the provider has paused it")),
+            State::Paused if self.session.pool.is_some() || self.session.places.is_some() => {
+                return Some(enter(Phase::Stopping, "the provider has paused it"));
+            }
             State::Paused => return Some(enter(Phase::Paused, "the provider has paused it")),
             State::Creating | State::Created | State::Pausing | State::Stopping => return Some(self.soon()),
             State::Stopped if container.exit_code == Some(0) && self.session.pattern == Pattern::Ephemeral => {
@@ -388,10 +410,15 @@ impl Planner<'_> {
         // By its own word alone: who has never heard of it does not know.
         if let (Some(since), Some(_)) = (self.session.idle_since, &self.session.report) {
             let aged = self.policy.recycle.age.and_then(|age| Some(self.session.made? + age));
-            let idle = self.policy.idle_after.map(|after| (since + after).max(self.back().unwrap_or(since)));
+            let idle = match &self.session.places {
+                // One of several is idle when nobody is in it.
+                Some(places) => places.empty_since.map(|empty| empty.max(since) + self.policy.idle_after.unwrap_or(EMPTY)),
+                None => self.policy.idle_after.map(|after| (since + after).max(self.back().unwrap_or(since))),
+            };
             let quiet = self.quiet();
             if idle.is_some_and(|at| at <= self.now) {
-                return Some(self.later().unwrap_or_else(|| enter(quiet, "its agent is idle")));
+                let why = if self.session.places.is_some() { "nobody is in it" } else { "its agent is idle" };
+                return Some(self.later().unwrap_or_else(|| enter(quiet, why)));
             }
             let drained = self.policy.drained.map(|_| DRAINED.to_owned());
             // Who was woken, or has just begun, is first to do what it was wanted for.

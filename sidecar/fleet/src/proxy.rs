@@ -51,6 +51,8 @@ const LOOK: Duration = Duration::from_millis(100);
 const WAKES: Duration = Duration::from_secs(60);
 /// How often what flows is told to the session, so that it is not idle: less, where it would be idle sooner.
 const TOLD: Duration = Duration::from_secs(10);
+/// Which session an app is talked to for: it may have several.
+const WHOSE: HeaderName = HeaderName::from_static("x-agent-session");
 /// What is between two neighbours alone, and not passed on.
 const HOPS: [HeaderName; 7] = [
     header::CONNECTION,
@@ -276,6 +278,10 @@ impl Api {
     }
 
     fn template_of(&self, session: &Session) -> Answer<(&Template, u16)> {
+        if session.places.is_some() {
+            let what = format!("session `{}` is a container that several are in: talk to one of them", session.id);
+            return Err(Failure(StatusCode::UNPROCESSABLE_ENTITY, what));
+        }
         let template = session.spec.labels.get(TEMPLATE_LABEL).and_then(|name| self.config.templates.get(name));
         let found = template.and_then(|template| Some((template, template.app_port?)));
         found.ok_or_else(|| {
@@ -302,7 +308,7 @@ impl Api {
                     return Err(over(&last));
                 }
                 if let Some(native) = last.native.as_ref().filter(|_| last.phase.is_up() && last.holds) {
-                    let provider = self.fleet.provider(&last.provider)?;
+                    let provider = self.fleet.provider_of(&last)?;
                     return Ok(provider.endpoint(native, port).await?);
                 }
                 if last.phase == Phase::Paused && last.wanted == Wanted::Paused {
@@ -392,7 +398,8 @@ impl Proxy {
         let (template, port) = api.template_of(session)?;
         let at = api.wake(session, template, port).await?;
         let touch = Touch::begin(api, session, template, place);
-        let answer = self.send(&at, template, &parts.method, path, &passed_on(&parts.headers), body).await?;
+        let headers = named(passed_on(&parts.headers), session);
+        let answer = self.send(&at, template, &parts.method, path, &headers, body).await?;
         let mut response = Response::new(Body::empty());
         *response.status_mut() = answer.status();
         *response.headers_mut() = passed_back(answer.headers());
@@ -412,7 +419,7 @@ impl Proxy {
         let (template, port) = api.template_of(session)?;
         let at = api.wake(session, template, port).await?;
         let touch = Touch::begin(api, session, template, place);
-        let mut headers = passed_on(request.headers());
+        let mut headers = named(passed_on(request.headers()), session);
         let to = HeaderValue::from_static("websocket");
         headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(header::UPGRADE, to.clone());
@@ -434,6 +441,14 @@ impl Proxy {
         });
         Ok(response)
     }
+}
+
+/// With whose it is, in the place of what the caller says.
+fn named(mut headers: HeaderMap, session: &Session) -> HeaderMap {
+    if let Ok(id) = HeaderValue::from_str(session.id.as_str()) {
+        headers.insert(WHOSE, id);
+    }
+    headers
 }
 
 /// Until one of the two has had enough, or neither says anything any more.

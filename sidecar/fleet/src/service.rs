@@ -25,6 +25,7 @@ use crate::hook::Verdict;
 use crate::inside::Inside;
 use crate::lifecycle::Phase;
 use crate::metric::{self, Metrics};
+use crate::place::{App, Found};
 use crate::plan::{self, Action, Outcome, PauseBy, Policy, Seen, Step};
 use crate::pool::Ahead;
 use crate::provider::{self, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, Secret, State};
@@ -85,6 +86,11 @@ pub trait Policies: Send + Sync {
     /// The port of the sidecar in it.
     fn port(&self, session: &Session) -> u16;
 
+    /// The port of the app in it, with the token that is said to it.
+    fn app(&self, _session: &Session) -> Option<App> {
+        None
+    }
+
     /// What is made ahead.
     fn pools(&self) -> &[Ahead] {
         &[]
@@ -114,6 +120,8 @@ pub struct Fleet {
     pub(crate) drained: std::sync::RwLock<BTreeMap<String, Timestamp>>,
     /// Who asks for a session counts what there is: one at a time.
     admitting: tokio::sync::Mutex<()>,
+    /// Who looks for a place in a container: likewise.
+    pub(crate) placing: tokio::sync::Mutex<()>,
     metrics: Arc<Metrics>,
     traces: Option<Traces>,
     /// It ends, or has.
@@ -171,6 +179,7 @@ impl Fleet {
             refill,
             drained,
             admitting,
+            placing: tokio::sync::Mutex::default(),
             metrics,
             traces: None,
             ended,
@@ -246,6 +255,11 @@ impl Fleet {
         self.policies.pools()
     }
 
+    /// Who is asked about the sessions in a container, and where.
+    pub(crate) fn inside_of(&self, session: &Session) -> (Arc<dyn Inside>, Option<App>) {
+        (Arc::clone(&self.inside), self.policies.app(session))
+    }
+
     /// Something is due at once.
     pub(crate) fn due(&self) {
         self.due.notify_one();
@@ -257,11 +271,12 @@ impl Fleet {
 
     /// Keeps a new session, which is then driven. The same id twice is one. Not if it is refused by what its tenant may have, or its provider can.
     pub async fn create(&self, mut session: Session) -> Result<Inserted, Error> {
-        let provider = self.provider(&session.provider)?;
+        let provider = self.provider_of(&session)?;
         if let Some(known) = self.store.get(&session.id).await? {
             return Ok(Inserted::Known(Box::new(known)));
         }
-        let refusals = provider::refusals(&provider.capabilities(), &session.spec);
+        let can = self.provider(&session.provider)?.capabilities();
+        let refusals = provider::refusals(&can, &session.spec);
         if !refusals.is_empty() {
             return Err(Error::Unable { provider: session.provider, refusals: refusals.join("; ") });
         }
@@ -275,7 +290,8 @@ impl Fleet {
         {
             let counts = self.store.count().await?;
             let open = counts.iter().filter(|(phase, _, of, _)| !phase.is_last() && *of == session.tenant);
-            if open.map(|(_, _, _, count)| count).sum::<u64>() >= most {
+            // Containers of several are none that somebody has asked for.
+            if open.map(|(_, _, _, count)| count).sum::<u64>() >= most && self.asked_for(&session.tenant).await? >= most {
                 return Err(Error::Full { tenant: session.tenant, most });
             }
         }
@@ -306,6 +322,12 @@ impl Fleet {
         }
         self.due.notify_one();
         Ok(inserted?)
+    }
+
+    async fn asked_for(&self, tenant: &str) -> Result<u64, Error> {
+        let all = self.matching(&Filter { tenant: Some(tenant.to_owned()), ..Filter::default() }).await?;
+        let open = all.values().filter(|session| !session.phase.is_last() && session.places.is_none());
+        Ok(open.count().try_into().unwrap_or(u64::MAX))
     }
 
     /// The container's name and labels, by which it is found again.
@@ -457,10 +479,11 @@ impl Fleet {
 
     /// Does what is to be done, up to when there is nothing for a while. When it is due again.
     pub async fn drive(&self, mut session: Session, end: &watch::Receiver<bool>) -> Result<Option<Timestamp>, Error> {
-        let provider = Arc::clone(self.provider(&session.provider)?);
+        let provider = self.provider_of(&session)?;
         let price = provider.price(session.spec.size);
         let mut policy = self.policies.policy(&session);
         policy.drained = self.drained_until(&session.provider);
+        policy.shared(&session);
         let mut seen: Option<Seen> = None;
         for _ in 0..STEPS {
             if *end.borrow() {
@@ -489,6 +512,7 @@ impl Fleet {
                             self.metrics.spent(&session, &entered);
                             self.entered(&session, &entered);
                             session = entered;
+                            self.tell_guests(&session).await;
                         }
                         Err(store::Error::Conflict(_)) => {
                             session = self.read(&session.id).await?;
@@ -498,6 +522,24 @@ impl Fleet {
                     }
                 }
                 Step::Do(action) => {
+                    if action == Action::Create && session.place.is_some() {
+                        match self.place(&session, policy.stop_grace).await? {
+                            Found::Session(found) => session = *found,
+                            Found::Nothing(error) => {
+                                let (before, now, outcome) = (session.clone(), self.now(), Outcome::Failed(error));
+                                self.change(&mut session, |session| {
+                                    if session.phase == before.phase {
+                                        plan::record(session, &action, &outcome, &policy, &price, now);
+                                    }
+                                })
+                                .await?;
+                                if session.phase != before.phase {
+                                    self.entered(&before, &session);
+                                }
+                            }
+                        }
+                        continue;
+                    }
                     if action == Action::Create
                         && let Some(taken) = self.take(&session).await?
                     {
@@ -539,6 +581,7 @@ impl Fleet {
                     .await?;
                     if session.phase != before.phase {
                         self.entered(&before, &session);
+                        self.tell_guests(&session).await;
                     }
                     if report.is_some() || action == Action::Delete || session.holds && action == Action::Look {
                         self.charge(&mut session, &price).await?;
@@ -568,6 +611,10 @@ impl Fleet {
 
     /// Books what it has cost by now; a session whose tenant has nothing left is to end.
     async fn charge(&self, session: &mut Session, price: &provider::Price) -> Result<(), Error> {
+        // What several cost is booked on their container.
+        if session.place.is_some() {
+            return Ok(());
+        }
         let now = self.now();
         let mut metered = session.clone();
         plan::meter(&mut metered, price, now);
@@ -622,8 +669,8 @@ impl Fleet {
         provider: &Arc<dyn Provider>,
     ) -> (Outcome, Option<Sandbox>, Option<Report>) {
         let outcome = match action {
-            // Nobody has asked for what is made ahead: theirs run for who takes it.
-            Action::Hooks if session.pool.is_some() => Outcome::Done,
+            // Nobody has asked for what is made ahead, or for several: theirs run for who takes it, or is in it.
+            Action::Hooks if session.pool.is_some() || session.places.is_some() => Outcome::Done,
             Action::Hooks => match self.hooks.run(session).await {
                 Verdict::Go => Outcome::Done,
                 Verdict::Retry(at) => Outcome::Later(at),
@@ -768,6 +815,11 @@ impl Fleet {
         // Who tells is not asked.
         if let Some(report) = reported::fresh(session, self.now()) {
             return Ok(report);
+        }
+        if session.place.is_some() {
+            let (port, token) = self.policies.app(session).ok_or("its template names no `app_port`")?;
+            let endpoint = provider.endpoint(native(session), port).await.map_err(|error| error.to_string())?;
+            return self.inside.session(&endpoint, token.as_ref().map(|token| token.reveal()), &session.id, self.now()).await;
         }
         let port = self.policies.port(session);
         let endpoint = provider.endpoint(native(session), port).await.map_err(|error| error.to_string())?;

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::lifecycle::Phase;
+use crate::place::{Place, Places};
 use crate::provider::Spec;
 
 /// Names a session to whoever asked for it: 1 to 64 letters, digits, `-` and `_`, beginning with a letter or digit.
@@ -161,6 +162,12 @@ pub struct Session {
     /// The key of this container, where it was made ahead.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub taken: Option<String>,
+    /// It is one of several in a container: see [`crate::place`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub place: Option<Place>,
+    /// It is a container of several, and who they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub places: Option<Places>,
     /// What the provider calls the container, once it has said so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub native: Option<String>,
@@ -246,6 +253,8 @@ impl Session {
             pool: None,
             given: None,
             taken: None,
+            place: None,
+            places: None,
             native: None,
             hydrated: false,
             persisted: false,
@@ -273,11 +282,21 @@ impl Session {
         self.taken.clone().unwrap_or_else(|| container_key(&self.id, self.generation))
     }
 
-    /// Which sessions may have its container, if it waits for one.
+    /// Which sessions may have its container, if it waits for one, or a place in it, if it has one left.
     pub fn spare(&self) -> Option<&str> {
+        if let Some(places) = &self.places {
+            // One of a number is known to be there also when it is full.
+            let found = places.free() > 0 || places.pinned;
+            return (found && self.is_coming_or_up()).then_some(&places.kind);
+        }
         let waits = matches!(self.phase, Phase::Ready | Phase::Idle) && self.wanted == Wanted::Running && self.holds;
         // What has worked already is no longer as it was made.
         self.pool.as_deref().filter(|_| waits && self.given.is_none() && self.native.is_some() && self.cost_usd() == 0.0)
+    }
+
+    fn is_coming_or_up(&self) -> bool {
+        let comes = matches!(self.phase, Phase::Requested | Phase::Creating | Phase::Starting);
+        self.wanted == Wanted::Running && (comes || self.phase.is_up())
     }
 
     /// Whether nothing is left to be done: what has failed may still have a container.

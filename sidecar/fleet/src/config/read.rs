@@ -16,6 +16,7 @@ use super::{Caller, Config, Fleet, Hidden, KINDS, Mistake, Mistakes, Outside, Pr
 use crate::build;
 use crate::hook::{Act, Hook, sign};
 use crate::lifecycle::Phase;
+use crate::place::Share;
 use crate::plan::Recycle;
 use crate::pool::Pool;
 use crate::provider::{Capabilities, Secret, Size, refusals};
@@ -338,6 +339,7 @@ impl<'a> Reader<'a> {
                 self.wrong(s.at_key("recycle"), what, format!("lower `{key}`"));
             }
         }
+        let shared = self.shared(s, pattern, app_port.is_some());
         let at = section.at.clone();
         self.finish(section);
         let template = Template {
@@ -363,6 +365,7 @@ impl<'a> Reader<'a> {
             archive,
             pool,
             recycle,
+            shared,
         };
         if let Some(can) = self.can.get(&template.provider) {
             let refused = refusals(can, &template.spec_for("", &SessionId::fresh(), "", 1));
@@ -441,6 +444,29 @@ impl<'a> Reader<'a> {
         self.finish(pool);
         let whole = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
         Some(Pool { size: whole(size), max_age, per_minute: whole(per_minute) })
+    }
+
+    fn shared(&mut self, s: &mut Section<'a>, pattern: Pattern, talks: bool) -> Option<Share> {
+        let mut shared = self.tables_at(s, "shared")?;
+        let most = self.need(&mut shared, "sessions_per_container", count, "sessions_per_container = 8").unwrap_or(1);
+        let containers = self.get(&mut shared, "containers", count);
+        for (key, n) in [("sessions_per_container", most), ("containers", containers.unwrap_or(1))] {
+            if !(1..=MOST_SHARED).contains(&n) {
+                let what = format!("`{}.{key}` is {n}", shared.name);
+                self.wrong(shared.at_key(key), what, format!("say 1 to {MOST_SHARED}"));
+            }
+        }
+        self.finish(shared);
+        if !matches!(pattern, Pattern::Shared | Pattern::LongRunning) {
+            let what = format!("`{}` is {}, and has its container for itself", s.name, super::pattern_name(pattern));
+            self.wrong(s.at_key("shared"), what, "make it shared or long-running, or leave `shared` out");
+        }
+        if !talks {
+            let what = format!("`{}.shared` needs `app_port`: sessions in one container are told apart by its app", s.name);
+            self.wrong(s.at_key("shared"), what, "add app_port = 8000, where `agent-sidecar serve` answers");
+        }
+        let whole = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        Some(Share { sessions_per_container: whole(most), containers: containers.map(whole) })
     }
 
     fn recycle(&mut self, s: &mut Section<'a>) -> Recycle {
@@ -813,6 +839,8 @@ const READY_WITHIN: Duration = Duration::from_secs(120);
 /// Containers that are made ahead in a minute, at most: a provider that ends them at once is not asked for thousands.
 const PER_MINUTE: u64 = 30;
 const MOST_POOL: u64 = 1000;
+/// Sessions in a container, which are kept with it, and containers that a session may belong to.
+const MOST_SHARED: u64 = 256;
 const STOP_GRACE: Duration = Duration::from_secs(30);
 const MOST_GRACE: Duration = Duration::from_secs(600);
 /// The sidecar's own default.

@@ -162,13 +162,22 @@ impl Metrics {
         self.add(&PHASES_ENTERED, &[after.phase.as_str(), provider], 1.0);
         self.observe(&PHASE_DURATION, &[before.phase.as_str(), provider], between(before.since, after.since));
         // For the first time: who wakes was there before.
-        if after.phase == Phase::Ready && after.generation == 1 && before.report.is_none() && after.pool.is_none() {
+        if after.phase == Phase::Ready
+            && after.generation == 1
+            && before.report.is_none()
+            && after.pool.is_none()
+            && after.places.is_none()
+        {
             self.observe(&READY, &[provider], between(after.created, after.since));
         }
     }
 
     /// What a session has cost from one version of it to the next. Each is written once, by whichever fleet, so that the sum of all fleets is right.
     pub fn spent(&self, before: &Session, after: &Session) {
+        // It is their container's.
+        if after.place.is_some() {
+            return;
+        }
         let labels = [after.provider.as_str(), self.tenant(&after.tenant)];
         let mut series = self.series();
         for (metric, more) in [

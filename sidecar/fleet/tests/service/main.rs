@@ -5,6 +5,7 @@
 mod api;
 mod chaos;
 mod money;
+mod places;
 mod pools;
 mod proxy;
 mod reported;

@@ -10,6 +10,7 @@ use agent_fleet::hook::Verdict;
 use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::metric::{Counted, Metrics};
+use agent_fleet::place::App;
 use agent_fleet::plan::{PauseBy, Policy};
 use agent_fleet::pool::Ahead;
 use agent_fleet::provider::{
@@ -263,6 +264,10 @@ impl Policies for Same {
 
     fn port(&self, _: &Session) -> u16 {
         9477
+    }
+
+    fn app(&self, _: &Session) -> Option<App> {
+        Some((8000, None))
     }
 
     fn pools(&self) -> &[Ahead] {

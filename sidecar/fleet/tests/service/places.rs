@@ -1,0 +1,346 @@
+//! Several sessions in one container: none is filled beyond what it takes, each ends for itself, and what they cost is booked once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use agent_fleet::config::Tenant;
+use agent_fleet::inside::Inside;
+use agent_fleet::lifecycle::Phase;
+use agent_fleet::place::{Place, Share, order};
+use agent_fleet::provider::{Endpoint, State};
+use agent_fleet::service;
+use agent_fleet::session::{Pattern, Report, Session, SessionId, Wanted};
+use agent_fleet::store::Filter;
+use async_trait::async_trait;
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
+use crate::town::{Cloud, Town, run, session};
+
+/// What containers say while they run, and what each session in them does.
+struct Rooms {
+    cloud: Arc<Cloud>,
+    works: Mutex<BTreeSet<SessionId>>,
+    ended: Mutex<Vec<SessionId>>,
+}
+
+/// What one session's agent costs, and a container's agents in all.
+const USD: f64 = 0.25;
+const ALL_USD: f64 = 1.0;
+
+impl Rooms {
+    fn says(&self, at: &Endpoint, now: Timestamp, busy: bool, cost_usd: f64) -> Result<Report, String> {
+        let runs = self.cloud.sandboxes.lock().unwrap().get(at.url.trim_start_matches("http://")).map(|one| one.state.clone());
+        if runs != Some(State::Running) {
+            return Err(String::from("nobody is there"));
+        }
+        let busy_until = busy.then(|| now + Duration::from_secs(60));
+        Ok(Report { at: now, busy_until, cost_usd, conversation: None, memory_bytes: None })
+    }
+}
+
+#[async_trait]
+impl Inside for Rooms {
+    async fn report(&self, at: &Endpoint, now: Timestamp) -> Result<Report, String> {
+        let busy = !self.works.lock().unwrap().is_empty();
+        self.says(at, now, busy, ALL_USD)
+    }
+
+    async fn session(&self, at: &Endpoint, _: Option<&str>, id: &SessionId, now: Timestamp) -> Result<Report, String> {
+        let busy = self.works.lock().unwrap().contains(id);
+        self.says(at, now, busy, USD)
+    }
+
+    async fn end(&self, at: &Endpoint, _: Option<&str>, id: &SessionId) -> Result<(), String> {
+        self.says(at, Timestamp::now(), false, 0.0)?;
+        self.ended.lock().unwrap().push(id.clone());
+        Ok(())
+    }
+}
+
+async fn town(every: u64) -> (Town, Arc<Rooms>) {
+    let mut town = Town::new(every).await;
+    let rooms = Arc::new(Rooms { cloud: Arc::clone(&town.cloud), works: Mutex::default(), ended: Mutex::default() });
+    town.inside = Some(Arc::clone(&rooms) as Arc<dyn Inside>);
+    town.policy.idle_after = None;
+    (town, rooms)
+}
+
+fn guest(id: &str, sessions_per_container: usize, containers: Option<usize>) -> Session {
+    let mut guest = session(id, Pattern::Shared);
+    guest.place = Some(Place::of(&guest, Share { sessions_per_container, containers }));
+    guest
+}
+
+/// The containers that are there, with who is in them.
+async fn houses(town: &Town) -> BTreeMap<SessionId, BTreeSet<String>> {
+    let all = town.store.list(&Filter::default(), None, 1000).await.unwrap();
+    let houses = all.into_iter().filter_map(|one| Some((one.id, one.places?.taken.iter().map(ToString::to_string).collect())));
+    houses.collect()
+}
+
+/// Which container a session is in.
+async fn house_of(town: &Town, id: &str) -> Session {
+    let native = town.get(id).await.native.unwrap();
+    town.get(native.split_once('/').unwrap().0).await
+}
+
+async fn until<F: Future<Output = bool>>(what: &str, so: impl Fn() -> F) {
+    for _ in 0..6000 {
+        if so().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("waited in vain until {what}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_share_a_container_and_each_ends_for_itself() {
+    let (town, rooms) = town(0).await;
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    for id in ["a", "b", "c"] {
+        fleet.create(guest(id, 3, None)).await.unwrap();
+    }
+    for id in ["a", "b", "c"] {
+        let up = town.reaches(id, Phase::Ready).await;
+        assert!(up.holds && up.total_usd() <= USD);
+        use Phase::*;
+        assert_eq!(town.phases(id)[..4], [Requested, Creating, Starting, Ready], "its hooks are run");
+    }
+    assert_eq!(town.cloud.alive(), 1, "one container is all that they need");
+    let house = house_of(&town, "a").await;
+    assert!(town.phases(house.id.as_str()).is_empty(), "nobody has asked for the container");
+    let places = house.places.unwrap();
+    assert_eq!(places.taken.iter().map(SessionId::as_str).collect::<Vec<_>>(), ["a", "b", "c"]);
+
+    // Who works is active, and nobody else is.
+    rooms.works.lock().unwrap().insert("b".parse().unwrap());
+    town.reaches("b", Phase::Active).await;
+    assert_eq!(town.get("a").await.phase, Phase::Ready);
+    // No place is left: another container for the next.
+    fleet.create(guest("d", 3, None)).await.unwrap();
+    town.reaches("d", Phase::Ready).await;
+    assert_eq!(town.cloud.alive(), 2);
+
+    fleet.want(&"a".parse().unwrap(), Wanted::Gone, "enough").await.unwrap();
+    town.reaches_end("a").await;
+    assert_eq!(*rooms.ended.lock().unwrap(), ["a".parse().unwrap()], "its agent is told to end, and no other");
+    assert_eq!((town.get("b").await.phase, town.cloud.alive()), (Phase::Active, 2));
+    // Its place is the next one's: the fullest first.
+    fleet.create(guest("e", 3, None)).await.unwrap();
+    town.reaches("e", Phase::Ready).await;
+    assert_eq!((house_of(&town, "e").await.id, town.cloud.alive()), (house.id, 2));
+    assert_eq!(fleet.reconcile().await.unwrap(), 0);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_shares_with_another_tenant_or_caller_or_what_is_made_of_something_else() {
+    let (town, _) = town(0).await;
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    let place = |mut one: Session| {
+        let share = one.place.unwrap().share;
+        one.place = None;
+        one.place = Some(Place::of(&one, share));
+        one
+    };
+    let mut image = guest("image", 8, None);
+    image.spec.image = String::from("another");
+    let tenant = Session { tenant: String::from("globex"), ..guest("tenant", 8, None) };
+    let owner = Session { owner: String::from("another"), ..guest("owner", 8, None) };
+    for one in [guest("one", 8, None), image, tenant, owner] {
+        fleet.create(place(one)).await.unwrap();
+    }
+    let mut found = BTreeSet::new();
+    for id in ["one", "image", "tenant", "owner"] {
+        town.reaches(id, Phase::Ready).await;
+        let house = house_of(&town, id).await;
+        assert_eq!(house.tenant, town.get(id).await.tenant);
+        found.insert(house.id);
+    }
+    assert_eq!(found.len(), 4);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_that_dies_ends_all_that_are_in_it_once() {
+    let (town, _) = town(0).await;
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    for id in ["a", "b"] {
+        fleet.create(guest(id, 2, None)).await.unwrap();
+        town.reaches(id, Phase::Ready).await;
+    }
+    let house = house_of(&town, "a").await;
+    town.cloud.end(house.native.as_deref().unwrap(), 137);
+    for id in ["a", "b", house.id.as_str()] {
+        town.reaches_end(id).await;
+        let over = town.get(id).await;
+        assert_eq!((over.phase, over.reason.is_some_and(|why| why.contains("its container has ended"))), (Phase::Failed, true));
+    }
+    for id in ["a", "b"] {
+        let told = town.phases(id).iter().filter(|phase| **phase == Phase::Failed).count();
+        assert_eq!(told, 1, "{id}");
+    }
+    assert_eq!(town.cloud.alive(), 0);
+    // Who comes then is in another.
+    fleet.create(guest("c", 2, None)).await.unwrap();
+    town.reaches("c", Phase::Ready).await;
+    assert_ne!(house_of(&town, "c").await.id, house.id);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_stays_as_long_as_somebody_is_in_it_and_ends_all_where_it_ends() {
+    let (mut town, _) = town(0).await;
+    town.policy.idle_after = Some(Duration::from_millis(300));
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    // Each is idle for long and ends; the container ends when the last has gone.
+    for id in ["a", "b"] {
+        fleet.create(guest(id, 2, None)).await.unwrap();
+    }
+    town.reaches("a", Phase::Ready).await;
+    let house = house_of(&town, "a").await.id;
+    for id in ["a", "b"] {
+        town.reaches(id, Phase::Destroyed).await;
+    }
+    let gone = town.reaches(house.as_str(), Phase::Destroyed).await;
+    assert_eq!(gone.reason.as_deref(), Some("nobody is in it"));
+    running.stop().await;
+
+    town.policy.idle_after = None;
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    for id in ["c", "d"] {
+        fleet.create(guest(id, 2, None)).await.unwrap();
+        town.reaches(id, Phase::Ready).await;
+    }
+    let house = house_of(&town, "c").await.id;
+    assert!(matches!(fleet.want(&house, Wanted::Gone, "a test").await, Ok(Some(_))));
+    for id in ["c", "d"] {
+        let gone = town.reaches(id, Phase::Destroyed).await;
+        assert_eq!(gone.reason.as_deref(), Some("its container is to end: a test"));
+    }
+    town.reaches_end(house.as_str()).await;
+    assert_eq!(town.cloud.alive(), 0);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_several_cost_is_booked_once_and_spent_for_all() {
+    let (mut town, rooms) = town(0).await;
+    let tenant = Tenant {
+        name: String::from("t"),
+        budget_usd_per_day: None,
+        budget_usd_per_month: Some(10.0),
+        zone: TimeZone::UTC,
+        max_sessions: Some(3),
+    };
+    let (month, _) = tenant.periods(Timestamp::now()).remove(0);
+    town.tenants.insert(String::from("t"), tenant);
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    for id in ["a", "b", "c"] {
+        fleet.create(guest(id, 3, None)).await.unwrap();
+    }
+    let full = fleet.create(guest("d", 3, None)).await.unwrap_err();
+    assert!(matches!(full, service::Error::Full { most: 3, .. }), "{full}: the container is none that was asked for");
+    rooms.works.lock().unwrap().insert("a".parse().unwrap());
+    town.reaches("a", Phase::Active).await;
+    for id in ["b", "c"] {
+        town.reaches(id, Phase::Ready).await;
+        until("its own cost is shown", || async { town.get(id).await.cost_usd() == USD }).await;
+    }
+    for id in ["a", "b", "c"] {
+        fleet.want(&id.parse().unwrap(), Wanted::Gone, "enough").await.unwrap();
+        town.reaches_end(id).await;
+    }
+    let house = houses(&town).await.into_keys().next().unwrap();
+    rooms.works.lock().unwrap().clear();
+    fleet.want(&house, Wanted::Gone, "enough").await.unwrap();
+    town.reaches_end(house.as_str()).await;
+    until("it is booked", || async {
+        let spent = town.store.spent("t", &month).await.unwrap();
+        let house = town.get(house.as_str()).await;
+        house.cost_usd() == ALL_USD && (spent - house.total_usd()).abs() < 1e-6
+    })
+    .await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_session_is_in_the_container_that_it_belongs_to() {
+    let (mut town, _) = town(0).await;
+    town.policy.ready_within = Duration::from_millis(300);
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    // Three containers for two each: who finds its own full is in the next, and who finds all full is not taken.
+    let mut free = [2_usize; 3];
+    for n in 0..6 {
+        let id = format!("s{n}");
+        fleet.create(guest(&id, 2, Some(3))).await.unwrap();
+        town.reaches(&id, Phase::Ready).await;
+        let belongs = order(&id.parse().unwrap(), 3).into_iter().find(|at| free[*at] > 0).unwrap();
+        free[belongs] -= 1;
+        assert!(house_of(&town, &id).await.places.unwrap().kind.ends_with(&format!(".{belongs}")), "{id}");
+    }
+    assert_eq!(town.cloud.alive(), 3);
+    fleet.create(guest("s6", 2, Some(3))).await.unwrap();
+    town.reaches_end("s6").await;
+    let refused = town.get("s6").await;
+    assert!(refused.phase == Phase::Failed && refused.reason.unwrap().contains("all of its containers are full"));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_container_is_overfilled_or_left_while_fleets_die_and_a_provider_fails() {
+    const SESSIONS: usize = 24;
+    let (mut town, _) = town(7).await;
+    town.policy.tries = 50;
+    let mut fleets = vec![town.fleet(), town.fleet()];
+    let mut running: Vec<_> = fleets.iter().map(run).collect();
+    let ids: Vec<String> = (0..SESSIONS).map(|n| format!("s{n}")).collect();
+    for (n, id) in ids.iter().enumerate() {
+        fleets[n % 2].create(guest(id, 4, None)).await.unwrap();
+        if n % 8 == 7 {
+            running.remove(0).task.abort();
+            fleets.remove(0);
+            fleets.push(town.fleet());
+            running.push(run(&fleets[1]));
+        }
+    }
+    for id in &ids {
+        until("it is up", || async { town.get(id).await.phase.is_up() }).await;
+    }
+    let there = houses(&town).await;
+    let seated: usize = there.values().map(BTreeSet::len).sum();
+    assert!(seated == SESSIONS && there.values().all(|taken| taken.len() <= 4), "{there:?}");
+    for (house, taken) in &there {
+        for id in taken {
+            assert_eq!(town.get(id).await.native, Some(format!("{house}/{id}")), "both say the same");
+        }
+    }
+    // Each fleet that looked at the same time may have made one more than was needed.
+    assert!(there.len() <= SESSIONS / 4 + 6, "{}", there.len());
+    assert!(town.cloud.created.lock().unwrap().values().all(|times| *times == 1), "nothing is made twice");
+    for id in &ids {
+        fleets[0].want(&id.parse().unwrap(), Wanted::Gone, "enough").await.unwrap();
+    }
+    for id in &ids {
+        town.reaches_end(id).await;
+    }
+    until("every place is free", || async { houses(&town).await.values().all(BTreeSet::is_empty) }).await;
+    for house in houses(&town).await.into_keys() {
+        fleets[0].want(&house, Wanted::Gone, "enough").await.unwrap();
+        town.reaches_end(house.as_str()).await;
+    }
+    assert_eq!(town.cloud.alive(), 0);
+    for one in running {
+        one.stop().await;
+    }
+}
