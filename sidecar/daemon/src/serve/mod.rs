@@ -43,6 +43,8 @@ use talk::{State, Talk};
 const TALKS: usize = 1000;
 /// What the hosting cookbook calls our token.
 pub(crate) const OTHER_TOKEN: &str = "AGENT_AUTH_TOKEN";
+/// What tells an agent which session it is of, and names its directory, if each has one.
+const SESSION: &str = "AGENT_SESSION";
 /// The file that knows which conversation is whose, beside what the CLI keeps of them: whoever puts that away has both.
 const BOOK: &str = "agent-sidecar-sessions.json";
 /// Without a platform's word for it.
@@ -82,7 +84,9 @@ pub(crate) enum Error {
     Conversation(&'static str),
     #[error("the agent's command speaks another format: leave --output-format and --input-format out")]
     Format,
-    #[error("each agent would have directories of its own, and not find its conversation again: leave --agent-dirs out")]
+    #[error(
+        "a session finds its directory by its id, and its conversation in there: leave --agent-from and --agent-dirs-at-end remove out"
+    )]
     AgentDirs,
     #[error("cannot listen at {0}")]
     Listen(SocketAddr, #[source] io::Error),
@@ -160,9 +164,13 @@ impl Recipe {
         argv
     }
 
-    fn wrapper(&self, program: &std::path::Path, resume: Option<&str>) -> Command {
+    fn wrapper(&self, program: &std::path::Path, id: &str, has_dirs: bool, resume: Option<&str>) -> Command {
         let mut wrapper = Command::new(program);
-        wrapper.arg("run").args(&self.flags).arg("--").args(self.argv(resume)).env_remove(OTHER_TOKEN);
+        wrapper.arg("run").args(&self.flags);
+        if has_dirs {
+            wrapper.args(["--agent-from", &format!("env:{SESSION}")]);
+        }
+        wrapper.env(SESSION, id).arg("--").args(self.argv(resume)).env_remove(OTHER_TOKEN);
         wrapper.envs(self.env.iter().map(|(name, value)| (name, value)));
         wrapper
     }
@@ -173,6 +181,8 @@ struct House {
     options: Options,
     recipe: Recipe,
     program: PathBuf,
+    /// Each session has a directory of its own.
+    has_dirs: bool,
     reaper: Arc<Reaper>,
     book: Mutex<Book>,
     talks: Mutex<BTreeMap<String, Arc<Talk>>>,
@@ -298,7 +308,8 @@ pub(crate) fn run(config: &Config, recipe: Recipe) -> Result<(), Error> {
     crate::supervise::hide();
     let options = config.serve()?;
     recipe.check()?;
-    if config.agent_dirs().is_some() {
+    let dirs = config.agent_dirs();
+    if dirs.as_ref().is_some_and(|dirs| dirs.name.is_some() || dirs.remove) {
         return Err(Error::AgentDirs);
     }
     let user = config.user()?.unwrap_or_else(User::ours);
@@ -325,6 +336,7 @@ pub(crate) fn run(config: &Config, recipe: Recipe) -> Result<(), Error> {
             options,
             recipe,
             program,
+            has_dirs: dirs.is_some(),
             reaper: Arc::clone(&reaper),
             book: Mutex::new(book),
             talks: Mutex::default(),

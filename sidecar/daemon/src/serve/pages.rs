@@ -138,6 +138,10 @@ fn word(state: State) -> &'static str {
     }
 }
 
+fn about(id: &str, state: State, conversation: Option<&str>) -> Value {
+    json!({"id": id, "state": word(state), "conversation": conversation, "cost_usd": state.cost.usd()})
+}
+
 impl House {
     async fn answer(self: &Arc<Self>, request: Request<Incoming>) -> Result<Answer, Refused> {
         let path = request.uri().path().to_owned();
@@ -222,7 +226,7 @@ impl House {
             all.entry(id.clone()).or_default();
         }
         let state = |id: &str| talks.get(id).filter(|talk| !talk.is_over()).map(|talk| talk.state()).unwrap_or_default();
-        all.iter().map(|(id, conversation)| json!({"id": id, "state": word(state(id)), "conversation": conversation})).collect()
+        all.iter().map(|(id, conversation)| about(id, state(id), conversation.as_deref())).collect()
     }
 
     fn show(&self, id: &str) -> Result<Answer, Refused> {
@@ -231,7 +235,7 @@ impl House {
             return Err(refuse(StatusCode::NOT_FOUND, "there is no such session"));
         }
         let state = talk.map(|talk| talk.state()).unwrap_or_default();
-        Ok(say(StatusCode::OK, &json!({"id": id, "state": word(state), "conversation": conversation})))
+        Ok(say(StatusCode::OK, &about(id, state, conversation.as_deref())))
     }
 
     /// Its agent ends, and its conversation is not gone on with.

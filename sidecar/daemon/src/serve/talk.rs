@@ -53,9 +53,31 @@ pub(super) struct State {
     /// Which was told to end.
     pub(super) rests: bool,
     pub(super) used: Option<Instant>,
+    pub(super) cost: Cost,
     over: bool,
     /// And its conversation is not gone on with.
     dropped: bool,
+}
+
+/// What a session has cost by its results, in USD. The books are the ledger's: what was interrupted may be missing here.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Cost {
+    /// Of agents that began at nothing again: not all go on with the sum when they are resumed.
+    before: f64,
+    last: f64,
+}
+
+impl Cost {
+    fn result(&mut self, total: f64) {
+        if total < self.last {
+            self.before += self.last;
+        }
+        self.last = total;
+    }
+
+    pub(super) fn usd(self) -> f64 {
+        self.before + self.last
+    }
 }
 
 pub(super) struct Talk {
@@ -314,7 +336,7 @@ impl Driver {
             return Err(String::from("the session was ended"));
         }
         let resume = self.house.conversation(&self.id);
-        let wrapper = self.house.recipe.wrapper(&self.house.program, resume.as_deref());
+        let wrapper = self.house.recipe.wrapper(&self.house.program, &self.id, self.house.has_dirs, resume.as_deref());
         match Child::start(wrapper, &self.house.reaper) {
             Ok(child) => {
                 self.child = Some(child);
@@ -361,6 +383,9 @@ impl Driver {
         }
         if let Some(message) = shape::message(self.house.options.form, &line, &value) {
             tell(client, message).await;
+        }
+        if let Some(total) = value["total_cost_usd"].as_f64().filter(|_| kind == "result") {
+            self.talk.set(|state| state.cost.result(total));
         }
         // A background task's turn of its own comes between.
         if kind != "result" || value["origin"]["kind"] == "task-notification" {

@@ -16,7 +16,8 @@ import json, os, sys, time, uuid
 log, argv = sys.argv[1], sys.argv[2:]
 resume = [word.split("=")[1] for word in argv if word.startswith("--resume=")]
 session = resume[0] if resume else str(uuid.uuid4())
-open(log, "a").write(json.dumps({"pid": os.getpid(), "resume": resume, "argv": argv, "env": sorted(os.environ)}) + "\n")
+open(log, "a").write(json.dumps({"pid": os.getpid(), "resume": resume, "argv": argv, "env": sorted(os.environ),
+    "session": os.environ.get("AGENT_SESSION"), "config": os.environ.get("CLAUDE_CONFIG_DIR"), "cwd": os.getcwd()}) + "\n")
 def say(**what): print(json.dumps({"session_id": session, **what}), flush=True)
 def hear(): return json.loads(sys.stdin.readline() or "null")
 turns = 0
@@ -261,7 +262,10 @@ fn a_conversation_goes_on_after_its_agent_has_ended_and_after_a_restart() {
     assert_eq!(server.stop(), Some(0));
 
     let server = Server::start(&dir, &[]);
-    assert_eq!(server.ask("GET", "/sessions/a").1, json!({"id": "a", "state": "resting", "conversation": conversation}));
+    assert_eq!(
+        server.ask("GET", "/sessions/a").1,
+        json!({"id": "a", "state": "resting", "conversation": conversation, "cost_usd": 0.0})
+    );
     assert_eq!(server.last("a", "once more", "done"), "once more");
     let resumed: Vec<Value> = server.starts().iter().map(|start| start["resume"].clone()).collect();
     let none = json!([]);
@@ -271,6 +275,36 @@ fn a_conversation_goes_on_after_its_agent_has_ended_and_after_a_restart() {
     assert_eq!(server.ask("DELETE", "/sessions/a").0, 404);
     assert_eq!(server.last("a", "anew", "done"), "anew");
     assert_eq!(server.starts().last().unwrap()["resume"], json!([]));
+}
+
+#[test]
+fn each_session_has_directories_of_its_own_and_comes_back_to_them() {
+    let dir = Scratch::new("serve", "directories");
+    let root = dir.join("agents");
+    let flags = ["--agent-dirs", root.to_str().unwrap()];
+    let server = Server::start(&dir, &flags);
+    for (id, prompt) in [("a", "hello"), ("b", "hello"), ("a", "bye"), ("a", "again")] {
+        assert_eq!(server.last(id, prompt, "done"), prompt);
+    }
+    let starts = server.starts();
+    let told: Vec<[&str; 3]> =
+        starts.iter().map(|start| ["session", "config", "cwd"].map(|key| start[key].as_str().unwrap_or_default())).collect();
+    let of = |id: &str| {
+        let home = std::fs::canonicalize(&root).unwrap().join("_").join(id);
+        [id.to_owned(), home.join("config").display().to_string(), home.join("workspace").display().to_string()]
+    };
+    assert_eq!(told, [of("a"), of("b"), of("a")]);
+    assert_eq!(starts[2]["resume"], json!([server.ask("GET", "/sessions/a").1["conversation"]]));
+    // Two turns, and one of an agent that began at nothing again.
+    let cost = server.ask("GET", "/sessions/a").1["cost_usd"].as_f64().unwrap();
+    assert!((cost - 0.03).abs() < 1e-9, "{cost}");
+    assert_eq!(server.stop(), Some(0));
+    for more in [["--agent-from", "env:X"], ["--agent-dirs-at-end", "remove"]] {
+        let done = command(&dir, &[&flags[..], &more[..]].concat()).env("AGENT_AUTH_TOKEN", TOKEN).output().unwrap();
+        assert!(
+            done.status.code() == Some(1) && String::from_utf8(done.stderr).unwrap().contains("finds its directory by its id")
+        );
+    }
 }
 
 #[test]
