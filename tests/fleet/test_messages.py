@@ -31,15 +31,20 @@ def say(one, name: str, prompt: str, query: str = "") -> list[tuple[str, dict | 
     return events
 
 
-def test_a_message_makes_a_session_and_wakes_it(fleet, api, tmp_path):  # noqa: F811
-    one = fleet()
-    (tmp_path / "app-token").write_text(APP_TOKEN)
-    (tmp_path / "app-token").chmod(0o600)
-    file = f'{{ file = "{tmp_path}/app-token" }}'
-    one.template("chat", "hybrid", SERVE, idle_after="5s", max_age="10m", stop_grace="20s", app_port=8000)
+def tell_token(one, directory) -> None:
+    """Its app has a token of its own."""
+    (directory / "app-token").write_text(APP_TOKEN)
+    (directory / "app-token").chmod(0o600)
+    file = f'{{ file = "{directory}/app-token" }}'
     text = one.file.read_text()
     text = text.replace('secrets = { ANTHROPIC', f'app_token = {file}\nsecrets = {{ AGENT_AUTH_TOKEN = {file}, ANTHROPIC')
     one.file.write_text(text)
+
+
+def test_a_message_makes_a_session_and_wakes_it(fleet, api, tmp_path):  # noqa: F811
+    one = fleet()
+    one.template("chat", "hybrid", SERVE, idle_after="5s", max_age="10m", stop_grace="20s", app_port=8000)
+    tell_token(one, tmp_path)
     one.start()
     assert one.get("/v1/sessions/talk/messages", "POST", {"prompt": "hello"})[0] == 404
     first = say(one, "talk", "hello", "?template=chat")
@@ -68,4 +73,38 @@ def test_a_message_makes_a_session_and_wakes_it(fleet, api, tmp_path):  # noqa: 
     assert one.get("/v1/sessions/talk/messages", "POST", {"prompt": "hello"})[0] == 409
     for path in [tmp_path / "fleet.db", tmp_path / "fleet.db-wal", tmp_path / "log"]:
         assert not path.exists() or APP_TOKEN.encode() not in path.read_bytes(), path
+    wait_for("no container", lambda: one.containers() == [], PATIENCE)
+
+
+def test_two_share_a_container_and_each_has_its_own_agent(fleet, api, tmp_path):  # noqa: F811
+    one = fleet()
+    serve = [*SERVE[:2], "--agent-dirs", "/tmp/agents", *SERVE[2:]]
+    one.template("team", "shared", serve, max_age="10m", stop_grace="20s", app_port=8000)
+    one.file.write_text(one.file.read_text() + "[templates.team.shared]\nsessions_per_container = 2\n")
+    tell_token(one, tmp_path)
+    one.start()
+    named = {}
+    for name in ("a", "b"):
+        turn = say(one, name, "hello", "?template=team")
+        assert turn[-1] == ("done", None), turn
+        named[name] = turn[-2][1]["session_id"]
+    [container] = one.containers()
+    assert named["a"] != named["b"]
+    homes = engine.docker("exec", container, "sh", "-c", "cd /tmp/agents/_ && ls; ls -d */config/projects/*/*.jsonl").stdout.split()
+    assert homes[:2] == ["a", "b"]
+    assert {home.split("/")[0]: home.split("/")[-1].removesuffix(".jsonl") for home in homes[2:]} == named
+    # Each says what it has cost, and together that is all.
+    wait_for("both to be idle", lambda: all(one.show(name)["phase"] == "idle" for name in named), PATIENCE)
+    cost = lambda: sum(one.show(name)["agent_usd"] for name in named)  # noqa: E731
+    wait_for("what they cost", lambda: cost() == pytest.approx(api.cost_usd(), abs=1e-9), PATIENCE)
+    # One ends, and the other goes on with its conversation.
+    assert one.get("/v1/sessions/a", "DELETE")[0] == 202
+    one.reaches("a", "destroyed")
+    assert say(one, "b", "and more")[-2][1]["session_id"] == named["b"]
+    assert say(one, "c", "hello", "?template=team")[-1] == ("done", None)
+    assert one.containers() == [container]
+    # All that are in it end with their container, and nothing is left.
+    engine.docker("kill", container)
+    for name in ("b", "c"):
+        assert "its container has ended" in one.reaches(name, "failed")["reason"]
     wait_for("no container", lambda: one.containers() == [], PATIENCE)

@@ -52,7 +52,7 @@ const WAKES: Duration = Duration::from_secs(60);
 /// How often what flows is told to the session, so that it is not idle: less, where it would be idle sooner.
 const TOLD: Duration = Duration::from_secs(10);
 /// Which session an app is talked to for: it may have several.
-const WHOSE: HeaderName = HeaderName::from_static("x-agent-session");
+const WHOSE: HeaderName = HeaderName::from_static("agent-session");
 /// What is between two neighbours alone, and not passed on.
 const HOPS: [HeaderName; 7] = [
     header::CONNECTION,

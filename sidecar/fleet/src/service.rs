@@ -645,7 +645,9 @@ impl Fleet {
         let phases = vec![Phase::Requested, Phase::Creating, Phase::Starting];
         let filter = Filter { tenant: Some(tenant.to_owned()), phases, ..Filter::default() };
         let waiting = self.matching(&filter).await?;
-        let usd = waiting.values().filter(|session| session.cost_at.is_empty()).filter_map(|session| {
+        // For one of several it is set aside with its container.
+        let own = waiting.values().filter(|session| session.cost_at.is_empty() && session.place.is_none());
+        let usd = own.filter_map(|session| {
             let provider = self.providers.get(&session.provider)?;
             Some(needs(session, &provider.price(session.spec.size)))
         });

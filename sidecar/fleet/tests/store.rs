@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agent_fleet::lifecycle::Phase;
+use agent_fleet::place::{self, Places};
 use agent_fleet::session::{Report, Session, SessionId, Wanted};
 use agent_fleet::store::{self, Error, Filter, HOOK_RUNS_MOST, HookRun, Inserted, Store};
 use jiff::{SignedDuration, Timestamp};
@@ -128,6 +129,7 @@ promises! {
     whatever_is_written_into_a_name_stays_text
     two_hundred_sessions_are_each_claimed_once
     of_many_who_change_it_one_does
+    of_many_who_want_a_place_no_more_have_one_than_there_are
     what_many_reserve_at_once_stays_below_the_limit
     what_is_written_is_there_when_it_is_opened_again
 }
@@ -688,6 +690,54 @@ async fn of_many_who_take_one_each_has_another(Fresh { store, .. }: &Fresh) {
     let taken: BTreeSet<SessionId> =
         futures_util::future::join_all(takers).await.into_iter().map(|taken| taken.unwrap()).collect();
     assert_eq!(taken.len(), 20);
+}
+
+async fn of_many_who_want_a_place_no_more_have_one_than_there_are(Fresh { store, .. }: &Fresh) {
+    let now: Timestamp = "2026-11-26T12:00:00Z".parse().unwrap();
+    for n in 0..2 {
+        let mut house = session(&format!("house-{n}"));
+        house.places = Some(Places {
+            kind: String::from("kind"),
+            most: 4,
+            pinned: false,
+            taken: BTreeSet::new(),
+            empty_since: Some(house.created),
+        });
+        store.insert(&house).await.unwrap();
+    }
+    let guests = (0..12).map(|n| {
+        let store = Arc::clone(store);
+        tokio::spawn(async move {
+            let guest = session(&format!("g{n}"));
+            store.insert(&guest).await.unwrap();
+            loop {
+                let houses = store.spares("kind", 8).await.unwrap();
+                // None is told that has no place left.
+                if houses.is_empty() {
+                    return None;
+                }
+                for mut house in houses {
+                    assert!(place::may_seat(&house, now));
+                    let mut seated = guest.clone();
+                    place::seat(&mut seated, &mut house, Duration::ZERO, now);
+                    match store.update_both(&mut seated, &mut house).await {
+                        Ok(()) => return Some(seated),
+                        Err(Error::Conflict(_)) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            }
+        })
+    });
+    let done = futures_util::future::join_all(guests).await;
+    let seated: BTreeSet<String> = done.into_iter().filter_map(|one| one.unwrap()?.native).collect();
+    let mut taken = BTreeSet::new();
+    for name in ["house-0", "house-1"] {
+        let places = store.get(&id(name)).await.unwrap().unwrap().places.unwrap();
+        assert_eq!((places.taken.len(), places.free(), places.empty_since), (4, 0, None));
+        taken.extend(places.taken.iter().map(|guest| format!("{name}/{guest}")));
+    }
+    assert_eq!(seated, taken, "who has a place is known to its container, and nobody else is");
 }
 
 async fn a_duty_is_one_fleets_until_its_lease_is_over(Fresh { store, .. }: &Fresh) {

@@ -411,3 +411,27 @@ fn a_pool_has_a_size_and_an_age_that_leaves_something_of_a_life() {
         assert!(found.contains(what) && found.lines().count() == 1, "{line}: {found}");
     }
 }
+
+#[test]
+fn sessions_share_a_container_where_its_app_can_tell_them_apart() {
+    let shared = "shared = { sessions_per_container = 8, containers = 4 }";
+    for pattern in ["shared", "long-running"] {
+        let text = format!("{HEAD}app_port = 8000\n{shared}\n").replace("\"ephemeral\"", &format!("{pattern:?}"));
+        let config = parse(&text).unwrap();
+        assert_eq!(config.templates["task"].shared, Some(Share { sessions_per_container: 8, containers: Some(4) }));
+        assert!(config.print().contains(shared), "{}", config.print());
+    }
+    for (lines, what) in [
+        (
+            "app_port = 8000\nshared = { sessions_per_container = 8 }",
+            "`templates.task` is ephemeral, and has its container for itself",
+        ),
+        ("shared = { sessions_per_container = 8 }", "`templates.task.shared` needs `app_port`"),
+        ("app_port = 8000\nshared = { containers = 2 }", "`templates.task.shared` has no `sessions_per_container`"),
+        ("app_port = 8000\nshared = { sessions_per_container = 257 }", "`templates.task.shared.sessions_per_container` is 257"),
+        ("app_port = 8000\nshared = { sessions_per_container = 2, containers = 0 }", "is zero"),
+    ] {
+        let found = of_template(lines);
+        assert!(found.contains(what), "{lines}: {found}");
+    }
+}

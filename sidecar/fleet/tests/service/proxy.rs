@@ -128,6 +128,7 @@ async fn a_message_reaches_ones_own_session_and_its_answer_comes_as_it_is_said()
     let lower = asked.to_ascii_lowercase();
     assert!(lower.contains(&format!("authorization: bearer {}\r\n", "app".repeat(12))), "{asked}");
     assert!(lower.contains("x-provider-key: key-of-the-provider\r\n") && !lower.contains("shopshop"), "{asked}");
+    assert!(lower.contains("agent-session: a\r\n"), "{asked}");
 
     // That our token is refused is not the caller's mistake.
     let refused = served.say("shop", "a/messages", "refuse me").await;
@@ -204,7 +205,7 @@ async fn a_websocket_is_passed_through_byte_for_byte_to_its_owner_alone() {
         let mut stream = TcpStream::connect(served.url.strip_prefix("http://").unwrap()).await.unwrap();
         let head = format!(
             "GET /v1/sessions/a/{path} HTTP/1.1\r\nHost: fleet\r\nAuthorization: Bearer {}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-             Sec-WebSocket-Key: k\r\nSec-WebSocket-Version: 13\r\n\r\n",
+             Agent-Session: another\r\nSec-WebSocket-Key: k\r\nSec-WebSocket-Version: 13\r\n\r\n",
             who.repeat(12)
         );
         stream.write_all(head.as_bytes()).await.unwrap();
@@ -229,6 +230,8 @@ async fn a_websocket_is_passed_through_byte_for_byte_to_its_owner_alone() {
         let asked = app.asked().last().unwrap().clone();
         assert!(asked.starts_with(&format!("GET {there} HTTP/1.1\r\n")), "{asked}");
         let lower = asked.to_ascii_lowercase();
+        // Whose it is says the fleet alone.
+        assert!(lower.contains("agent-session: a\r\n") && !lower.contains("another"), "{asked}");
         assert!(
             lower.contains("sec-websocket-key: k\r\n") && lower.contains("upgrade: websocket\r\n") && !lower.contains("shopshop"),
             "{asked}"
