@@ -444,6 +444,7 @@ impl Fleet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::session::Pattern;
     use proptest::prelude::*;
 
     proptest! {
@@ -455,6 +456,24 @@ mod tests {
             // Without the new one everything is as it was: the first, and who comes after it.
             prop_assert_eq!(after.into_iter().filter(|at| *at != n).collect::<Vec<_>>(), before);
         }
+    }
+
+    #[test]
+    fn nobody_comes_into_a_container_that_is_old_full_or_to_end() {
+        let now: Timestamp = "2026-11-26T12:00:00Z".parse().unwrap();
+        let at = |seconds: u64| now + Duration::from_secs(seconds);
+        let spec =
+            serde_json::from_value(serde_json::json!({"key": "k", "image": "i", "ttl": {"secs": 600, "nanos": 0}})).unwrap();
+        let mut house = Session::new("house".parse().unwrap(), ("t", ""), Pattern::Shared, "p", spec, now);
+        house.places = Some(Places { kind: String::from("k"), most: 1, pinned: true, taken: BTreeSet::new(), empty_since: None });
+        assert!(may_seat(&house, at(299)) && !may_seat(&house, at(300)));
+        let (mut guest, before) = (house.clone(), house.clone());
+        (guest.id, guest.places) = ("guest".parse().unwrap(), None);
+        seat(&mut guest, &mut house, Duration::from_secs(20), now);
+        assert!(!may_seat(&house, now) && house.spare().is_some(), "it is full, and known to be there");
+        assert_eq!((guest.native.as_deref(), guest.ends), (Some("house/guest"), at(580)));
+        assert!(!may_seat(&Session { wanted: Wanted::Gone, ..before.clone() }, now));
+        assert!(!may_seat(&Session { phase: Phase::Stopping, ..before }, now));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Several sessions in one container: none is filled beyond what it takes, each ends for itself, and what they cost is booked once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
+use crate::pools::ahead;
 use crate::town::{Cloud, Town, run, session};
 
 /// What containers say while they run, and what each session in them does.
@@ -23,6 +25,8 @@ struct Rooms {
     cloud: Arc<Cloud>,
     works: Mutex<BTreeSet<SessionId>>,
     ended: Mutex<Vec<SessionId>>,
+    /// Somebody has been in one of them.
+    used: AtomicBool,
 }
 
 /// What one session's agent costs, and a container's agents in all.
@@ -44,11 +48,12 @@ impl Rooms {
 impl Inside for Rooms {
     async fn report(&self, at: &Endpoint, now: Timestamp) -> Result<Report, String> {
         let busy = !self.works.lock().unwrap().is_empty();
-        self.says(at, now, busy, ALL_USD)
+        self.says(at, now, busy, if self.used.load(Ordering::SeqCst) { ALL_USD } else { 0.0 })
     }
 
     async fn session(&self, at: &Endpoint, _: Option<&str>, id: &SessionId, now: Timestamp) -> Result<Report, String> {
         let busy = self.works.lock().unwrap().contains(id);
+        self.used.store(true, Ordering::SeqCst);
         self.says(at, now, busy, USD)
     }
 
@@ -61,7 +66,12 @@ impl Inside for Rooms {
 
 async fn town(every: u64) -> (Town, Arc<Rooms>) {
     let mut town = Town::new(every).await;
-    let rooms = Arc::new(Rooms { cloud: Arc::clone(&town.cloud), works: Mutex::default(), ended: Mutex::default() });
+    let rooms = Arc::new(Rooms {
+        cloud: Arc::clone(&town.cloud),
+        works: Mutex::default(),
+        ended: Mutex::default(),
+        used: AtomicBool::default(),
+    });
     town.inside = Some(Arc::clone(&rooms) as Arc<dyn Inside>);
     town.policy.idle_after = None;
     (town, rooms)
@@ -134,6 +144,26 @@ async fn several_share_a_container_and_each_ends_for_itself() {
     town.reaches("e", Phase::Ready).await;
     assert_eq!((house_of(&town, "e").await.id, town.cloud.alive()), (house.id, 2));
     assert_eq!(fleet.reconcile().await.unwrap(), 0);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_of_several_is_one_that_was_made_ahead() {
+    let (mut town, _) = town(0).await;
+    town.pools = vec![ahead(1)];
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    until("one waits", || async {
+        let all = town.store.list(&Filter::default(), None, 10).await.unwrap();
+        all.iter().any(|one| one.spare().is_some())
+    })
+    .await;
+    let made = town.cloud.created.lock().unwrap().keys().next().unwrap().clone();
+    for id in ["a", "b"] {
+        fleet.create(guest(id, 2, None)).await.unwrap();
+        town.reaches(id, Phase::Ready).await;
+        assert_eq!(house_of(&town, id).await.key(), made);
+    }
     running.stop().await;
 }
 
