@@ -28,7 +28,7 @@ use tokio::sync::Notify;
 
 use crate::busy::Word;
 use crate::control;
-use crate::conversation::{self, Conversation, Works};
+use crate::conversation::{self, Conversation, Work, Works};
 use crate::export::{otlp, prometheus};
 use crate::feed::Feed;
 use crate::hub::gate::{Judged, Peer};
@@ -152,6 +152,16 @@ pub(crate) struct Line {
 }
 
 impl Line {
+    /// It goes on for so long, however slow that is.
+    pub(crate) fn lasts_for(&self, most: Duration) {
+        self.streams.store(true, Relaxed);
+        let cut = Arc::clone(&self.cut);
+        tokio::spawn(async move {
+            tokio::time::sleep(most).await;
+            cut.notify_one();
+        });
+    }
+
     /// Its time is up.
     async fn end(&self) {
         if tokio::time::timeout(CLIENT * 6, self.cut.notified()).await.is_err() && self.streams.load(Relaxed) {
@@ -192,13 +202,12 @@ async fn converse<P: Pages>(pages: &Arc<P>, request: Request<Incoming>, peer: Pe
     let line = request.extensions().get::<Line>().cloned().unwrap_or_default();
     match pages.conversation().filter(|_| request.uri().path() == conversation::PATH) {
         Some(conversation) => {
-            line.streams.store(true, Relaxed);
             let asked = Arc::clone(pages);
             let works = move || {
                 let asked = Arc::clone(&asked);
                 async move { asked.works().await }
             };
-            Ok(conversation.answer(request, peer, line.cut, works).await)
+            Ok(conversation.answer(request, peer, &line, works).await)
         }
         None => Err(request),
     }
@@ -411,8 +420,12 @@ impl Pages for Site {
 
     async fn works(&self) -> Works {
         let lease = self.lease;
-        match visit(&self.handle, move |monitor, now| Word::of(monitor, now, lease).busy).await {
-            Visit::Answer(busy) => Some(busy),
+        let ask = move |monitor: &mut Monitor, now| {
+            let status = serde_json::to_value(monitor.status()).unwrap_or_default();
+            Work::new(Word::of(monitor, now, lease).busy, &status)
+        };
+        match visit(&self.handle, ask).await {
+            Visit::Answer(work) => Some(work),
             Visit::Silent | Visit::Gone => None,
         }
     }
@@ -470,7 +483,8 @@ impl Pages for Desk {
     }
 
     async fn works(&self) -> Works {
-        Some(self.busy().busy)
+        let status = self.status(Sees::All);
+        Some(Work::new(self.busy_of(&status).busy, &status))
     }
 }
 
@@ -616,6 +630,9 @@ async fn visit<T: Send + 'static>(handle: &Handle, ask: impl FnOnce(&mut Monitor
     if !there {
         return Visit::Gone;
     }
+    if handle.waits() {
+        return Visit::Silent;
+    }
     match tokio::time::timeout(ALIVE, hear).await {
         Ok(Ok(answer)) => Visit::Answer(answer),
         Ok(Err(_)) => Visit::Gone,
@@ -630,7 +647,7 @@ pub(crate) fn visit_blocking<T: Send + 'static>(
 ) -> Option<T> {
     let (say, hear) = mpsc::channel();
     let there = handle.visit(move |monitor, now| drop(say.send(ask(monitor, now))));
-    if there { hear.recv_timeout(ALIVE).ok() } else { None }
+    if there && !handle.waits() { hear.recv_timeout(ALIVE).ok() } else { None }
 }
 
 pub(crate) fn text(status: StatusCode, body: impl Into<Cow<'static, str>>) -> Answer {

@@ -409,12 +409,15 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     if launch.asks_model {
         disk::measure_for_ever(&places, tmp, config.disk_interval(), &handle);
     }
+    let waiting = handle.clone();
     // Otherwise who serves for all looks for all.
     if alone && config.patrol() {
         Patrol::walk(move |n| handle.visit(move |monitor, _| monitor.meters_mut().set(&metric::UNWRAPPED, &[], n)));
     }
     if let Some(options) = conversation.filter(|_| launch.asks_model && !config.conversation_wait().is_zero()) {
+        waiting.wait(true);
         wait_for(&fetched, &options.container, config.conversation_wait())?;
+        waiting.wait(false);
     }
     let code = supervisor.run()?;
     Ok(match config.limit_exit_code() {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   GET /v1/conversation ──► a tar of both, while no agent works
+//!   HEAD                 ──► what a GET would begin with: whether it is still what was taken
 //!   PUT /v1/conversation ◄── the same, into a container in which none has worked yet
 //! ```
 //!
@@ -11,20 +12,22 @@
 mod pack;
 mod unpack;
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use http_body_util::BodyExt;
+use http_body_util::{BodyExt, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{CONNECTION, HeaderValue};
+use hyper::http::request::Parts;
 use hyper::{Method, Request, StatusCode};
 use tokio::sync::mpsc;
 
 use crate::files;
-use crate::http::{Answer, Body, reply, text};
+use crate::http::{Answer, Body, Line, reply, text};
 use crate::hub::gate::{Gate, Keys, Peer, Token};
 use pack::Opened;
 use unpack::Unpacker;
@@ -32,6 +35,8 @@ use unpack::Unpacker;
 pub(crate) const PATH: &str = "/v1/conversation";
 /// What names the CLI's session that spoke last.
 const NAMED: &str = "agent-conversation";
+/// What says how far it has come: another word, and somebody has worked since.
+const MARK: &str = "agent-conversation-mark";
 /// What our own directories begin with: never part of a conversation.
 const STAGING: &str = ".agent-sidecar-";
 /// So much at once, and so many of these on their way.
@@ -41,6 +46,9 @@ const CHUNKS: usize = 16;
 const STALLS: Duration = Duration::from_secs(60);
 /// However large it is.
 const LONGEST: Duration = Duration::from_secs(30 * 60);
+/// Of a body that nobody wants so much is read, and for so long: whoever is still sending would see a reset, and no answer.
+const UNWANTED: usize = 1 << 20;
+const UNWANTED_FOR: Duration = Duration::from_secs(2);
 /// How often a start that waits looks whether it may go on.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -147,8 +155,22 @@ pub(crate) struct Conversation {
     taken: Arc<tokio::sync::Semaphore>,
 }
 
-/// Whether an agent works; `None` if nobody knows.
-pub(crate) type Works = Option<bool>;
+/// `None` if nobody knows.
+pub(crate) type Works = Option<Work>;
+
+/// What agents do, at a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Work {
+    pub(crate) busy: bool,
+    /// Those that are over: one may begin and end between two looks.
+    pub(crate) turns: u64,
+}
+
+impl Work {
+    pub(crate) fn new(busy: bool, status: &serde_json::Value) -> Work {
+        Work { busy, turns: status["totals"]["turns"].as_u64().unwrap_or_default() }
+    }
+}
 
 impl Conversation {
     pub(crate) fn new(options: Options, fetched: Fetched) -> Conversation {
@@ -156,52 +178,82 @@ impl Conversation {
         Conversation { options: Arc::new(options), gate, fetched, taken: Arc::new(tokio::sync::Semaphore::new(1)) }
     }
 
-    /// `works` is asked before, and after.
-    pub(crate) async fn answer<W, F>(
-        &self,
-        request: Request<Incoming>,
-        peer: Peer,
-        cut: Arc<tokio::sync::Notify>,
-        works: W,
-    ) -> Answer
+    /// `works` is asked before, and after. Each has a connection of its own: nobody waits for what more may come on it.
+    pub(crate) async fn answer<W, F>(&self, request: Request<Incoming>, peer: Peer, line: &Line, works: W) -> Answer
     where
         W: Fn() -> F + Send + 'static,
         F: Future<Output = Works> + Send,
     {
-        let judged = self.gate.judge(peer, request.headers(), Instant::now());
-        if let Some((status, why)) = judged.refusal() {
-            return text(status, why);
-        }
-        let get = match *request.method() {
-            Method::GET => true,
-            Method::PUT => false,
-            _ => return text(StatusCode::METHOD_NOT_ALLOWED, "take it with GET, bring it with PUT\n"),
+        let (parts, mut body) = request.into_parts();
+        let mut answer = match self.admit(&parts, peer) {
+            Ok(what) => {
+                line.lasts_for(LONGEST);
+                self.admitted(what, &mut body, works).await
+            }
+            Err(refusal) => refusal,
         };
+        if !answer.status().is_success() {
+            drop(tokio::time::timeout(UNWANTED_FOR, Limited::new(body, UNWANTED).collect()).await);
+        }
+        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        answer
+    }
+
+    /// What is wanted, of whom may want it.
+    fn admit(&self, asked: &Parts, peer: Peer) -> Result<What, Answer> {
+        let judged = self.gate.judge(peer, &asked.headers, Instant::now());
+        if let Some((status, why)) = judged.refusal() {
+            return Err(text(status, why));
+        }
+        match asked.method {
+            Method::GET => Ok(What::Take),
+            Method::HEAD => Ok(What::Look),
+            Method::PUT => Ok(What::Bring),
+            _ => Err(text(StatusCode::METHOD_NOT_ALLOWED, "take it with GET, bring it with PUT\n")),
+        }
+    }
+
+    async fn admitted<W, F>(&self, what: What, body: &mut Incoming, works: W) -> Answer
+    where
+        W: Fn() -> F + Send + 'static,
+        F: Future<Output = Works> + Send,
+    {
+        let busy = Wrong::Busy(String::from("an agent works here, or may"));
+        if what == What::Look {
+            let written = self.blocking(|options| Ok(written(&options.roots))).await;
+            return match (written, works().await) {
+                (Err(wrong), _) => wrong.answer(),
+                (Ok(_), None | Some(Work { busy: true, .. })) => busy.answer(),
+                (Ok(written), Some(work)) => named(&written, work),
+            };
+        }
         let Ok(taken) = Arc::clone(&self.taken).try_acquire_owned() else {
             return Wrong::Busy(String::from("somebody else takes or brings it just now")).answer();
         };
         // Whose answer was lost asks again: by now an agent may work with it.
-        if !get && self.fetched.is(&self.options.container) {
+        if what == What::Bring && self.fetched.is(&self.options.container) {
             drop(taken);
-            let mut body = request.into_body();
             while let Ok(Some(Ok(_))) = tokio::time::timeout(STALLS, body.frame()).await {}
             return text(StatusCode::OK, "it was here already\n");
         }
         let idle = match works().await {
-            Some(works) => !works,
+            Some(work) => !work.busy,
             // Nothing runs yet, and so nothing can be asked.
-            None => !get && self.fetched.waits.load(Relaxed),
+            None => what == What::Bring && self.fetched.waits.load(Relaxed),
         };
         if !idle {
-            return Wrong::Busy(String::from("an agent works here, or may")).answer();
+            return busy.answer();
         }
-        tokio::spawn(async move {
-            tokio::time::sleep(LONGEST).await;
-            cut.notify_one();
-        });
-        let mut answer = if get { self.take(taken, works).await } else { self.bring(taken, request.into_body()).await };
-        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-        answer
+        if what == What::Bring { self.bring(taken, body).await } else { self.take(taken, works).await }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce(&Options) -> Result<T, Wrong> + Send + 'static,
+    ) -> Result<T, Wrong> {
+        let options = Arc::clone(&self.options);
+        let asked = tokio::task::spawn_blocking(move || ask(&options));
+        asked.await.unwrap_or_else(|_| Err(io::Error::other("it failed").into()))
     }
 
     async fn take<W, F>(&self, taken: tokio::sync::OwnedSemaphorePermit, works: W) -> Answer
@@ -209,15 +261,16 @@ impl Conversation {
         W: Fn() -> F + Send + 'static,
         F: Future<Output = Works> + Send,
     {
-        let options = Arc::clone(&self.options);
-        let measured = tokio::task::spawn_blocking(move || {
+        let measured = self.blocking(|options| {
             Opened::open(&options.roots)?.measure(&options.exclude, options.max_size)?;
-            Ok::<_, Wrong>(newest(&options.roots))
+            Ok(written(&options.roots))
         });
-        let newest = match measured.await.unwrap_or_else(|_| Err(io::Error::other("it failed").into())) {
-            Ok(newest) => newest,
-            Err(wrong) => return wrong.answer(),
+        let before = match (measured.await, works().await) {
+            (Ok(written), Some(work)) if !work.busy => (written, work),
+            (Ok(_), _) => return Wrong::Busy(String::from("an agent may work here")).answer(),
+            (Err(wrong), _) => return wrong.answer(),
         };
+        let mut answer = named(&before.0, before.1);
         let (say, hear) = mpsc::channel::<io::Result<Bytes>>(CHUNKS);
         let options = Arc::clone(&self.options);
         tokio::spawn(async move {
@@ -225,27 +278,28 @@ impl Conversation {
             let out = say.clone();
             let packed = tokio::task::spawn_blocking(move || {
                 let out = io::BufWriter::with_capacity(CHUNK, Out { out, handle: tokio::runtime::Handle::current() });
-                Opened::open(&options.roots)?.pack(&options.exclude, options.max_size, out)
+                Opened::open(&options.roots)?.pack(&options.exclude, options.max_size, out)?;
+                Ok(written(&options.roots))
             });
-            let mut packed = packed.await.unwrap_or_else(|_| Err(io::Error::other("it failed").into()));
-            if packed.is_ok() && works().await != Some(false) {
-                packed = Err(Wrong::Busy(String::from("an agent has begun to work")));
-            }
+            let packed = packed.await.unwrap_or_else(|_| Err(io::Error::other("it failed").into()));
+            let packed = match packed {
+                // One whose turn is over by now has worked, too.
+                Ok(written) if works().await != Some(before.1) || written != before.0 => {
+                    Err(Wrong::Busy(String::from("an agent has worked meanwhile")))
+                }
+                packed => packed,
+            };
             if let Err(wrong) = packed {
                 tracing::warn!(%wrong, "the conversation was not put away");
                 // Breaks the answer off: what was sent is not all of it.
                 say.send(Err(io::Error::other(wrong.to_string()))).await.ok();
             }
         });
-        let mut answer = reply(StatusCode::OK, "application/x-tar", Vec::new());
         *answer.body_mut() = Body::Parts(hear);
-        if let Some(name) = newest.and_then(|name| HeaderValue::from_str(&name).ok()) {
-            answer.headers_mut().insert(NAMED, name);
-        }
         answer
     }
 
-    async fn bring(&self, taken: tokio::sync::OwnedSemaphorePermit, mut body: Incoming) -> Answer {
+    async fn bring(&self, taken: tokio::sync::OwnedSemaphorePermit, body: &mut Incoming) -> Answer {
         let (say, hear) = mpsc::channel::<io::Result<Bytes>>(CHUNKS);
         let brought = Brought { options: Arc::clone(&self.options), fetched: self.fetched.clone(), taken };
         let unpacked = tokio::task::spawn_blocking(move || brought.unpack(In { hear, rest: Bytes::new() }));
@@ -294,20 +348,52 @@ impl Brought {
     }
 }
 
-/// The session of the transcript that was written to last.
-fn newest(roots: &[Root]) -> Option<String> {
-    let projects = roots.iter().find(|root| root.name == "config")?.path.join("projects");
+/// What is wanted of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    Take,
+    /// How far it has come.
+    Look,
+    Bring,
+}
+
+/// How far the transcripts have come.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Written {
+    /// The session that was written to last.
+    newest: Option<String>,
+    /// Of all names, sizes and times: not of what is in them.
+    hash: u64,
+}
+
+fn written(roots: &[Root]) -> Written {
+    let Some(config) = roots.iter().find(|root| root.name == "config") else { return Written::default() };
     let entries = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten().collect::<Vec<_>>();
-    let transcripts = entries(&projects).into_iter().flat_map(|project| entries(&project.path()));
-    let last = transcripts.filter_map(|entry| {
-        let name = entry.file_name().into_string().ok()?;
-        let session = name.strip_suffix(".jsonl")?;
-        // Of a session's own: what its subagents say has other names.
-        let plain = is_uuid(session);
+    let transcripts = entries(&config.path.join("projects")).into_iter().flat_map(|project| entries(&project.path()));
+    let read = transcripts.filter_map(|entry| {
         let about = entry.metadata().ok().filter(|about| about.is_file())?;
-        plain.then(|| Some((about.modified().ok()?, session.to_owned())))?
+        let session = entry.file_name().into_string().ok()?.strip_suffix(".jsonl")?.to_owned();
+        Some((about.modified().ok()?, about.len(), session))
     });
-    last.max().map(|(_, session)| session)
+    let mut all: Vec<_> = read.collect();
+    all.sort_unstable();
+    let mut hash = DefaultHasher::new();
+    all.hash(&mut hash);
+    // Of a session's own: what its subagents say has other names.
+    let newest = all.into_iter().rev().map(|(_, _, session)| session).find(|session| is_uuid(session));
+    Written { newest, hash: hash.finish() }
+}
+
+/// An answer that says which conversation it is, and how far it has come.
+fn named(written: &Written, work: Work) -> Answer {
+    let mut answer = reply(StatusCode::OK, "application/x-tar", Vec::new());
+    let mark = format!("{}-{:016x}", work.turns, written.hash);
+    for (name, value) in [(NAMED, written.newest.as_ref()), (MARK, Some(&mark))] {
+        if let Some(value) = value.and_then(|value| HeaderValue::from_str(value).ok()) {
+            answer.headers_mut().insert(name, value);
+        }
+    }
+    answer
 }
 
 fn is_uuid(text: &str) -> bool {

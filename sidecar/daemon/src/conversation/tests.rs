@@ -128,11 +128,12 @@ fn a_conversation_is_elsewhere_what_it_was() {
     for place in [&from, &to] {
         fs::set_permissions(place.dir.join("home/code"), fs::Permissions::from_mode(0o755)).unwrap();
     }
-    assert_eq!(newest(&to.roots), None);
+    let newest = |place: &Place| written(&place.roots).newest;
+    assert_eq!(newest(&to), None);
     let session = "0b5d7a52-3c1e-4a6f-9d53-1f0c2f7be001";
     to.write(&format!(".claude/projects/-home/{session}.jsonl"), "said");
     to.write(".claude/projects/-home/agent-0b5d7a52-3c1e-4a6f-9d53-1f0c2f7.jsonl", "said later by a subagent");
-    assert_eq!(newest(&to.roots).as_deref(), Some(session));
+    assert_eq!(newest(&to).as_deref(), Some(session));
 }
 
 #[test]

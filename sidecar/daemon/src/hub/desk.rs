@@ -223,7 +223,10 @@ impl Desk {
     }
 
     pub(crate) fn busy(&self) -> Word {
-        let status = self.status(Sees::All);
+        self.busy_of(&self.status(Sees::All))
+    }
+
+    pub(crate) fn busy_of(&self, status: &Value) -> Word {
         // Who is frozen or lost says nothing of now: a lease that it had runs out.
         let sessions = status["sessions"].as_array().into_iter().flatten().filter(|session| session["stale"] != true);
         let states = sessions.filter_map(|session| Activity::deserialize(&session["state"]).ok());

@@ -150,7 +150,7 @@ impl<M: Watch> Supervisor<M> {
     pub(crate) fn new(job: Job, monitor: M, clock: Clock) -> Result<Self, Failure> {
         let tap = Arc::new(Tap::new(job.bounds(TAP_MEMORY)));
         let mail = Arc::new(Mail::new().map_err(|e| Failure::own("an eventfd cannot be made", e))?);
-        let handle = Handle { tap, counts: Arc::default(), clock };
+        let handle = Handle { tap, counts: Arc::default(), clock, waits: Arc::default() };
         let ignored = Ignored::on_entry();
         let sink: Sink = Box::new(|_, _| {});
         Ok(Self { job, monitor, handle, mail, sink, last_words: None, before_exit: None, ignored, ears: None })
@@ -199,11 +199,13 @@ pub(crate) struct Handle<M = Monitor> {
     tap: Arc<Tap<M>>,
     counts: Arc<Counts>,
     clock: Clock,
+    /// The CLI is not to be started yet, and so nobody answers a visit.
+    waits: Arc<AtomicBool>,
 }
 
 impl<M> Clone for Handle<M> {
     fn clone(&self) -> Self {
-        Self { tap: Arc::clone(&self.tap), counts: Arc::clone(&self.counts), clock: self.clock }
+        Self { tap: Arc::clone(&self.tap), counts: Arc::clone(&self.counts), clock: self.clock, waits: Arc::clone(&self.waits) }
     }
 }
 
@@ -213,6 +215,15 @@ impl<M> Handle<M> {
     /// wait for it with a timeout.
     pub(crate) fn visit(&self, visit: impl FnOnce(&mut M, Now) + Send + 'static) -> bool {
         self.tap.urgent(Urgent::Visit(Box::new(visit)))
+    }
+
+    /// Says whether the start waits for something, which may take long: then nobody is to wait for the answer to a visit.
+    pub(crate) fn wait(&self, waits: bool) {
+        self.waits.store(waits, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    pub(crate) fn waits(&self) -> bool {
+        self.waits.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     pub(crate) fn counts(&self) -> &Counts {

@@ -80,8 +80,7 @@ fn a_lease_that_is_over_ends_the_agent_and_a_fleet_that_is_not_there_does_not() 
     std::fs::remove_dir_all(dir).unwrap();
 }
 
-/// The status of an answer, and its body as it came, pieces undone.
-fn talk(at: SocketAddr, method: &str, token: &str, body: &[u8]) -> Option<(u16, Vec<u8>)> {
+fn ask(at: SocketAddr, method: &str, token: &str, body: &[u8]) -> Option<TcpStream> {
     let mut stream = TcpStream::connect(at).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     write!(
@@ -91,12 +90,19 @@ fn talk(at: SocketAddr, method: &str, token: &str, body: &[u8]) -> Option<(u16, 
     )
     .ok()?;
     stream.write_all(body).ok()?;
+    Some(stream)
+}
+
+/// An answer's status, and its body as it came, pieces undone; none if that is not whole.
+fn hear(mut from: impl Read) -> Option<(u16, Vec<u8>)> {
     let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).ok()?;
+    from.read_to_end(&mut answer).ok()?;
     let end = answer.windows(4).position(|four| four == b"\r\n\r\n")?;
     let head = String::from_utf8_lossy(&answer[..end]).to_ascii_lowercase();
     let mut rest = &answer[end + 4..];
     let status = head.split(' ').nth(1)?.parse().ok()?;
+    // Otherwise who reads to the end waits until somebody hangs up.
+    assert!(head.contains("connection: close") || status == 404, "{head}");
     if !head.contains("transfer-encoding: chunked") {
         return Some((status, rest.to_vec()));
     }
@@ -108,30 +114,80 @@ fn talk(at: SocketAddr, method: &str, token: &str, body: &[u8]) -> Option<(u16, 
         if size == 0 {
             return Some((status, whole));
         }
-        whole.extend_from_slice(&rest[..size]);
+        whole.extend_from_slice(rest.get(..size)?);
         rest = &rest[size + 2..];
     }
+}
+
+fn talk(at: SocketAddr, method: &str, token: &str, body: &[u8]) -> Option<(u16, Vec<u8>)> {
+    hear(ask(at, method, token, body)?)
+}
+
+fn address_in(dir: &Path) -> SocketAddr {
+    wait_for("an address", || std::fs::read_to_string(dir.join("hub.state/address")).ok()?.trim().parse().ok())
+}
+
+/// A wrapper of a container that gives its conversation.
+fn contained(dir: &Path, container: &str, more: &[&str]) -> Running {
+    for below in ["work", "config"] {
+        std::fs::create_dir_all(dir.join(below)).unwrap();
+    }
+    let mut command = Command::new(SIDECAR);
+    command.env("AGENT_SIDECAR_FLEET_TOKEN", TOKEN).env("CLAUDE_CONFIG_DIR", dir.join("config")).current_dir(dir.join("work"));
+    command.args(["run", "--listen", "127.0.0.1:0", "--fleet-container", container, "--socket"]);
+    command.arg(dir.join("hub.sock")).args(more).args(["--", "sh", "-c", "ls; cat", "sh"]).args(STREAM_JSON);
+    Running::start(command)
+}
+
+#[test]
+fn of_a_conversation_in_which_somebody_works_meanwhile_only_a_part_is_given() {
+    let dir = scratch("conversation-meanwhile");
+    let mut running = contained(&dir, "agent-1-1", &["--conversation-serve"]);
+    let transcript = dir.join("config/projects/work/0b5d7a52-3c1e-4a6f-9d53-1f0c2f7be001.jsonl");
+    std::fs::create_dir_all(transcript.parent().unwrap()).unwrap();
+    std::fs::write(&transcript, "{}\n").unwrap();
+    // More than is on its way to somebody who does not read.
+    std::fs::File::create(dir.join("work/large")).unwrap().set_len(64 << 20).unwrap();
+    running.write(format!("{INIT}\n{PROMPT}\n{RESULT}\n").as_bytes()).unwrap();
+    let address = address_in(&dir);
+    let mark = || {
+        let mut head = String::new();
+        ask(address, "HEAD", TOKEN, b"").unwrap().read_to_string(&mut head).unwrap();
+        head.lines().find_map(|line| line.strip_prefix("agent-conversation-mark: ")).map(str::to_owned)
+    };
+    let taken = |meanwhile: &mut dyn FnMut()| {
+        let mut stream = wait_for("it to be given", || {
+            let mut stream = ask(address, "GET", TOKEN, b"")?;
+            let mut status = [0; 12];
+            stream.read_exact(&mut status).ok()?;
+            (&status == b"HTTP/1.1 200").then_some(stream)
+        });
+        meanwhile();
+        hear((&b"HTTP/1.1 200"[..]).chain(&mut stream)).is_some()
+    };
+    let first = wait_for("it to be idle", || mark().filter(|mark| mark.starts_with("1-")));
+    assert!(taken(&mut || {}), "nobody works");
+    assert_eq!(mark().as_ref(), Some(&first));
+    // A turn that is over when it is looked at again: the sidecar has seen it.
+    assert!(!taken(&mut || {
+        running.write(format!("{PROMPT}\n{RESULT}\n").as_bytes()).unwrap();
+        wait_for("its turn", || mark().filter(|mark| mark.starts_with("2-")));
+    }));
+    let second = mark().unwrap();
+    assert_ne!(second, first);
+    // And one of an agent that it does not see.
+    assert!(!taken(&mut || std::fs::write(&transcript, "{}\n{}\n").unwrap()));
+    assert!(mark().is_some_and(|mark| mark.starts_with("2-") && mark != second));
+    assert!(taken(&mut || {}), "it is quiet again");
+    running.close_stdin();
+    assert_eq!(running.code(), Some(0));
+    std::fs::remove_dir_all(dir).unwrap();
 }
 
 #[test]
 fn a_conversation_is_taken_from_one_container_and_another_waits_for_it() {
     let (from, to) = (scratch("conversation-from"), scratch("conversation-to"));
-    let start = |dir: &Path, container: &str, more: &[&str]| {
-        for below in ["work", "config"] {
-            std::fs::create_dir_all(dir.join(below)).unwrap();
-        }
-        let mut command = Command::new(SIDECAR);
-        command
-            .env("AGENT_SIDECAR_FLEET_TOKEN", TOKEN)
-            .env("CLAUDE_CONFIG_DIR", dir.join("config"))
-            .current_dir(dir.join("work"));
-        command.args(["run", "--listen", "127.0.0.1:0", "--fleet-container", container, "--socket"]);
-        command.arg(dir.join("hub.sock")).args(more).args(["--", "sh", "-c", "ls; cat", "sh"]).args(STREAM_JSON);
-        Running::start(command)
-    };
-    let at = |dir: &Path| -> SocketAddr {
-        wait_for("an address", || std::fs::read_to_string(dir.join("hub.state/address")).ok()?.trim().parse().ok())
-    };
+    let (start, at) = (contained, address_in);
     let mut first = start(&from, "agent-1-1", &["--conversation-serve"]);
     std::fs::write(from.join("work/notes"), "a line").unwrap();
     std::fs::create_dir_all(from.join("config/projects/work")).unwrap();
@@ -169,8 +225,12 @@ fn a_conversation_is_taken_from_one_container_and_another_waits_for_it() {
     assert_eq!((third.code(), third.rest()), (Some(125), Vec::new()));
     // Where it is not opened, it is closed.
     let mut closed = start(&from, "agent-1-1", &[]);
-    let code = wait_for("an answer", || talk(at(&from), "GET", TOKEN, b"")).0;
-    assert!(code != 200, "{code}");
+    let refused = wait_for("an answer", || {
+        let mut stream = TcpStream::connect(at(&from)).ok()?;
+        write!(stream, "GET /v1/conversation HTTP/1.0\r\nAuthorization: Bearer {TOKEN}\r\n\r\n").ok()?;
+        hear(stream)
+    });
+    assert_eq!(refused.0, 404);
     closed.close_stdin();
     assert_eq!(closed.code(), Some(0));
     for dir in [from, to] {
