@@ -1,7 +1,8 @@
 //! `serve`: agents behind HTTP, for images without an app of their own. A conversation for each session id, an agent for each that is talked to.
 //!
 //! ```text
-//!   POST /sessions/{id}/messages ──► talk (one for each id) ──stdin──► agent-sidecar run -- claude …
+//!   POST /sessions/{id}/messages, or a WebSocket at /sessions/{id}/ws
+//!                                ──► talk (one for each id) ──stdin──► agent-sidecar run -- claude …
 //!                   events ◄────────────┘ ◄───────────────stdout──────┘
 //!   and in this process the hub, which serves the numbers of all of them
 //! ```
@@ -13,6 +14,7 @@ mod book;
 mod child;
 mod pages;
 mod shape;
+mod socket;
 mod talk;
 
 use std::collections::BTreeMap;

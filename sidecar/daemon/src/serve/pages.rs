@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -15,26 +15,31 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use subtle::ConstantTimeEq;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::talk::State;
-use super::{House, Refusal};
+use super::{House, Refusal, socket};
 use crate::http::{Answer, Body, reply};
 use crate::hub::gate::Token;
 use crate::page;
 
 /// Connections at once: each turn is one, and who waits for its answer is another.
 const CONNECTIONS: usize = 512;
+/// Of them, those that last, whoever says something on them.
+const SOCKETS: usize = CONNECTIONS / 2;
+/// What a fleet calls the session that it passes something on for.
+const OF_SESSION: &str = "agent-session";
 /// A message is a text that somebody wrote, or pasted.
-const MESSAGE: usize = 1024 * 1024;
+pub(super) const MESSAGE: usize = 1024 * 1024;
 /// A client has this long to say what it wants, and to take something of the answer.
-const CLIENT: Duration = Duration::from_secs(30);
+pub(super) const CLIENT: Duration = Duration::from_secs(30);
 
 pub(super) async fn serve(listener: TcpListener, house: Arc<House>) {
     let listener = match tokio::net::TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => return tracing::error!(%error, "sessions cannot be served"),
     };
-    let mut open = Connections::default();
+    let mut open = Connections { open: VecDeque::new(), sockets: Arc::new(Semaphore::new(SOCKETS)) };
     loop {
         match listener.accept().await {
             Ok((stream, _)) => open.serve(stream, &house),
@@ -45,16 +50,19 @@ pub(super) async fn serve(listener: TcpListener, house: Arc<House>) {
 }
 
 /// Those that are open, oldest first.
-#[derive(Default)]
 struct Connections {
     open: VecDeque<Connection>,
+    sockets: Arc<Semaphore>,
 }
 
 struct Connection {
     task: tokio::task::AbortHandle,
-    /// A turn's events are sent on it.
+    /// A turn's events are sent on it, or it is a WebSocket.
     turn: Arc<AtomicBool>,
 }
+
+/// The WebSocket that a connection becomes, with its place among them.
+type Next = Mutex<Option<(socket::Asked, OwnedSemaphorePermit)>>;
 
 impl Connections {
     /// Where there are too many, the oldest without a turn has to go: a crowd that says nothing must not keep a probe out.
@@ -69,13 +77,16 @@ impl Connections {
         rustix::net::sockopt::set_tcp_user_timeout(&stream, within).ok();
         let (house, turn) = (Arc::clone(house), Arc::new(AtomicBool::new(false)));
         let streams = Arc::clone(&turn);
+        let room = Arc::clone(&self.sockets);
         let task = tokio::spawn(async move {
+            let next = Mutex::new(None);
             let service = hyper::service::service_fn(|request: Request<Incoming>| {
-                let (house, streams) = (Arc::clone(&house), Arc::clone(&streams));
+                let (house, streams, room, next) = (Arc::clone(&house), Arc::clone(&streams), Arc::clone(&room), &next);
                 async move {
                     streams.store(false, Relaxed);
-                    let mut answer = house.answer(request).await.unwrap_or_else(Refused::answer);
-                    streams.store(matches!(answer.body(), Body::Stream(_)), Relaxed);
+                    let mut answer = house.answer(request, &room, next).await.unwrap_or_else(Refused::answer);
+                    let lasts = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
+                    streams.store(lasts || matches!(answer.body(), Body::Stream(_)), Relaxed);
                     page::harden(&mut answer);
                     Ok::<_, Infallible>(answer)
                 }
@@ -83,7 +94,11 @@ impl Connections {
             let mut builder = hyper::server::conn::http1::Builder::new();
             builder.timer(TokioTimer::new()).header_read_timeout(CLIENT).max_buf_size(16 * 1024);
             // Whoever hangs up has hung up.
-            builder.serve_connection(TokioIo::new(stream), service).await.ok();
+            builder.serve_connection(TokioIo::new(stream), service).with_upgrades().await.ok();
+            let socket = next.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some((socket, _place)) = socket {
+                socket.serve(&house).await;
+            }
         });
         self.open.push_back(Connection { task: task.abort_handle(), turn });
     }
@@ -100,14 +115,14 @@ fn say(status: StatusCode, value: &Value) -> Answer {
 }
 
 /// Why something is not done.
-struct Refused {
-    status: StatusCode,
-    message: String,
+pub(super) struct Refused {
+    pub(super) status: StatusCode,
+    pub(super) message: String,
     header: Option<(HeaderName, &'static str)>,
 }
 
 impl Refused {
-    fn with(self, name: HeaderName, value: &'static str) -> Refused {
+    pub(super) fn with(self, name: HeaderName, value: &'static str) -> Refused {
         Refused { header: Some((name, value)), ..self }
     }
 
@@ -120,7 +135,7 @@ impl Refused {
     }
 }
 
-fn refuse(status: StatusCode, message: &str) -> Refused {
+pub(super) fn refuse(status: StatusCode, message: &str) -> Refused {
     Refused { status, message: message.to_owned(), header: None }
 }
 
@@ -143,7 +158,12 @@ fn about(id: &str, state: State, conversation: Option<&str>) -> Value {
 }
 
 impl House {
-    async fn answer(self: &Arc<Self>, request: Request<Incoming>) -> Result<Answer, Refused> {
+    async fn answer(
+        self: &Arc<Self>,
+        mut request: Request<Incoming>,
+        room: &Arc<Semaphore>,
+        next: &Next,
+    ) -> Result<Answer, Refused> {
         let path = request.uri().path().to_owned();
         let segments: Vec<&str> = path.split('/').skip(1).collect();
         // A probe has no token.
@@ -172,7 +192,19 @@ impl House {
                 let message = read(request).await?;
                 self.message(id, message)
             }
-            _ => Err(refuse(StatusCode::NOT_FOUND, "there are /health, /sessions, /sessions/ID and /sessions/ID/messages")),
+            ["sessions", id, "ws"] => {
+                named(id)?;
+                socket(&mut request, id, room, next)
+            }
+            ["ws"] => {
+                let id = request.headers().get(OF_SESSION).and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
+                named(&id)?;
+                socket(&mut request, &id, room, next)
+            }
+            _ => {
+                let what = "there are /health, /sessions, /sessions/ID, /sessions/ID/messages and /sessions/ID/ws";
+                Err(refuse(StatusCode::NOT_FOUND, what))
+            }
         }
     }
 
@@ -202,15 +234,21 @@ impl House {
         Err(refuse(StatusCode::UNAUTHORIZED, "say the token: Authorization: Bearer …").with(WWW_AUTHENTICATE, "Bearer"))
     }
 
-    fn message(self: &Arc<Self>, id: &str, message: String) -> Result<Answer, Refused> {
+    /// What is heard of a turn that begins now.
+    pub(super) fn begin(self: &Arc<Self>, id: &str, message: String) -> Result<mpsc::Receiver<Bytes>, Refused> {
         let later = |status, what: &str| refuse(status, what).with(RETRY_AFTER, "5");
         let talk = self.admit(id).map_err(|refusal| match refusal {
             Refusal::Busy => later(StatusCode::CONFLICT, "its turn before is not over"),
             Refusal::Full => later(StatusCode::SERVICE_UNAVAILABLE, "as many agents work as may"),
             Refusal::Closing => later(StatusCode::SERVICE_UNAVAILABLE, "this server ends"),
         })?;
+        Ok(talk.say(message))
+    }
+
+    fn message(self: &Arc<Self>, id: &str, message: String) -> Result<Answer, Refused> {
+        let events = self.begin(id, message)?;
         let mut answer = reply(StatusCode::OK, "text/event-stream", Vec::new());
-        *answer.body_mut() = Body::Stream(talk.say(message));
+        *answer.body_mut() = Body::Stream(events);
         // Of proxies that would wait for more to pass it on.
         answer.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
         Ok(answer)
@@ -251,6 +289,14 @@ impl House {
     }
 }
 
+fn socket(request: &mut Request<Incoming>, id: &str, room: &Arc<Semaphore>, next: &Next) -> Result<Answer, Refused> {
+    let (answer, asked) = socket::asked(request, id)?;
+    let full = refuse(StatusCode::SERVICE_UNAVAILABLE, "as many WebSockets are open as may").with(RETRY_AFTER, "5");
+    let place = Arc::clone(room).try_acquire_owned().map_err(|_| full)?;
+    *next.lock().unwrap_or_else(PoisonError::into_inner) = Some((asked, place));
+    Ok(answer)
+}
+
 fn allowed(request: &Request<Incoming>, methods: &'static str) -> Result<(), Refused> {
     if methods.split(", ").any(|method| method == request.method().as_str()) {
         return Ok(());
@@ -267,7 +313,11 @@ async fn read(request: Request<Incoming>) -> Result<String, Refused> {
         Ok(Err(_)) => Bytes::new(),
         Err(_) => return Err(refuse(StatusCode::REQUEST_TIMEOUT, "the message does not come")),
     };
-    match serde_json::from_slice::<Message>(&bytes) {
+    prompt_of(&bytes)
+}
+
+pub(super) fn prompt_of(message: &[u8]) -> Result<String, Refused> {
+    match serde_json::from_slice::<Message>(message) {
         Ok(Message { prompt }) if !prompt.trim().is_empty() => Ok(prompt),
         Ok(_) => Err(refuse(StatusCode::BAD_REQUEST, "`prompt` is empty")),
         Err(error) => Err(refuse(StatusCode::BAD_REQUEST, &format!("a message is {{\"prompt\": \"…\"}}: {error}"))),

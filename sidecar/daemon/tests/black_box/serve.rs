@@ -493,3 +493,219 @@ fn without_a_token_it_serves_loopback_alone_and_no_page_in_a_browser() {
     assert_eq!(server.starts().len(), 0);
     assert_eq!(server.raw("POST", "/sessions/a/messages", "", message).0, 200);
 }
+
+const TEXT: u8 = 1;
+const BINARY: u8 = 2;
+const CLOSE: u8 = 8;
+const PING: u8 = 9;
+const PONG: u8 = 10;
+const FIN: u8 = 0x80;
+
+/// A client that can also do what none may.
+struct Socket {
+    stream: BufReader<TcpStream>,
+}
+
+impl Socket {
+    /// The status, and the socket if there is one.
+    fn open(server: &Server, path: &str, head: &str) -> (u16, Option<Socket>) {
+        let mut stream = TcpStream::connect(server.address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: here\r\n{head}\r\n");
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut stream = BufReader::new(stream);
+        let (mut answer, mut line) = (String::new(), String::new());
+        while line != "\r\n" {
+            line.clear();
+            assert!(stream.read_line(&mut line).unwrap() > 0, "{answer}");
+            answer.push_str(&line);
+        }
+        let status = answer.split(' ').nth(1).unwrap().parse().unwrap();
+        // The example of the RFC.
+        let opened = status == 101 && answer.contains("sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n");
+        (status, opened.then_some(Socket { stream }))
+    }
+
+    fn of(server: &Server, id: &str) -> Socket {
+        Socket::open(server, &format!("/sessions/{id}/ws"), &format!("{}{UPGRADE}", bearer())).1.unwrap()
+    }
+
+    fn write(&mut self, first: u8, payload: &[u8]) {
+        let key = [1, 2, 3, 4];
+        let mut frame = vec![first];
+        match payload.len() {
+            n @ ..126 => frame.push(0x80 | u8::try_from(n).unwrap()),
+            n => {
+                frame.push(0x80 | 127);
+                frame.extend((n as u64).to_be_bytes());
+            }
+        }
+        frame.extend(key);
+        frame.extend(payload.iter().enumerate().map(|(at, byte)| byte ^ key[at % 4]));
+        // Who is refused early may have closed.
+        self.stream.get_mut().write_all(&frame).ok();
+    }
+
+    fn say(&mut self, prompt: &str) {
+        self.write(FIN | TEXT, json!({"prompt": prompt}).to_string().as_bytes());
+    }
+
+    /// The next frame's kind, and what is in it.
+    fn frame(&mut self) -> (u8, Vec<u8>) {
+        let mut head = [0; 2];
+        self.stream.read_exact(&mut head).unwrap();
+        assert_eq!((head[0] & 0xf0, head[1] & 0x80), (FIN, 0), "whole, and without a mask");
+        let size = match head[1] {
+            126 => {
+                let mut size = [0; 2];
+                self.stream.read_exact(&mut size).unwrap();
+                u64::from(u16::from_be_bytes(size))
+            }
+            127 => {
+                let mut size = [0; 8];
+                self.stream.read_exact(&mut size).unwrap();
+                u64::from_be_bytes(size)
+            }
+            n => u64::from(n),
+        };
+        let mut payload = vec![0; usize::try_from(size).unwrap()];
+        self.stream.read_exact(&mut payload).unwrap();
+        (head[0] & 0xf, payload)
+    }
+
+    /// The next event.
+    fn event(&mut self) -> Value {
+        loop {
+            match self.frame() {
+                (TEXT, text) => return serde_json::from_slice(&text).unwrap(),
+                (PING, said) => self.write(FIN | PONG, &said),
+                (PONG, _) => {}
+                (kind, what) => panic!("{kind} {what:?}"),
+            }
+        }
+    }
+
+    /// The events of a turn.
+    fn turn(&mut self) -> Vec<Value> {
+        let mut events = Vec::new();
+        while !events.last().is_some_and(|event: &Value| event["event"] != "message") {
+            events.push(self.event());
+        }
+        events
+    }
+
+    /// Why it was closed; after that nothing comes.
+    fn closed(mut self) -> u16 {
+        loop {
+            if let (CLOSE, said) = self.frame() {
+                self.write(FIN | CLOSE, &said);
+                let mut rest = Vec::new();
+                self.stream.read_to_end(&mut rest).ok();
+                assert_eq!(rest, b"");
+                return u16::from_be_bytes([said[0], said[1]]);
+            }
+        }
+    }
+}
+
+const UPGRADE: &str = "Connection: keep-alive, Upgrade\r\nUpgrade: WebSocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+
+#[test]
+fn a_websocket_says_the_same_and_messages_wait_for_their_turn() {
+    let dir = Scratch::new("serve", "socket");
+    let server = Server::start(&dir, &["--serve-messages", "cli"]);
+    let told = server.say("a", "hello");
+    let mut socket = Socket::of(&server, "a");
+    socket.say("hello");
+    let events = socket.turn();
+    let names: Vec<&str> = events.iter().map(|event| event["event"].as_str().unwrap()).collect();
+    assert_eq!(names, told.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>());
+    assert_eq!(events[0]["data"], told[0].1);
+    assert_eq!((&events[2]["data"]["result"], events[3].get("data")), (&json!("hello"), None));
+    // In two frames, with a ping between; what is no message is told so, and nothing else comes of it.
+    let message = json!({"prompt": "in parts"}).to_string();
+    socket.write(TEXT, &message.as_bytes()[..7]);
+    socket.write(FIN | PING, b"still there?");
+    socket.write(FIN, &message.as_bytes()[7..]);
+    socket.write(FIN | TEXT, br#"{"prompt": " "}"#);
+    assert_eq!(socket.frame(), (PONG, b"still there?".to_vec()));
+    let mut events = socket.turn();
+    let refused = events.iter().position(|event| event["event"] == "error").unwrap();
+    assert_eq!(events.remove(refused)["data"], json!({"message": "`prompt` is empty", "status": 400}));
+    if events.last().is_none_or(|event| event["event"] != "done") {
+        events.extend(socket.turn());
+    }
+    assert_eq!(events[events.len() - 2]["data"]["result"], "in parts");
+    // One turn at a time, each in its order; who else speaks is told to wait, here and there.
+    let go = dir.join("go");
+    socket.say(&format!("wait {}", go.display()));
+    assert_eq!(socket.event()["data"]["subtype"], "init");
+    for n in 0..3 {
+        socket.say(&n.to_string());
+    }
+    assert_eq!(server.begin("a", "me, too").status, 409);
+    let mut other = Socket::of(&server, "a");
+    other.say("me, too");
+    assert_eq!(other.event()["data"]["status"], 409);
+    socket.write(FIN | PING, b"in the middle");
+    while socket.frame() != (PONG, b"in the middle".to_vec()) {}
+    std::fs::write(&go, "").unwrap();
+    socket.turn();
+    for n in 0..3 {
+        let turn = socket.turn();
+        assert_eq!(turn[turn.len() - 2]["data"]["result"], n.to_string());
+    }
+    // As a fleet says whose it is.
+    let head = format!("{}{UPGRADE}Agent-Session: b\r\n", bearer());
+    let mut third = Socket::open(&server, "/ws", &head).1.unwrap();
+    third.say("fails");
+    assert_eq!(third.turn().last().unwrap()["data"]["message"], "it cannot be done");
+    assert_eq!(server.ask("GET", "/sessions/b").1["state"], "waiting");
+    // Whoever closes is answered in kind; the end of the server is one, too.
+    third.write(FIN | CLOSE, &[&4001_u16.to_be_bytes()[..], b"enough"].concat());
+    assert_eq!(third.closed(), 4001);
+    socket.say("until interrupted");
+    while socket.event()["data"]["type"] != "assistant" {}
+    server.running.signal(Signal::TERM);
+    assert_eq!(other.closed(), 1001);
+    assert_eq!(socket.turn().last().unwrap()["data"]["message"], "the session was ended");
+    assert_eq!(socket.closed(), 1001);
+    let mut server = server;
+    assert_eq!(server.running.code(), Some(0));
+}
+
+#[test]
+fn a_websocket_is_for_whom_the_contract_says_and_ends_with_a_reason() {
+    let dir = Scratch::new("serve", "handshake");
+    let server = Server::start(&dir, &["--serve-interrupt-when-gone"]);
+    let status = |path: &str, head: &str| Socket::open(&server, path, head).0;
+    let with = |from: &str, to: &str| format!("{}{}", bearer(), UPGRADE.replace(from, to));
+    assert_eq!(status("/sessions/a/ws", UPGRADE), 401);
+    assert_eq!(status("/sessions/-a/ws", &with("", "")), 400);
+    assert_eq!(status("/ws", &with("", "")), 400, "nobody says whose");
+    assert_eq!(status("/sessions/a/ws", &with("Version: 13", "Version: 8")), 426);
+    assert_eq!(status("/sessions/a/ws", &with("WebSocket\r", "h2c\r")), 426);
+    assert_eq!(status("/sessions/a/ws", &with("dGhl", "")), 400);
+    let code = |first: u8, payload: &[u8]| {
+        let mut socket = Socket::of(&server, "a");
+        socket.write(first, payload);
+        socket.closed()
+    };
+    assert_eq!(code(FIN | BINARY, b"{}"), 1003);
+    assert_eq!(code(FIN | TEXT, b"\xff"), 1007);
+    assert_eq!(code(FIN | TEXT, &vec![b' '; (1 << 20) + 1]), 1009);
+    assert_eq!(code(FIN | 0x40 | TEXT, b"{}"), 1002);
+    let mut socket = Socket::of(&server, "a");
+    socket.stream.get_mut().write_all(b"\x81\x00").unwrap();
+    assert_eq!(socket.closed(), 1002, "without a mask");
+    assert_eq!(server.starts().len(), 0, "nobody was started for any of this");
+    // Who says more than may wait is sent away, and the turn that nobody listens to any more is interrupted.
+    let mut socket = Socket::of(&server, "a");
+    for _ in 0..20 {
+        socket.say("until interrupted");
+    }
+    assert_eq!(socket.closed(), 1008);
+    wait_for("the turn to end", || (server.ask("GET", "/sessions/a").1["state"] == "waiting").then_some(()));
+    assert!(std::fs::read_to_string(dir.join("log")).unwrap().contains("interrupted\": true"));
+    assert_eq!(server.stop(), Some(0));
+}
