@@ -13,6 +13,7 @@ from pathlib import Path
 
 import harness
 import pytest
+import websocket
 from harness import wait_for
 from test_wrapped import TOOLS, replayed, script, steps
 
@@ -142,6 +143,32 @@ def test_sessions_beside_each_other_are_served_as_one_and_billed_to_the_cent(ver
     # Wrappers tell the hub when they come to it.
     wait_for("the cost of both", lambda: shown() == pytest.approx(served.cost_usd(version), abs=1e-9))
     assert server.stop() == 0
+    assert replayed(server.ledger)["totals"]["cost_usd"] == pytest.approx(served.cost_usd(version), abs=1e-9)
+
+
+def test_a_websocket_says_the_same_in_the_order_of_its_messages(version, api, serve):
+    served = api(script())
+    server = serve(served)
+    first, last, _ = server.say("a", "hello")
+    assert last == "done"
+    socket = websocket.create_connection(f"ws://127.0.0.1:{server.port}/sessions/a/ws", header=[f"Authorization: Bearer {TOKEN}"], timeout=60)
+    for prompt in ("over a socket", "and once more"):
+        socket.send(json.dumps({"prompt": prompt}))
+    socket.ping("there?")
+    events: list[dict] = []
+    while [event["event"] for event in events].count("done") < 2:
+        events.append(json.loads(socket.recv()))
+        assert events[-1]["event"] != "error", events
+    results = [event["data"] for event in events if event["event"] == "message" and event["data"]["type"] == "ResultMessage"]
+    assert [result["session_id"] for result in results] == [first["session_id"]] * 2
+    [transcript] = server.directory.glob("home/.claude/projects/*/*.jsonl")
+    said = transcript.read_text()
+    assert 0 < said.find("over a socket") < said.find("and once more")
+    # The end of the server has a code, too.
+    server.process.terminate()
+    code, _ = socket.recv_data()
+    assert code == websocket.ABNF.OPCODE_CLOSE
+    assert server.process.wait(60) == 0
     assert replayed(server.ledger)["totals"]["cost_usd"] == pytest.approx(served.cost_usd(version), abs=1e-9)
 
 

@@ -28,7 +28,7 @@ const CONNECTIONS: usize = 512;
 /// Of them, those that last, whoever says something on them.
 const SOCKETS: usize = CONNECTIONS / 2;
 /// What a fleet calls the session that it passes something on for.
-const OF_SESSION: &str = "agent-session";
+pub(super) const OF_SESSION: &str = "agent-session";
 /// A message is a text that somebody wrote, or pasted.
 pub(super) const MESSAGE: usize = 1024 * 1024;
 /// A client has this long to say what it wants, and to take something of the answer.

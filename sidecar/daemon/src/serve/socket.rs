@@ -26,7 +26,7 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig
 use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 
 use super::House;
-use super::pages::{CLIENT, MESSAGE, Refused, prompt_of, refuse};
+use super::pages::{CLIENT, MESSAGE, OF_SESSION, Refused, prompt_of, refuse};
 use crate::http::{Answer, reply};
 
 /// Messages that wait for the turns before theirs.
@@ -44,6 +44,8 @@ const MAGIC: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 pub(super) struct Asked {
     upgrade: OnUpgrade,
     id: String,
+    /// Somebody passes it on who takes the answer to a ping for somebody's word, and would keep the container awake for it.
+    passed_on: bool,
 }
 
 /// Whether a request is for a WebSocket: then what it is answered, and what comes of it.
@@ -68,7 +70,10 @@ pub(super) fn asked(request: &mut Request<Incoming>, id: &str) -> Result<(Answer
     answer.headers_mut().insert(SEC_WEBSOCKET_ACCEPT, accept);
     answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("Upgrade"));
     answer.headers_mut().insert(UPGRADES, HeaderValue::from_static("websocket"));
-    Ok((answer, Asked { upgrade: hyper::upgrade::on(request), id: id.to_owned() }))
+    Ok((
+        answer,
+        Asked { passed_on: request.headers().contains_key(OF_SESSION), upgrade: hyper::upgrade::on(request), id: id.to_owned() },
+    ))
 }
 
 fn accept(key: &[u8]) -> String {
@@ -98,7 +103,7 @@ impl Asked {
             .max_message_size(Some(MESSAGE))
             .max_frame_size(Some(MESSAGE));
         let stream = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
-        let mut socket = Socket { stream, waiting: VecDeque::new(), turn: None };
+        let mut socket = Socket { stream, waiting: VecDeque::new(), turn: None, passed_on: self.passed_on };
         let end = socket.talk(house, &self.id).await;
         socket.close(end).await;
     }
@@ -116,6 +121,7 @@ struct Socket<S> {
     waiting: VecDeque<String>,
     /// What is heard of the turn that is under way.
     turn: Option<mpsc::Receiver<Bytes>>,
+    passed_on: bool,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
@@ -161,7 +167,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                         None
                     }
                 },
-                _ = ping.tick() => {
+                _ = ping.tick(), if works || !self.passed_on => {
                     unheard += 1;
                     if unheard > PINGS { Some(End::Theirs) } else { self.tell(Message::Ping(Bytes::new())).await }
                 }
