@@ -5,10 +5,11 @@ mod letters;
 mod page;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query, Request, State};
-use axum::http::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, LOCATION, WWW_AUTHENTICATE};
+use axum::http::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -33,6 +34,7 @@ mod drain;
 
 /// What is asked of us is small.
 const BODY_MOST: usize = 64 << 10;
+const BODY_WITHIN: Duration = Duration::from_secs(30);
 const PAGE_MOST: usize = 500;
 const LOGS_MOST: usize = 1 << 20;
 
@@ -165,6 +167,9 @@ impl IntoResponse for Failure {
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        if matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
+        }
         response
     }
 }
@@ -247,7 +252,9 @@ impl<T: DeserializeOwned> FromRequest<Api> for Body<T> {
     type Rejection = Failure;
 
     async fn from_request(request: Request, api: &Api) -> Answer<Self> {
-        match axum::Json::<T>::from_request(request, api).await {
+        let read = tokio::time::timeout(BODY_WITHIN, axum::Json::<T>::from_request(request, api)).await;
+        let late = |_| Failure(StatusCode::REQUEST_TIMEOUT, String::from("the body does not come"));
+        match read.map_err(late)? {
             Ok(axum::Json(body)) => Ok(Body(body)),
             Err(wrong) if wrong.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(Failure(wrong.status(), wrong.body_text())),
             Err(wrong) if wrong.status() == StatusCode::UNSUPPORTED_MEDIA_TYPE => Err(Failure(wrong.status(), wrong.body_text())),
@@ -356,7 +363,7 @@ impl Api {
     responses(
         (status = 201, body = View), (status = 200, description = "It was there already.", body = View), (status = 400, body = Wrong),
         (status = 401, body = Wrong), (status = 403, body = Wrong), (status = 409, description = "The id is somebody else's.", body = Wrong),
-        (status = 413, body = Wrong), (status = 415, body = Wrong), (status = 422, description = "Its provider cannot do that.", body = Wrong),
+        (status = 408, body = Wrong), (status = 413, body = Wrong), (status = 415, body = Wrong), (status = 422, description = "Its provider cannot do that.", body = Wrong),
         (status = 429, description = "Its tenant has nothing left.", body = Wrong), (status = 503, body = Wrong)))]
 async fn create(State(api): State<Api>, who: Who, Body(new): Body<NewSession>) -> Answer<Response> {
     let (status, session) = api.make(&who, new).await?;
@@ -370,7 +377,7 @@ async fn create(State(api): State<Api>, who: Who, Body(new): Body<NewSession>) -
 #[utoipa::path(post, path = "/v1/containers/{key}/report", params(("key" = String, Path)), request_body = Told, security(("token" = [])),
     responses(
         (status = 200, body = Lease), (status = 400, body = Wrong), (status = 401, description = "Not this container's token.", body = Wrong),
-        (status = 413, body = Wrong), (status = 415, body = Wrong), (status = 503, body = Wrong)))]
+        (status = 408, body = Wrong), (status = 413, body = Wrong), (status = 415, body = Wrong), (status = 503, body = Wrong)))]
 async fn report(State(api): State<Api>, Named(key): Named, bearer: Bearer, Body(told): Body<Told>) -> Answer<axum::Json<Lease>> {
     let Bearer(token) = bearer;
     match api.fleet.reported(&key, &token, &told).await {

@@ -13,7 +13,7 @@ use agent_fleet::hook::plan_hooks;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::metric::{self, Counted, Metrics};
 use agent_fleet::store::HookRun;
-use agent_fleet::{build, provider, store, trace};
+use agent_fleet::{build, provider, serve, store, trace};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use jiff::Timestamp;
 use reqwest::Method;
@@ -262,11 +262,7 @@ fn serve(config: &Config) -> Result<ExitCode> {
             }
         });
         let pruning = tokio::spawn(prune(store, config.fleet.keep));
-        let mut served = ended;
-        let serving = axum::serve(listener, api::router(api)).with_graceful_shutdown(async move {
-            served.wait_for(|ended| *ended).await.ok();
-        });
-        let serving = tokio::spawn(serving.into_future());
+        let serving = tokio::spawn(serve::serve(listener, api::router(api), ended));
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         tokio::select! {
             _ = terminate.recv() => {}

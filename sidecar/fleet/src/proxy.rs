@@ -20,6 +20,8 @@ use axum::response::Response;
 use axum::routing::{any, get, post};
 use axum::{Router, http};
 use futures_util::StreamExt;
+use http_body_util::BodyExt;
+use hyper::body::Body as _;
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -42,6 +44,9 @@ const QUIET: Duration = Duration::from_secs(3600);
 /// A message is a text that somebody wrote, or pasted; apps may be sent a file.
 const MESSAGE_MOST: usize = 1 << 20;
 const BODY_MOST: usize = 16 << 20;
+/// Of all bodies that are on their way, whoever sends them: each is held until its app has it. In pieces, of which one is the least.
+const BODIES_MOST: usize = 256 << 20;
+const PIECE: usize = 4 << 10;
 /// How long an app may think before it says anything at all.
 const HEADERS: Duration = Duration::from_secs(300);
 /// How long an app may take to listen, after its sidecar has spoken.
@@ -68,6 +73,7 @@ const HOPS: [HeaderName; 7] = [
 pub(crate) struct Proxy {
     client: Option<reqwest::Client>,
     room: Arc<Semaphore>,
+    bodies: Arc<Semaphore>,
     /// Each caller's part, by the caller's name: no more of them than are configured.
     parts: Mutex<BTreeMap<String, Arc<Semaphore>>>,
 }
@@ -152,8 +158,8 @@ async fn messages(
 ) -> Answer<Response> {
     // Before anybody is woken or made for it.
     let (parts, body) = request.into_parts();
-    let body = whole(body, MESSAGE_MOST).await?;
-    if !serde_json::from_slice::<serde_json::Value>(&body).is_ok_and(|message| message["prompt"].is_string()) {
+    let body = proxy.whole(body, MESSAGE_MOST).await?;
+    if !serde_json::from_slice::<serde_json::Value>(&body.bytes).is_ok_and(|message| message["prompt"].is_string()) {
         return Err(Failure(StatusCode::BAD_REQUEST, String::from("a message is {\"prompt\": \"…\"}")));
     }
     let session = match (api.session(&who, &id).await, on_demand.template) {
@@ -164,7 +170,7 @@ async fn messages(
         (found, _) => found?,
     };
     let path = format!("/sessions/{}/messages", session.id);
-    proxy.pass(&api, &session, parts, &path, (Bytes(body), Flows::Both), place).await
+    proxy.pass(&api, &session, parts, &path, (body, Flows::Both), place).await
 }
 
 /// A WebSocket to the session's app, at `/ws` and below it.
@@ -198,8 +204,8 @@ async fn app(
         return proxy.tunnel(&api, &session, request, &path, place).await;
     }
     let (parts, body) = request.into_parts();
-    let body = whole(body, BODY_MOST).await?;
-    proxy.pass(&api, &session, parts, &path, (Bytes(body), Flows::Once), place).await
+    let body = proxy.whole(body, BODY_MOST).await?;
+    proxy.pass(&api, &session, parts, &path, (body, Flows::Once), place).await
 }
 
 /// The session's id, and the rest of the path with the query, as they were written.
@@ -215,14 +221,12 @@ fn upgrades(headers: &HeaderMap) -> bool {
     asked && headers.get(header::UPGRADE).is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"))
 }
 
-async fn whole(body: Body, most: usize) -> Answer<axum::body::Bytes> {
-    let read = tokio::time::timeout(LISTENS, axum::body::to_bytes(body, most)).await;
-    let read = read.map_err(|_| Failure(StatusCode::REQUEST_TIMEOUT, String::from("the body does not come")))?;
-    read.map_err(|_| Failure(StatusCode::PAYLOAD_TOO_LARGE, format!("a body has {most} bytes at most here")))
+/// Read whole: it may have to be sent again to an app that does not listen yet. It has its part of what all may have.
+#[derive(Default)]
+struct Whole {
+    bytes: axum::body::Bytes,
+    _part: Option<OwnedSemaphorePermit>,
 }
-
-/// Read whole: it may have to be sent again to an app that does not listen yet.
-struct Bytes(axum::body::Bytes);
 
 /// What keeps a session from being idle.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -328,7 +332,8 @@ impl Api {
 
 impl Proxy {
     fn new(client: Option<reqwest::Client>) -> Self {
-        Self { client, room: Arc::new(Semaphore::new(STREAMS)), parts: Mutex::default() }
+        let (room, bodies) = (Semaphore::new(STREAMS), Semaphore::new(BODIES_MOST / PIECE));
+        Self { client, room: Arc::new(room), bodies: Arc::new(bodies), parts: Mutex::default() }
     }
 
     /// For one that is one of so many callers.
@@ -344,6 +349,43 @@ impl Proxy {
         Ok(Place { _room: Arc::clone(&self.room).try_acquire_owned().map_err(full)?, _part: part })
     }
 
+    async fn whole(&self, body: Body, most: usize) -> Answer<Whole> {
+        let read = tokio::time::timeout(LISTENS, self.read(body, most)).await;
+        read.map_err(|_| Failure(StatusCode::REQUEST_TIMEOUT, String::from("the body does not come")))?
+    }
+
+    async fn read(&self, mut body: Body, most: usize) -> Answer<Whole> {
+        let large = || Failure(StatusCode::PAYLOAD_TOO_LARGE, format!("a body has {most} bytes at most here"));
+        let (mut bytes, mut part) = (Vec::new(), None::<OwnedSemaphorePermit>);
+        // What is announced is set aside at once: it is better not begun than broken off.
+        let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
+        let mut needs = announced;
+        loop {
+            if needs > most {
+                return Err(large());
+            }
+            let held = part.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+            let lacks = u32::try_from(needs.div_ceil(PIECE).saturating_sub(held)).unwrap_or(u32::MAX);
+            let more = Arc::clone(&self.bodies).try_acquire_many_owned(lacks).map_err(|_| {
+                Failure(StatusCode::SERVICE_UNAVAILABLE, String::from("as much is being sent to sessions as may: ask again"))
+            })?;
+            match &mut part {
+                Some(part) => part.merge(more),
+                None => part = Some(more),
+            }
+            let Some(frame) = body.frame().await else { break };
+            let frame = frame.map_err(|_| Failure(StatusCode::BAD_REQUEST, String::from("the body breaks off")))?;
+            if let Ok(data) = frame.into_data() {
+                needs = needs.max(bytes.len() + data.len());
+                if needs > most {
+                    return Err(large());
+                }
+                bytes.extend_from_slice(&data);
+            }
+        }
+        Ok(Whole { bytes: bytes.into(), _part: part })
+    }
+
     /// Sends it as soon as the app listens. Once it has been heard, it is not sent again.
     async fn send(
         &self,
@@ -352,7 +394,7 @@ impl Proxy {
         method: &Method,
         path: &str,
         headers: &HeaderMap,
-        body: Bytes,
+        body: Whole,
     ) -> Answer<reqwest::Response> {
         let unreached = |what: &str| Failure(StatusCode::BAD_GATEWAY, format!("the session's app {what}"));
         let client = self.client.as_ref().ok_or_else(|| unreached("cannot be asked from here"))?;
@@ -370,7 +412,7 @@ impl Proxy {
             if let Some(token) = &template.app_token {
                 request = request.bearer_auth(token.reveal());
             }
-            let sent = tokio::time::timeout(HEADERS, request.body(body.0.clone()).send()).await;
+            let sent = tokio::time::timeout(HEADERS, request.body(body.bytes.clone()).send()).await;
             match sent {
                 // The token is ours: who is told so would look for the mistake in theirs.
                 Ok(Ok(answer)) if answer.status() == StatusCode::UNAUTHORIZED && template.app_token.is_some() => {
@@ -392,7 +434,7 @@ impl Proxy {
         session: &Session,
         parts: http::request::Parts,
         path: &str,
-        (body, flows): (Bytes, Flows),
+        (body, flows): (Whole, Flows),
         place: Place,
     ) -> Answer<Response> {
         let (template, port) = api.template_of(session)?;
@@ -424,7 +466,7 @@ impl Proxy {
         headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(header::UPGRADE, to.clone());
         let theirs = hyper::upgrade::on(&mut request);
-        let answer = self.send(&at, template, request.method(), path, &headers, Bytes(axum::body::Bytes::new())).await?;
+        let answer = self.send(&at, template, request.method(), path, &headers, Whole::default()).await?;
         let mut response = Response::new(Body::empty());
         *response.status_mut() = answer.status();
         *response.headers_mut() = passed_back(answer.headers());
@@ -562,6 +604,35 @@ mod tests {
         let proxy = Proxy::new(None);
         let all: Vec<Place> = (0..STREAMS).map(|_| proxy.place("a", 1).unwrap()).collect();
         assert!(proxy.place("a", 1).is_err() && all.len() == STREAMS);
+    }
+
+    #[tokio::test]
+    async fn of_all_bodies_so_much_is_held_at_once() {
+        let proxy = Proxy::new(None);
+        let refused = |whole: Answer<Whole>| whole.err().map(|Failure(status, _)| status.as_u16());
+        let announced = |size: usize| Body::from(vec![0; size]);
+        let pieces = |size: usize| {
+            let pieces = futures_util::stream::iter((0..size / PIECE).map(|_| Ok::<_, std::io::Error>(vec![0; PIECE])));
+            Body::from_stream(pieces)
+        };
+        for (body, most, status) in [
+            (announced(BODY_MOST + 1), BODY_MOST, Some(413)),
+            (pieces(BODY_MOST + PIECE), BODY_MOST, Some(413)),
+            (announced(MESSAGE_MOST), MESSAGE_MOST, None),
+            (pieces(2 * PIECE), MESSAGE_MOST, None),
+        ] {
+            assert_eq!(refused(proxy.whole(body, most).await), status);
+        }
+        assert_eq!(proxy.bodies.available_permits(), BODIES_MOST / PIECE, "what is gone takes no room");
+        let mut held = Vec::new();
+        while let Ok(whole) = proxy.whole(announced(BODY_MOST), BODY_MOST).await {
+            held.push(whole);
+        }
+        assert_eq!(held.len(), BODIES_MOST / BODY_MOST);
+        assert_eq!(refused(proxy.whole(pieces(PIECE), BODY_MOST).await), Some(503));
+        assert_eq!(refused(proxy.whole(Body::empty(), BODY_MOST).await), None);
+        held.pop();
+        assert_eq!(refused(proxy.whole(pieces(BODY_MOST), BODY_MOST).await), None);
     }
 
     #[tokio::test(start_paused = true)]

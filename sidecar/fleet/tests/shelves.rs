@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -272,6 +273,8 @@ async fn postgresql_keeps_conversations() {
 struct Sidecar {
     has: Mutex<Vec<u8>>,
     says: Mutex<Option<StatusCode>>,
+    /// Somebody works with it after it was given.
+    goes_on: AtomicBool,
     /// What `/livez` is answered with.
     live: Mutex<Option<(StatusCode, &'static str)>>,
 }
@@ -295,7 +298,9 @@ async fn sidecar(State(sidecar): State<Arc<Sidecar>>, method: Method, headers: H
         return StatusCode::OK.into_response();
     }
     let has = sidecar.has.lock().unwrap().clone();
-    ([("agent-conversation", "the-one")], Body::from(has)).into_response()
+    let later = method == Method::HEAD && sidecar.goes_on.load(Relaxed);
+    let mark = if later { "2-b" } else { "1-a" };
+    ([("agent-conversation", "the-one"), ("agent-conversation-mark", mark)], Body::from(has)).into_response()
 }
 
 fn session(id: &str) -> Session {
@@ -334,6 +339,12 @@ async fn a_conversation_comes_back_as_it_was_or_not_at_all() {
     container.has.lock().unwrap().clear();
     away.bring(&last.name, &at, "the-token").await.unwrap();
     assert!(*container.has.lock().unwrap() == [&was[..], &[3], &END].concat());
+    // Somebody has spoken to it while it was on its way to the shelf.
+    container.goes_on.store(true, Relaxed);
+    let refused = away.put_away(&talk, &at, "the-token", Timestamp::now()).await;
+    assert!(matches!(refused, Err(Error::Passing(_))), "{refused:?}");
+    assert!(away.shelf.list("fleet/talk/").await.unwrap().contains(&last.name), "what was whole before is still there");
+    container.goes_on.store(false, Relaxed);
     // Whose token is another's, who works, who refuses, who is not there.
     let refused = away.put_away(&talk, &at, "another", Timestamp::now()).await;
     assert!(matches!(refused, Err(Error::Lasting(_))), "{refused:?}");

@@ -49,7 +49,7 @@ fn provider<'a>(api: &Api, who: &Who, name: &'a str) -> Answer<&'a str> {
 /// Nothing new is made there from now on; what is idle goes at once, what works at the deadline.
 #[utoipa::path(post, path = "/v1/providers/{name}/drain", params(("name" = String, Path)), request_body = Drain, security(("token" = [])),
     responses((status = 202, body = Drained), (status = 400, body = Wrong), (status = 401, body = Wrong), (status = 403, body = Wrong),
-        (status = 404, body = Wrong), (status = 413, body = Wrong), (status = 415, body = Wrong), (status = 503, body = Wrong)))]
+        (status = 404, body = Wrong), (status = 408, body = Wrong), (status = 413, body = Wrong), (status = 415, body = Wrong), (status = 503, body = Wrong)))]
 pub(super) async fn begin(State(api): State<Api>, who: Who, Named(name): Named, Body(asked): Body<Drain>) -> Answer<Response> {
     let name = provider(&api, &who, &name)?;
     if asked.seconds > MOST_SECONDS {

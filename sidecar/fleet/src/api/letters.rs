@@ -38,7 +38,7 @@ pub(super) async fn list(State(api): State<Api>, who: Who) -> Answer<Json<Vec<Ho
 /// Tells them again, as they were, once. What came of each.
 #[utoipa::path(post, path = "/v1/sessions/{id}/redeliver", params(("id" = String, Path)), request_body = Which, security(("token" = [])),
     responses((status = 200, body = Vec<Object>), (status = 400, body = Wrong), (status = 401, body = Wrong),
-        (status = 404, description = "No such session, or no such dead letter.", body = Wrong), (status = 413, body = Wrong), (status = 415, body = Wrong),
+        (status = 404, description = "No such session, or no such dead letter.", body = Wrong), (status = 408, body = Wrong), (status = 413, body = Wrong), (status = 415, body = Wrong),
         (status = 503, body = Wrong)))]
 pub(super) async fn redeliver(
     State(api): State<Api>,

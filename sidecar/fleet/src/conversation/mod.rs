@@ -22,6 +22,7 @@ use async_trait::async_trait;
 use futures_util::StreamExt;
 use jiff::Timestamp;
 use reqwest::StatusCode;
+use reqwest::header::HeaderValue;
 use ring::digest::{Context, SHA256};
 use tokio::sync::mpsc;
 
@@ -33,6 +34,8 @@ use crate::store::Store;
 /// Where the sidecar serves it.
 const PATH: &str = "/v1/conversation";
 const NAMED: &str = "agent-conversation";
+/// How far it has come, by the sidecar's word.
+const MARK: &str = "agent-conversation-mark";
 const ENDING: &str = ".tar.gz";
 /// A container that does not answer within this has no sidecar that listens yet.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -176,6 +179,7 @@ impl Conversations {
         let answer = answered(asked.send().await).await?;
         let conversation = answer.headers().get(NAMED).and_then(|name| name.to_str().ok());
         let conversation = conversation.filter(|name| is_conversation(name)).map(str::to_owned);
+        let mark = answer.headers().get(MARK).cloned();
         let spooled = self.spooled();
         let (say, hear) = mpsc::channel::<Vec<u8>>(CHUNKS);
         let (path, most) = (spooled.0.clone(), self.max_size);
@@ -200,11 +204,26 @@ impl Conversations {
         let (generation, unix_ms) = (session.generation, now.as_millisecond());
         let name = Name { session: session.id.clone(), generation, unix_ms, digest }.written(&self.fleet);
         self.shelf.put(&name, &spooled.0).await?;
+        // That has taken a while, and the container is destroyed next.
+        if self.has_gone_on(mark, at, token).await {
+            self.shelf.delete(&name).await?;
+            return Err(Error::Passing(String::from("an agent has worked since it was taken")));
+        }
         // What is too much is in nobody's way: it is tried again with the next.
         if let Err(error) = self.thin(session, &name).await {
             tracing::warn!(session = %session.id, %error, "what was put away before cannot be removed");
         }
         Ok(Kept { name, conversation })
+    }
+
+    /// Whether what was taken is not all of it any more. Where nobody answers, it is all there is.
+    async fn has_gone_on(&self, mark: Option<HeaderValue>, at: &Endpoint, token: &str) -> bool {
+        let Some(mark) = mark else { return false };
+        let asked = self.request(reqwest::Method::HEAD, at, token).timeout(CONNECT).send().await;
+        asked.is_ok_and(|answer| match answer.status() {
+            StatusCode::CONFLICT => true,
+            status => status.is_success() && answer.headers().get(MARK) != Some(&mark),
+        })
     }
 
     /// Brings what was put away into a container.
