@@ -7,6 +7,7 @@ import json
 
 import engine
 import pytest
+import websocket
 from test_sessions import PATIENCE, TOKENS, api, fleet  # noqa: F401  fixtures
 from harness import wait_for
 
@@ -41,10 +42,15 @@ def tell_token(one, directory) -> None:
     one.file.write_text(text)
 
 
-def test_a_message_makes_a_session_and_wakes_it(fleet, api, tmp_path):  # noqa: F811
-    one = fleet()
-    one.template("chat", "hybrid", SERVE, idle_after="5s", max_age="10m", stop_grace="20s", app_port=8000)
+@pytest.mark.parametrize("archive", [False, True], ids=["paused", "put-away"])
+def test_a_message_makes_a_session_and_wakes_it(fleet, api, tmp_path, archive):  # noqa: F811
+    one = fleet(f'[conversations]\nstore = "file://{tmp_path}/conversations"\n' if archive else "")
+    one.template("chat", "hybrid", SERVE, idle_after="5s", max_age="10m", stop_grace="20s", app_port=8000, **({"archive": True} if archive else {}))
     tell_token(one, tmp_path)
+    if archive:
+        (tmp_path / "secret").write_text("of the fleet's own, and long enough for that")
+        (tmp_path / "secret").chmod(0o600)
+        one.file.write_text(one.file.read_text().replace("[fleet]\n", f'[fleet]\nsecret = {{ file = "{tmp_path}/secret" }}\n', 1))
     one.start()
     assert one.get("/v1/sessions/talk/messages", "POST", {"prompt": "hello"})[0] == 404
     first = say(one, "talk", "hello", "?template=chat")
@@ -60,13 +66,25 @@ def test_a_message_makes_a_session_and_wakes_it(fleet, api, tmp_path):  # noqa: 
     assert around.getresponse().status == 401
     around.close()
     paused = one.reaches("talk", "paused")
-    assert engine.docker("inspect", "--format", "{{.State.Paused}}", made["container"]).stdout.strip() == "true"
+    if archive:
+        assert one.containers() == [], "it is put away, and costs nothing"
+    else:
+        assert engine.docker("inspect", "--format", "{{.State.Paused}}", made["container"]).stdout.strip() == "true"
     assert paused["agent_usd"] == pytest.approx(api.cost_usd(), abs=1e-9) and paused["agent_usd"] > 0
-    # The same container and the same conversation.
+    # The same conversation, in the same container or in another.
     second = say(one, "talk", "and more")
     assert second[-1] == ("done", None), second
     assert second[-2][1]["session_id"] == result["session_id"]
-    assert one.show("talk")["container"] == made["container"]
+    # The same, over a WebSocket.
+    headers = [f"Authorization: Bearer {TOKENS['shop']}"]
+    socket = websocket.create_connection(f"ws://127.0.0.1:{one.port}/v1/sessions/talk/ws", header=headers, timeout=PATIENCE)
+    socket.send(json.dumps({"prompt": "and a socket"}))
+    heard = []
+    while not heard or heard[-1]["event"] == "message":
+        heard.append(json.loads(socket.recv()))
+    assert (heard[-1], heard[-2]["data"]["session_id"]) == ({"event": "done"}, result["session_id"]), heard
+    socket.close()
+    assert (one.show("talk")["container"] == made["container"]) is not archive
     assert one.get("/v1/sessions/talk", "DELETE")[0] == 202
     over = one.reaches("talk", "destroyed")
     assert over["agent_usd"] == pytest.approx(api.cost_usd(), abs=1e-9)
