@@ -17,7 +17,6 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use crate::pools::ahead;
 use crate::town::{Cloud, Town, run, session};
 
 /// What containers say while they run, and what each session in them does.
@@ -144,26 +143,6 @@ async fn several_share_a_container_and_each_ends_for_itself() {
     town.reaches("e", Phase::Ready).await;
     assert_eq!((house_of(&town, "e").await.id, town.cloud.alive()), (house.id, 2));
     assert_eq!(fleet.reconcile().await.unwrap(), 0);
-    running.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_container_of_several_is_one_that_was_made_ahead() {
-    let (mut town, _) = town(0).await;
-    town.pools = vec![ahead(1)];
-    let fleet = town.fleet();
-    let running = run(&fleet);
-    until("one waits", || async {
-        let all = town.store.list(&Filter::default(), None, 10).await.unwrap();
-        all.iter().any(|one| one.spare().is_some())
-    })
-    .await;
-    let made = town.cloud.created.lock().unwrap().keys().next().unwrap().clone();
-    for id in ["a", "b"] {
-        fleet.create(guest(id, 2, None)).await.unwrap();
-        town.reaches(id, Phase::Ready).await;
-        assert_eq!(house_of(&town, id).await.key(), made);
-    }
     running.stop().await;
 }
 
