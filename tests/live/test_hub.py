@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import harness
@@ -118,6 +119,36 @@ def test_agents_that_share_a_budget_of_tokens_are_above_it_by_one_answer_at_most
     assert len(refused) == 2, "the tokens are used up at some time"
     answers = [sum(value for key, value in line["usage"].items() if isinstance(value, int)) for line in served.requests() if line["usage"]]
     assert 40_000 <= sum(answers) <= 40_000 + max(answers), f"{sum(answers)} of {answers}"
+    for cli in clis:
+        cli.close()
+
+
+def test_five_at_once_are_above_a_budget_by_one_answer_at_most(version, api, session, sidecar, tmp_path):
+    """The API answers at once, and their tools end at once: whoever is not at the door in time is above."""
+    cent = {"input_tokens": 0, "output_tokens": 500, "cache_read_input_tokens": 0, "cache_creation": {}}
+    served = api({**script(*(main(n, bash(f"true # {n}")) for n in range(60))), "defaults": {"usage": cent}})
+    budget = 0.3
+    # A machine that has no time is not to have them ended.
+    flags = ("--socket", str(tmp_path / "hub.sock"), "--container-max-cost-usd", str(budget), "--stop-interrupt", "60s")
+    clis = [session(served, *TOOLS, sidecar=sidecar(*flags), home=tmp_path / f"home{n}") for n in range(5)]
+    said: dict[int, str] = {}
+
+    def work(n: int) -> None:
+        clis[n].control("initialize", 120)
+        # Whoever is interrupted tries again.
+        while "shares with others" not in said.get(n, ""):
+            said[n] = str(clis[n].ask("go", 120).get("result"))
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(5)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(said) == 5 and all("shares with others" in why for why in said.values()), said
+    answers = [line for line in served.requests() if line["usage"]]
+    one = served.cost_usd(version) / len(answers)
+    # Without the hooks it was two or three of them.
+    assert budget - 2 * one < served.cost_usd(version) < budget + one + 1e-9, f"{len(answers)} answers of {one:.4f} USD for {budget}"
     for cli in clis:
         cli.close()
 

@@ -98,7 +98,7 @@ impl Asker {
     }
 
     fn earliest(&self) -> Option<Duration> {
-        if self.eof.is_some() || self.pending.values().any(|(request, _)| *request == OwnRequest::GetUsage) {
+        if self.eof.is_some() || self.asks_usage() {
             return None;
         }
         let rested = self.asked_at.map_or(Duration::ZERO, |at| at + PAUSE);
@@ -107,6 +107,11 @@ impl Asker {
             (false, Some(again)) => Some(again.max(rested)),
             (false, None) => None,
         }
+    }
+
+    /// Whether a question for the totals was not answered yet.
+    pub fn asks_usage(&self) -> bool {
+        self.pending.values().any(|(request, _)| *request == OwnRequest::GetUsage)
     }
 
     /// When to come back.
@@ -187,12 +192,17 @@ pub(crate) const PAUSED_REASON: &str = "agent-sidecar: this session is paused; i
 
 /// How long a tool's end waits for an interrupt, in seconds.
 const AT_BOUNDARY: u32 = 3;
+/// After so many seconds the CLI goes on without our hook: it must not wait for ever at a door that nobody opens any more.
+const AT_DOOR: u32 = 10;
 
 /// Has the CLI itself refuse every further prompt, by a hook that only blocks: no request to the model, and a result within 40 ms that
 /// both SDKs take as an ended turn (seen on 2.1.197 and 2.1.330; `interrupt` behind the message loses the race on the latter). The
 /// settings merge with the app's own, whose hooks go on working, and are written to no file. `/compact` asks the model without a
 /// prompt, so it has a hook of its own. With a file, all of that only while the file is there, for the reason in it. Told again, the
 /// last word holds.
+///
+/// Before it looks, it knocks: beside the file are two pipes, if somebody answers. It writes a byte into one, and reads one from the
+/// other as soon as what it is about to ask for is reserved, or the file says that there is nothing left. So no answer is too quick.
 ///
 /// If the file says so, a turn that runs is not to ask the model again. The interrupt that ends it takes the CLI a tenth of a second,
 /// and the next request is made at once when the tools are done: so a hook holds the CLI there until the interrupt is heeded, which
@@ -201,21 +211,40 @@ fn refusal(file: Option<&str>) -> serde_json::Value {
     let (block, compact) = match file {
         None => (format!(r#"echo '{{"decision":"block","reason":"{REASON}"}}'"#), format!("echo '{REASON}' >&2; exit 2")),
         Some(file) => {
-            let held = format!("{{ IFS= read -r why < '{}'; }} 2>/dev/null", file.replace('\'', r"'\''"));
+            let held = format!("{{ IFS= read -r why < '{}'; }} 2>/dev/null", quoted(file));
+            let knock = knock(file);
             (
-                format!(r#"if {held}; then printf '{{"decision":"block","reason":"%s"}}\n' "$why"; fi"#),
-                format!(r#"if {held}; then echo "$why" >&2; exit 2; fi"#),
+                format!(r#"{knock}if {held}; then printf '{{"decision":"block","reason":"%s"}}\n' "$why"; fi"#),
+                format!(r#"{knock}if {held}; then echo "$why" >&2; exit 2; fi"#),
             )
         }
     };
-    let hook = |command: &str| serde_json::json!([{"hooks": [{"type": "command", "command": command}]}]);
+    let hook = |command: &str| serde_json::json!([{"hooks": [{"type": "command", "command": command, "timeout": AT_DOOR}]}]);
     let mut hooks = serde_json::json!({"UserPromptSubmit": hook(&block), "PreCompact": hook(&compact)});
     if let Some(file) = file {
-        let stopped =
-            format!("{{ {{ IFS= read -r why && IFS= read -r now; }} < '{}'; }} 2>/dev/null", file.replace('\'', r"'\''"));
-        let stop =
-            format!(r#"if {stopped}; then sleep {AT_BOUNDARY}; printf '{{"continue":false,"stopReason":"%s"}}\n' "$why"; fi"#);
+        let knock = knock(file);
+        let stopped = format!("{{ {{ IFS= read -r why && IFS= read -r now; }} < '{}'; }} 2>/dev/null", quoted(file));
+        let stop = format!(
+            r#"{knock}if {stopped}; then sleep {AT_BOUNDARY}; printf '{{"continue":false,"stopReason":"%s"}}\n' "$why"; fi"#
+        );
         hooks["PostToolBatch"] = hook(&stop);
+        // It cannot be turned away, but the interrupt is there before it asks.
+        hooks["SubagentStart"] = hook(&format!("{knock}if {stopped}; then sleep {AT_BOUNDARY}; fi"));
     }
     serde_json::json!({"subtype": "apply_flag_settings", "settings": {"disableAllHooks": false, "hooks": hooks}})
+}
+
+/// The pipes beside the file: into the first the CLI's hooks knock, from the second they are let through, a byte for each.
+pub fn doors(file: &str) -> [String; 2] {
+    [format!("{file}.knock"), format!("{file}.open")]
+}
+
+fn knock(file: &str) -> String {
+    let [knock, open] = doors(file).map(|path| quoted(&path));
+    // Of several that wait at once, those who were not meant find the pipe closed again.
+    format!("[ -p '{knock}' ] && echo > '{knock}' && while [ -p '{open}' ] && ! read -r _ < '{open}'; do :; done; ")
+}
+
+fn quoted(path: &str) -> String {
+    path.replace('\'', r"'\''")
 }

@@ -52,6 +52,10 @@ impl Amount {
         Amount { usd: self.usd.max(other.usd), tokens: self.tokens.max(other.tokens) }
     }
 
+    pub fn times(self, n: u64) -> Amount {
+        Amount { usd: Usd::from_pico(self.usd.pico().saturating_mul(n)), tokens: self.tokens.saturating_mul(n) }
+    }
+
     pub fn half(self) -> Amount {
         Amount { usd: Usd::from_pico(self.usd.pico() / 2), tokens: self.tokens / 2 }
     }
@@ -216,8 +220,11 @@ impl Purse {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Claim<'a> {
     pub tenant: Option<&'a str>,
-    /// It waits for an answer that may cost so much.
+    /// It waits for an answer that may cost so much; or for several at once, of which each may.
     pub asks: Option<Amount>,
+    pub answers: u64,
+    /// Another one for each request: who asks again comes after those who have asked meanwhile.
+    pub request: u64,
     /// The budgets whose end it waits at.
     pub waits: &'a [Scope],
     /// How large its configuration says that each is.
@@ -240,6 +247,8 @@ struct Entry {
     reserved: Amount,
     #[serde(default)]
     place: u64,
+    #[serde(default)]
+    request: u64,
     #[serde(default)]
     waits: Vec<Scope>,
     #[serde(default)]
@@ -392,16 +401,20 @@ impl Book {
         entry.spent.clone_from(&purse.spent);
         entry.waits = claim.waits.to_vec();
         entry.weight = claim.weight;
+        let mut own = Amount::NONE;
         match claim.asks {
             Some(amount) => {
-                if entry.place == 0 {
+                if entry.place == 0 || entry.request != claim.request {
                     self.places = self.places.saturating_add(1);
-                    entry.place = self.places;
+                    (entry.place, entry.request) = (self.places, claim.request);
                 }
                 if !amount.is_zero() {
                     self.typical = amount;
                 }
-                entry.reserved = if amount.is_zero() { typical } else { amount };
+                let each = if amount.is_zero() { typical } else { amount };
+                entry.reserved = each.times(claim.answers.max(1));
+                // Of several that it waits for itself, the others come before the last one.
+                own = each.times(claim.answers.saturating_sub(1));
             }
             None => (entry.place, entry.reserved) = (0, Amount::NONE),
         }
@@ -410,6 +423,9 @@ impl Book {
         let before = |name: &str, entry: &Entry| name != run && entry.place > 0 && entry.place < place;
         let sums = [None, Some(tenant.unwrap_or(NOBODY))].map(|of| self.sums(of, before, periods));
         let ends = [Duration::ZERO, periods.day_ends, periods.month_ends];
+        let typical = self.typical;
+        let payers = |of: Option<&str>| self.runs.values().filter(|entry| of.is_none_or(|of| entry.tenant == of)).count() as u64;
+        let payers = [None, Some(tenant.unwrap_or(NOBODY))].map(payers);
         let mut out = [None; SHARED];
         let run = Some(run).filter(|_| claim.sharing.how != share::How::FirstCome);
         for &scope in Scope::ALL {
@@ -425,11 +441,13 @@ impl Book {
             out[at] = Some(Shared {
                 spent: spent[at % 3],
                 reserved: *reserved,
-                before: *before,
+                before: *before + own,
                 when_spent: purse.total,
                 ends: ends[at % 3],
                 raised,
                 shares: shares.unwrap_or_default(),
+                typical,
+                payers: payers[at / 3],
             });
         }
         out

@@ -203,6 +203,8 @@ impl Rule {
     }
 }
 
+/// Answers that one agent may have in the second in which the others hear nothing of it.
+const SOON: u64 = 20;
 /// Where people are told on the way to a ceiling.
 const WARN_AT: [f64; 3] = [0.5, 0.8, 0.95];
 
@@ -233,7 +235,7 @@ pub struct Outside {
 }
 
 /// How much of a shared budget is spoken for, as it was found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Shared {
     /// Spent by all.
     pub spent: Amount,
@@ -248,6 +250,9 @@ pub struct Shared {
     pub raised: Caps,
     /// What part of it is ours, while others work.
     pub shares: Shares,
+    /// What an answer has cost somebody of late, and how many spend from it.
+    pub typical: Amount,
+    pub payers: u64,
 }
 
 impl Outside {
@@ -274,10 +279,12 @@ impl Outside {
         Some(shared.spent + self.spent.saturating_sub(shared.when_spent))
     }
 
-    /// What one answer may use of a rule's budget.
+    /// What all who share a rule's budget may use of it before they see that of each other.
     #[expect(clippy::cast_precision_loss, reason = "a rough number")]
-    fn one(&self, rule: &Rule) -> f64 {
-        if rule.limit == Limit::Tokens { self.answer.tokens as f64 } else { self.answer.usd.to_f64() }
+    fn soon(&self, rule: &Rule) -> f64 {
+        let Some(shared) = rule.scope.shared().and_then(|at| self.shared[at]) else { return 0.0 };
+        let all = self.answer.max(shared.typical).times(SOON * shared.payers.max(1));
+        if rule.limit == Limit::Tokens { all.tokens as f64 } else { all.usd.to_f64() }
     }
 
     /// What part of a rule's budget is ours while others work, and how much of it we have had by now.
@@ -303,7 +310,7 @@ struct Tracked {
     ceiling: f64,
     /// Not the budget is used up, but our part of it.
     part: Option<Part>,
-    /// The next answer but one may use it up.
+    /// The next answers may use it up.
     near: bool,
     /// What had been spent when the part was found to be used up while the model was asked: that answer may come.
     spares: Option<Amount>,
@@ -433,12 +440,12 @@ impl Judge {
             let ceiling = outside.ceiling(&rule);
             let ratio = measure.ratio(ceiling);
             out.push(Update::LimitUsed { limit: rule.limit, scope: rule.scope, ratio: ratio.min(1e9) });
-            let (ours, one) = (outside.part(&rule, Amount::new(in_flight.0, in_flight.1)), outside.one(&rule));
+            let ours = outside.part(&rule, Amount::new(in_flight.0, in_flight.1));
             let left = match ours {
                 Some(part) => UsedShare::new(&rule, part).left().min(ceiling - measure.observed),
                 None => ceiling - measure.observed,
             };
-            tracked.near = rule.is_shared() && rule.mode == Mode::Enforce && left <= 2.0 * one;
+            tracked.near = rule.is_shared() && rule.mode == Mode::Enforce && left <= outside.soon(&rule);
             let part = tracked.not_spared(ours.filter(|part| ratio < 1.0 && part.is_over()), session, outside);
             tracked.part = part;
             let share = part.map(|part| UsedShare::new(&rule, part));

@@ -71,6 +71,10 @@ pub enum Input<'a> {
     Shared(&'a [Option<Shared>; SHARED]),
     /// The agent shares something with that of another tenant: what, whose it is, and what was done about it.
     Conflict { kind: who::Shared, owner: &'a str, action: Guarded },
+    /// The CLI is about to ask the model, and waits until it may: see [`Monitor::claim`] for what has to be told to others before.
+    Asks,
+    /// It was told that it may not, and does not ask.
+    TurnedBack,
     /// All that people ask of this agent: said again, it asks for nothing new.
     Ordered(&'a Order),
     /// Somebody wants the agent gone.
@@ -303,6 +307,16 @@ struct LastEvent {
     at: f64,
 }
 
+/// What is to be reserved for an agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// What an answer may cost, and how many are waited for.
+    pub each: Amount,
+    pub answers: u64,
+    /// Another one for each request.
+    pub request: u64,
+}
+
 /// Why an agent has to wait.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HeldFor {
@@ -310,6 +324,17 @@ pub struct HeldFor {
     pub why: String,
     /// The turn that runs is not to ask the model again, either.
     pub now: bool,
+}
+
+/// What the CLI asks of the model, where that is waited for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Requests {
+    /// How often it has said that it is about to ask.
+    told: u64,
+    /// Of those, the ones that no answer has begun for.
+    open: u64,
+    /// Answers whose price nobody has told yet.
+    unpriced: u64,
 }
 
 /// What the CLI was told to turn away.
@@ -354,6 +379,7 @@ pub struct Monitor {
     spared: Option<Duration>,
     /// The most that an answer has cost of late: what the next one may.
     answer: Amount,
+    requests: Requests,
     exited: bool,
     pid: Option<u32>,
     spawned_at: Duration,
@@ -413,6 +439,7 @@ impl Monitor {
             order: Order::default(),
             spared: None,
             answer: Amount::NONE,
+            requests: Requests::default(),
             exited: false,
             pid: None,
             spawned_at: now.mono,
@@ -459,6 +486,8 @@ impl Monitor {
             Input::Sample(sample) => self.sampled(sample),
             Input::ContainerUsed(time) => self.container_used(time),
             Input::Shared(shared) => self.shared(shared),
+            Input::Asks => self.asks(),
+            Input::TurnedBack => self.requests.open = self.requests.open.saturating_sub(1),
             Input::Ordered(order) => self.ordered(order),
             Input::Conflict { kind, owner, action } => self.conflict(kind, owner, action),
             Input::Stop(stop) => self.stop(stop),
@@ -683,13 +712,26 @@ impl Monitor {
         waits
     }
 
-    /// What this process has spent; and, while the model is asked, what its answer may cost.
-    pub fn claim(&self) -> (Amount, Option<Amount>) {
-        let asks = !self.exited
-            && self.session.turn().is_some()
-            && matches!(self.session.activity(), Activity::Model | Activity::RetryBackoff | Activity::Compacting)
-            && self.ladder.is_none();
-        (self.outside.spent, asks.then_some(self.answer))
+    /// What this process has spent; and, while the model is asked or an answer's price is not known yet, what that may be.
+    pub fn claim(&self) -> (Amount, Option<Asked>) {
+        let Requests { told, open, unpriced } = self.requests;
+        let asks = self.session.turn().is_some()
+            && matches!(self.session.activity(), Activity::Model | Activity::RetryBackoff | Activity::Compacting);
+        let begins = match told {
+            // What is being written is not priced yet.
+            0 => u64::from(asks && unpriced == 0 && self.ladder.is_none()),
+            // Whoever was let through asks, whatever is told to it then.
+            _ => open,
+        };
+        let answers = if self.exited { 0 } else { begins + unpriced };
+        // Where nobody waits at the door, the activity changes with each request.
+        let request = if told > 0 { told } else { u64::try_from(self.session.activity_since().as_nanos()).unwrap_or(u64::MAX) };
+        (self.outside.spent, (answers > 0).then_some(Asked { each: self.answer, answers, request }))
+    }
+
+    /// Whether the CLI still has to say what it has spent.
+    pub fn awaits_totals(&self) -> bool {
+        !self.exited && self.asker.asks_usage()
     }
 
     /// Whether what is its own of shared budgets is to be kept for it: it has something to do, and may do it.
@@ -1045,6 +1087,16 @@ impl Monitor {
         meter::waiting(&mut self.meters, &self.settings.rules, &self.holds);
     }
 
+    /// Asked at each of its doors, it has at most one request for each of its threads.
+    fn asks(&mut self) {
+        self.requests.told += 1;
+        self.requests.open = (self.requests.open + 1).min(1 + self.session.subagents_active() as u64);
+        // What it has spent so far comes with the answer, and all that it said before comes before that.
+        if self.can_ask() {
+            self.inject(OwnRequest::GetUsage);
+        }
+    }
+
     fn ordered(&mut self, order: &Order) {
         let before = std::mem::replace(&mut self.order, *order);
         (self.outside.raised, self.outside.paused) = (order.raised, order.paused);
@@ -1258,6 +1310,10 @@ impl Monitor {
     fn refuse(&mut self, rule: &Rule, reason: ExitReason) {
         self.refusing |= !rule.is_shared();
         self.tell_refusal();
+        // It waits to have its message turned away: an interrupt would take the reason from it.
+        if rule.is_shared() && self.requests.open > 0 && self.session.turn().is_some_and(|turn| turn.rounds == 0) {
+            return;
+        }
         self.begin(Goal::Turn, rule.scope, reason, Step::Interrupt, SIGTERM, self.outside.spending(rule));
     }
 
@@ -1392,7 +1448,14 @@ impl Monitor {
                 // One large answer is not remembered for ever.
                 self.answer = amount.max(self.answer.half());
                 self.outside.answer = self.answer;
+                self.requests.unpriced = 0;
             }
+            Update::Answering { .. } => {
+                self.requests.open = self.requests.open.saturating_sub(1);
+                // Of what cannot be asked for, all that can be known is booked with the answer.
+                self.requests.unpriced += u64::from(self.can_ask());
+            }
+            Update::TurnEnded { .. } => (self.requests.open, self.requests.unpriced) = (0, 0),
             Update::Corrected { usd, tokens, .. } => {
                 self.outside.spent = self.outside.spent.saturating_sub(Amount::new(*usd, tokens.total()));
             }

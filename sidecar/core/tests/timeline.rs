@@ -683,7 +683,9 @@ fn container(used: f64, ends: u64) -> [Option<Shared>; SHARED] {
     let none = Amount::NONE;
     let spent = Amount::new(Usd::from_f64(used), 0);
     let (raised, shares) = (Caps::default(), Shares::default());
-    shared[1] = Some(Shared { spent, reserved: none, before: none, when_spent: none, ends, raised, shares });
+    // Small, so that the end is near only when it is there.
+    let typical = Amount::new(Usd::from_f64(0.0001), 1);
+    shared[1] = Some(Shared { spent, reserved: none, before: none, when_spent: none, ends, raised, shares, typical, payers: 1 });
     shared
 }
 
@@ -804,6 +806,42 @@ fn who_has_had_its_share_waits_with_a_reason_and_what_it_was_let_it_may_have() {
 
 fn held(rules: &[Rule]) -> Bench {
     Bench::with(Settings { rules: rules.to_vec(), poll: true, hold_file: String::from("/x/y.hold"), ..settings() })
+}
+
+#[test]
+fn what_the_cli_asks_for_is_reserved_until_its_price_is_known() {
+    let mut b = held(&[rule(Limit::CostUsd, Scope::ContainerDay, usd(4.0))]);
+    let asked = |b: &Bench| b.monitor.claim().1.map(|asked| (asked.answers, asked.request));
+    b.ask();
+    b.put(Input::Asks);
+    assert_eq!(asked(&b), Some((1, 1)));
+    b.deaf = true;
+    b.at(1.0).answer(1, true);
+    assert_eq!(asked(&b), Some((1, 1)), "the tool runs, and nobody knows what the answer has cost");
+    b.at(1.1).tool_result(1);
+    b.put(Input::Asks);
+    assert!(b.monitor.awaits_totals());
+    assert_eq!(asked(&b), Some((2, 2)));
+    // The question that came too early is given up, the next one is answered.
+    (b.deaf, b.total) = (false, 0.1);
+    b.at(9.0);
+    assert!(!b.monitor.awaits_totals());
+    assert_eq!((asked(&b), b.monitor.claim().0.usd), (Some((1, 2)), Usd::from_f64(0.1)));
+    // An interrupt takes nothing back of what may be on its way.
+    b.put(Input::Shared(&container(4.1, 7)));
+    assert!(b.log().ends_with("interrupt"), "{}", b.log());
+    assert_eq!(asked(&b), Some((1, 2)));
+    b.put(Input::TurnedBack);
+    assert_eq!(asked(&b), None);
+    b.at(9.1).result("error_during_execution", "aborted_tools");
+    // Who waits with a message has it turned away, with the reason: no interrupt is in the way.
+    b.put(Input::Shared(&container(0.1, 7)));
+    let before = b.log.clone();
+    b.app(r#"{"type":"user","message":{"role":"user","content":"do it"}}"#);
+    b.put(Input::Asks);
+    b.put(Input::Shared(&container(4.1, 7)));
+    assert!(b.monitor.held_for().is_some_and(|held| held.now));
+    assert!(!b.log[before.len()..].contains("interrupt"), "{}", b.log());
 }
 
 const PAUSED: Order = Order { paused: true, interrupts: 0, stop: false, raised: Raised { usd: None, tokens: None, turns: None } };

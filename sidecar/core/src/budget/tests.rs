@@ -163,6 +163,38 @@ proptest! {
     }
 }
 
+proptest! {
+    /// The same, where whoever has an answer asks again in the same breath, and waits for several at once.
+    #[test]
+    fn who_asks_again_at_once_comes_after_those_who_have_asked(steps in proptest::collection::vec((0..5_usize, 1..50_u64), 1..400)) {
+        const CEILING: u64 = 1_000;
+        const MOST: u64 = 50;
+        let both = |n: u64| Amount::from((n, n));
+        let mut book = Book::begun(0);
+        let mut purses = vec![Purse::default(); 5];
+        let (mut requests, mut total, mut open) = ([0_u64; 5], [0_u64; 5], [0_u64; 5]);
+        for (who, cost) in steps {
+            let run = who.to_string();
+            // Every third time it has a second thread, that asks before the first has its answer.
+            if open[who] > 0 && cost % 3 != 0 {
+                open[who] -= 1;
+                total[who] += cost;
+                purses[who].spent(both(total[who]), &at(DAY));
+            }
+            requests[who] += 1;
+            let claim = |answers: u64| Claim { asks: (answers > 0).then(|| both(MOST)), answers, request: requests[who], ..Claim::default() };
+            let shared = book.write(&run, &purses[who], &claim(open[who] + 1), &at(DAY))[0].unwrap();
+            if (shared.spent + shared.before).tokens < CEILING {
+                open[who] += 1;
+            } else {
+                book.write(&run, &purses[who], &claim(open[who]), &at(DAY));
+            }
+        }
+        let rest: u64 = open.iter().sum::<u64>() * MOST;
+        prop_assert!(total.iter().sum::<u64>() + rest < CEILING + MOST, "{total:?} and {open:?} to come");
+    }
+}
+
 #[test]
 fn what_is_taken_from_the_book_is_put_back_by_who_has_seen_it() {
     let now = at(DAY);

@@ -22,6 +22,7 @@ mod share;
 mod shelf;
 mod story;
 mod till;
+mod turnstile;
 pub(crate) mod users;
 mod zone;
 

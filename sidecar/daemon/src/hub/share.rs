@@ -21,7 +21,7 @@ use super::orders::Look;
 use super::seat::Seat;
 use super::story::{News, Story};
 use super::till::{Errand, Payer, Till};
-use super::{place, shelf};
+use super::{place, shelf, turnstile};
 use crate::export::otlp;
 use crate::files;
 use crate::http::{relayed, visit_blocking};
@@ -35,6 +35,11 @@ const TICK: Duration = Duration::from_secs(1);
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// The end waits for the last numbers to be written, this long: a disk that hangs must not keep the container.
 const FINISH: Duration = Duration::from_secs(5);
+/// How long a CLI that is about to ask waits for its own word of what it has spent (20 ms, on a machine with time), for others of this
+/// wrapper who are at the book, and how often is looked.
+const TOTALS: Duration = Duration::from_millis(500);
+const AT_DOOR: Duration = Duration::from_secs(3);
+const AGAIN: Duration = Duration::from_millis(2);
 /// How often a wrapper that waits to be read looks whether it was.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -140,6 +145,9 @@ impl Share {
                 drop(said);
             }
         })?;
+        if share.inner.purse.is_some() {
+            turnstile::start(share.clone(), &share.inner.hold_file);
+        }
         let teller = share.clone();
         std::thread::Builder::new().name(String::from("share")).stack_size(256 * 1024).spawn(move || teller.tell())?;
         Ok(share)
@@ -163,9 +171,9 @@ impl Share {
             relayed(monitor.meters_mut(), handle.counts());
             exports.fill(monitor.meters_mut());
             let news = News::of(monitor.timeline(), untold);
-            (monitor.journal(since), errand(monitor), monitor.held_for(), news, monitor.who().clone())
+            (monitor.journal(since), monitor.held_for(), news, monitor.who().clone())
         });
-        let Some(((line, mark), errand, held_for, news, who)) = told else { return false };
+        let Some(((line, mark), held_for, news, who)) = told else { return false };
         // Nobody's sums rest on it: what could not be written is written with what comes next.
         story.tell(&news).ok();
         drop(story);
@@ -178,7 +186,7 @@ impl Share {
         let same = same && (line.live, line.ready) == (written.last.live, written.last.ready);
         if same && since > 0 && written.at.is_some_and(|at| at.elapsed() < HEARTBEAT) {
             drop(written);
-            self.pay(&errand, held_for, &who);
+            self.pay(held_for, &who, Duration::ZERO);
             return true;
         }
         self.write(&mut written, line, mark);
@@ -186,13 +194,14 @@ impl Share {
         let told = !written.failed;
         drop(written);
         if told {
-            self.pay(&errand, held_for, &who);
+            self.pay(held_for, &who, Duration::ZERO);
         }
         true
     }
 
     /// Says what was spent and is asked for, by whoever it works for by now, and has the agent held to what is left.
-    fn pay(&self, errand: &Errand, held_for: Option<HeldFor>, who: &Who) {
+    /// False if the book could not be had.
+    fn pay(&self, held_for: Option<HeldFor>, who: &Who, patience: Duration) -> bool {
         if let Some(seat) = self.inner.seat.upgrade() {
             seat.works_for(who.tenant.as_deref().unwrap_or_default());
         }
@@ -200,18 +209,20 @@ impl Share {
         if held_for.is_some() {
             self.hold(held_for.clone());
         }
-        // Whoever is at it may hang with its disk.
-        let mut purse = match self.inner.purse.as_ref().map(Mutex::try_lock) {
-            None => return self.hold(held_for),
-            Some(Ok(purse)) => purse,
-            Some(Err(TryLockError::Poisoned(purse))) => purse.into_inner(),
-            Some(Err(TryLockError::WouldBlock)) => return,
+        let Some(purse) = &self.inner.purse else {
+            self.hold(held_for);
+            return true;
         };
+        // Whoever is at it may hang with its disk.
+        let Some(mut purse) = lock_within(purse, patience) else { return false };
         if purse.closed {
-            return;
+            return true;
         }
         purse.till.works_for(who.tenant.clone());
-        let settled = purse.till.settle(unix(), errand);
+        // Only now: what was asked for before somebody else was here has been told.
+        let told = visit_blocking(&self.inner.handle, |monitor, _| (errand(monitor), monitor.held_for()));
+        let Some((errand, held_for)) = told else { return true };
+        let settled = purse.till.settle(unix(), &errand);
         let failed = settled.is_err();
         if purse.till.tampered() {
             self.tampered("budgets");
@@ -237,6 +248,33 @@ impl Share {
         if failed != std::mem::replace(&mut purse.failed, failed) {
             self.degraded("hub", failed);
         }
+        !failed
+    }
+
+    /// The CLI is about to ask the model, and waits: says so in the book, with all that was spent before, and has the CLI turned back if
+    /// there is nothing left for it.
+    pub(super) fn let_ask(&self) {
+        let asks = |monitor: &mut Monitor, now| {
+            monitor.handle(now, Input::Asks);
+            monitor.who().clone()
+        };
+        let Some(who) = visit_blocking(&self.inner.handle, asks) else { return };
+        let end = Instant::now() + TOTALS;
+        while visit_blocking(&self.inner.handle, |monitor, _| monitor.awaits_totals()) == Some(true) && Instant::now() < end {
+            std::thread::sleep(AGAIN);
+        }
+        let end = Instant::now() + AT_DOOR;
+        // Others may be at the book.
+        while !self.pay(None, &who, GAP) && Instant::now() < end {
+            std::thread::sleep(AGAIN);
+        }
+        let turned_back = |monitor: &mut Monitor, now| {
+            if monitor.held_for().is_some_and(|held| held.now) {
+                monitor.handle(now, Input::TurnedBack);
+            }
+        };
+        visit_blocking(&self.inner.handle, turned_back);
+        self.poke();
     }
 
     /// Hands on what people ask.
@@ -325,6 +363,7 @@ impl Share {
             purse.closed = true;
         }
         self.hold(None);
+        turnstile::remove(&self.inner.hold_file);
         lock(&self.inner.written).journal.end();
     }
 
@@ -384,6 +423,7 @@ impl Share {
     /// The monitor is no more, and the agent goes on without it. The numbers stay as they are, and nothing is held to any more.
     fn blind(&self) {
         self.hold(None);
+        turnstile::remove(&self.inner.hold_file);
         let mut written = lock(&self.inner.written);
         let line = Line { unix: shelf::unix(), ready: false, blind: true, ..written.last.clone() };
         // Whether the journal is to be begun anew: then there is nothing to begin it with.
@@ -450,6 +490,19 @@ pub(super) fn unix_nanos() -> u128 {
 
 fn unix() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// Nothing if others have it for longer.
+fn lock_within<T>(mutex: &Mutex<T>, patience: Duration) -> Option<MutexGuard<'_, T>> {
+    let end = Instant::now() + patience;
+    loop {
+        match mutex.try_lock() {
+            Ok(guard) => return Some(guard),
+            Err(TryLockError::Poisoned(guard)) => return Some(guard.into_inner()),
+            Err(TryLockError::WouldBlock) if Instant::now() >= end => return None,
+            Err(TryLockError::WouldBlock) => std::thread::sleep(AGAIN),
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -19,8 +19,8 @@ use agent_sidecar_core::metric::HUB_REFUSED;
 use super::Place;
 use super::journal::{ENDING, READ, UNFINISHED};
 use super::place::lock_of_dead;
-use super::story;
 use super::users::{self, Member};
+use super::{story, turnstile};
 use crate::files;
 
 const TOTALS: &str = "totals.json";
@@ -221,6 +221,7 @@ impl Shelf {
         for (run, _locked) in ended {
             // It was killed while it waited for a budget.
             fs::remove_file(self.dir.join(format!("{run}.hold"))).ok();
+            turnstile::remove(&self.dir.join(format!("{run}.hold")));
             fs::remove_file(story::path(&self.dir, &run)).ok();
             if fs::remove_file(self.path(&run)).is_ok() {
                 self.registry.forget(&run);

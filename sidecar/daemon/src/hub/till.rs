@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use agent_sidecar_core::budget::share::Sharing;
 use agent_sidecar_core::budget::{Amount, Book, Caps, Claim, Purse, Standing, Witness};
 use agent_sidecar_core::limit::{SHARED, Scope, Shared};
+use agent_sidecar_core::monitor::Asked;
 
 use super::journal::ENDING;
 use super::place::{lock_of_dead, try_lock};
@@ -54,7 +55,7 @@ pub(super) struct Till {
 /// What a wrapper has to say at the till.
 pub(super) struct Errand {
     pub(super) spent: Amount,
-    pub(super) asks: Option<Amount>,
+    pub(super) asks: Option<Asked>,
     pub(super) waits: Vec<Scope>,
     /// It has something to do.
     pub(super) works: bool,
@@ -101,7 +102,18 @@ impl Till {
         }
         let Errand { asks, waits, works, .. } = errand;
         let Payer { caps, sharing, weight, ref tenant, .. } = self.payer;
-        let claim = Claim { tenant: tenant.as_deref(), asks: *asks, waits, caps, sharing, weight, works: *works, now: unix };
+        let claim = Claim {
+            tenant: tenant.as_deref(),
+            asks: asks.map(|asked| asked.each),
+            answers: asks.map_or(0, |asked| asked.answers),
+            request: asks.map_or(0, |asked| asked.request),
+            waits,
+            caps,
+            sharing,
+            weight,
+            works: *works,
+            now: unix,
+        };
         let shared = book.write(&self.run, &self.purse, &claim, &periods);
         if book != before {
             store(&self.dir, &book)?;
