@@ -33,6 +33,7 @@ use crate::api::{Answer, Api, Asked, Failure, Named, NewSession, Who, Wrong, no_
 use crate::config::{TEMPLATE_LABEL, Template};
 use crate::lifecycle::Phase;
 use crate::provider::Endpoint;
+use crate::service::moved;
 use crate::session::{Session, SessionId, Wanted};
 
 /// Streams at once: each holds two connections.
@@ -52,6 +53,8 @@ const HEADERS: Duration = Duration::from_secs(300);
 /// How long an app may take to listen, after its sidecar has spoken.
 const LISTENS: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(100);
+/// How soon an app is tried again that does not listen yet: it is about to.
+const LISTENS_SOON: Duration = Duration::from_millis(5);
 /// What a wake-up may take beside the container's own start.
 const WAKES: Duration = Duration::from_secs(60);
 /// How often what flows is told to the session, so that it is not idle: less, where it would be idle sooner.
@@ -305,6 +308,7 @@ impl Api {
             return Err(over(session));
         }
         let missing = || no_session(id.as_str());
+        let mut moves = self.fleet.moves();
         let mut last = self.fleet.want(id, Wanted::Running, "it is talked to").await?.ok_or_else(missing)?;
         let up = async {
             loop {
@@ -319,7 +323,7 @@ impl Api {
                     // It was being put to sleep when it was wanted.
                     self.fleet.want(id, Wanted::Running, "it is talked to").await?;
                 }
-                tokio::time::sleep(LOOK).await;
+                moved(&mut moves, id, LOOK).await;
                 last = self.fleet.store().get(id).await?.ok_or_else(missing)?;
             }
         };
@@ -403,7 +407,7 @@ impl Proxy {
             // Said by the provider alone.
             headers.remove(name.as_str());
         }
-        let began = Instant::now();
+        let (began, mut pause) = (Instant::now(), LISTENS_SOON);
         loop {
             let mut request = client.request(method.clone(), format!("{}{path}", at.url)).headers(headers.clone());
             for (name, value) in &at.headers {
@@ -420,7 +424,10 @@ impl Proxy {
                     return Err(unreached("refuses the fleet's token"));
                 }
                 Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(error)) if error.is_connect() && began.elapsed() < LISTENS => tokio::time::sleep(LOOK).await,
+                Ok(Err(error)) if error.is_connect() && began.elapsed() < LISTENS => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LOOK);
+                }
                 Ok(Err(error)) if error.is_connect() => return Err(unreached("does not listen")),
                 Ok(Err(_)) => return Err(unreached("breaks off")),
                 Err(_) => return Err(unreached("does not answer")),

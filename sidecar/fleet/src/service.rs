@@ -16,7 +16,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::{FutureExt, StreamExt};
 use jiff::Timestamp;
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, broadcast, watch};
+use tokio::time::Instant;
 
 use crate::budget::{Budgets, needs};
 use crate::config::Tenant;
@@ -42,6 +43,12 @@ pub use reported::{Lease, NotHeard, Told};
 pub const LEASE: Duration = Duration::from_secs(30);
 /// How often the store is asked what is due, when nobody says so.
 const POLL: Duration = Duration::from_secs(1);
+/// A sidecar speaks some hundredths of a second after its container was started: as long as this it is asked again and again, the more seldom the longer it
+/// takes, before that it did not answer is written down.
+const FIRST_WORD: Duration = Duration::from_secs(1);
+const FIRST_WORD_EVERY: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(50));
+/// Phases that who waits for one session has not heard of yet, of all sessions: who missed some looks.
+const MOVES: usize = 1024;
 /// Sessions that are driven at the same time.
 const AT_ONCE: usize = 64;
 /// Of these, at most so many of one provider, where there are several: one that hangs does not hold up what the others do.
@@ -114,6 +121,8 @@ pub struct Fleet {
     clock: Clock,
     lease: Duration,
     due: Notify,
+    /// Who came into another phase here.
+    moves: broadcast::Sender<SessionId>,
     /// Something of what was made ahead was taken.
     pub(crate) refill: Notify,
     /// Where nothing new is made: as it was a moment ago.
@@ -176,6 +185,7 @@ impl Fleet {
             clock,
             lease: LEASE,
             due,
+            moves: broadcast::Sender::new(MOVES),
             refill,
             drained,
             admitting,
@@ -258,6 +268,11 @@ impl Fleet {
     /// Who is asked about the sessions in a container, and where.
     pub(crate) fn inside_of(&self, session: &Session) -> (Arc<dyn Inside>, Option<App>) {
         (Arc::clone(&self.inside), self.policies.app(session))
+    }
+
+    /// For who waits until one session is in another phase: [`moved`].
+    pub(crate) fn moves(&self) -> broadcast::Receiver<SessionId> {
+        self.moves.subscribe()
     }
 
     /// Something is due at once.
@@ -416,12 +431,20 @@ impl Fleet {
                             continue;
                         }
                         let Ok(permit) = Arc::clone(&room).acquire_owned().await else { break };
-                        let (fleet, end) = (Arc::clone(&self), end.clone());
+                        let (fleet, mut end) = (Arc::clone(&self), end.clone());
                         tasks.spawn(async move {
-                            fleet.drive_and_release(session, &end).await;
+                            let wake = fleet.drive_and_release(session, &end).await;
                             drop((permit, share));
                             // There is room for another.
                             fleet.due.notify_one();
+                            // What is due before the store is asked again is not late for that.
+                            let left = wake.and_then(|at| Duration::try_from(at.duration_since(fleet.now())).ok());
+                            if let Some(left) = left.filter(|left| *left < POLL) {
+                                tokio::select! {
+                                    () = tokio::time::sleep(left) => fleet.due.notify_one(),
+                                    _ = end.changed() => {}
+                                }
+                            }
                         });
                     }
                 }
@@ -450,7 +473,7 @@ impl Fleet {
         }
     }
 
-    async fn drive_and_release(&self, session: Session, end: &watch::Receiver<bool>) {
+    async fn drive_and_release(&self, session: Session, end: &watch::Receiver<bool>) -> Option<Timestamp> {
         let id = session.id.clone();
         // A session that is not released is renewed, and driven by nobody.
         let wake = match AssertUnwindSafe(self.drive(session, end)).catch_unwind().await {
@@ -469,6 +492,7 @@ impl Fleet {
             }
         };
         self.release(&id, wake).await;
+        wake
     }
 
     async fn release(&self, id: &SessionId, wake: Option<Timestamp>) {
@@ -485,6 +509,8 @@ impl Fleet {
         policy.drained = self.drained_until(&session.provider);
         policy.shared(&session);
         let mut seen: Option<Seen> = None;
+        // Until when a sidecar may say its first word.
+        let mut patience = None;
         for _ in 0..STEPS {
             if *end.borrow() {
                 return Ok(Some(self.now()));
@@ -559,7 +585,10 @@ impl Fleet {
                     }
                     let (began, began_at) = (std::time::Instant::now(), self.now());
                     let before = session.clone();
-                    let (outcome, looked, report) = self.perform(&action, &session, &provider).await;
+                    let (outcome, looked, report) = self.perform(&action, &session, &provider, patience).await;
+                    if matches!(action, Action::Create | Action::Start | Action::Resume) {
+                        patience = Some(Instant::now() + FIRST_WORD);
+                    }
                     self.count(&action, &outcome, &session.provider, began.elapsed());
                     let now = self.now();
                     if let Some(traces) = &self.traces {
@@ -589,7 +618,12 @@ impl Fleet {
                     if let Outcome::Failed(error) = &outcome {
                         tracing::warn!(session = %session.id, ?action, %error, failures = session.failures, "a step failed");
                     }
-                    seen = match looked {
+                    // What was made is what it was made as, where that is to be acted on at once.
+                    let made = match outcome {
+                        Outcome::Made(sandbox) if matches!(sandbox.state, State::Created | State::Running) => Some(*sandbox),
+                        _ => None,
+                    };
+                    seen = match looked.or(made) {
                         Some(sandbox) => Some(Seen { sandbox, at: now }),
                         // Whatever was done may have changed it.
                         None if matches!(action, Action::Hooks | Action::Ask | Action::KeepAlive(_)) => seen,
@@ -603,6 +637,8 @@ impl Fleet {
 
     fn entered(&self, before: &Session, session: &Session) {
         self.metrics.entered(before, session);
+        // Nobody waits, mostly.
+        drop(self.moves.send(session.id.clone()));
         if let Some(traces) = &self.traces {
             traces.entered(before, session);
         }
@@ -669,6 +705,7 @@ impl Fleet {
         action: &Action,
         session: &Session,
         provider: &Arc<dyn Provider>,
+        patience: Option<Instant>,
     ) -> (Outcome, Option<Sandbox>, Option<Report>) {
         let outcome = match action {
             // Nobody has asked for what is made ahead, or for several: theirs run for who takes it, or is in it.
@@ -693,7 +730,7 @@ impl Fleet {
                 Err(error) => Outcome::Failed(error),
             },
             Action::Ask => {
-                let said = self.ask(session, provider).await;
+                let said = self.first_word(session, provider, patience).await;
                 if let Err(error) = &said {
                     tracing::debug!(session = %session.id, %error, "the sidecar does not answer yet");
                 }
@@ -813,6 +850,23 @@ impl Fleet {
         Ok(ours.unwrap_or_else(|| missing(&key)))
     }
 
+    async fn first_word(
+        &self,
+        session: &Session,
+        provider: &Arc<dyn Provider>,
+        patience: Option<Instant>,
+    ) -> Result<Report, String> {
+        let (mut pause, longest) = FIRST_WORD_EVERY;
+        loop {
+            let said = self.ask(session, provider).await;
+            if said.is_ok() || patience.is_none_or(|until| until <= Instant::now() + pause) {
+                return said;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(longest);
+        }
+    }
+
     async fn ask(&self, session: &Session, provider: &Arc<dyn Provider>) -> Result<Report, String> {
         // Who tells is not asked.
         if let Some(report) = reported::fresh(session, self.now()) {
@@ -924,6 +978,12 @@ impl Fleet {
         }
         Ok(removed)
     }
+}
+
+/// Waits until a session is in another phase, but no longer than this: another fleet may drive it.
+pub(crate) async fn moved(moves: &mut broadcast::Receiver<SessionId>, id: &SessionId, most: Duration) {
+    let heard = async { while moves.recv().await.is_ok_and(|moved| moved != *id) {} };
+    drop(tokio::time::timeout(most, heard).await);
 }
 
 /// A mistake in what one provider does is not the end of what every session needs.
