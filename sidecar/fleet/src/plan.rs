@@ -196,6 +196,23 @@ impl Action {
             Action::Delete => "delete",
         }
     }
+
+    /// Whether what came of it can be forgotten: then it is looked at, or done, once more. Not what can be done once alone: what was put away is not asked for
+    /// again when its container is gone.
+    pub fn is_found_out_again(&self) -> bool {
+        match self {
+            Action::Hooks
+            | Action::Look
+            | Action::Start
+            | Action::Ask
+            | Action::KeepAlive(_)
+            | Action::Pause
+            | Action::Resume
+            | Action::Stop
+            | Action::Delete => true,
+            Action::Create | Action::Hydrate | Action::Persist => false,
+        }
+    }
 }
 
 /// What came of an action.

@@ -367,10 +367,16 @@ impl Fleet {
 
     /// Reads, changes and writes until nobody has written in between.
     async fn change(&self, session: &mut Session, change: impl Fn(&mut Session)) -> Result<(), Error> {
+        self.change_so(session, true, change).await
+    }
+
+    /// Durably, or so that what is found out again may be.
+    async fn change_so(&self, session: &mut Session, durably: bool, change: impl Fn(&mut Session)) -> Result<(), Error> {
         for n in 0..CONFLICTS {
             let mut changed = session.clone();
             change(&mut changed);
-            match self.store.update(&mut changed).await {
+            let kept = if durably { self.store.update(&mut changed).await } else { self.store.note(&mut changed).await };
+            match kept {
                 Ok(()) => {
                     self.metrics.spent(session, &changed);
                     *session = changed;
@@ -594,7 +600,7 @@ impl Fleet {
                     if let Some(traces) = &self.traces {
                         traces.done(&session, &action, &outcome, began_at, now);
                     }
-                    self.change(&mut session, |session| {
+                    self.change_so(&mut session, !action.is_found_out_again(), |session| {
                         plan::meter(session, &price, now);
                         if let Some(sandbox) = &looked {
                             plan::saw(session, sandbox, &policy, &price, now);

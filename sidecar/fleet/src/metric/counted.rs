@@ -16,6 +16,7 @@ pub(super) const OPERATIONS: &[&str] = &[
     "insert",
     "get",
     "update",
+    "note",
     "want",
     "update_both",
     "spares",
@@ -73,6 +74,10 @@ impl Store for Counted {
 
     async fn update(&self, session: &mut Session) -> Result<()> {
         self.timed("update", self.store.update(session)).await
+    }
+
+    async fn note(&self, session: &mut Session) -> Result<()> {
+        self.timed("note", self.store.note(session)).await
     }
 
     async fn want(&self, id: &SessionId, wanted: Wanted, why: &str, now: Timestamp) -> Result<bool> {

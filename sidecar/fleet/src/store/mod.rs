@@ -117,6 +117,10 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// [`Error::Conflict`] if it is not the version that was read.
     async fn update(&self, session: &mut Session) -> Result<()>;
+    /// The same, for what would be found out again: it need not outlive a machine that loses its power, unless something later does.
+    async fn note(&self, session: &mut Session) -> Result<()> {
+        self.update(session).await
+    }
     /// What somebody wants of one, in one write: nobody has to have read it, and who drives it all the time keeps nobody waiting. Why, where it is to be gone;
     /// one that is to run is not idle until now. Says whether that can still be wanted: not of one that is to be gone, is over, or is not there.
     async fn want(&self, id: &SessionId, wanted: Wanted, why: &str, now: Timestamp) -> Result<bool>;

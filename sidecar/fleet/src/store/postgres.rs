@@ -47,6 +47,10 @@ impl Dialect for Postgres {
         UPDATE sessions SET leased_until = (SELECT now FROM clock) + $2
         WHERE leased_by = $1 AND id IN (SELECT json_array_elements_text(CAST($3 AS json)))";
 
+    // It waits for the disk once for all who write at the same time.
+    const DURABLY: Option<&'static str> = None;
+    const BY_AND_BY: Option<&'static str> = None;
+
     const WANT: &'static str = "
         UPDATE sessions SET version = version + 1, changed = (SELECT now FROM clock), document = (document::jsonb || jsonb_build_object(
             'wanted', $2::text,

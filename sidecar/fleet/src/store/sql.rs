@@ -11,6 +11,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use jiff::Timestamp;
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
+use sqlx::pool::PoolConnection;
+use sqlx::query::Query;
 use sqlx::{ColumnIndex, Database, Decode, Encode, Executor, IntoArguments, Pool, SqlSafeStr, Type};
 use tracing::error;
 
@@ -40,6 +42,10 @@ pub(super) trait Dialect: Database {
     /// Renews the leases of one, for so many milliseconds, of the sessions in an array of JSON.
     const RENEW: &'static str;
 
+    /// Said before a statement whose writing is on the disk when it is done; and before one whose is with the next that is. `None`: there is nothing to say.
+    const DURABLY: Option<&'static str>;
+    const BY_AND_BY: Option<&'static str>;
+
     /// Writes into a document, of the session: what is wanted, why (or nothing), and what time it is.
     const WANT: &'static str;
     /// When the first schema came, in whole seconds since 1970, rounded down.
@@ -60,6 +66,41 @@ pub(super) struct Sql<DB: Database> {
 impl<DB: Database> Sql<DB> {
     pub(super) fn new(write: Pool<DB>, read: Pool<DB>) -> Self {
         Self { write, read, held: Mutex::default() }
+    }
+
+    /// A connection that writes so.
+    async fn so(&self, mode: Option<&'static str>) -> sqlx::Result<PoolConnection<DB>>
+    where
+        for<'c> &'c mut DB::Connection: Executor<'c, Database = DB>,
+        DB::Arguments: IntoArguments<DB>,
+    {
+        let mut connection = self.write.acquire().await?;
+        if let Some(mode) = mode {
+            // Always said, as who wrote before may have been given up half-way.
+            sqlx::query::<DB>(mode).execute(&mut *connection).await?;
+        }
+        Ok(connection)
+    }
+
+    /// Writes what somebody is told of, or what is done about it, when it is written: it is on the disk then.
+    async fn durably<'q>(&self, write: Query<'q, DB, DB::Arguments>) -> Result<u64>
+    where
+        DB: Dialect,
+        for<'c> &'c mut DB::Connection: Executor<'c, Database = DB>,
+        DB::Arguments: IntoArguments<DB>,
+    {
+        bounded(async { Ok(DB::rows(&write.execute(&mut *self.so(DB::DURABLY).await?).await?)) }).await
+    }
+
+    /// Writes what is found out again if it is lost: leases, what was seen, sums of what is kept elsewhere. A machine that loses its power may lose the last of
+    /// it, and never what is older than something that was kept durably; a process that dies loses nothing.
+    async fn by_and_by<'q>(&self, write: Query<'q, DB, DB::Arguments>) -> Result<u64>
+    where
+        DB: Dialect,
+        for<'c> &'c mut DB::Connection: Executor<'c, Database = DB>,
+        DB::Arguments: IntoArguments<DB>,
+    {
+        bounded(async { Ok(DB::rows(&write.execute(&mut *self.so(DB::BY_AND_BY).await?).await?)) }).await
     }
 
     fn held(&self) -> MutexGuard<'_, BTreeMap<String, BTreeSet<SessionId>>> {
@@ -134,6 +175,49 @@ fn nanos(usd: f64) -> i64 {
     (usd.clamp(0.0, 1e9) * 1e9).round() as i64
 }
 
+impl<DB> Sql<DB>
+where
+    DB: Dialect,
+    for<'c> &'c mut DB::Connection: Executor<'c, Database = DB>,
+    DB::Arguments: IntoArguments<DB>,
+    usize: ColumnIndex<DB::Row>,
+    for<'q> i64: Encode<'q, DB> + Decode<'q, DB> + Type<DB>,
+    for<'q> bool: Encode<'q, DB> + Type<DB>,
+    for<'q> &'q str: Encode<'q, DB> + Type<DB>,
+    for<'q> String: Encode<'q, DB> + Decode<'q, DB> + Type<DB>,
+    for<'q> Option<i64>: Encode<'q, DB> + Type<DB>,
+    for<'q> Option<&'q str>: Encode<'q, DB> + Type<DB>,
+{
+    async fn put(&self, session: &mut Session, durably: bool) -> Result<()> {
+        let next = Session { version: session.version + 1, ..session.clone() };
+        let write = sqlx::query::<DB>(
+            "UPDATE sessions
+             SET version = $3, phase = $4, tenant = $5, owner = $6, provider = $7, over = $8, spare = $9,
+                 changed = (SELECT now FROM clock), document = $10
+             WHERE id = $1 AND version = $2",
+        )
+        .bind(next.id.as_str())
+        .bind(session.version)
+        .bind(next.version)
+        .bind(next.phase.as_str())
+        .bind(next.tenant.as_str())
+        .bind(next.owner.as_str())
+        .bind(next.provider.as_str())
+        .bind(next.is_over())
+        .bind(next.spare())
+        .bind(document(&next)?);
+        let rows = if durably { self.durably(write).await? } else { self.by_and_by(write).await? };
+        if rows == 1 {
+            session.version = next.version;
+            return Ok(());
+        }
+        Err(match self.get(&session.id).await? {
+            Some(_) => Error::Conflict(session.id.clone()),
+            None => Error::Missing(session.id.clone()),
+        })
+    }
+}
+
 #[async_trait]
 impl<DB> Store for Sql<DB>
 where
@@ -163,7 +247,7 @@ where
         .bind(session.is_over())
         .bind(session.spare())
         .bind(document(session)?);
-        if DB::rows(&bounded(write.execute(&self.write)).await?) == 1 {
+        if self.durably(write).await? == 1 {
             return Ok(Inserted::New);
         }
         // Nobody sees it if it was pruned in between.
@@ -177,31 +261,11 @@ where
     }
 
     async fn update(&self, session: &mut Session) -> Result<()> {
-        let next = Session { version: session.version + 1, ..session.clone() };
-        let write = sqlx::query::<DB>(
-            "UPDATE sessions
-             SET version = $3, phase = $4, tenant = $5, owner = $6, provider = $7, over = $8, spare = $9,
-                 changed = (SELECT now FROM clock), document = $10
-             WHERE id = $1 AND version = $2",
-        )
-        .bind(next.id.as_str())
-        .bind(session.version)
-        .bind(next.version)
-        .bind(next.phase.as_str())
-        .bind(next.tenant.as_str())
-        .bind(next.owner.as_str())
-        .bind(next.provider.as_str())
-        .bind(next.is_over())
-        .bind(next.spare())
-        .bind(document(&next)?);
-        if DB::rows(&bounded(write.execute(&self.write)).await?) == 1 {
-            session.version = next.version;
-            return Ok(());
-        }
-        Err(match self.get(&session.id).await? {
-            Some(_) => Error::Conflict(session.id.clone()),
-            None => Error::Missing(session.id.clone()),
-        })
+        self.put(session, true).await
+    }
+
+    async fn note(&self, session: &mut Session) -> Result<()> {
+        self.put(session, false).await
     }
 
     async fn want(&self, id: &SessionId, wanted: Wanted, why: &str, now: Timestamp) -> Result<bool> {
@@ -211,7 +275,7 @@ where
             Wanted::Gone => ("gone", why),
         };
         let write = sqlx::query::<DB>(DB::WANT).bind(id.as_str()).bind(wanted).bind(why).bind(now.to_string());
-        Ok(DB::rows(&bounded(write.execute(&self.write)).await?) == 1)
+        Ok(self.durably(write).await? == 1)
     }
 
     async fn update_both(&self, one: &mut Session, other: &mut Session) -> Result<()> {
@@ -238,7 +302,7 @@ where
         .bind(document(&this)?)
         .bind(document(&that)?);
         let rows = match DB::LOCK {
-            None => DB::rows(&bounded(write.execute(&self.write)).await?),
+            None => self.durably(write).await?,
             // It may have counted two, and waited for who was writing one of them.
             Some(_) => {
                 let whole = async {
@@ -307,7 +371,7 @@ where
             .bind(fleet)
             .bind(millis(lease))
             .bind(i64::try_from(most).unwrap_or(i64::MAX));
-        let claimed = bounded(found.fetch_all(&self.write)).await?;
+        let claimed = bounded(async { found.fetch_all(&mut *self.so(DB::BY_AND_BY).await?).await }).await?;
         // One that a newer fleet has written, and we cannot read, is left to it: the others are driven.
         let read = |row| read_session(row).inspect_err(|error| error!(%error, "a session is not driven")).ok();
         let claimed: Vec<Session> = claimed.into_iter().filter_map(read).collect();
@@ -318,7 +382,7 @@ where
     async fn renew(&self, fleet: &str, lease: Duration) -> Result<u64> {
         let held = document(&self.held().get(fleet).into_iter().flatten().collect::<Vec<_>>())?;
         let write = sqlx::query::<DB>(DB::RENEW).bind(fleet).bind(millis(lease)).bind(held);
-        Ok(DB::rows(&bounded(write.execute(&self.write)).await?))
+        Ok(self.by_and_by(write).await?)
     }
 
     async fn release(&self, fleet: &str, id: &SessionId, wake: Option<Timestamp>) -> Result<()> {
@@ -334,7 +398,7 @@ where
         .bind(id.as_str())
         .bind(fleet)
         .bind(wake.map(until));
-        bounded(write.execute(&self.write)).await.map(drop)
+        self.by_and_by(write).await.map(drop)
     }
 
     async fn wake(&self, id: &SessionId) -> Result<()> {
@@ -345,7 +409,7 @@ where
              WHERE id = $1",
         )
         .bind(id.as_str());
-        match DB::rows(&bounded(write.execute(&self.write)).await?) {
+        match self.by_and_by(write).await? {
             0 => Err(Error::Missing(id.clone())),
             _ => Ok(()),
         }
@@ -364,19 +428,19 @@ where
         .bind(nanos(usd))
         .bind(nanos(limit_usd));
         let reserved = match DB::LOCK {
-            None => bounded(reserve.execute(&self.write)).await?,
+            None => self.durably(reserve).await?,
             Some(lock) => {
                 let locked = async {
                     let mut transaction = self.write.begin().await?;
                     sqlx::query::<DB>(lock).bind(tenant).bind(period).execute(&mut *transaction).await?;
                     let reserved = reserve.execute(&mut *transaction).await?;
                     transaction.commit().await?;
-                    Ok(reserved)
+                    Ok(DB::rows(&reserved))
                 };
                 bounded(locked).await?
             }
         };
-        Ok(DB::rows(&reserved) == 1)
+        Ok(reserved == 1)
     }
 
     async fn spend(&self, tenant: &str, period: &str, session: &SessionId, usd: f64) -> Result<()> {
@@ -388,7 +452,7 @@ where
         .bind(period)
         .bind(session.as_str())
         .bind(nanos(usd));
-        bounded(write.execute(&self.write)).await.map(drop)
+        self.by_and_by(write).await.map(drop)
     }
 
     #[expect(clippy::cast_precision_loss, reason = "billionths of a USD are exact up to nine million")]
@@ -416,7 +480,7 @@ where
         .bind(name)
         .bind(fleet)
         .bind(millis(lease));
-        Ok(DB::rows(&bounded(write.execute(&self.write)).await?) == 1)
+        Ok(self.by_and_by(write).await? == 1)
     }
 
     async fn drain(&self, provider: &str, until: Option<Timestamp>) -> Result<()> {
@@ -428,7 +492,7 @@ where
             .bind(until.to_string()),
             None => sqlx::query::<DB>("DELETE FROM drains WHERE provider = $1").bind(provider),
         };
-        bounded(write.execute(&self.write)).await.map(drop)
+        self.durably(write).await.map(drop)
     }
 
     async fn drains(&self) -> Result<BTreeMap<String, Timestamp>> {
@@ -444,7 +508,7 @@ where
         let log = sqlx::query::<DB>("INSERT INTO hook_runs (session, document) SELECT id, $2 FROM sessions WHERE id = $1")
             .bind(run.session.as_str())
             .bind(document(run)?);
-        if DB::rows(&bounded(log.execute(&self.write)).await?) == 0 {
+        if self.durably(log).await? == 0 {
             return Err(Error::Missing(run.session.clone()));
         }
         let forget = sqlx::query::<DB>(
@@ -453,7 +517,7 @@ where
         )
         .bind(run.session.as_str())
         .bind(HOOK_RUNS_MOST);
-        bounded(forget.execute(&self.write)).await.map(drop)
+        self.durably(forget).await.map(drop)
     }
 
     async fn hook_runs(&self, id: &SessionId) -> Result<Vec<HookRun>> {
@@ -502,7 +566,7 @@ where
             )
             .bind(until(before))
             .bind(PRUNED_AT_ONCE);
-            let some = DB::rows(&bounded(write.execute(&self.write)).await?);
+            let some = self.durably(write).await?;
             pruned += some;
             if some < PRUNED_AT_ONCE.unsigned_abs() {
                 break;
@@ -515,11 +579,11 @@ where
                AND NOT EXISTS (SELECT 1 FROM sessions WHERE sessions.id = amounts.session)",
         )
         .bind(until(before));
-        bounded(rename.execute(&self.write)).await?;
+        self.durably(rename).await?;
         let forget = sqlx::query::<DB>("DELETE FROM amounts WHERE changed < (SELECT now FROM clock) + $1 - $2")
             .bind(until(before))
             .bind(millis(SPENT_KEPT));
-        bounded(forget.execute(&self.write)).await?;
+        self.durably(forget).await?;
         Ok(pruned)
     }
 }

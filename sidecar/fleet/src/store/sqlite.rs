@@ -28,6 +28,10 @@ impl Dialect for Sqlite {
         UPDATE sessions SET leased_until = (SELECT now FROM clock) + $2
         WHERE leased_by = $1 AND id IN (SELECT value FROM json_each($3))";
 
+    // In the log of what is written both ways everything is in its order.
+    const DURABLY: Option<&'static str> = Some("PRAGMA synchronous = FULL");
+    const BY_AND_BY: Option<&'static str> = Some("PRAGMA synchronous = NORMAL");
+
     const WANT: &'static str = "
         UPDATE sessions SET version = version + 1, changed = (SELECT now FROM clock), document = json_set(document,
             '$.wanted', $2,
