@@ -82,7 +82,9 @@ docs: build
 	deploy/kubernetes/components/monitoring/prometheusrule > deploy/kubernetes/components/monitoring/prometheusrule.yaml
 	cargo run -q -p agent-sidecar-core --example detectors < docs/detectors.md > docs/detectors.new && mv docs/detectors.new docs/detectors.md
 
-bench: build
+bench: export AGENT_FLEET_BIN := $(CURDIR)/target/$(TARGET)/release/agent-fleet
+bench: build install
+	cargo build --release --locked -p agent-fleet
 	benches/run
 
 clean:

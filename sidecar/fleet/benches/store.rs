@@ -120,20 +120,26 @@ async fn measure(store: Arc<dyn Store>) -> Result<(), Box<dyn Error>> {
     let renewed = store.renew("bench", LEASE).await?;
     say("renew, all at once", usize::try_from(renewed)?, began);
 
-    let began = Instant::now();
-    let driven = store.clone();
-    each(BATCH, move |n| {
-        let store = driven.clone();
-        async move {
-            let id = format!("session-{n}").parse().map_err(store::Error::Store)?;
-            let mut session = store.get(&id).await?.ok_or(store::Error::Missing(id.clone()))?;
-            session.failures += 1;
-            store.update(&mut session).await?;
-            store.release("bench", &id, None).await
-        }
-    })
-    .await?;
-    say("get, update, release", SESSIONS, began);
+    for (durably, what) in [(true, "get, update, release"), (false, "get, note, release")] {
+        store.claim("bench", LEASE, SESSIONS).await?;
+        let (began, driven) = (Instant::now(), store.clone());
+        each(BATCH, move |n| {
+            let store = driven.clone();
+            async move {
+                let id = format!("session-{n}").parse().map_err(store::Error::Store)?;
+                let mut session = store.get(&id).await?.ok_or(store::Error::Missing(id.clone()))?;
+                session.failures += 1;
+                if durably {
+                    store.update(&mut session).await?
+                } else {
+                    store.note(&mut session).await?
+                }
+                store.release("bench", &id, Some(session.created)).await
+            }
+        })
+        .await?;
+        say(what, SESSIONS, began);
+    }
 
     // As sessions take what was made ahead: what waits is looked for, and both are written or neither.
     for n in 0..SPARES {
