@@ -80,3 +80,45 @@ fn make(path: &Path) -> io::Result<()> {
     }
     OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path).map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::session::{Session, Wanted};
+    use crate::store::Store;
+
+    /// Whether its last statement waited for the disk.
+    async fn waited(store: &Sql<Sqlite>) -> bool {
+        let (mode,): (i64,) = sqlx::query_as("PRAGMA synchronous").fetch_one(&store.write).await.unwrap();
+        mode == 2
+    }
+
+    #[tokio::test]
+    async fn what_is_promised_waits_for_the_disk_and_what_is_found_out_again_does_not() {
+        let store = memory().await.unwrap();
+        let mut session: Session = serde_json::from_value(serde_json::json!({
+            "id": "a", "tenant": "t", "owner": "ada", "pattern": "ephemeral", "provider": "docker", "generation": 1,
+            "spec": { "key": "agent-1", "image": "agent:1", "ttl": { "secs": 600, "nanos": 0 } }, "wanted": "running", "phase": "requested",
+            "since": "2026-11-26T12:00:00Z", "created": "2026-11-26T12:00:00Z", "ends": "2026-11-26T13:00:00Z",
+        }))
+        .unwrap();
+        let (id, lease) = (session.id.clone(), Duration::from_secs(30));
+        store.insert(&session).await.unwrap();
+        assert!(waited(&store).await);
+        assert_eq!(store.claim("one", lease, 1).await.unwrap().len(), 1);
+        assert!(!waited(&store).await);
+        store.update(&mut session).await.unwrap();
+        assert!(waited(&store).await, "also after one that did not");
+        store.note(&mut session).await.unwrap();
+        assert!(!waited(&store).await);
+        assert!(store.reserve("t", "2026-11", &id, 1.0, 2.0).await.unwrap());
+        assert!(waited(&store).await);
+        store.spend("t", "2026-11", &id, 0.5).await.unwrap();
+        store.release("one", &id, None).await.unwrap();
+        assert!(!waited(&store).await);
+        assert!(store.want(&id, Wanted::Gone, "enough", session.created).await.unwrap());
+        assert!(waited(&store).await);
+    }
+}
