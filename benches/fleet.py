@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".cache/venv/bin/python"
 FOUND = sorted(ROOT.glob("target/*-linux-*/release/agent-fleet")) + [ROOT / "target/release/agent-fleet"]
 os.environ.setdefault("AGENT_FLEET_BIN", str(next((path for path in FOUND if path.exists()), FOUND[-1])))
-ROUNDS = int(os.environ.get("BENCH_ROUNDS", "15"))
+ROUNDS = 15
 # What each container may have, whoever makes it: the fleet's own size.
 SIZE = ["--cpus", "1", "--memory", "1g", "--memory-swap", "1g", "--pids-limit", "1024"]
 RIGHTS = ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--log-driver", "local"]

@@ -176,17 +176,18 @@ fn name(n: usize) -> String {
 }
 
 /// One whose agent works.
-fn session(n: usize, tenants: usize, now: Timestamp) -> Result<Session, Box<dyn Error>> {
+fn session(n: usize, tenants: &[Tenant], now: Timestamp) -> Result<Session, Box<dyn Error>> {
     let key = name(n);
     let spec = serde_json::from_value(serde_json::json!({
         "key": key, "image": "registry.example/agent@sha256:0000000000000000000000000000000000000000000000000000000000000000",
         "env": {"ANTHROPIC_BASE_URL": "http://gateway", "TASK": "x".repeat(200)}, "labels": sandbox(&key).labels, "ttl": {"secs": 36000, "nanos": 0},
     }))?;
-    let tenant = format!("tenant-{}", n % tenants);
-    let mut session = Session::new(key.parse()?, (&tenant, "ada"), Pattern::LongRunning, "simulated", spec, now);
+    let tenant = &tenants[n % tenants.len()];
+    let mut session = Session::new(key.parse()?, (&tenant.name, "ada"), Pattern::LongRunning, "simulated", spec, now);
     (session.phase, session.hooked, session.holds) = (Phase::Active, true, true);
     (session.native, session.taken) = (Some(key.clone()), Some(key));
     (session.made, session.metered_since) = (Some(now), Some(now));
+    session.cost_at = tenant.periods(now).into_iter().map(|(period, _)| (period, 0.0)).collect();
     Ok(session)
 }
 
@@ -203,17 +204,18 @@ fn memory() -> (u64, u64) {
 async fn measure(url: &str, tenants: usize) -> Result<(), Box<dyn Error>> {
     let store = store::open(url).await?;
     let now = Timestamp::now();
-    for n in 0..SESSIONS {
-        store.insert(&session(n, tenants, now)?).await?;
-    }
-    let budgets = (0..tenants).map(|n| {
-        let name = format!("tenant-{n}");
-        let budget_usd_per_day = Some(1e6);
-        (
-            name.clone(),
-            Tenant { name, budget_usd_per_day, budget_usd_per_month: Some(1e7), zone: TimeZone::UTC, max_sessions: None },
-        )
+    let budgets = (0..tenants).map(|n| Tenant {
+        name: format!("tenant-{n}"),
+        budget_usd_per_day: Some(1e6),
+        budget_usd_per_month: Some(1e7),
+        zone: TimeZone::UTC,
+        max_sessions: None,
     });
+    let budgets: Vec<Tenant> = budgets.collect();
+    for n in 0..SESSIONS {
+        store.insert(&session(n, &budgets, now)?).await?;
+    }
+    let budgets = budgets.into_iter().map(|tenant| (tenant.name.clone(), tenant));
     let simulated = Arc::new(Simulated::default());
     let providers = BTreeMap::from([(String::from("simulated"), Arc::clone(&simulated) as Arc<dyn Provider>)]);
     let policy = Policy { look_every: Duration::from_secs(1), ..Policy::default() };
@@ -222,7 +224,7 @@ async fn measure(url: &str, tenants: usize) -> Result<(), Box<dyn Error>> {
     let fleet = Arc::new(Fleet::new(NAME, store, providers, with, budgets.collect(), Arc::new(Timestamp::now)));
     let (end, ends) = tokio::sync::watch::channel(false);
     let running = tokio::spawn(Arc::clone(&fleet).run(ends));
-    // The first pass books what the others only add to.
+    // What is begun with is over: all that exists is held against all that is kept.
     tokio::time::sleep(Duration::from_secs(5)).await;
     let (began, before) = (Instant::now(), simulated.looks.load(Ordering::Relaxed));
     tokio::time::sleep(WATCHED).await;

@@ -32,7 +32,8 @@ fn session(n: usize) -> serde_json::Result<Session> {
             "env": {"ANTHROPIC_BASE_URL": "http://gateway", "TASK": "x".repeat(200)}, "labels": {"agent-fleet": "one"}, "ttl": {"secs": 3600, "nanos": 0},
         },
         "wanted": "running", "phase": "active", "since": "2026-11-26T12:00:00Z", "created": "2026-11-26T12:00:00Z", "ends": "2026-11-26T13:00:00Z",
-        "generation": 1,
+        "generation": 1, "hooked": true, "holds": true, "native": format!("container-{n}"),
+        "report": {"at": "2026-11-26T12:09:59Z", "busy_until": "2026-11-26T12:11:00Z", "cost_usd": 0.1},
     }))
 }
 
