@@ -13,7 +13,7 @@
 //! What fits is decided by what they are made of ([`kind`]): a session whose environment is its own never gets what was made ahead, nor does one whose
 //! template was changed since.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use jiff::Timestamp;
 
 use crate::config::{TENANT_LABEL, Template};
 use crate::lifecycle::Phase;
-use crate::metric::POOL_CLAIMS;
+use crate::metric::{POOL_CLAIMS, POOL_FAILURES};
 use crate::plan;
 use crate::provider::{FLEET_LABEL, KEY_LABEL, Price, SESSION_LABEL, Spec};
 use crate::service::{Error, Fleet};
@@ -40,6 +40,8 @@ const BREATH: Duration = Duration::from_millis(200);
 /// After the first that has failed nothing is made for so long, then twice as long, up to the most.
 const BACKOFF: Duration = Duration::from_secs(5);
 const BACKOFF_MOST: Duration = Duration::from_secs(600);
+/// One that has been up for so long works, or half of its time, where that is less: one that came up and ended at once does not.
+const LIVED: Duration = Duration::from_secs(60);
 const MINUTE: Duration = Duration::from_secs(60);
 
 /// How many are made ahead, as a template says it.
@@ -153,8 +155,8 @@ pub enum Step {
 pub struct Refill {
     /// When the last of them were asked for.
     made: Vec<Timestamp>,
-    /// Those that have not come up yet.
-    making: BTreeSet<SessionId>,
+    /// Those that have not shown yet whether they work, and when they were first seen up.
+    making: BTreeMap<SessionId, Option<Timestamp>>,
     /// How many have failed in a row.
     failures: u32,
     retry_at: Option<Timestamp>,
@@ -162,27 +164,37 @@ pub struct Refill {
 
 impl Refill {
     pub fn making(&self) -> impl Iterator<Item = &SessionId> {
-        self.making.iter()
+        self.making.keys()
     }
 
     pub fn asked(&mut self, id: &SessionId, now: Timestamp) {
         self.made.push(now);
-        self.making.insert(id.clone());
+        self.making.insert(id.clone(), None);
     }
 
-    /// What became of one that was asked for. `None`: nobody knows it.
-    pub fn saw(&mut self, id: &SessionId, spare: Option<&Session>, now: Timestamp) {
-        match spare.map(|spare| (spare.phase, spare.given.is_some())) {
-            Some((phase, given)) if phase.is_up() || given => self.failures = 0,
-            Some((Phase::Failed, _)) => {
-                self.failures = self.failures.saturating_add(1);
-                let doubled = BACKOFF.saturating_mul(1 << (self.failures - 1).min(10)).min(BACKOFF_MOST);
-                self.retry_at = Some(now + doubled);
+    /// What became of one that was asked for: of the session that has its container, if it was given away. `None`: nobody knows it.
+    /// Says for how long nothing is made now, if it has failed.
+    pub fn saw(&mut self, id: &SessionId, session: Option<&Session>, now: Timestamp) -> Option<Duration> {
+        let up = self.making.get_mut(id)?;
+        let fate = session.map_or(Fate::Neither, |session| {
+            if session.phase.is_up() {
+                up.get_or_insert(now);
             }
-            Some((phase, _)) if !phase.is_last() => return,
-            _ => {}
+            fate(session, *up, now)
+        });
+        match fate {
+            Fate::Open => return None,
+            Fate::Works => self.failures = 0,
+            Fate::Failed => self.failures = self.failures.saturating_add(1),
+            Fate::Neither => {}
         }
         self.making.remove(id);
+        if fate != Fate::Failed {
+            return None;
+        }
+        let doubled = BACKOFF.saturating_mul(1 << (self.failures - 1).min(10)).min(BACKOFF_MOST);
+        self.retry_at = Some(now + doubled);
+        Some(doubled)
     }
 
     /// What is to be done now: `stock` is what there is of it, in whatever phase.
@@ -211,6 +223,45 @@ impl Refill {
         steps.extend(std::iter::repeat_n(Step::Make, missing));
         steps
     }
+}
+
+/// What one that was asked for says about the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Open,
+    Works,
+    Failed,
+    Neither,
+}
+
+fn fate(session: &Session, up: Option<Timestamp>, now: Timestamp) -> Fate {
+    // It was given to somebody whom nobody asked about.
+    let Some(spare) = session.pool.as_ref().map(|_| session).filter(|spare| spare.given.is_none()) else {
+        return match session.phase {
+            Phase::Failed => Fate::Failed,
+            _ if session.given.is_some() => Fate::Neither,
+            Phase::Requested | Phase::Creating | Phase::Starting => Fate::Open,
+            phase if phase.is_up() && !lived(session, up, now) => Fate::Open,
+            // Whoever has it has done with it what he wanted.
+            _ => Fate::Works,
+        };
+    };
+    match spare.phase {
+        Phase::Failed => Fate::Failed,
+        _ if spare.wanted != Wanted::Running => Fate::Neither,
+        Phase::Requested | Phase::Creating | Phase::Starting => Fate::Open,
+        Phase::Ready | Phase::Active | Phase::Idle if !lived(spare, up, now) => Fate::Open,
+        Phase::Ready | Phase::Active | Phase::Idle => Fate::Works,
+        // Its time is over.
+        _ if spare.ends <= now => Fate::Neither,
+        // By itself: nobody wanted it to.
+        Phase::Pausing | Phase::Paused | Phase::Resuming | Phase::Stopping | Phase::Stopped | Phase::Destroyed => Fate::Failed,
+    }
+}
+
+fn lived(session: &Session, up: Option<Timestamp>, now: Timestamp) -> bool {
+    let life = Duration::try_from(session.ends.duration_since(session.created)).unwrap_or_default();
+    up.is_some_and(|up| up + LIVED.min(life / 2) <= now)
 }
 
 impl Fleet {
@@ -285,11 +336,28 @@ impl Fleet {
         }
         let now = self.now();
         let drained = self.store().drains().await?;
-        for ahead in self.pools().iter().filter(|ahead| !drained.contains_key(&ahead.provider)) {
+        for ahead in self.pools() {
             let kind = ahead.kind();
+            if drained.contains_key(&ahead.provider) {
+                // What ends there ends for that.
+                refills.remove(&kind);
+                continue;
+            }
             let refill = refills.entry(kind.clone()).or_default();
             for id in refill.making().cloned().collect::<Vec<_>>() {
-                refill.saw(&id, self.store().get(&id).await?.as_ref(), now);
+                let session = self.holder(&id).await?;
+                if let Some(wait) = refill.saw(&id, session.as_ref(), now) {
+                    let why = session.and_then(|session| session.reason);
+                    self.metrics().add(&POOL_FAILURES, &[&ahead.template], 1.0);
+                    tracing::warn!(
+                        template = ahead.template,
+                        session = %id,
+                        why,
+                        failures = refill.failures,
+                        wait_seconds = wait.as_secs(),
+                        "what was made ahead has failed; the next is made later"
+                    );
+                }
             }
             for step in refill.next(&ahead.pool, &stock.remove(&kind).unwrap_or_default(), now) {
                 match step {

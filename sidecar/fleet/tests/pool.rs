@@ -439,5 +439,72 @@ fn a_provider_that_fails_is_asked_ever_less_often() {
     let up = waiting("s9", &of, now);
     refill.asked(&up.id, now);
     refill.saw(&up.id, Some(&up), now);
-    assert_eq!(refill.next(&of.pool, &[up], now + Duration::from_secs(60)).len(), 4, "it works again");
+    let later = now + Duration::from_secs(60);
+    assert_eq!(refill.next(&of.pool, std::slice::from_ref(&up), later).len(), 0, "it has come up, and may end yet");
+    refill.saw(&up.id, Some(&up), later);
+    assert_eq!(refill.next(&of.pool, &[up], later).len(), 4, "it works again");
+}
+
+/// What `end` makes of one that is up, five seconds after it was asked for: how many are made in an hour.
+fn made_in_an_hour(end: impl Fn(&mut Session)) -> usize {
+    let of = ahead(5);
+    let mut refill = Refill::default();
+    let mut stock: Vec<Session> = vec![];
+    let mut made = 0;
+    for second in (0..3600).step_by(2) {
+        let now = start() + Duration::from_secs(second);
+        for spare in &mut stock {
+            let age = now.duration_since(spare.created).as_secs();
+            (spare.phase, spare.holds) = (Phase::Ready, true);
+            if age >= 5 {
+                end(spare);
+            }
+            refill.saw(&spare.id, Some(spare), now);
+        }
+        stock.retain(|spare| spare.phase == Phase::Ready && spare.pool.is_some());
+        for _ in refill.next(&of.pool, &stock, now) {
+            let spare = Session { id: format!("s{made}").parse().unwrap(), ..of.spare(now) };
+            refill.asked(&spare.id, now);
+            stock.push(spare);
+            made += 1;
+        }
+    }
+    made
+}
+
+#[test]
+fn what_comes_up_and_ends_at_once_is_made_ever_less_often() {
+    let lost = |phase| move |spare: &mut Session| spare.phase = phase;
+    for phase in [Phase::Failed, Phase::Destroyed, Phase::Paused] {
+        let made = made_in_an_hour(lost(phase));
+        assert!((5..20).contains(&made), "{phase}: {made}");
+    }
+    // Whose container ends as soon as he has it is no better off.
+    let given = |phase| {
+        move |spare: &mut Session| {
+            (spare.pool, spare.tenant, spare.phase) = (None, String::from("t"), phase);
+        }
+    };
+    let made = made_in_an_hour(given(Phase::Failed));
+    assert!((5..20).contains(&made), "{made}");
+    // Of five that are always taken, used up and made anew, as many as may be.
+    for phase in [Phase::Destroyed, Phase::Paused] {
+        let made = made_in_an_hour(given(phase));
+        assert!(made > 1000, "{phase}: {made}");
+    }
+    assert_eq!(made_in_an_hour(|_| {}), 35, "those that live are made again when they are old: seven times in an hour");
+}
+
+#[test]
+fn what_is_discarded_or_too_old_has_not_failed() {
+    let of = ahead(1);
+    for gone in [
+        Session { wanted: Wanted::Gone, phase: Phase::Stopping, ..waiting("s", &of, start()) },
+        Session { ends: start(), phase: Phase::Stopping, ..waiting("s", &of, start()) },
+    ] {
+        let mut refill = Refill::default();
+        refill.asked(&gone.id, start());
+        assert_eq!(refill.saw(&gone.id, Some(&gone), start()), None);
+        assert_eq!((refill.making().count(), refill.next(&of.pool, &[], start()).len()), (0, 1));
+    }
 }

@@ -53,6 +53,7 @@ catalog! {
     REFUSALS = counter("agent_fleet_refusals_total", Plain, &["reason", "tenant"], "Sessions that were asked for and not made: the budget, the number of sessions, what the provider cannot do, or that it is drained.");
 
     POOL_CLAIMS = counter("agent_fleet_pool_claims_total", Plain, &["outcome"], "Sessions of a template with a pool: `taken`, they had a container made ahead; `missed`, none was left.");
+    POOL_FAILURES = counter("agent_fleet_pool_failures_total", Plain, &["template"], "Containers that were made ahead and did not come up, or ended within a minute: after each, nothing is made for longer, up to ten minutes.");
 
     // What is done for them, and by whom.
     ACTIONS_DONE = counter("agent_fleet_actions_total", Plain, &["action", "provider", "outcome"], "What was done for sessions. `busy` is a rate limit, `unsure` no answer, `refused` a no that stays one.");

@@ -117,7 +117,11 @@ impl Metrics {
 
     pub fn of(config: &Config) -> Self {
         let hooks: BTreeSet<&str> = config.hooks.iter().map(|hook| hook.name.as_str()).collect();
-        Self::new(config.providers.keys().map(String::as_str), config.tenants.keys().map(String::as_str), hooks)
+        let metrics = Self::new(config.providers.keys().map(String::as_str), config.tenants.keys().map(String::as_str), hooks);
+        for template in config.templates.values().filter(|template| template.pool.is_some()) {
+            metrics.add(&POOL_FAILURES, &[&template.name], 0.0);
+        }
+        metrics
     }
 
     /// Only what the configuration names is a label: what else there is goes together.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::plan::PauseBy;
 use agent_fleet::pool::{Ahead, Pool};
-use agent_fleet::provider::Provider;
+use agent_fleet::provider::{Provider, State};
 use agent_fleet::service;
 use agent_fleet::session::{Pattern, Session, Wanted};
 use agent_fleet::store::Filter;
@@ -119,6 +119,31 @@ async fn what_waits_costs_nobody_and_is_added_up_all_the_same() {
             && given.container_usd > 0.0
     })
     .await;
+    running.stop().await;
+}
+
+/// It says that it is ready, and is gone: the store has it as up, and then as failed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_that_ends_as_soon_as_it_is_ready_is_not_made_for_ever() {
+    let mut town = Town::new(0).await;
+    *town.words.0.lock().unwrap() = Some((false, 0.0));
+    town.pools = vec![ahead(1)];
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    let made = || town.cloud.created.lock().unwrap().len();
+    // The second is made after a while, when the first has failed.
+    until("two have come up and ended", || async {
+        for spare in waiting(&town).await {
+            let mut sandboxes = town.cloud.sandboxes.lock().unwrap();
+            if let Some(container) = sandboxes.get_mut(spare.native.as_deref().unwrap()) {
+                (container.state, container.exit_code) = (State::Stopped, Some(3));
+            }
+        }
+        made() == 2
+    })
+    .await;
+    let told = fleet.metrics().exposition([]);
+    assert!(told.contains("agent_fleet_pool_failures_total{template=\"task\"} 1"), "{told}");
     running.stop().await;
 }
 
