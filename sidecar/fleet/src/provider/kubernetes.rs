@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -210,7 +211,7 @@ impl Settings {
 
 pub struct Kubernetes {
     settings: Settings,
-    api: Api,
+    api: Arc<Api>,
     forwards: Forwards,
 }
 
@@ -224,7 +225,7 @@ impl Kubernetes {
             return Err(wrong);
         }
         let api = Api::new(settings.kubeconfig.clone(), settings.context.clone(), settings.namespace.clone());
-        Ok(Self { settings, api, forwards: Forwards::default() })
+        Ok(Self { settings, api: Arc::new(api), forwards: Forwards::default() })
     }
 
     fn kind(&self) -> Kind {
@@ -500,17 +501,16 @@ impl Provider for Kubernetes {
         let path = [pod.as_str(), "exec"];
         let ask =
             |argv: &[String]| argv.iter().fold(self.api.get(Kind::Pods, &path), |ask, word| ask.query("command", word.as_str()));
-        let reached = self.api.reached().await?;
         let mut done = Executed::default();
         let stdin = if command.detached { &[][..] } else { &command.stdin[..] };
-        match tokio::time::timeout(command.timeout, inside::run(&reached, ask(&argv), stdin, &mut done)).await {
+        match tokio::time::timeout(command.timeout, inside::run(&self.api, ask(&argv), stdin, &mut done)).await {
             Ok(Ok(())) => Ok(done),
             Ok(Err(error)) => Err(error),
             // Who hangs up ends nothing.
             Err(_) => {
                 let end = ["sh", "-c", docker::END_MARKED, "sh", &mark].map(String::from);
                 let ended =
-                    tokio::time::timeout(WATCH_SLACK, inside::run(&reached, ask(&end), &[], &mut Executed::default())).await;
+                    tokio::time::timeout(WATCH_SLACK, inside::run(&self.api, ask(&end), &[], &mut Executed::default())).await;
                 if !matches!(ended, Ok(Ok(()))) {
                     tracing::warn!(provider = NAME, native, ?ended, "a command that takes too long could not be ended");
                 }
@@ -590,10 +590,7 @@ impl Provider for Kubernetes {
     async fn endpoint(&self, native: &str, port: u16) -> Result<Endpoint> {
         let pod = self.running(native).await?;
         let at = match self.reach() {
-            Reach::Forward => {
-                let reached = self.api.reached().await?;
-                self.forwards.open(&reached, &pod.metadata.name, port).await?
-            }
+            Reach::Forward => self.forwards.open(&self.api, &pod.metadata.name, port).await?,
             Reach::Pod => {
                 let ip = pod.status.pod_ip.parse().map_err(|_| self.failed("it has no address yet"))?;
                 std::net::SocketAddr::new(ip, port)

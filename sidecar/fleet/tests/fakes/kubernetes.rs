@@ -35,6 +35,8 @@ pub(crate) struct Kubernetes {
     kubelet: tokio::task::JoinHandle<()>,
     /// What listens in every pod, on every port.
     inside: String,
+    /// Who is let in, and what makes it another: a verb.
+    token: Mutex<(String, Option<(&'static str, String)>)>,
 }
 
 impl Drop for Kubernetes {
@@ -437,7 +439,7 @@ impl Kubernetes {
         let theirs = BTreeMap::from([(String::from("key"), String::from("of the namespace"))]);
         cluster.lock().unwrap().values.insert(String::from("theirs"), theirs);
         let sandboxes = Contract::parse(include_str!("../../../../tests/specs/agent-sandbox/sandbox.json"));
-        Self { sandboxes, cluster, kubelet, inside }
+        Self { sandboxes, cluster, kubelet, inside, token: Mutex::new((TOKEN.to_owned(), None)) }
     }
 
     pub(crate) fn count(&self, key: &str) -> usize {
@@ -466,6 +468,11 @@ impl Kubernetes {
         self.cluster.lock().unwrap().refusals.push_back((kind, code, status(code, reason, message, kind)));
     }
 
+    /// The next who asks for this is the first who has to come with another token.
+    pub(crate) fn rotate_at(&self, verb: &'static str, token: &str) {
+        self.token.lock().unwrap().1 = Some((verb, token.to_owned()));
+    }
+
     /// All lists that are under way have taken too long.
     pub(crate) fn age(&self, version: &str) {
         self.cluster.lock().unwrap().old.push(version.to_owned());
@@ -481,11 +488,19 @@ impl Kubernetes {
 
     fn manage(&self, request: &Request) -> Reply {
         let no = |code: u16, reason: &str, message: &str, kind: &str| Reply::json(code, status(code, reason, message, kind));
-        if request.header("authorization") != format!("Bearer {TOKEN}") {
+        let (kind, rest) = place(request).expect("it was judged");
+        let known = {
+            let mut token = self.token.lock().unwrap();
+            let verb = if request.query("watch").is_some() { "watch" } else { rest.get(1).copied().unwrap_or_default() };
+            if let Some((_, next)) = token.1.take_if(|(at, _)| *at == verb) {
+                token.0 = next;
+            }
+            request.header("authorization") == format!("Bearer {}", token.0)
+        };
+        if !known {
             return no(401, "Unauthorized", "Unauthorized", "");
         }
         let mut cluster = self.cluster.lock().unwrap();
-        let (kind, rest) = place(request).expect("it was judged");
         let missing = |name: &str| no(404, "NotFound", &format!("{kind} \"{name}\" not found"), kind);
         match (request.method.as_str(), &rest[..]) {
             ("POST", []) => {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use agent_fleet::provider::kubernetes::{Kubernetes, Settings};
 use agent_fleet::provider::{
-    Endpoint, Error, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, Secret, Size, Spec, State,
+    Endpoint, Error, Exec, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, Secret, Size, Spec, State,
 };
 use async_trait::async_trait;
 use futures_util::StreamExt;
@@ -376,6 +376,38 @@ async fn credentials_that_change_are_read_again() {
     assert!(refused.is_passing() && refused.to_string().contains("401"), "{refused}");
     write(&world.kubeconfig, &world.fake.address, TOKEN);
     assert_eq!(world.provider.state("agent-1").await.unwrap().state, State::Missing);
+}
+
+/// Each of what goes on for long is the first that is asked with a token that is no longer valid.
+#[tokio::test]
+async fn a_token_that_is_rotated_is_picked_up_by_whatever_is_asked_first() {
+    let world = Cluster::new(json!({})).await;
+    let asked = Spec { command: sh("echo printed; sleep 1000"), ..fleets("agent-1") };
+    let native = world.provider.create(&asked).await.unwrap().native;
+    world.becomes(&native, |now| now.state == State::Running).await;
+    let at = world.provider.endpoint(&native, 8080).await.unwrap();
+    conformance::serves(&at).await;
+    let rotate_at = |verb, to: &str| {
+        write(&world.kubeconfig, &world.fake.address, to);
+        world.fake.api.rotate_at(verb, to);
+    };
+    rotate_at("portforward", "second");
+    conformance::serves(&at).await;
+    rotate_at("exec", "third");
+    let (env, stdin) = (BTreeMap::new(), Vec::new());
+    let hello = Exec { argv: sh("echo hello"), env, stdin, timeout: Duration::from_secs(60), detached: false };
+    assert_eq!(world.provider.exec(&native, &hello).await.unwrap().stdout, b"hello\n");
+    rotate_at("log", "fourth");
+    assert_eq!(world.provider.logs(&native, 100).await.unwrap(), b"printed\n");
+    rotate_at("watch", "fifth");
+    drop(world.provider.events(&BTreeMap::new()).await.unwrap());
+    // Who comes with nothing better is told so, and read again the next time.
+    world.fake.api.rotate_at("exec", "sixth");
+    let refused = world.provider.exec(&native, &hello).await.unwrap_err();
+    assert!(refused.is_passing() && refused.to_string().contains("401"), "{refused}");
+    write(&world.kubeconfig, &world.fake.address, "sixth");
+    conformance::serves(&at).await;
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
 }
 
 #[tokio::test]

@@ -65,6 +65,8 @@ pub(super) struct Api {
     held: Mutex<Option<Reached>>,
 }
 
+pub(super) type Opened<T> = std::result::Result<T, ClientError>;
+
 #[derive(Clone)]
 pub(super) struct Reached {
     pub(super) client: Client,
@@ -89,6 +91,24 @@ impl Api {
     /// Who is not known any more may be by what is in the file now.
     async fn forget(&self) {
         *self.held.lock().await = None;
+    }
+
+    /// Opens what goes on for long; with what is in the file now, if nobody knows us by what was.
+    pub(super) async fn open<T, F>(&self, open: impl Fn(Reached) -> F) -> Result<Opened<T>>
+    where
+        F: Future<Output = Result<Opened<T>>>,
+    {
+        let unknown = |opened: &Opened<T>| matches!(opened, Err(ClientError::Api(said)) if said.code == 401);
+        let first = open(self.reached().await?).await?;
+        if !unknown(&first) {
+            return Ok(first);
+        }
+        self.forget().await;
+        let second = open(self.reached().await?).await?;
+        if unknown(&second) {
+            self.forget().await;
+        }
+        Ok(second)
     }
 
     async fn connect(&self) -> std::result::Result<Reached, String> {
@@ -291,13 +311,24 @@ impl<'a> Ask<'a> {
         unreachable!("the last try returns")
     }
 
-    /// An answer that comes piece by piece. It is sent once, and its beginning is waited for.
-    pub(super) async fn stream(self) -> Result<impl Stream<Item = Result<Vec<u8>>> + Send + use<>> {
+    async fn begun(&self) -> Result<axum::http::Response<Body>> {
         let reached = self.api.reached().await?;
         let opened = tokio::time::timeout(CALL, self.open(&reached)).await;
-        let response = opened.unwrap_or_else(|_| Err(self.lost("no answer in time")))?;
+        opened.unwrap_or_else(|_| Err(self.lost("no answer in time")))
+    }
+
+    /// An answer that comes piece by piece. It is sent once, or twice where we are not known any more, and its beginning is waited for.
+    pub(super) async fn stream(self) -> Result<impl Stream<Item = Result<Vec<u8>>> + Send + use<>> {
+        let mut response = self.begun().await?;
+        if response.status() == StatusCode::UNAUTHORIZED {
+            self.api.forget().await;
+            response = self.begun().await?;
+        }
         if !response.status().is_success() {
             let (status, headers) = (response.status(), response.headers().clone());
+            if status == StatusCode::UNAUTHORIZED {
+                self.api.forget().await;
+            }
             let body = tokio::time::timeout(CALL, response.into_body().collect_bytes()).await;
             let body = body.ok().and_then(std::result::Result::ok).map(|body| body.to_vec()).unwrap_or_default();
             return Err(self.answer(status, &headers, body).into_error());

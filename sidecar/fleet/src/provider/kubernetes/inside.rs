@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
 use k8s_openapi::api::core::v1::Pod;
+use kube_client::api::Portforwarder;
 use kube_client::{Api as Typed, Error as ClientError};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_tungstenite::tungstenite::Message;
 
 use super::NAME;
-use super::api::{Ask, Reached, Status, cut, told};
+use super::api::{Api, Ask, Opened, Reached, Status, cut, told};
 use super::pod::AGENT;
 use crate::provider::{Error, Executed, OUTPUT_MOST, Result};
 
@@ -33,13 +34,16 @@ const STATUS: u8 = 3;
 const CLOSE: u8 = 255;
 
 /// Runs a command to its end, however long that takes. What it prints is in `done` also when this is given up.
-pub(super) async fn run(reached: &Reached, ask: Ask<'_>, stdin: &[u8], done: &mut Executed) -> Result<()> {
+pub(super) async fn run(api: &Api, ask: Ask<'_>, stdin: &[u8], done: &mut Executed) -> Result<()> {
     let ask = ask.query("container", AGENT).query("stdout", "true").query("stderr", "true");
     let ask = if stdin.is_empty() { ask } else { ask.query("stdin", "true") };
-    let opened = tokio::time::timeout(OPEN, reached.client.connect(ask.request(&reached.namespace, Vec::new())?)).await;
-    let connection = match opened {
-        Ok(Ok(connection)) => connection,
-        Ok(Err(error)) => return Err(not_opened(&error)),
+    let ask = &ask;
+    let connect =
+        api.open(|reached| async move { Ok(reached.client.connect(ask.request(&reached.namespace, Vec::new())?).await) });
+    let connection = match tokio::time::timeout(OPEN, connect).await {
+        Ok(Ok(Ok(connection))) => connection,
+        Ok(Ok(Err(error))) => return Err(not_opened(&error)),
+        Ok(Err(error)) => return Err(error),
         Err(_) => return Err(Error::Failed { provider: NAME, what: String::from("no answer in time") }),
     };
     if !stdin.is_empty() && !connection.supports_stream_close() {
@@ -142,7 +146,7 @@ impl Drop for Forward {
 
 impl Forwards {
     /// Where the port is reached: the same place each time that it is asked for.
-    pub(super) async fn open(&self, reached: &Reached, pod: &str, port: u16) -> Result<SocketAddr> {
+    pub(super) async fn open(&self, api: &Arc<Api>, pod: &str, port: u16) -> Result<SocketAddr> {
         let failed = |what: String| Error::Failed { provider: NAME, what };
         let key = (pod.to_owned(), port);
         {
@@ -157,8 +161,7 @@ impl Forwards {
         }
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(|error| failed(error.to_string()))?;
         let at = listener.local_addr().map_err(|error| failed(error.to_string()))?;
-        let pods = Typed::<Pod>::namespaced(reached.client.clone(), &reached.namespace);
-        let task = tokio::spawn(serve(listener, pods, pod.to_owned(), port));
+        let task = tokio::spawn(serve(listener, Arc::clone(api), pod.to_owned(), port));
         // Of two at once the first one stays.
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(held.entry(key).or_insert(Forward { at, task }).at)
@@ -170,7 +173,7 @@ impl Forwards {
     }
 }
 
-async fn serve(listener: TcpListener, pods: Typed<Pod>, pod: String, port: u16) {
+async fn serve(listener: TcpListener, api: Arc<Api>, pod: String, port: u16) {
     let room = Arc::new(Semaphore::new(CONNECTIONS_MOST));
     let mut open = tokio::task::JoinSet::new();
     loop {
@@ -180,9 +183,9 @@ async fn serve(listener: TcpListener, pods: Typed<Pod>, pod: String, port: u16) 
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        let (pods, pod) = (pods.clone(), pod.clone());
+        let (api, pod) = (Arc::clone(&api), pod.clone());
         open.spawn(async move {
-            if let Err(error) = forward(socket, &pods, &pod, port).await {
+            if let Err(error) = forward(socket, &api, &pod, port).await {
                 tracing::debug!(provider = NAME, pod, port, error, "a forwarded connection has ended");
             }
             drop(turn);
@@ -190,9 +193,15 @@ async fn serve(listener: TcpListener, pods: Typed<Pod>, pod: String, port: u16) 
     }
 }
 
-async fn forward(mut socket: TcpStream, pods: &Typed<Pod>, pod: &str, port: u16) -> std::result::Result<(), String> {
-    let opened = tokio::time::timeout(OPEN, pods.portforward(pod, &[port])).await;
-    let mut tunnel = opened.map_err(|_| String::from("no answer in time"))?.map_err(|error| told(&error))?;
+async fn tunnel(reached: Reached, pod: &str, port: u16) -> Opened<Portforwarder> {
+    Typed::<Pod>::namespaced(reached.client, &reached.namespace).portforward(pod, &[port]).await
+}
+
+async fn forward(mut socket: TcpStream, api: &Api, pod: &str, port: u16) -> std::result::Result<(), String> {
+    // As whoever we are now: a place that is forwarded is older than the credentials.
+    let opened = api.open(|reached| async move { Ok(tunnel(reached, pod, port).await) });
+    let opened = tokio::time::timeout(OPEN, opened).await.map_err(|_| String::from("no answer in time"))?;
+    let mut tunnel = opened.map_err(|error| error.to_string())?.map_err(|error| told(&error))?;
     let mut there = tunnel.take_stream(port).ok_or("it has no such port")?;
     tokio::io::copy_bidirectional(&mut socket, &mut there).await.map(drop).map_err(|error| error.to_string())
 }
