@@ -772,6 +772,10 @@ impl Fleet {
     fn told(&self, session: &Session) -> provider::Spec {
         let mut spec = session.spec.clone();
         let Some(tokens) = &self.tokens else { return spec };
+        // Who gives no environment is told nothing: its sidecar is asked.
+        if !self.provider(&session.provider).is_ok_and(|provider| provider.capabilities().env) {
+            return spec;
+        }
         let policy = self.policies.policy(session);
         let mut tell = |name: &str, value: String| drop(spec.env.insert(format!("AGENT_SIDECAR_{name}"), value));
         tell("FLEET_CONTAINER", spec.key.clone());

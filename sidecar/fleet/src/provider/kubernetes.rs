@@ -1,4 +1,5 @@
-//! A Kubernetes cluster: a container is a pod or, where kubernetes-sigs/agent-sandbox is installed, a Sandbox around one.
+//! A Kubernetes cluster: a container is a pod or, where kubernetes-sigs/agent-sandbox is installed, a Sandbox around one, or what is claimed from a
+//! pool of them.
 //!
 //! A pod is not stopped, it is deleted with a grace; and it runs once. What ends by itself stays until it is deleted, with its log and exit code.
 //! A life is counted by the cluster: `activeDeadlineSeconds` by kubelet, from when it has taken the pod, and `shutdownTime` by the controller.
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use self::api::{Answer, Api, Ask, JSON, Kind, MERGE_PATCH};
+use self::claim::{Claim, WarmPool};
 use self::inside::Forwards;
 use self::state::{Container, Custom, Event, List, Meta, Pod};
 use super::secret::{self, Value as Open};
@@ -27,6 +29,7 @@ use super::{
 };
 
 mod api;
+mod claim;
 mod inside;
 mod pod;
 mod state;
@@ -54,6 +57,8 @@ pub struct Settings {
     /// Not said: the context's, or the service account's.
     pub namespace: Option<String>,
     pub backend: Backend,
+    /// Of claims: the SandboxWarmPool that they are taken from. Not said: the first of the template that a session's `image` names.
+    pub warm_pool: Option<String>,
     /// Where ports are reached. Not said: at the pod by whoever runs in the cluster, else forwarded.
     pub reach: Option<Reach>,
     /// Of the pods. Its token is not given to them.
@@ -92,6 +97,7 @@ impl Default for Settings {
             context: None,
             namespace: None,
             backend: Backend::Pod,
+            warm_pool: None,
             reach: None,
             service_account: None,
             runtime_class: None,
@@ -123,6 +129,8 @@ pub enum Backend {
     Pod,
     /// `agents.x-k8s.io/v1beta1`, which must be installed.
     Sandbox,
+    /// A SandboxClaim of `extensions.agents.x-k8s.io/v1beta1`: `image` names a SandboxTemplate.
+    Claim,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -202,6 +210,29 @@ impl Settings {
         if self.user == Some(0) && self.non_root {
             return Some(String::from("`user` is 0, and `non_root` is on"));
         }
+        if self.warm_pool.is_some() && self.backend != Backend::Claim {
+            return Some(String::from("`warm_pool` is for `backend = \"claim\"`"));
+        }
+        if self.backend == Backend::Claim {
+            let Settings { kubeconfig, context, namespace, backend, reach, warm_pool, .. } = self.clone();
+            let (cpu_usd_per_hour, gib_usd_per_hour) = (self.cpu_usd_per_hour, self.gib_usd_per_hour);
+            let own = Self {
+                kubeconfig,
+                context,
+                namespace,
+                backend,
+                reach,
+                warm_pool,
+                cpu_usd_per_hour,
+                gib_usd_per_hour,
+                ..Self::default()
+            };
+            if *self != own {
+                return Some(String::from(
+                    "with `backend = \"claim\"` the SandboxTemplate says what a pod is: leave out all but `kubeconfig`, `context`, `namespace`, `reach`, `warm_pool` and the prices",
+                ));
+            }
+        }
         if self.context.is_some() && self.kubeconfig.is_none() {
             return Some(String::from("`context` is one of a `kubeconfig`, which is not named"));
         }
@@ -232,6 +263,7 @@ impl Kubernetes {
         match self.settings.backend {
             Backend::Pod => Kind::Pods,
             Backend::Sandbox => Kind::Sandboxes,
+            Backend::Claim => Kind::Claims,
         }
     }
 
@@ -261,6 +293,63 @@ impl Kubernetes {
                 let pod = self.find::<Pod>(Kind::Pods, custom.pod_name()).await?;
                 Ok(Some((custom.with(pod.as_ref()), pod)))
             }
+            Backend::Claim => {
+                let Some(claim) = self.find::<Claim>(Kind::Claims, native).await? else { return Ok(None) };
+                let custom = self.claimed(&claim).await?;
+                let pod = match &custom {
+                    Some(custom) => self.find::<Pod>(Kind::Pods, custom.pod_name()).await?,
+                    None => None,
+                };
+                Ok(Some((claim.with(custom.as_ref(), pod.as_ref()), pod)))
+            }
+        }
+    }
+
+    /// The Sandbox that a claim has, if it is its own by now.
+    async fn claimed(&self, claim: &Claim) -> Result<Option<Custom>> {
+        let Some(name) = claim.bound() else { return Ok(None) };
+        let custom = self.find::<Custom>(Kind::Sandboxes, name).await?;
+        Ok(custom.filter(|custom| custom.metadata.is_owned_by(&claim.metadata.uid)))
+    }
+
+    /// The pool that a container of this template is claimed from.
+    async fn pool_of(&self, template: &str) -> Result<String> {
+        let mut next = String::new();
+        let mut fits = None;
+        loop {
+            let ask = self.api.get(Kind::WarmPools, &[]).query("limit", PAGE.to_string());
+            let ask = if next.is_empty() { ask } else { ask.query("continue", next) };
+            let list: List<WarmPool> = ask.send().await?.ok()?.json()?;
+            for pool in list.items {
+                let name = pool.metadata.name.as_str();
+                match &self.settings.warm_pool {
+                    Some(wanted) if name == wanted && pool.template() != template => {
+                        let what =
+                            format!("SandboxWarmPool `{name}` is of the template `{}`, not of `{template}`", pool.template());
+                        return Err(self.refused(what));
+                    }
+                    Some(wanted) if name != wanted => {}
+                    _ if pool.template() == template => fits = fits.or(Some(pool.metadata.name)),
+                    _ => {}
+                }
+            }
+            next = list.metadata.r#continue;
+            if fits.is_some() || next.is_empty() {
+                break;
+            }
+        }
+        let Some(pool) = fits else {
+            return Err(self.refused(match &self.settings.warm_pool {
+                Some(wanted) => format!("there is no SandboxWarmPool `{wanted}`"),
+                None => format!(
+                    "there is no SandboxWarmPool of the template `{template}`: a claim needs one, if only with `replicas: 0`"
+                ),
+            }));
+        };
+        // Without it the controller would wait, and we with it.
+        match self.find::<serde::de::IgnoredAny>(Kind::Templates, template).await? {
+            Some(_) => Ok(pool),
+            None => Err(self.refused(format!("there is no SandboxTemplate `{template}`"))),
         }
     }
 
@@ -310,6 +399,7 @@ impl Kubernetes {
                 let custom: Custom = answer.json()?;
                 (custom.sandbox(), secret_of(custom.agent_spec()))
             }
+            Backend::Claim => (answer.json::<Claim>()?.sandbox(), None),
         };
         if let Some(name) = secret {
             // It belongs to what is there already, so that none is left of a fleet that dies in between; the container waits for it.
@@ -341,12 +431,35 @@ impl Kubernetes {
 
     /// It is told to end, and is there until it has.
     async fn end(&self, native: &str, seconds: u64) -> Result<()> {
-        if self.settings.backend == Backend::Pod {
-            self.remove(Kind::Pods, native, json!({ "gracePeriodSeconds": seconds })).await?;
-        } else if let Some(custom) = self.find::<Custom>(Kind::Sandboxes, native).await? {
-            // The controller lets alone what is being deleted; else it would make the pod anew.
-            self.remove(Kind::Sandboxes, native, json!({ "propagationPolicy": "Foreground" })).await?;
-            self.remove(Kind::Pods, custom.pod_name(), json!({ "gracePeriodSeconds": seconds })).await?;
+        // The controllers let alone what is being deleted; else they would make the pod anew.
+        let foreground = || json!({ "propagationPolicy": "Foreground" });
+        let pod = match self.settings.backend {
+            Backend::Pod => Some(native.to_owned()),
+            Backend::Sandbox => match self.find::<Custom>(Kind::Sandboxes, native).await? {
+                Some(custom) => {
+                    self.remove(Kind::Sandboxes, native, foreground()).await?;
+                    Some(custom.pod_name().to_owned())
+                }
+                None => None,
+            },
+            Backend::Claim => match self.find::<Claim>(Kind::Claims, native).await? {
+                Some(_) => {
+                    self.remove(Kind::Claims, native, foreground()).await?;
+                    // What it had been given until then.
+                    let claim = self.find::<Claim>(Kind::Claims, native).await?.unwrap_or_default();
+                    match self.claimed(&claim).await? {
+                        Some(custom) => {
+                            self.remove(Kind::Sandboxes, &custom.metadata.name, foreground()).await?;
+                            Some(custom.pod_name().to_owned())
+                        }
+                        None => None,
+                    }
+                }
+                None => None,
+            },
+        };
+        if let Some(pod) = pod {
+            self.remove(Kind::Pods, &pod, json!({ "gracePeriodSeconds": seconds })).await?;
         }
         self.forwards.close(native);
         Ok(())
@@ -385,11 +498,13 @@ impl Provider for Kubernetes {
     }
 
     fn capabilities(&self) -> Capabilities {
+        // Of what is claimed, all this is the template's.
+        let ours = self.settings.backend != Backend::Claim;
         Capabilities {
-            command: true,
-            env: true,
-            provider_secrets: true,
-            size: true,
+            command: ours,
+            env: ours,
+            provider_secrets: ours,
+            size: ours,
             ports: true,
             list: true,
             ttl: Some(Bounds { least: Duration::from_secs(1), most: TTL_MOST }),
@@ -425,7 +540,13 @@ impl Provider for Kubernetes {
         // Of these letters all are random.
         let unique = uuid::Uuid::now_v7().simple().to_string().split_off(20);
         let ends = Timestamp::now().checked_add(spec.ttl).unwrap_or(Timestamp::MAX);
-        let body = pod::object(&self.settings, spec, &format!("{}-{unique}", spec.key), ends)?;
+        let body = match self.settings.backend {
+            Backend::Claim if !spec.command.is_empty() => {
+                return Err(self.refused("what is claimed runs what its SandboxTemplate says: leave `command` out"));
+            }
+            Backend::Claim => claim::object(spec, &self.pool_of(&spec.image).await?, ends),
+            Backend::Pod | Backend::Sandbox => pod::object(&self.settings, spec, &format!("{}-{unique}", spec.key), ends)?,
+        };
         let answer = self.create_in(self.kind(), &body).send().await?;
         let answer = if answer.exists() {
             let known = self.api.get(self.kind(), &[&spec.key]).send().await?;
@@ -443,6 +564,7 @@ impl Provider for Kubernetes {
     async fn start(&self, native: &str) -> Result<()> {
         match self.present(native).await?.0.state {
             State::Stopped | State::Failed => Err(self.refused("it has ended, and a pod runs once")),
+            State::Paused | State::Pausing if self.settings.backend == Backend::Claim => self.no_pause("resume a claim"),
             State::Paused | State::Pausing => self.operate(native, "Running").await,
             _ => Ok(()),
         }
@@ -481,6 +603,10 @@ impl Provider for Kubernetes {
                 let list: List<Custom> = answer.json()?;
                 (list.metadata.r#continue.clone(), list.items.iter().map(Custom::sandbox).collect())
             }
+            Backend::Claim => {
+                let list: List<Claim> = answer.json()?;
+                (list.metadata.r#continue.clone(), list.items.iter().map(Claim::sandbox).collect())
+            }
         };
         // Two values may have one hash, however unlikely that is.
         let fits = |one: &Sandbox| labels.iter().all(|(name, value)| one.labels.get(name) == Some(value));
@@ -489,7 +615,7 @@ impl Provider for Kubernetes {
 
     async fn exec(&self, native: &str, command: &Exec) -> Result<Executed> {
         rest::check_names(NAME, &command.env)?;
-        let pod = self.running(native).await?.metadata.name;
+        let pod = self.running(native).await?;
         let mark = format!("{}={}", docker::EXEC_MARK, uuid::Uuid::now_v7());
         let mut argv: Vec<String> = match command.detached {
             true => ["sh", "-c", "exec \"$@\" >/dev/null 2>&1 </dev/null &", "sh"].map(String::from).to_vec(),
@@ -498,9 +624,11 @@ impl Provider for Kubernetes {
         argv.extend([String::from("env"), mark.clone()]);
         argv.extend(command.env.iter().map(|(name, value)| format!("{name}={value}")));
         argv.extend(command.argv.iter().cloned());
-        let path = [pod.as_str(), "exec"];
-        let ask =
-            |argv: &[String]| argv.iter().fold(self.api.get(Kind::Pods, &path), |ask, word| ask.query("command", word.as_str()));
+        let path = [pod.metadata.name.as_str(), "exec"];
+        let ask = |argv: &[String]| {
+            let ask = self.api.get(Kind::Pods, &path).query("container", pod.agent_name());
+            argv.iter().fold(ask, |ask, word| ask.query("command", word.as_str()))
+        };
         let mut done = Executed::default();
         let stdin = if command.detached { &[][..] } else { &command.stdin[..] };
         match tokio::time::timeout(command.timeout, inside::run(&self.api, ask(&argv), stdin, &mut done)).await {
@@ -520,14 +648,14 @@ impl Provider for Kubernetes {
     }
 
     async fn logs(&self, native: &str, most: usize) -> Result<Vec<u8>> {
-        let name = match self.present(native).await? {
-            (_, Some(pod)) => pod.metadata.name,
+        let pod = match self.present(native).await? {
+            (_, Some(pod)) => pod,
             // It sleeps, or is about to be made.
             (_, None) => return Ok(Vec::new()),
         };
-        let path = [name.as_str(), "log"];
+        let path = [pod.metadata.name.as_str(), "log"];
         // A line has a byte or more. Counted in bytes, it would be the beginning.
-        let ask = self.api.get(Kind::Pods, &path).query("container", pod::AGENT).query("tailLines", most.to_string());
+        let ask = self.api.get(Kind::Pods, &path).query("container", pod.agent_name()).query("tailLines", most.to_string());
         let read = async {
             let mut pieces = match ask.stream().await {
                 Ok(pieces) => pieces.boxed(),
@@ -590,7 +718,7 @@ impl Provider for Kubernetes {
     async fn endpoint(&self, native: &str, port: u16) -> Result<Endpoint> {
         let pod = self.running(native).await?;
         let at = match self.reach() {
-            Reach::Forward => self.forwards.open(&self.api, &pod.metadata.name, port).await?,
+            Reach::Forward => self.forwards.open(&self.api, native, &pod.metadata.name, port).await?,
             Reach::Pod => {
                 let ip = pod.status.pod_ip.parse().map_err(|_| self.failed("it has no address yet"))?;
                 std::net::SocketAddr::new(ip, port)
@@ -606,7 +734,7 @@ impl Provider for Kubernetes {
         let now: List<serde::de::IgnoredAny> = now.ok()?.json()?;
         let pieces = self.watch(&selector, &now.metadata.resource_version).await?;
         let lines = Lines { pieces, held: Vec::new(), ready: VecDeque::new() };
-        let own = self.settings.backend == Backend::Sandbox;
+        let own = self.settings.backend != Backend::Pod;
         Ok(stream::unfold(Some(lines), move |lines| async move {
             let mut lines = lines?;
             loop {

@@ -1,7 +1,7 @@
 //! A cluster of one namespace: an API server with its rules, a kubelet that runs pods as processes of this machine, the garbage collector, and the
 //! controller of agent-sandbox.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::Read;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -31,6 +31,9 @@ type Sockets = WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
 
 pub(crate) struct Kubernetes {
     sandboxes: Contract,
+    claims: Contract,
+    rights: Vec<Right>,
+    used: Mutex<BTreeSet<Right>>,
     cluster: Arc<Mutex<Cluster>>,
     kubelet: tokio::task::JoinHandle<()>,
     /// What listens in every pod, on every port.
@@ -43,6 +46,52 @@ impl Drop for Kubernetes {
     fn drop(&mut self) {
         self.kubelet.abort();
     }
+}
+
+/// Group, resource and verb.
+pub(crate) type Right = (String, String, String);
+
+/// What deploy/fleet/kubernetes/rbac.yaml grants: its rules are of three lines each.
+fn rights() -> Vec<Right> {
+    let text = include_str!("../../../../deploy/fleet/kubernetes/rbac.yaml");
+    let list = |line: &str| -> Vec<String> {
+        let inner = line.split_once('[').and_then(|(_, rest)| rest.split_once(']')).expect("a list on one line").0;
+        inner.split(',').map(|word| word.trim().trim_matches('"').to_owned()).collect()
+    };
+    let (mut groups, mut resources, mut all) = (vec![], vec![], vec![]);
+    for line in text.lines().map(str::trim) {
+        match line.split(':').next() {
+            Some("- apiGroups") => groups = list(line),
+            Some("resources") => resources = list(line),
+            Some("verbs") => {
+                for (group, resource) in groups.iter().flat_map(|group| resources.iter().map(move |one| (group, one))) {
+                    all.extend(list(line).into_iter().map(|verb| (group.clone(), resource.clone(), verb)));
+                }
+            }
+            _ => {}
+        }
+    }
+    assert!(all.len() > 10, "{all:?}");
+    all
+}
+
+/// What has to be granted for this.
+fn right(request: &Request) -> Option<Right> {
+    let (kind, rest) = place(request)?;
+    let group = match request.segments()[..] {
+        ["apis", group, ..] => group,
+        _ => "",
+    };
+    let verb = match (request.method.as_str(), rest.len()) {
+        ("POST", _) => "create",
+        ("PATCH", _) => "patch",
+        ("DELETE", _) => "delete",
+        (_, 0) if request.query("watch").is_some() => "watch",
+        (_, 0) => "list",
+        _ => "get",
+    };
+    let resource = rest.get(1).map_or(kind.to_owned(), |below| format!("{kind}/{below}"));
+    Some((group.to_owned(), resource, verb.to_owned()))
 }
 
 #[derive(Default)]
@@ -215,7 +264,7 @@ impl Cluster {
                     pod["metadata"]["deletionGracePeriodSeconds"] = json!(grace);
                 })
             }
-            "sandboxes" => {
+            "sandboxes" | "sandboxclaims" => {
                 assert_eq!(options["propagationPolicy"], "Foreground", "else nobody knows when its pod has ended");
                 self.change(kind, name, |custom| custom["metadata"]["deletionTimestamp"] = json!(now()))
             }
@@ -228,6 +277,12 @@ impl Cluster {
 
     /// What all the controllers and kubelet see to, once.
     fn tick(&mut self) {
+        for name in self.names("sandboxwarmpools") {
+            self.replenish(&name);
+        }
+        for name in self.names("sandboxclaims") {
+            self.claim(&name);
+        }
         for name in self.names("sandboxes") {
             self.reconcile(&name);
         }
@@ -243,8 +298,89 @@ impl Cluster {
                 && owners.iter().all(|owner| !alive.contains(&owner["uid"]))
                 && object["metadata"]["deletionTimestamp"].is_null()
             {
-                self.delete(&kind, &name, &json!({}));
+                self.delete(&kind, &name, &json!({"propagationPolicy": "Foreground"}));
             }
+        }
+    }
+
+    /// A Sandbox of a template, which is somebody's.
+    fn sandbox_of(&mut self, template: &str, name: &str, owner: &Value, word: &str) -> Option<Value> {
+        let template = self.get("sandboxtemplates", template)?;
+        let custom = json!({"apiVersion": "agents.x-k8s.io/v1beta1", "kind": "Sandbox",
+            "metadata": {"name": name, "annotations": {"agents.x-k8s.io/pod-name": name}, "ownerReferences": [{"apiVersion": "extensions.agents.x-k8s.io/v1beta1",
+                "kind": word, "name": owner["metadata"]["name"], "uid": owner["metadata"]["uid"], "controller": true, "blockOwnerDeletion": true}]},
+            "spec": {"podTemplate": template["spec"]["podTemplate"], "operatingMode": "Running"}});
+        Some(self.create("sandboxes", custom))
+    }
+
+    fn owned_by(&self, owner: &Value) -> Vec<String> {
+        let of = |object: &Value| object["metadata"]["ownerReferences"][0]["uid"] == owner["metadata"]["uid"];
+        let all = self.objects.iter().filter(|((kind, _), object)| kind == "sandboxes" && of(object));
+        all.map(|((_, name), _)| name.clone()).collect()
+    }
+
+    /// The controller of pools.
+    fn replenish(&mut self, name: &str) {
+        let pool = self.get("sandboxwarmpools", name).expect("it is there").clone();
+        let wanted = pool["spec"]["replicas"].as_u64().unwrap_or(1) as usize;
+        if self.owned_by(&pool).len() < wanted {
+            let made = format!("{name}-{}", &uuid::Uuid::now_v7().simple().to_string()[27..]);
+            self.sandbox_of(pool["spec"]["sandboxTemplateRef"]["name"].as_str().unwrap(), &made, &pool, "SandboxWarmPool");
+        }
+    }
+
+    /// The controller of claims.
+    fn claim(&mut self, name: &str) {
+        let claim = self.get("sandboxclaims", name).expect("it is there").clone();
+        let mine = self.owned_by(&claim);
+        if !claim["metadata"]["deletionTimestamp"].is_null() {
+            for of in &mine {
+                self.delete("sandboxes", of, &json!({"propagationPolicy": "Foreground"}));
+            }
+            if mine.is_empty() {
+                self.put("sandboxclaims", claim, "DELETED");
+            }
+            return;
+        }
+        let lifecycle = &claim["spec"]["lifecycle"];
+        let ends: Timestamp = lifecycle["shutdownTime"].as_str().expect("we say when").parse().expect("a time");
+        if ends <= Timestamp::now() {
+            assert_eq!(lifecycle["shutdownPolicy"], "DeleteForeground");
+            self.delete("sandboxclaims", name, &json!({"propagationPolicy": "Foreground"}));
+            return;
+        }
+        let no = |reason: &str| {
+            vec![json!({"type": "Ready", "status": "False", "reason": reason, "message": "", "lastTransitionTime": now()})]
+        };
+        let pool = self.get("sandboxwarmpools", claim["spec"]["warmPoolRef"]["name"].as_str().unwrap()).cloned();
+        let of = mine.first().cloned().or_else(|| {
+            let pool = pool.as_ref()?;
+            // The oldest that waits, else one is made under the claim's name.
+            if let Some(waits) = self.owned_by(pool).first().cloned() {
+                self.change("sandboxes", &waits, |custom| {
+                    custom["metadata"]["ownerReferences"][0] = json!({"apiVersion": "extensions.agents.x-k8s.io/v1beta1", "kind": "SandboxClaim",
+                        "name": name, "uid": claim["metadata"]["uid"], "controller": true, "blockOwnerDeletion": true});
+                });
+                return Some(waits);
+            }
+            self.sandbox_of(pool["spec"]["sandboxTemplateRef"]["name"].as_str().unwrap(), name, &claim, "SandboxClaim")?;
+            Some(name.to_owned())
+        });
+        let conditions = match (&of, &pool) {
+            (None, None) => no("WarmPoolNotFound"),
+            (None, Some(_)) => no("TemplateNotFound"),
+            (Some(of), _) => match &self.get("sandboxes", of).expect("it is there")["status"]["conditions"] {
+                Value::Array(all) => {
+                    all.iter().filter(|one| one["type"] == "Ready" || one["type"] == "Finished").cloned().collect()
+                }
+                _ => no("SandboxNotReady"),
+            },
+        };
+        let status = json!({"conditions": conditions, "sandbox": {"name": of.unwrap_or_default()}});
+        let differs =
+            |has: &Value| has["sandbox"] != status["sandbox"] || words(&has["conditions"]) != words(&status["conditions"]);
+        if differs(&claim["status"]) {
+            self.change("sandboxclaims", name, |claim| claim["status"] = status);
         }
     }
 
@@ -260,8 +396,11 @@ impl Cluster {
             }
             return;
         }
-        let ends: Timestamp = custom["spec"]["shutdownTime"].as_str().expect("we say when").parse().expect("a time");
-        if ends <= Timestamp::now() {
+        // Of one that is claimed, the claim's controller counts.
+        let owned = !custom["metadata"]["ownerReferences"].is_null();
+        let ends: Option<Timestamp> = custom["spec"]["shutdownTime"].as_str().map(|ends| ends.parse().expect("a time"));
+        assert!(owned || ends.is_some(), "we say when");
+        if ends.is_some_and(|ends| ends <= Timestamp::now()) {
             self.delete("sandboxes", name, &json!({"propagationPolicy": "Foreground"}));
             return;
         }
@@ -346,7 +485,7 @@ impl Cluster {
         }
         let agent = &pod["spec"]["containers"][0];
         let waits = |cluster: &mut Self, reason: &str, message: String| {
-            let state = json!([{"name": "agent", "state": {"waiting": {"reason": reason, "message": message}}}]);
+            let state = json!([{"name": agent["name"], "state": {"waiting": {"reason": reason, "message": message}}}]);
             if cluster.get("pods", name).expect("it is there")["status"]["containerStatuses"] != state {
                 cluster.change("pods", name, |pod| pod["status"]["containerStatuses"] = state);
             }
@@ -379,7 +518,7 @@ impl Cluster {
         self.running.insert(name.to_owned(), Process::start(name, env, &argv, life));
         self.change("pods", name, |pod| {
             pod["status"] = json!({"phase": "Running", "podIP": "127.0.0.1", "startTime": now(),
-                "containerStatuses": [{"name": "agent", "state": {"running": {"startedAt": now()}}}]});
+                "containerStatuses": [{"name": agent["name"], "state": {"running": {"startedAt": now()}}}]});
         });
     }
 }
@@ -439,7 +578,9 @@ impl Kubernetes {
         let theirs = BTreeMap::from([(String::from("key"), String::from("of the namespace"))]);
         cluster.lock().unwrap().values.insert(String::from("theirs"), theirs);
         let sandboxes = Contract::parse(include_str!("../../../../tests/specs/agent-sandbox/sandbox.json"));
-        Self { sandboxes, cluster, kubelet, inside, token: Mutex::new((TOKEN.to_owned(), None)) }
+        let claims = Contract::parse(include_str!("../../../../tests/specs/agent-sandbox/claim.json"));
+        let (rights, used) = (rights(), Mutex::default());
+        Self { sandboxes, claims, rights, used, cluster, kubelet, inside, token: Mutex::new((TOKEN.to_owned(), None)) }
     }
 
     pub(crate) fn count(&self, key: &str) -> usize {
@@ -458,9 +599,25 @@ impl Kubernetes {
         cluster.objects.iter().filter(|((kind, _), _)| kind == "secrets").map(|(_, object)| object.clone()).collect()
     }
 
+    pub(crate) fn names(&self, kind: &str) -> Vec<String> {
+        self.cluster.lock().unwrap().names(kind)
+    }
+
+    /// Somebody removes it.
+    pub(crate) fn lose(&self, kind: &str, name: &str) {
+        self.cluster.lock().unwrap().delete(kind, name, &json!({}));
+    }
+
     /// Somebody else's object.
     pub(crate) fn put(&self, kind: &str, object: Value) {
         self.cluster.lock().unwrap().create(kind, object);
+    }
+
+    /// What is granted of these resources and was never needed.
+    pub(crate) fn unused(&self, resources: &[&str]) -> Vec<Right> {
+        let used = self.used.lock().unwrap();
+        let of = |right: &&Right| resources.contains(&right.1.as_str()) && !used.contains(*right);
+        self.rights.iter().filter(of).cloned().collect()
     }
 
     /// The next creation is answered like this.
@@ -616,6 +773,12 @@ impl Kubernetes {
     }
 }
 
+/// Conditions, without when they came about.
+fn words(conditions: &Value) -> Vec<(Value, Value, Value)> {
+    let all = conditions.as_array().into_iter().flatten();
+    all.map(|one| (one["type"].clone(), one["status"].clone(), one["reason"].clone())).collect()
+}
+
 fn merge(into: &mut Value, patch: &Value) {
     match patch.as_object() {
         Some(members) => members.iter().for_each(|(name, value)| merge(&mut into[name], value)),
@@ -630,6 +793,10 @@ fn place(request: &Request) -> Option<(&'static str, Vec<&str>)> {
         ["api", "v1", "namespaces", NAMESPACE, "secrets", rest @ ..] => Some(("secrets", rest.to_vec())),
         ["apis", "agents.x-k8s.io", "v1beta1", "namespaces", NAMESPACE, "sandboxes", rest @ ..] => {
             Some(("sandboxes", rest.to_vec()))
+        }
+        ["apis", "extensions.agents.x-k8s.io", "v1beta1", "namespaces", NAMESPACE, plural, rest @ ..] => {
+            let known = ["sandboxclaims", "sandboxwarmpools", "sandboxtemplates"];
+            known.into_iter().find(|known| known == plural).map(|kind| (kind, rest.to_vec()))
         }
         _ => None,
     }
@@ -761,12 +928,15 @@ impl Api for Kubernetes {
     fn call(&self, request: &Request) -> Option<Call> {
         let (kind, rest) = place(request)?;
         let own = kind != "secrets";
+        let controlled = |name: &str| {
+            self.object(kind, name).is_some_and(|object| object["metadata"]["ownerReferences"][0]["controller"] == true)
+        };
         // Of a Sandbox, its pod is the state: it is told by that.
         match (request.method.as_str(), &rest[..]) {
             ("POST", []) if own => Some(Call::Create),
-            ("GET", []) if request.query("watch").is_none() => Some(Call::List),
+            ("GET", []) if request.query("watch").is_none() && kind != "sandboxwarmpools" => Some(Call::List),
             ("GET", [_]) if kind == "pods" => Some(Call::State),
-            ("DELETE", [name]) if kind == "sandboxes" || self.object("sandboxes", name).is_none() => Some(Call::Delete),
+            ("DELETE", [name]) if !controlled(name) => Some(Call::Delete),
             _ => None,
         }
     }
@@ -774,6 +944,11 @@ impl Api for Kubernetes {
     /// The API server's own rules about how it is asked.
     fn judge(&self, request: &Request) -> Result<(), String> {
         let (kind, rest) = place(request).ok_or("there is no such path")?;
+        let right = right(request).expect("it has a place");
+        if !self.rights.contains(&right) {
+            return Err(format!("deploy/fleet/kubernetes/rbac.yaml does not grant {right:?}"));
+        }
+        self.used.lock().unwrap().insert(right);
         let known: &[&str] = match (request.method.as_str(), &rest[..]) {
             ("POST", []) => &["fieldManager", "fieldValidation"],
             ("PATCH", [_]) => &["fieldManager"],
@@ -802,12 +977,16 @@ impl Api for Kubernetes {
             let (version, word) = match kind {
                 "pods" => ("v1", "Pod"),
                 "secrets" => ("v1", "Secret"),
+                "sandboxclaims" => ("extensions.agents.x-k8s.io/v1beta1", "SandboxClaim"),
                 _ => ("agents.x-k8s.io/v1beta1", "Sandbox"),
             };
             if object["apiVersion"] != version || object["kind"] != word {
                 return Err(format!("this is no {version} {word}"));
             }
             labels_are_legal(&object)?;
+            if kind == "sandboxclaims" {
+                self.claims.request("POST", &["sandboxclaims"].map(String::from), &[], &request.body)?;
+            }
             if kind == "sandboxes" {
                 labels_are_legal(&object["spec"]["podTemplate"])?;
                 let path = ["sandboxes"].map(String::from);

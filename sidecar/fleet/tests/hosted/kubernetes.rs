@@ -65,6 +65,71 @@ fn sandboxes() -> Value {
     json!({ "backend": "sandbox", "keep": { "/data": "10Gi" }, "group": 1000 })
 }
 
+/// What is installed in a cluster that claims are made in: templates by what their containers do, and a pool of each.
+fn install(world: &Cluster) {
+    let api = "extensions.agents.x-k8s.io/v1beta1";
+    let ignores = crate::command(Does::Ignore).unwrap();
+    let waits = crate::command(Does::Wait).unwrap();
+    let exits = |code: u8| sh(&format!("echo exits with {code}; exit {code}"));
+    // One of those that only wait is there before.
+    for (name, command, replicas) in
+        [("waits", waits, 1), ("ignores", ignores, 0), ("exits-0", exits(0), 0), ("exits-3", exits(3), 0)]
+    {
+        // Its container is not called as ours are.
+        let container = json!({"name": "theirs", "image": "base", "command": command,
+            "resources": {"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "1", "memory": "1Gi"}}});
+        world.fake.api.put(
+            "sandboxtemplates",
+            json!({"apiVersion": api, "kind": "SandboxTemplate", "metadata": {"name": name},
+            "spec": {"podTemplate": {"metadata": {}, "spec": {"containers": [container]}}}}),
+        );
+        world.fake.api.put(
+            "sandboxwarmpools",
+            json!({"apiVersion": api, "kind": "SandboxWarmPool", "metadata": {"name": format!("{name}-pool")},
+            "spec": {"replicas": replicas, "sandboxTemplateRef": {"name": name}}}),
+        );
+    }
+}
+
+fn claimed(key: &str, template: &str) -> Spec {
+    Spec { image: template.to_owned(), command: Vec::new(), ..fleets(key) }
+}
+
+/// A cluster whose containers are claimed.
+struct Claims(Cluster);
+
+#[async_trait]
+impl World for Claims {
+    fn spec(&self, does: Does) -> Option<Spec> {
+        let template = match does {
+            Does::Wait | Does::Serve(_) => String::from("waits"),
+            Does::Ignore => String::from("ignores"),
+            Does::Exit(code) => format!("exits-{code}"),
+        };
+        Some(Spec { image: template, ..spec("") })
+    }
+
+    fn price_usd(&self) -> f64 {
+        self.0.price_usd()
+    }
+
+    fn page(&self) -> Option<usize> {
+        self.0.page()
+    }
+
+    fn arm(&self, call: Call, fault: Fault) -> bool {
+        self.0.arm(call, fault)
+    }
+
+    fn armed(&self) -> usize {
+        self.0.armed()
+    }
+
+    async fn count(&self, key: &str) -> usize {
+        self.0.count(key).await
+    }
+}
+
 #[async_trait]
 impl World for Cluster {
     fn spec(&self, does: Does) -> Option<Spec> {
@@ -111,6 +176,109 @@ async fn sandboxes_do_what_every_provider_must() {
     conformance::run(&world.provider, &world).await;
     assert_eq!(world.fake.wrong(), Vec::<String>::new());
     assert_eq!(world.fake.api.secrets(), Vec::<Value>::new(), "a secret has outlived its sandbox");
+}
+
+#[tokio::test]
+async fn claims_do_what_every_provider_must() {
+    let world = Claims(Cluster::new(json!({ "backend": "claim" })).await);
+    install(&world.0);
+    conformance::run(&world.0.provider, &world).await;
+    assert_eq!(world.0.fake.wrong(), Vec::<String>::new());
+    // All that is granted for it is needed.
+    assert_eq!(world.0.fake.api.unused(&["sandboxclaims", "sandboxwarmpools", "sandboxtemplates"]), vec![]);
+    let seen = world.0.fake.seen();
+    let made = seen.iter().filter(|what| what.starts_with("POST") && !what.ends_with("/sandboxclaims"));
+    assert_eq!(made.collect::<Vec<_>>(), Vec::<&String>::new(), "it makes nothing but claims");
+    assert!(!seen.iter().any(|what| what.starts_with("PATCH")), "it changes nothing");
+}
+
+#[tokio::test]
+async fn a_claim_has_what_waited_and_what_it_needs_is_asked_for_before() {
+    let world = Cluster::new(json!({ "backend": "claim" })).await;
+    install(&world);
+    let began = Instant::now();
+    let warm = loop {
+        let there: Vec<String> = world.fake.api.names("sandboxes");
+        if let Some(warm) = there
+            .first()
+            .filter(|name| world.fake.api.object("pods", name).is_some_and(|pod| pod["status"]["phase"] == "Running"))
+        {
+            break warm.clone();
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "nothing is warm: {there:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    let native = world.provider.create(&claimed("agent-1", "waits")).await.unwrap().native;
+    assert_eq!(native, "agent-1", "it is known by the claim");
+    let up = world.becomes(&native, |now| now.state == State::Running).await;
+    assert_eq!(
+        (up.labels.get(SESSION_LABEL).map(String::as_str), up.size.map(|size| size.memory_mib)),
+        (Some("0199-x"), Some(1024))
+    );
+    assert_eq!(
+        sent(&world, "POST /apis/extensions.agents.x-k8s.io/v1beta1/namespaces/agents/sandboxclaims")["spec"]["warmPoolRef"],
+        json!({"name": "waits-pool"})
+    );
+    is_kept("claim", sent(&world, "POST /apis/extensions.agents.x-k8s.io/v1beta1/namespaces/agents/sandboxclaims"));
+    let has = world.fake.api.object("sandboxclaims", "agent-1").unwrap()["status"]["sandbox"]["name"].clone();
+    assert_eq!(has, json!(warm), "what waited is what it has");
+    conformance::serves(&world.provider.endpoint(&native, 8080).await.unwrap()).await;
+    world.provider.delete(&native).await.unwrap();
+    world.becomes(&native, |now| now.state.is_gone()).await;
+    assert!(world.fake.api.object("pods", &warm).is_none() && world.fake.api.object("sandboxes", &warm).is_none());
+
+    let refused = |spec: Spec| {
+        let provider = &world.provider;
+        async move {
+            match provider.create(&spec).await {
+                Err(Error::Refused { what, .. }) => what,
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    assert!(refused(claimed("agent-2", "nowhere")).await.contains("no SandboxWarmPool of the template `nowhere`"));
+    let api = "extensions.agents.x-k8s.io/v1beta1";
+    world.fake.api.put(
+        "sandboxwarmpools",
+        json!({"apiVersion": api, "kind": "SandboxWarmPool", "metadata": {"name": "empty"},
+        "spec": {"replicas": 0, "sandboxTemplateRef": {"name": "gone"}}}),
+    );
+    assert!(refused(claimed("agent-2", "gone")).await.contains("no SandboxTemplate `gone`"));
+    assert!(refused(Spec { command: sh("true"), ..claimed("agent-2", "waits") }).await.contains("`command`"));
+    let env = BTreeMap::from([(String::from("A"), String::from("b"))]);
+    assert!(refused(Spec { env, ..claimed("agent-2", "waits") }).await.contains("environment"));
+    let size = Size { cpu_milli: 4000, ..Size::default() };
+    assert!(refused(Spec { size, ..claimed("agent-2", "waits") }).await.contains("`size`"));
+    assert_eq!(world.fake.api.count("agent-2"), 0);
+
+    // By the pool's name.
+    let named = Cluster::new(json!({ "backend": "claim", "warm_pool": "ignores-pool" })).await;
+    install(&named);
+    let other = named.provider.create(&claimed("agent-1", "waits")).await.unwrap_err().to_string();
+    assert!(other.contains("`ignores-pool` is of the template `ignores`, not of `waits`"), "{other}");
+    named.provider.create(&claimed("agent-1", "ignores")).await.unwrap();
+    named.becomes("agent-1", |now| now.state == State::Running).await;
+    let none = Cluster::new(json!({ "backend": "claim", "warm_pool": "x" })).await;
+    let none = none.provider.create(&claimed("agent-1", "waits")).await.unwrap_err().to_string();
+    assert!(none.contains("no SandboxWarmPool `x`"), "{none}");
+}
+
+#[tokio::test]
+async fn a_claim_whose_pool_goes_says_why_and_one_whose_time_is_over_goes() {
+    let world = Cluster::new(json!({ "backend": "claim" })).await;
+    install(&world);
+    world.fake.api.lose("sandboxtemplates", "ignores");
+    // It was there when it was asked for: the controller is the one who says that it is gone.
+    world.fake.api.put(
+        "sandboxclaims",
+        json!({"apiVersion": "extensions.agents.x-k8s.io/v1beta1", "kind": "SandboxClaim", "metadata": {"name": "agent-1"},
+        "spec": {"warmPoolRef": {"name": "ignores-pool"}, "lifecycle": {"shutdownTime": "2999-01-01T00:00:00Z"}}}),
+    );
+    let waits = world.becomes("agent-1", |now| now.reason.is_some()).await;
+    assert_eq!((waits.state, waits.reason.as_deref()), (State::Creating, Some("TemplateNotFound")));
+    let short = Spec { ttl: Duration::from_secs(1), ..claimed("agent-2", "waits") };
+    world.provider.create(&short).await.unwrap();
+    world.becomes("agent-2", |now| now.state.is_gone()).await;
 }
 
 fn fleets(key: &str) -> Spec {
@@ -443,6 +611,8 @@ fn settings_that_cannot_be_meant_are_said() {
         ("writable = ['tmp']", "`tmp`"),
         ("user = 0", "`non_root`"),
         ("context = 'x'", "`kubeconfig`"),
+        ("warm_pool = 'x'", "`backend = \"claim\"`"),
+        ("backend = 'claim'\nuser = 7", "SandboxTemplate"),
         ("backend = 'sandbox'\ngroup = 1\nwritable = ['/a']\nkeep = { '/a' = '1Gi' }", "`/a`"),
     ] {
         assert!(wrong(text).contains(says), "{text}: {}", wrong(text));

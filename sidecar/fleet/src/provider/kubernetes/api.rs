@@ -44,14 +44,21 @@ pub(super) enum Kind {
     Pods,
     Sandboxes,
     Secrets,
+    Claims,
+    WarmPools,
+    Templates,
 }
 
 impl Kind {
     fn path(self, namespace: &str) -> Vec<&str> {
+        let extensions: &[&str] = &["apis", "extensions.agents.x-k8s.io", "v1beta1"];
         let (group, plural): (&[&str], _) = match self {
             Kind::Pods => (&["api", "v1"], "pods"),
             Kind::Secrets => (&["api", "v1"], "secrets"),
             Kind::Sandboxes => (&["apis", "agents.x-k8s.io", "v1beta1"], "sandboxes"),
+            Kind::Claims => (extensions, "sandboxclaims"),
+            Kind::WarmPools => (extensions, "sandboxwarmpools"),
+            Kind::Templates => (extensions, "sandboxtemplates"),
         };
         group.iter().copied().chain(["namespaces", namespace, plural]).collect()
     }

@@ -15,7 +15,6 @@ use tokio_tungstenite::tungstenite::Message;
 
 use super::NAME;
 use super::api::{Api, Ask, Opened, Reached, Status, cut, told};
-use super::pod::AGENT;
 use crate::provider::{Error, Executed, OUTPUT_MOST, Result};
 
 /// What is given to a command at a time.
@@ -35,7 +34,7 @@ const CLOSE: u8 = 255;
 
 /// Runs a command to its end, however long that takes. What it prints is in `done` also when this is given up.
 pub(super) async fn run(api: &Api, ask: Ask<'_>, stdin: &[u8], done: &mut Executed) -> Result<()> {
-    let ask = ask.query("container", AGENT).query("stdout", "true").query("stderr", "true");
+    let ask = ask.query("stdout", "true").query("stderr", "true");
     let ask = if stdin.is_empty() { ask } else { ask.query("stdin", "true") };
     let ask = &ask;
     let connect =
@@ -135,6 +134,7 @@ pub(super) struct Forwards(Mutex<HashMap<(String, u16), Forward>>);
 
 struct Forward {
     at: SocketAddr,
+    pod: String,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -145,13 +145,13 @@ impl Drop for Forward {
 }
 
 impl Forwards {
-    /// Where the port is reached: the same place each time that it is asked for.
-    pub(super) async fn open(&self, api: &Arc<Api>, pod: &str, port: u16) -> Result<SocketAddr> {
+    /// Where the port is reached: the same place each time that it is asked for, as long as it is the same pod.
+    pub(super) async fn open(&self, api: &Arc<Api>, native: &str, pod: &str, port: u16) -> Result<SocketAddr> {
         let failed = |what: String| Error::Failed { provider: NAME, what };
-        let key = (pod.to_owned(), port);
+        let key = (native.to_owned(), port);
         {
             let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            held.retain(|_, forward| !forward.task.is_finished());
+            held.retain(|of, forward| !forward.task.is_finished() && (*of != key || forward.pod == pod));
             if let Some(forward) = held.get(&key) {
                 return Ok(forward.at);
             }
@@ -164,12 +164,12 @@ impl Forwards {
         let task = tokio::spawn(serve(listener, Arc::clone(api), pod.to_owned(), port));
         // Of two at once the first one stays.
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(held.entry(key).or_insert(Forward { at, task }).at)
+        Ok(held.entry(key).or_insert(Forward { at, pod: pod.to_owned(), task }).at)
     }
 
-    /// Of a pod that is gone nothing is forwarded.
-    pub(super) fn close(&self, pod: &str) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|(of, _), _| of != pod);
+    /// Of what is gone nothing is forwarded.
+    pub(super) fn close(&self, native: &str) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|(of, _), _| of != native);
     }
 }
 

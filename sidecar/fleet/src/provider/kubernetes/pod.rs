@@ -72,7 +72,7 @@ fn literal(text: &str) -> String {
     text.replace('$', "$$")
 }
 
-fn metadata(spec: &Spec, annotations: &BTreeMap<String, String>) -> Value {
+pub(super) fn metadata(spec: &Spec, annotations: &BTreeMap<String, String>) -> Value {
     let mut labels = spec.labels.clone();
     labels.insert(KEY_LABEL.to_owned(), spec.key.clone());
     let mut legal = BTreeMap::new();
@@ -101,6 +101,7 @@ pub(super) fn object(settings: &Settings, spec: &Spec, secret: &str, ends: jiff:
     head["name"] = json!(spec.key);
     let mut template = template(settings, spec, secret)?;
     Ok(match settings.backend {
+        Backend::Claim => unreachable!("a claim is made of nothing of this"),
         Backend::Pod => {
             let mut head = template["metadata"].clone();
             head["name"] = json!(spec.key);
@@ -114,8 +115,7 @@ pub(super) fn object(settings: &Settings, spec: &Spec, secret: &str, ends: jiff:
                 "operatingMode": "Running",
                 "service": false,
                 "shutdownPolicy": "Delete",
-                // Of a time, whole seconds alone are understood.
-                "shutdownTime": ends.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+                "shutdownTime": whole_seconds(ends),
             });
             let claims = settings.keep.iter().enumerate().map(|(n, (_, size))| {
                 let mut claim = json!({ "accessModes": ["ReadWriteOnce"], "resources": { "requests": { "storage": size } } });
@@ -131,6 +131,11 @@ pub(super) fn object(settings: &Settings, spec: &Spec, secret: &str, ends: jiff:
             json!({ "apiVersion": "agents.x-k8s.io/v1beta1", "kind": "Sandbox", "metadata": head, "spec": own })
         }
     })
+}
+
+/// Of a time, whole seconds alone are understood.
+pub(super) fn whole_seconds(at: jiff::Timestamp) -> String {
+    at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
 fn template(settings: &Settings, spec: &Spec, secret: &str) -> Result<Value> {
@@ -288,7 +293,7 @@ fn sidecar(settings: &Settings, image: &str) -> Value {
 /// The secrets that are ours to read, belonging to what they are for: they go when it goes.
 pub(super) fn secrets(settings: &Settings, spec: &Spec, name: &str, uid: &str, values: &BTreeMap<String, Open>) -> Value {
     let (version, kind) = match settings.backend {
-        Backend::Pod => ("v1", "Pod"),
+        Backend::Pod | Backend::Claim => ("v1", "Pod"),
         Backend::Sandbox => ("agents.x-k8s.io/v1beta1", "Sandbox"),
     };
     let mut head = metadata(spec, &BTreeMap::new());

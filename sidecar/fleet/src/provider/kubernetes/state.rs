@@ -50,6 +50,7 @@ pub(super) struct Meta {
 #[serde(default)]
 struct Owner {
     controller: bool,
+    uid: String,
 }
 
 impl Meta {
@@ -62,11 +63,15 @@ impl Meta {
         self.owner_references.iter().any(|owner| owner.controller)
     }
 
+    pub(super) fn is_owned_by(&self, uid: &str) -> bool {
+        self.owner_references.iter().any(|owner| owner.uid == uid)
+    }
+
     pub(super) fn is_leaving(&self) -> bool {
         self.deletion_timestamp.is_some()
     }
 
-    fn sandbox(&self, state: State) -> Sandbox {
+    pub(super) fn sandbox(&self, state: State) -> Sandbox {
         let labels = self.labels();
         Sandbox {
             key: labels.get(KEY_LABEL).cloned(),
@@ -165,11 +170,11 @@ pub(super) struct PodStatus {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Condition {
-    r#type: String,
-    status: String,
-    reason: String,
-    message: String,
+pub(super) struct Condition {
+    pub(super) r#type: String,
+    pub(super) status: String,
+    pub(super) reason: String,
+    pub(super) message: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -201,7 +206,7 @@ struct Terminated {
     message: String,
 }
 
-fn words(reason: &str, message: &str) -> Option<String> {
+pub(super) fn words(reason: &str, message: &str) -> Option<String> {
     let text = match (reason, message) {
         ("", "") => return None,
         ("", text) | (text, "") => text.to_owned(),
@@ -222,13 +227,25 @@ fn hopeless(waiting: &Word) -> bool {
         || waiting.reason == "CreateContainerConfigError" && waiting.message.contains("runAsNonRoot")
 }
 
+impl PodSpec {
+    /// The one that it is about: ours, or the first of those that somebody else has written down.
+    fn agent(&self) -> Option<&Container> {
+        self.containers.iter().find(|container| container.name == AGENT).or(self.containers.first())
+    }
+}
+
 impl Pod {
+    /// What it is called, the container that it is about.
+    pub(super) fn agent_name(&self) -> &str {
+        self.spec.agent().map_or(AGENT, |agent| &agent.name)
+    }
+
     fn agent(&self) -> Option<&ContainerStatus> {
-        self.status.container_statuses.iter().find(|status| status.name == AGENT)
+        self.status.container_statuses.iter().find(|status| status.name == self.agent_name())
     }
 
     pub(super) fn agent_spec(&self) -> Option<&Container> {
-        self.spec.containers.iter().find(|container| container.name == AGENT)
+        self.spec.agent()
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -362,7 +379,7 @@ impl Custom {
     }
 
     pub(super) fn agent_spec(&self) -> Option<&Container> {
-        self.spec.pod_template.spec.containers.iter().find(|container| container.name == AGENT)
+        self.spec.pod_template.spec.agent()
     }
 
     fn is_suspended(&self) -> bool {
