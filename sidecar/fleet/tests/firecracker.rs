@@ -531,6 +531,34 @@ async fn what_sleeps_has_no_process_and_what_woke_up_sleeps_again() {
 }
 
 #[tokio::test]
+async fn a_machine_whose_memory_is_slow_to_be_put_away_goes_on() {
+    let machines = Machines::new();
+    let provider = machines.provider(json!({ "snapshot_seconds": 1 }));
+    let spec = machines.spec("agent-slow-1", &["sh", "-c", "while kill -0 $PPID 2>/dev/null; do echo tick; sleep 0.05; done"]);
+    provider.create(&spec).await.unwrap();
+    // Slower than it may be, and slower than it is waited for after that.
+    for late in [1_600, 4_000] {
+        machines.arm("Snapshot", &format!("Slow {late}"));
+        let slow = provider.pause("agent-slow-1").await.unwrap_err();
+        assert!(slow.is_passing(), "{slow}");
+        // Whoever asks what it does hears what is so, or that nobody knows.
+        let began = Instant::now();
+        while provider.state("agent-slow-1").await.map(|now| now.state).ok() != Some(State::Running) {
+            assert!(began.elapsed() < SOON, "it does not go on");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let ticks = || machines.console("agent-slow-1").matches("tick").count();
+        let before = ticks();
+        soon(|| ticks() > before + 2).await;
+    }
+    let provider = machines.provider(json!({}));
+    provider.pause("agent-slow-1").await.unwrap();
+    assert_eq!((state(&provider, "agent-slow-1").await, machines.alive("").len()), (State::Paused, 0));
+    assert_eq!(machines.files("agent-slow-1", ".memory"), 1, "what was half written is not kept");
+    assert_eq!(machines.wrong(), "");
+}
+
+#[tokio::test]
 async fn what_is_missing_is_said_and_nothing_is_left() {
     let machines = Machines::new();
     let spec = machines.waits("agent-none-1");

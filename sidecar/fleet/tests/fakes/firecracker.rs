@@ -32,6 +32,8 @@ pub(crate) struct Firecracker {
     payload_most: usize,
     contract: Contract,
     vm: Mutex<Vm>,
+    /// One request after the other, whether or not anybody waits for the answer.
+    turn: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
@@ -73,6 +75,7 @@ pub(crate) fn run(world: &Path, root: &Path, arguments: &[String]) -> ! {
         payload_most: given.get("--http-api-max-payload-size").map_or(51200, |most| most.parse().unwrap()),
         contract: Contract::parse(CONTRACT),
         vm: Mutex::new(Vm { state: "Not started", ..Vm::default() }),
+        turn: tokio::sync::Mutex::default(),
     });
     fs::write(world.join("alive").join(format!("{}.{}", firecracker.id, std::process::id())), "").unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -83,7 +86,14 @@ pub(crate) fn run(world: &Path, root: &Path, arguments: &[String]) -> ! {
         };
         let handler = move |method: Method, uri: Uri, headers: HeaderMap, body: Bytes| {
             let firecracker = firecracker.clone();
-            async move { firecracker.handle(&method, &uri, &headers, &body).await }
+            async move {
+                let handled = tokio::spawn(async move {
+                    let _turn = firecracker.turn.lock().await;
+                    firecracker.clone().handle(&method, &uri, &headers, &body).await
+                });
+                // What unwinds takes its connection along.
+                handled.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+            }
         };
         axum::serve(listener, axum::Router::new().fallback(handler)).await.unwrap();
     });

@@ -177,6 +177,19 @@ impl Machine {
         Ok(fs::metadata(&self.0).ok().filter(|now| now.ino() == inode).map(|_| lock))
     }
 
+    /// `None`: it is not there, or somebody is at it.
+    pub(super) fn lock_now(&self) -> io::Result<Option<Lock>> {
+        let file = match File::open(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => file?,
+        };
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(Lock { _file: file })),
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// With a new console, behind which what was there before is lost.
     pub(super) fn console(&self) -> io::Result<File> {
         OpenOptions::new().create(true).append(true).mode(0o600).open(self.path("console"))

@@ -45,8 +45,9 @@ const ASKED_AGAIN: Duration = Duration::from_secs(5);
 const NAME: &str = "firecracker";
 /// A call that changes little, on a machine that is busy.
 const CALL: Duration = Duration::from_secs(30);
-/// Memory of many GiB is written to a disk, or mapped from it.
-const SNAPSHOT: Duration = Duration::from_secs(300);
+/// Memory of many GiB is written to a disk, or mapped from it: in so many seconds, unless somebody says otherwise. Twice that, and a little, is
+/// what others wait for who want the same machine.
+const SNAPSHOT_SECONDS: u64 = 300;
 /// From its beginning until its socket is there.
 const BEGIN: Duration = Duration::from_secs(30);
 /// A process that does not answer and is there is ending, or not well.
@@ -97,6 +98,9 @@ pub struct Settings {
     /// Whether what wakes up has the clock of now (x86-64, Firecracker 1.16, Linux 5.16). Its monotonic clock jumps as well then.
     #[serde(default)]
     pub clock_realtime: bool,
+    /// How long a machine's memory may take to a disk, and back. What takes longer goes on running.
+    #[serde(default = "snapshot_seconds")]
+    pub snapshot_seconds: u64,
     /// Of the machine: USD per hour for a CPU, and for a GiB of memory.
     #[serde(default = "cpu_usd_per_hour")]
     pub cpu_usd_per_hour: f64,
@@ -166,6 +170,10 @@ fn format() -> Vec<String> {
 
 fn kvm() -> PathBuf {
     PathBuf::from("/dev/kvm")
+}
+
+fn snapshot_seconds() -> u64 {
+    SNAPSHOT_SECONDS
 }
 
 fn cpu_usd_per_hour() -> f64 {
@@ -244,6 +252,9 @@ impl Firecracker {
         if let Some(path) = absolute.into_iter().flatten().find(|path| !path.is_absolute()) {
             return Err(format!("`{}` must begin with `/`", path.display()));
         }
+        if !(1..=SNAPSHOT_SECONDS).contains(&settings.snapshot_seconds) {
+            return Err(format!("`snapshot_seconds` is 1 to {SNAPSHOT_SECONDS}"));
+        }
         if settings.format.is_empty() {
             return Err(String::from("`format` is a program and its arguments"));
         }
@@ -305,8 +316,12 @@ impl Firecracker {
     }
 
     async fn tell(&self, key: &str, method: Method, path: &str, body: &Value) -> std::result::Result<(), Fault> {
-        let most = if path.starts_with("/snapshot/") { SNAPSHOT } else { CALL };
+        let most = if path.starts_with("/snapshot/") { self.snapshot() } else { CALL };
         api::call(&self.place(key).socket(), method, path, Some(body), most).await.map(drop)
+    }
+
+    fn snapshot(&self) -> Duration {
+        Duration::from_secs(self.settings.snapshot_seconds)
     }
 
     /// Firecracker's own word for what it does.
@@ -703,12 +718,15 @@ impl Firecracker {
                 "snapshot_path": place.there(&asleep.state),
             });
             if let Err(fault) = self.tell(key, Method::PUT, "/snapshot/create", &body).await {
+                let error = wrong(fault);
+                // It goes on: it was not its mistake. One after the other is answered, so that who is slow is waited for once more; and who is
+                // not heard of even then goes on when somebody looks at it.
+                let resumed = json!({ "state": "Resumed" });
+                let gone_on = api::call(&place.socket(), Method::PATCH, "/vm", Some(&resumed), self.snapshot()).await;
                 for file in files {
                     home::absent(fs::remove_file(place.here(file))).map_err(broken)?;
                 }
-                let error = wrong(fault);
-                // It goes on: it was not its mistake.
-                self.patch(key, "Resumed").await?;
+                gone_on.map_err(wrong)?;
                 machine.remove("falling-asleep").map_err(broken)?;
                 return Err(error);
             }
@@ -725,6 +743,28 @@ impl Firecracker {
         }
         self.forwards.end(key);
         self.kill(key).await?;
+        machine.remove("falling-asleep").map_err(broken)
+    }
+
+    /// What was to be put away and is not, and that nobody is at any more, goes on: else it would stand still, and be paid for as if it ran.
+    async fn goes_on(&self, key: &str, machine: &Machine) -> Result<()> {
+        let broken = |error: io::Error| self.broken(&error);
+        let half = || machine.has("falling-asleep") && !machine.has("asleep");
+        if !half() {
+            return Ok(());
+        }
+        let Some(_lock) = machine.lock_now().map_err(broken)? else { return Ok(()) };
+        if !half() {
+            return Ok(());
+        }
+        match self.word(key).await.map_err(passing)?.as_str() {
+            "Paused" => {
+                self.patch(key, "Resumed").await?;
+                tracing::warn!(provider = NAME, key, "a machine that could not be put away goes on");
+            }
+            "Running" => {}
+            _ => return Ok(()),
+        }
         machine.remove("falling-asleep").map_err(broken)
     }
 
@@ -850,7 +890,12 @@ impl Provider for Firecracker {
 
     async fn state(&self, native: &str) -> Result<Sandbox> {
         match self.find(native)? {
-            Some(found) => self.seen(found).await,
+            Some(found) => {
+                if found.process.is_some() {
+                    self.goes_on(native, &found.machine).await?;
+                }
+                self.seen(found).await
+            }
             None => Ok(Sandbox {
                 key: None,
                 native: native.to_owned(),
