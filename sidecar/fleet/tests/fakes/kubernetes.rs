@@ -931,11 +931,17 @@ impl Api for Kubernetes {
         let controlled = |name: &str| {
             self.object(kind, name).is_some_and(|object| object["metadata"]["ownerReferences"][0]["controller"] == true)
         };
+        let unbound = |name: &str| {
+            self.object(kind, name)
+                .is_some_and(|claim| claim["status"]["sandbox"]["name"].as_str().unwrap_or_default().is_empty())
+        };
         // Of a Sandbox, its pod is the state: it is told by that.
         match (request.method.as_str(), &rest[..]) {
             ("POST", []) if own => Some(Call::Create),
             ("GET", []) if request.query("watch").is_none() && kind != "sandboxwarmpools" => Some(Call::List),
             ("GET", [_]) if kind == "pods" => Some(Call::State),
+            // Of a claim that has nothing yet, there is nothing else that tells it.
+            ("GET", [name]) if kind == "sandboxclaims" && unbound(name) => Some(Call::State),
             ("DELETE", [name]) if !controlled(name) => Some(Call::Delete),
             _ => None,
         }
