@@ -327,8 +327,15 @@ impl Planner<'_> {
             State::Created => Step::Do(Action::Start),
             State::Running if self.session.archive.is_some() && !self.session.hydrated => Step::Do(Action::Hydrate),
             State::Running => Step::Do(Action::Ask),
-            State::Stopped | State::Failed => enter(Phase::Failed, format!("it ended before it was ready{}", why(container))),
-            State::Missing | State::Destroyed if !self.settling() => enter(Phase::Failed, "it was gone before it was ready"),
+            State::Stopped | State::Failed => {
+                // What was seen of it before, if it says no more.
+                let reason = container.reason.clone().or_else(|| self.session.reason.clone());
+                let last = Sandbox { reason, ..container.clone() };
+                enter(Phase::Failed, format!("it ended before it was ready{}", why(&last)))
+            }
+            State::Missing | State::Destroyed if !self.settling() => {
+                enter(Phase::Failed, format!("it was gone before it was ready{}", self.last_words()))
+            }
             State::Creating
             | State::Pausing
             | State::Paused
@@ -598,8 +605,22 @@ impl Planner<'_> {
 
     /// What is known of why: that an image cannot be pulled is said by the container alone.
     fn last_words(&self) -> String {
-        let seen = self.seen.and_then(|seen| seen.sandbox.reason.as_ref());
-        self.session.reason.as_ref().or(seen).map_or_else(String::new, |reason| format!(": {reason}"))
+        let seen = self.seen.map(|seen| &seen.sandbox);
+        let reason = self.session.reason.as_ref().or(seen.and_then(|seen| seen.reason.as_ref()));
+        let words = reason.map(String::as_str).or_else(|| match seen?.state {
+            State::Running => Some("its container runs, and the sidecar in it does not answer"),
+            State::Creating => Some("its container is still being made"),
+            State::Created
+            | State::Pausing
+            | State::Paused
+            | State::Stopping
+            | State::Stopped
+            | State::Failed
+            | State::Destroyed
+            | State::Missing
+            | State::Unknown(_) => None,
+        });
+        words.map_or_else(String::new, |words| format!(": {words}"))
     }
 
     fn reason(&self) -> &str {
@@ -649,8 +670,23 @@ fn settling(session: &Session, policy: &Policy, now: Timestamp) -> bool {
     session.made.is_some_and(|made| made + policy.settle > now)
 }
 
+/// What a code says that is no program's own: of who could not run it, or of the signal that ended it.
+fn meaning(code: i32) -> Option<&'static str> {
+    Some(match code {
+        125 => "what was to run its command could not begin",
+        126 => "its command cannot be executed",
+        127 => "its command was not found",
+        134 => "aborted",
+        137 => "killed; if nobody did it, for want of memory",
+        139 => "a segmentation fault",
+        143 => "told to end",
+        _ => return None,
+    })
+}
+
 fn why(container: &Sandbox) -> String {
-    match (container.exit_code, &container.reason) {
+    let meant = container.exit_code.and_then(meaning).map(str::to_owned);
+    match (container.exit_code, container.reason.clone().or(meant)) {
         (Some(code), Some(reason)) => format!(" (exit code {code}: {reason})"),
         (Some(code), None) => format!(" (exit code {code})"),
         (None, Some(reason)) => format!(" ({reason})"),
@@ -759,6 +795,10 @@ pub fn record(session: &mut Session, action: &Action, outcome: &Outcome, policy:
 pub fn saw(session: &mut Session, sandbox: &Sandbox, policy: &Policy, price: &Price, now: Timestamp) {
     if session.native.is_none() && !sandbox.state.is_gone() {
         session.native = Some(sandbox.native.clone());
+    }
+    // What holds it up is all that is known when it is gone. Why somebody wants its end is not lost for that.
+    if session.phase == Phase::Starting && session.wanted == Wanted::Running && sandbox.reason.is_some() {
+        session.reason.clone_from(&sandbox.reason);
     }
     let to_be_gone = match session.phase {
         Phase::Stopping | Phase::Stopped | Phase::Failed => true,

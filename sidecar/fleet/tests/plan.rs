@@ -303,6 +303,57 @@ fn what_holds_a_container_up_is_said_when_it_is_late() {
     assert_eq!(next(&world.kept, Some(&seen), &world.policy, now), Step::Enter(Phase::Failed, said));
 }
 
+/// Whatever provider it is: what is known of a failure before anybody spoke is in its words.
+#[test]
+fn why_it_was_never_ready_is_said() {
+    let mut world = World::new(Pattern::Ephemeral, PauseBy::Nothing, vec![], Duration::ZERO);
+    while world.kept.phase != Phase::Starting || !world.kept.hooked {
+        assert!(world.step());
+    }
+    let at = |state: State, exit_code, reason: Option<&str>| {
+        let sandbox = Sandbox { state, exit_code, reason: reason.map(String::from), ..world.find() };
+        Seen { sandbox, at: world.now }
+    };
+    let failed = |kept: &Session, seen: &Seen, now| match next(kept, Some(seen), &world.policy, now) {
+        Step::Enter(Phase::Failed, Some(why)) => why,
+        other => panic!("{other:?}"),
+    };
+    for (code, reason, says) in [
+        (Some(3), None, "it ended before it was ready (exit code 3)"),
+        (Some(127), None, "it ended before it was ready (exit code 127: its command was not found)"),
+        (Some(137), None, "it ended before it was ready (exit code 137: killed; if nobody did it, for want of memory)"),
+        (Some(137), Some("OOMKilled"), "it ended before it was ready (exit code 137: OOMKilled)"),
+        (None, Some("Evicted: low on memory"), "it ended before it was ready (Evicted: low on memory)"),
+    ] {
+        assert_eq!(failed(&world.kept, &at(State::Stopped, code, reason), world.now), says);
+    }
+    let late = world.now + Duration::from_secs(120);
+    for (state, says) in [
+        (State::Running, "it was not ready within 120 s: its container runs, and the sidecar in it does not answer"),
+        (State::Creating, "it was not ready within 120 s: its container is still being made"),
+    ] {
+        assert_eq!(failed(&world.kept, &Seen { at: late, ..at(state, None, None) }, late), says);
+    }
+    // It is told while it is waited for, and remembered when there is nothing left that could tell it.
+    let mut kept = world.kept.clone();
+    saw(
+        &mut kept,
+        &at(State::Creating, None, Some("ImagePullBackOff: no such image")).sandbox,
+        &world.policy,
+        &price(),
+        world.now,
+    );
+    assert_eq!(kept.reason.as_deref(), Some("ImagePullBackOff: no such image"));
+    let gone = Seen { at: world.now, ..at(State::Missing, None, None) };
+    assert_eq!(failed(&kept, &gone, world.now), "it was gone before it was ready: ImagePullBackOff: no such image");
+    let mute = at(State::Stopped, Some(1), None);
+    assert_eq!(failed(&kept, &mute, world.now), "it ended before it was ready (exit code 1: ImagePullBackOff: no such image)");
+    // Who wants its end has said why.
+    (kept.wanted, kept.reason) = (Wanted::Gone, Some(String::from("enough")));
+    saw(&mut kept, &at(State::Running, None, Some("unhealthy")).sandbox, &world.policy, &price(), world.now);
+    assert_eq!(kept.reason.as_deref(), Some("enough"));
+}
+
 #[test]
 fn what_cannot_be_put_away_when_its_time_is_over_is_not_tried_all_the_time() {
     let mut world = World::new(Pattern::Hybrid, PauseBy::Archive, vec![], Duration::ZERO);
