@@ -67,6 +67,8 @@ const RECONCILE: Duration = Duration::from_secs(60);
 const ORPHAN_GRACE: Duration = Duration::from_secs(120);
 /// How often conversations are looked for that nobody needs any more.
 const SWEEP: Duration = Duration::from_secs(600);
+/// How many sessions are read at a time when a fleet begins.
+const BEFORE: usize = 500;
 /// Pages of a list, at most: a provider that never ends must not keep us for ever.
 const PAGES: usize = 1000;
 
@@ -415,11 +417,11 @@ impl Fleet {
         let of_one = if self.providers.len() > 1 { OF_ONE } else { AT_ONCE };
         let shares: BTreeMap<&String, Arc<Semaphore>> =
             self.providers.keys().map(|name| (name, Arc::new(Semaphore::new(of_one)))).collect();
-        // Nothing is made or woken before it is known where it must not be.
+        // Nothing is made or woken before it is known where it must not be, and nothing put away before it is known whether anything was.
         while !*end.borrow()
-            && let Err(error) = self.see_drains().await
+            && let Err(error) = self.see_before().await
         {
-            tracing::error!(%error, "it is not known what is drained");
+            tracing::error!(%error, "it is not known what is drained, or was put away");
             tokio::time::sleep(POLL).await;
         }
         while !*end.borrow() {
@@ -834,6 +836,25 @@ impl Fleet {
         {
             tracing::warn!(session = %session.id, %error, "what was put away of it is removed later");
         }
+    }
+
+    async fn see_before(&self) -> Result<(), Error> {
+        self.see_drains().await?;
+        let Some(away) = &self.away else { return Ok(()) };
+        let phases = Phase::ALL.into_iter().filter(|phase| !phase.is_last()).collect();
+        let (filter, mut after) = (Filter { phases, ..Filter::default() }, None);
+        for _ in 0..PAGES {
+            let page = self.store.list(&filter, after.as_ref(), BEFORE).await?;
+            if page.iter().any(|session| session.archive.is_some()) {
+                away.shelf.expects();
+                return Ok(());
+            }
+            match page.last() {
+                Some(last) if page.len() == BEFORE => after = Some(last.id.clone()),
+                _ => return Ok(()),
+            }
+        }
+        Ok(())
     }
 
     async fn sweep_for_ever(self: Arc<Self>) {

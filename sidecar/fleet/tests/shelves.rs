@@ -57,6 +57,8 @@ impl Drop for Scratch {
 struct Bucket {
     objects: Mutex<BTreeMap<String, Vec<u8>>>,
     uploads: Mutex<BTreeMap<String, BTreeMap<u32, Vec<u8>>>>,
+    /// Of each upload: of what, and when it was begun.
+    begun: Mutex<BTreeMap<String, (String, Timestamp)>>,
     /// The next part is refused.
     breaks: Mutex<bool>,
     gone: Mutex<bool>,
@@ -121,6 +123,28 @@ async fn s3(State(bucket): State<Arc<Bucket>>, request: Request) -> Response {
         .collect();
     let xmlns = "xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"";
     match (parts.method.as_str(), asked.get("uploadId")) {
+        ("GET", _) if asked.contains_key("uploads") => {
+            assert_eq!(path, "/bucket/", "a list is the bucket's");
+            let (uploads, begun) = (bucket.uploads.lock().unwrap(), bucket.begun.lock().unwrap());
+            let of = |id: &String| begun[id].clone();
+            let mut all: Vec<(String, &String)> = uploads.keys().map(|id| (of(id).0, id)).collect();
+            all.sort();
+            let mark = |name: &str| asked.get(name).cloned().unwrap_or_default();
+            let after = (mark("key-marker"), mark("upload-id-marker"));
+            all.retain(|(key, id)| key.starts_with(&asked["prefix"]) && (key.clone(), (*id).clone()) > after);
+            let more = all.len() > 2;
+            all.truncate(2);
+            let one = |(key, id): &(String, &String)| {
+                let at = of(id).1;
+                format!("<Upload><Key>{key}</Key><UploadId>{id}</UploadId><Initiated>{at}</Initiated></Upload>")
+            };
+            let marks = all.last().filter(|_| more).map_or_else(String::new, |(key, id)| {
+                format!("<NextKeyMarker>{key}</NextKeyMarker><NextUploadIdMarker>{id}</NextUploadIdMarker>")
+            });
+            let uploads: String = all.iter().map(one).collect();
+            format!("<ListMultipartUploadsResult {xmlns}><Bucket>bucket</Bucket><KeyMarker></KeyMarker>{marks}<IsTruncated>{more}</IsTruncated>{uploads}</ListMultipartUploadsResult>")
+                .into_response()
+        }
         ("GET", _) if asked.contains_key("list-type") => {
             let objects = bucket.objects.lock().unwrap();
             let (prefix, after) = (&asked["prefix"], asked.get("continuation-token").cloned().unwrap_or_default());
@@ -142,6 +166,7 @@ async fn s3(State(bucket): State<Arc<Bucket>>, request: Request) -> Response {
             let mut uploads = bucket.uploads.lock().unwrap();
             let id = format!("upload-{}", uploads.len());
             uploads.insert(id.clone(), BTreeMap::new());
+            bucket.begun.lock().unwrap().insert(id.clone(), (key.clone(), Timestamp::now()));
             format!("<InitiateMultipartUploadResult {xmlns}><Bucket>bucket</Bucket><Key>{key}</Key><UploadId>{id}</UploadId></InitiateMultipartUploadResult>")
                 .into_response()
         }
@@ -234,6 +259,29 @@ async fn a_directory_keeps_conversations() {
     assert!(left.is_empty(), "directories of sessions that have nothing: {left:?}");
 }
 
+/// What is put beneath a mount that is missing is gone when it is there again.
+#[tokio::test]
+async fn nothing_is_put_where_what_was_put_away_is_not_seen() {
+    let scratch = Scratch::new();
+    let (root, file) = (scratch.0.join("mount/shelf"), scratch.file("in", b"x"));
+    let shelf = Directory::new(root.clone());
+    shelf.put("fleet/a/1", &file).await.unwrap();
+    // It is not mounted any more: the place is there, and empty.
+    std::fs::rename(scratch.0.join("mount"), scratch.0.join("away")).unwrap();
+    std::fs::create_dir(scratch.0.join("mount")).unwrap();
+    let begun_anew = Directory::new(root.clone());
+    begun_anew.expects();
+    for shelf in [&shelf, &begun_anew] {
+        let refused = shelf.put("fleet/a/2", &file).await;
+        assert!(matches!(&refused, Err(Error::Passing(what)) if what.contains("mounted")), "{refused:?}");
+    }
+    assert!(!root.exists(), "its root is made beneath");
+    std::fs::remove_dir(scratch.0.join("mount")).unwrap();
+    std::fs::rename(scratch.0.join("away"), scratch.0.join("mount")).unwrap();
+    begun_anew.put("fleet/a/2", &file).await.unwrap();
+    assert_eq!(begun_anew.list("fleet/a/").await.unwrap(), ["fleet/a/1", "fleet/a/2"]);
+}
+
 #[tokio::test]
 async fn a_bucket_keeps_conversations_for_who_signs_with_its_key() {
     let (scratch, kept) = (Scratch::new(), Arc::new(Bucket::default()));
@@ -255,6 +303,29 @@ async fn a_bucket_keeps_conversations_for_who_signs_with_its_key() {
     let stranger = bucket(&kept, "another").await;
     let refused = stranger.list("fleet/").await.unwrap_err().to_string();
     assert!(refused.contains("403 SignatureDoesNotMatch") && !refused.contains("another"), "{refused}");
+}
+
+#[tokio::test]
+async fn uploads_that_a_kill_has_left_are_given_up_after_a_day() {
+    let kept = Arc::new(Bucket::default());
+    let shelf = bucket(&kept, SECRET).await;
+    let now = Timestamp::now();
+    let begin = |id: &str, key: &str, hours: u64| {
+        kept.uploads.lock().unwrap().insert(id.to_owned(), BTreeMap::from([(1, vec![0; 9])]));
+        kept.begun.lock().unwrap().insert(id.to_owned(), (key.to_owned(), now - Duration::from_secs(hours * 3600)));
+    };
+    // More than two pages of them, two of one name.
+    for (n, key) in ["a/1", "a/1", "b/2", "c/3", "d/4"].iter().enumerate() {
+        begin(&format!("old-{n}"), &format!("some/where/fleet/{key}"), 25);
+    }
+    begin("young", "some/where/fleet/a/1", 23);
+    begin("another-fleets", "some/where/fleet-2/a/1", 99);
+    begin("nobodys", "some/body/fleet/a/1", 99);
+    let day_ago = std::time::SystemTime::now() - Duration::from_secs(86_400);
+    assert_eq!(shelf.tidy("fleet/", day_ago).await.unwrap(), 5);
+    let left: Vec<String> = kept.uploads.lock().unwrap().keys().cloned().collect();
+    assert_eq!(left, ["another-fleets", "nobodys", "young"]);
+    assert_eq!(shelf.tidy("fleet/", day_ago).await.unwrap(), 0);
 }
 
 #[tokio::test]

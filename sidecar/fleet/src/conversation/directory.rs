@@ -3,6 +3,8 @@
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::SystemTime;
 
 use async_trait::async_trait;
@@ -14,11 +16,18 @@ const BEGUN: &str = ".begun-";
 
 pub struct Directory {
     root: PathBuf,
+    /// Something of the fleet's is there: if it is not seen, what should be mounted is not, and nothing is made in its place.
+    kept: Arc<AtomicBool>,
 }
 
 impl Directory {
     pub fn new(root: PathBuf) -> Self {
-        Self { root }
+        Self { root, kept: Arc::default() }
+    }
+
+    /// Where all of one fleet's is.
+    fn of_fleet(&self, name: &str) -> PathBuf {
+        self.root.join(name.split('/').next().unwrap_or_default())
     }
 }
 
@@ -72,13 +81,27 @@ fn directory(root: &Path, beginning: &str) -> PathBuf {
 impl Shelf for Directory {
     async fn put(&self, name: &str, file: &Path) -> Result<()> {
         let (path, file) = (self.root.join(name), file.to_owned());
-        blocking(move || put(&path, &file)).await
+        let (fleet, kept) = (self.of_fleet(name), Arc::clone(&self.kept));
+        blocking(move || {
+            if kept.load(Relaxed) && !fleet.is_dir() {
+                let what = format!("nothing of this fleet's is at {}: what should be mounted there is not", fleet.display());
+                return Err(std::io::Error::new(std::io::ErrorKind::NotFound, what));
+            }
+            put(&path, &file)?;
+            kept.store(true, Relaxed);
+            Ok(())
+        })
+        .await
+    }
+
+    fn expects(&self) {
+        self.kept.store(true, Relaxed);
     }
 
     async fn get(&self, name: &str, to: &Path) -> Result<()> {
         let (path, to) = (self.root.join(name), to.to_owned());
         // Where nothing of the fleet is, what should be mounted is not.
-        let fleet = self.root.join(name.split('/').next().unwrap_or_default());
+        let fleet = self.of_fleet(name);
         let there = blocking(move || match fs::File::open(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && fleet.is_dir() => Ok(false),
             from => std::io::copy(&mut from?, &mut private(&to)?).map(|_| true),

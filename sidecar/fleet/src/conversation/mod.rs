@@ -71,6 +71,8 @@ pub trait Shelf: Send + Sync {
     async fn list(&self, beginning: &str) -> Result<Vec<String>>;
     /// It is gone. It is no mistake if it was.
     async fn delete(&self, name: &str) -> Result<()>;
+    /// Something is there already, by the store's word: where nothing is found, it is not the right place.
+    fn expects(&self) {}
     /// Removes what was begun before a time, below a beginning, and never came to be there. How many.
     async fn tidy(&self, _beginning: &str, _before: SystemTime) -> Result<usize> {
         Ok(0)

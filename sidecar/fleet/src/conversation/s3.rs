@@ -2,10 +2,11 @@
 
 use std::io::Read;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use futures_util::StreamExt;
+use jiff::Timestamp;
 use reqwest::{Method, Response, StatusCode, Url};
 use rusty_s3::actions::{CreateMultipartUpload, ListObjectsV2};
 use rusty_s3::{Bucket, Credentials, S3Action, UrlStyle};
@@ -68,6 +69,18 @@ impl S3 {
 
     async fn text(&self, method: Method, url: Url, body: Vec<u8>) -> Result<String> {
         self.send(method, url, body).await?.text().await.map_err(|error| passing("S3 breaks off", &error))
+    }
+
+    /// A page of the uploads of several parts that were begun and are neither put together nor given up.
+    async fn begun(&self, prefix: &str, (key, id): &(String, String)) -> Result<String> {
+        let mut list = self.bucket.get_object(Some(&self.credentials), "");
+        list.query_mut().insert("uploads", "");
+        list.query_mut().insert("prefix", prefix.to_owned());
+        if !key.is_empty() {
+            list.query_mut().insert("key-marker", key.clone());
+            list.query_mut().insert("upload-id-marker", id.clone());
+        }
+        self.text(Method::GET, list.sign(REQUEST), Vec::new()).await
     }
 
     async fn put_parts(&self, key: &str, upload: &str, mut file: std::fs::File) -> Result<()> {
@@ -156,4 +169,45 @@ impl Shelf for S3 {
             Err(error) => Err(error),
         }
     }
+
+    /// What is begun and not put together is paid for, and nobody sees it.
+    async fn tidy(&self, beginning: &str, before: SystemTime) -> Result<usize> {
+        let prefix = format!("{}{beginning}", self.prefix);
+        let before = Timestamp::try_from(before).map_err(|error| Error::Lasting(error.to_string()))?;
+        let (mut aborted, mut next) = (0, (String::new(), String::new()));
+        for _ in 0..PAGES {
+            let said = self.begun(&prefix, &next).await?;
+            for upload in said.split("<Upload>").skip(1) {
+                let (Some(key), Some(id)) = (word(upload, "Key"), word(upload, "UploadId")) else { continue };
+                // Whose age nobody says may be somebody's.
+                let begun = word(upload, "Initiated").and_then(|at| at.parse::<Timestamp>().ok());
+                if key.starts_with(&prefix) && begun.is_some_and(|begun| begun < before) {
+                    let url = self.bucket.abort_multipart_upload(Some(&self.credentials), &key, &id).sign(REQUEST);
+                    match self.send(Method::DELETE, url, Vec::new()).await {
+                        Ok(_) => aborted += 1,
+                        // Somebody was quicker.
+                        Err(Error::Passing(said)) if said.contains("NoSuchUpload") => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+            if word(&said, "IsTruncated").as_deref() != Some("true") {
+                return Ok(aborted);
+            }
+            let marks = (word(&said, "NextKeyMarker"), word(&said, "NextUploadIdMarker"));
+            next = (marks.0.unwrap_or_default(), marks.1.unwrap_or_default());
+            if next.0.is_empty() {
+                break;
+            }
+        }
+        Err(Error::Passing(String::from("S3's list of uploads has no end")))
+    }
+}
+
+/// What is in the first element of that name, which has none in it.
+fn word(xml: &str, name: &str) -> Option<String> {
+    let (_, rest) = xml.split_once(&format!("<{name}>"))?;
+    let (text, _) = rest.split_once(&format!("</{name}>"))?;
+    let plain = [("&lt;", "<"), ("&gt;", ">"), ("&quot;", "\""), ("&apos;", "'"), ("&amp;", "&")];
+    Some(plain.iter().fold(text.to_owned(), |text, (from, to)| text.replace(from, to)))
 }

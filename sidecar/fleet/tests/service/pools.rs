@@ -205,6 +205,34 @@ async fn a_provider_that_hangs_does_not_hold_up_another() {
     running.task.abort();
 }
 
+/// By the store's word something was put away: a directory in which nothing is seen is not the right one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fleet_that_begins_expects_what_was_put_away() {
+    use agent_fleet::conversation::{Conversations, Error, Shelf, directory::Directory};
+    let town = Town::new(0).await;
+    let archive = Some(String::from("town/a/1"));
+    let asleep = Session { phase: Phase::Paused, wanted: Wanted::Paused, archive, ..session("a", Pattern::Hybrid) };
+    town.store.insert(&asleep).await.unwrap();
+    let root = std::env::temp_dir().join(format!("agent-fleet-not-mounted-{}", uuid::Uuid::now_v7()));
+    let shelf = Arc::new(Directory::new(root.clone()));
+    let away = Conversations {
+        fleet: String::from("town"),
+        shelf: Arc::clone(&shelf) as Arc<dyn Shelf>,
+        client: agent_fleet::build::client().unwrap(),
+        spool: std::env::temp_dir(),
+        keep: 1,
+        keep_for: None,
+        max_size: 1 << 20,
+    };
+    let fleet = Arc::new(Arc::into_inner(town.fleet()).unwrap().with_conversations(Some(away)));
+    let running = run(&fleet);
+    fleet.create(session("b", Pattern::LongRunning)).await.unwrap();
+    town.reaches("b", Phase::Ready).await;
+    let refused = shelf.put("town/b/1", std::path::Path::new("/dev/null")).await;
+    assert!(matches!(refused, Err(Error::Passing(_))) && !root.exists(), "{refused:?}");
+    running.stop().await;
+}
+
 #[test]
 fn a_container_is_given_up_for_its_age_and_for_its_memory() {
     use agent_fleet::plan::{Recycle, heard};
