@@ -19,9 +19,67 @@ mod hosted {
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use agent_fleet::provider::{Size, Spec};
+use agent_fleet::provider::{Provider, Size, Spec};
+use async_trait::async_trait;
 
-use conformance::Does;
+use conformance::{Call, Does, Fault, World};
+use fakes::Fake;
+
+/// What the suite has to know of a provider that is reached over HTTP, which its fake knows.
+pub(crate) trait Known: fakes::Api {
+    const PAGE: usize;
+    /// Of the default size for an hour, by the price list.
+    const PRICE_USD: f64;
+
+    fn count(&self, key: &str) -> usize;
+
+    /// `None`: it cannot be had here.
+    fn spec(does: Does) -> Option<Spec> {
+        Some(Spec { command: command(does)?, ..spec("") })
+    }
+}
+
+/// A provider, and the fake that it asks.
+pub(crate) struct Hosted<A, P> {
+    pub(crate) fake: Fake<A>,
+    pub(crate) provider: P,
+}
+
+impl<A: Known, P: Provider> Hosted<A, P> {
+    /// All that every provider must do, by its contract.
+    pub(crate) async fn conforms(&self) {
+        conformance::run(&self.provider, self).await;
+        assert_eq!(self.fake.wrong(), Vec::<String>::new());
+    }
+}
+
+#[async_trait]
+impl<A: Known, P: Provider> World for Hosted<A, P> {
+    fn spec(&self, does: Does) -> Option<Spec> {
+        A::spec(does)
+    }
+
+    fn price_usd(&self) -> f64 {
+        A::PRICE_USD
+    }
+
+    fn page(&self) -> Option<usize> {
+        Some(A::PAGE)
+    }
+
+    fn arm(&self, call: Call, fault: Fault) -> bool {
+        self.fake.arm(call, fault);
+        true
+    }
+
+    fn armed(&self) -> usize {
+        self.fake.armed()
+    }
+
+    async fn count(&self, key: &str) -> usize {
+        self.fake.api.count(key)
+    }
+}
 
 fn spec(key: &str) -> Spec {
     Spec {
@@ -42,6 +100,14 @@ fn sh(script: &str) -> Vec<String> {
     ["sh", "-c", script].map(String::from).to_vec()
 }
 
+/// The same where it ends with its command.
+fn ending(does: Does) -> Option<Vec<String>> {
+    match does {
+        Does::Exit(code) => Some(sh(&format!("echo exits with {code}; exit {code}"))),
+        other => command(other),
+    }
+}
+
 /// What does that, where the container outlives its command: then there is none that ends with it.
 fn command(does: Does) -> Option<Vec<String>> {
     match does {
@@ -52,7 +118,7 @@ fn command(does: Does) -> Option<Vec<String>> {
 }
 
 /// Each as its least settings make it.
-fn providers() -> Vec<Box<dyn agent_fleet::provider::Provider>> {
+fn providers() -> Vec<Box<dyn Provider>> {
     fn of<T: serde::de::DeserializeOwned>(more: &str) -> T {
         toml::from_str(&format!("token = {{ env = \"TOKEN\" }}\n{more}")).unwrap()
     }

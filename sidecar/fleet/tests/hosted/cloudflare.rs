@@ -6,17 +6,14 @@ use async_trait::async_trait;
 
 use crate::conformance::{self, Call, Does, Fault, World};
 use crate::fakes::{self, Fake, token};
-use crate::{sh, spec};
+use crate::{Known, ending, sh, spec};
 
 fn provider(url: &str, token: serde_json::Value) -> Cloudflare {
     let settings: Settings = serde_json::from_value(serde_json::json!({ "url": url, "token": token })).unwrap();
     Cloudflare::new(settings).unwrap()
 }
 
-struct Hosted {
-    fake: Fake<fakes::cloudflare::Cloudflare>,
-    provider: Cloudflare,
-}
+type Hosted = crate::Hosted<fakes::cloudflare::Cloudflare, Cloudflare>;
 
 impl Hosted {
     async fn new() -> Self {
@@ -26,43 +23,22 @@ impl Hosted {
     }
 }
 
-#[async_trait]
-impl World for Hosted {
-    fn spec(&self, does: Does) -> Option<Spec> {
-        let command = match does {
-            Does::Exit(code) => sh(&format!("echo exits with {code}; exit {code}")),
-            other => crate::command(other)?,
-        };
-        Some(Spec { command, image: String::from(fakes::cloudflare::IMAGE), ..spec("") })
+impl Known for fakes::cloudflare::Cloudflare {
+    const PAGE: usize = fakes::cloudflare::PAGE;
+    const PRICE_USD: f64 = 0.1290;
+
+    fn count(&self, key: &str) -> usize {
+        self.count(key)
     }
 
-    fn price_usd(&self) -> f64 {
-        0.1290
-    }
-
-    fn page(&self) -> Option<usize> {
-        Some(fakes::cloudflare::PAGE)
-    }
-
-    fn arm(&self, call: Call, fault: Fault) -> bool {
-        self.fake.arm(call, fault);
-        true
-    }
-
-    fn armed(&self) -> usize {
-        self.fake.armed()
-    }
-
-    async fn count(&self, key: &str) -> usize {
-        self.fake.api.count(key)
+    fn spec(does: Does) -> Option<Spec> {
+        Some(Spec { command: ending(does)?, image: String::from(fakes::cloudflare::IMAGE), ..spec("") })
     }
 }
 
 #[tokio::test]
 async fn it_does_what_every_provider_must() {
-    let world = Hosted::new().await;
-    conformance::run(&world.provider, &world).await;
-    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+    Hosted::new().await.conforms().await;
 }
 
 #[tokio::test]

@@ -3,17 +3,13 @@ use std::time::Duration;
 
 use agent_fleet::provider::e2b::{E2b, Settings};
 use agent_fleet::provider::{Error, Exec, KEY_LABEL, Provider, Secret, Spec, State};
-use async_trait::async_trait;
 use jiff::Timestamp;
 
-use crate::conformance::{self, Call, Does, Fault, World};
+use crate::conformance::{Call, Fault};
 use crate::fakes::{self, Fake, token};
-use crate::{sh, spec};
+use crate::{Known, sh, spec};
 
-struct Hosted {
-    fake: Fake<fakes::e2b::E2b>,
-    provider: E2b,
-}
+type Hosted = crate::Hosted<fakes::e2b::E2b, E2b>;
 
 impl Hosted {
     async fn new() -> Self {
@@ -25,39 +21,18 @@ impl Hosted {
     }
 }
 
-#[async_trait]
-impl World for Hosted {
-    fn spec(&self, does: Does) -> Option<Spec> {
-        Some(Spec { command: crate::command(does)?, ..spec("") })
-    }
+impl Known for fakes::e2b::E2b {
+    const PAGE: usize = fakes::e2b::PAGE;
+    const PRICE_USD: f64 = 0.0666;
 
-    fn price_usd(&self) -> f64 {
-        0.0666
-    }
-
-    fn page(&self) -> Option<usize> {
-        Some(fakes::e2b::PAGE)
-    }
-
-    fn arm(&self, call: Call, fault: Fault) -> bool {
-        self.fake.arm(call, fault);
-        true
-    }
-
-    fn armed(&self) -> usize {
-        self.fake.armed()
-    }
-
-    async fn count(&self, key: &str) -> usize {
-        self.fake.api.count(key)
+    fn count(&self, key: &str) -> usize {
+        self.count(key)
     }
 }
 
 #[tokio::test]
 async fn it_does_what_every_provider_must() {
-    let world = Hosted::new().await;
-    conformance::run(&world.provider, &world).await;
-    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+    Hosted::new().await.conforms().await;
 }
 
 #[tokio::test]

@@ -2,16 +2,12 @@ use std::time::Duration;
 
 use agent_fleet::provider::fly::{Fly, Settings};
 use agent_fleet::provider::{Error, Provider, Size, Spec, State};
-use async_trait::async_trait;
 
-use crate::conformance::{self, Call, Does, Fault, World};
+use crate::conformance::Does;
 use crate::fakes::{self, Fake, token};
-use crate::{sh, spec};
+use crate::{Known, ending, spec};
 
-struct Hosted {
-    fake: Fake<fakes::fly::Fly>,
-    provider: Fly,
-}
+type Hosted = crate::Hosted<fakes::fly::Fly, Fly>;
 
 impl Hosted {
     async fn new() -> Self {
@@ -23,45 +19,24 @@ impl Hosted {
     }
 }
 
-#[async_trait]
-impl World for Hosted {
-    fn spec(&self, does: Does) -> Option<Spec> {
-        let command = match does {
-            Does::Exit(code) => sh(&format!("echo exits with {code}; exit {code}")),
-            // Its address is one of a network that is not here.
-            Does::Serve(_) => return None,
-            other => crate::command(other)?,
-        };
-        Some(Spec { command, ..spec("") })
+impl Known for fakes::fly::Fly {
+    const PAGE: usize = fakes::fly::PAGE;
+    const PRICE_USD: f64 = 0.0082;
+
+    fn count(&self, key: &str) -> usize {
+        self.count(key)
     }
 
-    fn price_usd(&self) -> f64 {
-        0.0082
-    }
-
-    fn page(&self) -> Option<usize> {
-        Some(fakes::fly::PAGE)
-    }
-
-    fn arm(&self, call: Call, fault: Fault) -> bool {
-        self.fake.arm(call, fault);
-        true
-    }
-
-    fn armed(&self) -> usize {
-        self.fake.armed()
-    }
-
-    async fn count(&self, key: &str) -> usize {
-        self.fake.api.count(key)
+    fn spec(does: Does) -> Option<Spec> {
+        // Its address is one of a network that is not here.
+        let here = Some(does).filter(|does| !matches!(does, Does::Serve(_)));
+        Some(Spec { command: ending(here?)?, ..spec("") })
     }
 }
 
 #[tokio::test]
 async fn it_does_what_every_provider_must() {
-    let world = Hosted::new().await;
-    conformance::run(&world.provider, &world).await;
-    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+    Hosted::new().await.conforms().await;
 }
 
 #[tokio::test]

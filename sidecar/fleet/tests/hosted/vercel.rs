@@ -3,17 +3,12 @@ use std::time::Duration;
 
 use agent_fleet::provider::vercel::{Settings, Vercel};
 use agent_fleet::provider::{Error, Exec, Provider, Spec, State};
-use async_trait::async_trait;
 use jiff::Timestamp;
 
-use crate::conformance::{self, Call, Does, Fault, World};
 use crate::fakes::{self, Fake, token};
-use crate::{sh, spec};
+use crate::{Known, sh, spec};
 
-struct Hosted {
-    fake: Fake<fakes::vercel::Vercel>,
-    provider: Vercel,
-}
+type Hosted = crate::Hosted<fakes::vercel::Vercel, Vercel>;
 
 impl Hosted {
     async fn new() -> Self {
@@ -34,39 +29,18 @@ impl Hosted {
     }
 }
 
-#[async_trait]
-impl World for Hosted {
-    fn spec(&self, does: Does) -> Option<Spec> {
-        Some(Spec { command: crate::command(does)?, ..spec("") })
-    }
+impl Known for fakes::vercel::Vercel {
+    const PAGE: usize = fakes::vercel::PAGE;
+    const PRICE_USD: f64 = 0.1704;
 
-    fn price_usd(&self) -> f64 {
-        0.1704
-    }
-
-    fn page(&self) -> Option<usize> {
-        Some(fakes::vercel::PAGE)
-    }
-
-    fn arm(&self, call: Call, fault: Fault) -> bool {
-        self.fake.arm(call, fault);
-        true
-    }
-
-    fn armed(&self) -> usize {
-        self.fake.armed()
-    }
-
-    async fn count(&self, key: &str) -> usize {
-        self.fake.api.count(key)
+    fn count(&self, key: &str) -> usize {
+        self.count(key)
     }
 }
 
 #[tokio::test]
 async fn it_does_what_every_provider_must() {
-    let world = Hosted::new().await;
-    conformance::run(&world.provider, &world).await;
-    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+    Hosted::new().await.conforms().await;
 }
 
 /// Its time is added to, not set: what is asked for twice is had once.
