@@ -507,7 +507,7 @@ async fn what_sleeps_has_no_process_and_what_woke_up_sleeps_again() {
     let memory = memory.filter(|path| path.extension().is_some_and(|kind| kind == "memory")).collect::<Vec<_>>();
     fs::rename(&memory[0], at.join("elsewhere")).unwrap();
     let lost = provider.resume("agent-nap-1").await;
-    assert!(matches!(&lost, Err(Error::Failed { what, .. }) if what.contains("cannot be loaded")), "{lost:?}");
+    assert!(matches!(&lost, Err(Error::Failed { what, .. }) if what.contains("Failed to restore from snapshot")), "{lost:?}");
     assert_eq!((state(&provider, "agent-nap-1").await, machines.alive("").len()), (State::Paused, 0));
     fs::rename(at.join("elsewhere"), &memory[0]).unwrap();
     // Its fleet was killed when it was to wake up: it sleeps, and the process that was begun for it is no second one.

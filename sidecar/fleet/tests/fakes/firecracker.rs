@@ -202,8 +202,14 @@ impl Firecracker {
                 let memory = fs::read(self.here(&body["mem_backend"]["backend_path"]));
                 let state = fs::read(self.here(&body["snapshot_path"]));
                 let (Ok(memory), Ok(state)) = (memory, state) else {
-                    println!("the snapshot cannot be loaded");
-                    exit(1);
+                    // It says so, and then it is no more.
+                    tokio::spawn(async {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        exit(1)
+                    });
+                    return Err(fault(
+                        "Load snapshot error: Failed to restore from snapshot: Failed to load guest memory: No such file or directory (os error 2)",
+                    ));
                 };
                 vm.told = serde_json::from_slice(&state).unwrap();
                 vm.metadata = serde_json::from_slice(&memory).unwrap();

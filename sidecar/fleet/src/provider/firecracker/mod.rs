@@ -690,10 +690,13 @@ impl Firecracker {
 
     /// In Firecracker's words, or in the last of its own if it has ended.
     async fn told(&self, key: &str, fault: Fault) -> Error {
+        if matches!(fault, Fault::Said(..)) {
+            return wrong(fault);
+        }
         let began = Instant::now();
         while let Ok(Some(_)) = self.home.of(key).process() {
             // Its end takes a moment, and its socket is gone before it is.
-            if matches!(fault, Fault::Said(..)) || began.elapsed() > ENDING {
+            if began.elapsed() > ENDING {
                 return wrong(fault);
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -803,7 +806,11 @@ impl Firecracker {
             Err(fault) => Err(fault),
         };
         if let Err(fault) = loaded {
-            let error = self.told(key, fault).await;
+            let error = match fault {
+                // It refuses as it would refuse a mistake, and ends. But another Firecracker, or one on another kind of CPU, may take it.
+                Fault::Said(_, what) => failed(what),
+                fault => self.told(key, fault).await,
+            };
             // It sleeps on: what could not be loaded is no machine.
             self.kill(key).await?;
             return Err(error);
