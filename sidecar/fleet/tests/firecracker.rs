@@ -489,6 +489,7 @@ async fn what_sleeps_has_no_process_and_what_woke_up_sleeps_again() {
         provider.resume("agent-nap-1").await.unwrap();
         assert_eq!(machines.alive("").len(), 1);
     }
+    assert!(!machines.console("agent-nap-1").contains("Running Firecracker"), "the console is the machine's");
     // No room: it goes on, and nothing of it is left.
     machines.arm("Snapshot", "Full 0");
     let full = provider.pause("agent-nap-1").await;

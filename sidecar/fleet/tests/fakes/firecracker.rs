@@ -58,7 +58,7 @@ pub(crate) fn run(world: &Path, root: &Path, arguments: &[String]) -> ! {
         let [name, value] = two else { refuse(world, &format!("{arguments:?}")) };
         let jailed =
             root != Path::new("/") && ["--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us"].contains(&name.as_str());
-        if !jailed && !["--api-sock", "--id", "--http-api-max-payload-size"].contains(&name.as_str()) {
+        if !jailed && !["--api-sock", "--id", "--http-api-max-payload-size", "--level"].contains(&name.as_str()) {
             refuse(world, &format!("the argument {name}"));
         }
         given.insert(name.as_str(), value.as_str());
@@ -77,6 +77,9 @@ pub(crate) fn run(world: &Path, root: &Path, arguments: &[String]) -> ! {
         vm: Mutex::new(Vm { state: "Not started", ..Vm::default() }),
         turn: tokio::sync::Mutex::default(),
     });
+    if given.get("--level").is_none_or(|level| *level == "Info") {
+        println!("2026-11-27T07:30:27.910486045 [{}:main] Running Firecracker v1.17.0", firecracker.id);
+    }
     fs::write(world.join("alive").join(format!("{}.{}", firecracker.id, std::process::id())), "").unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async move {

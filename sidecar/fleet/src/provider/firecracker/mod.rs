@@ -593,6 +593,8 @@ impl Firecracker {
         }
         command.arg("--api-sock").arg(place.there("api.sock"));
         command.args(["--http-api-max-payload-size", &METADATA_MOST.to_string()]);
+        // Until it is told where its own log is, that is the console: the machine's, and what it says when it ends at once.
+        command.args(["--level", "Warning"]);
         let console = machine.console().map_err(broken)?;
         let errors = console.try_clone().map_err(broken)?;
         // Its own group: what is meant for us, it does not hear. No environment: ours has secrets.
