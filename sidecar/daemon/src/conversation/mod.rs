@@ -190,7 +190,7 @@ impl Conversation {
                 line.lasts_for(LONGEST);
                 self.admitted(what, &mut body, works).await
             }
-            Err(refusal) => refusal,
+            Err((status, why)) => text(status, why),
         };
         if !answer.status().is_success() {
             drop(tokio::time::timeout(UNWANTED_FOR, Limited::new(body, UNWANTED).collect()).await);
@@ -200,16 +200,16 @@ impl Conversation {
     }
 
     /// What is wanted, of whom may want it.
-    fn admit(&self, asked: &Parts, peer: Peer) -> Result<What, Answer> {
+    fn admit(&self, asked: &Parts, peer: Peer) -> Result<What, (StatusCode, &'static str)> {
         let judged = self.gate.judge(peer, &asked.headers, Instant::now());
-        if let Some((status, why)) = judged.refusal() {
-            return Err(text(status, why));
+        if let Some(refusal) = judged.refusal() {
+            return Err(refusal);
         }
         match asked.method {
             Method::GET => Ok(What::Take),
             Method::HEAD => Ok(What::Look),
             Method::PUT => Ok(What::Bring),
-            _ => Err(text(StatusCode::METHOD_NOT_ALLOWED, "take it with GET, bring it with PUT\n")),
+            _ => Err((StatusCode::METHOD_NOT_ALLOWED, "take it with GET, bring it with PUT\n")),
         }
     }
 
