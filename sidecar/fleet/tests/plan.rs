@@ -344,8 +344,10 @@ fn why_it_was_never_ready_is_said() {
         world.now,
     );
     assert_eq!(kept.reason.as_deref(), Some("ImagePullBackOff: no such image"));
-    let gone = Seen { at: world.now, ..at(State::Missing, None, None) };
-    assert_eq!(failed(&kept, &gone, world.now), "it was gone before it was ready: ImagePullBackOff: no such image");
+    // When the provider has had the time to know it.
+    let settled = world.now + Duration::from_secs(60);
+    let gone = Seen { at: settled, ..at(State::Missing, None, None) };
+    assert_eq!(failed(&kept, &gone, settled), "it was gone before it was ready: ImagePullBackOff: no such image");
     let mute = at(State::Stopped, Some(1), None);
     assert_eq!(failed(&kept, &mute, world.now), "it ended before it was ready (exit code 1: ImagePullBackOff: no such image)");
     // Who wants its end has said why.
