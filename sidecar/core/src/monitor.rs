@@ -335,6 +335,8 @@ struct Requests {
     open: u64,
     /// Answers whose price nobody has told yet.
     unpriced: u64,
+    /// When it was last seen to begin to ask: what tells requests apart where nobody waits at the door.
+    since: Duration,
 }
 
 /// What the CLI was told to turn away.
@@ -714,19 +716,19 @@ impl Monitor {
 
     /// What this process has spent; and, while the model is asked or an answer's price is not known yet, what that may be.
     pub fn claim(&self) -> (Amount, Option<Asked>) {
-        let Requests { told, open, unpriced } = self.requests;
-        let asks = self.session.turn().is_some()
-            && matches!(self.session.activity(), Activity::Model | Activity::RetryBackoff | Activity::Compacting);
-        let begins = match told {
-            // What is being written is not priced yet.
-            0 => u64::from(asks && unpriced == 0 && self.ladder.is_none()),
-            // Whoever was let through asks, whatever is told to it then.
-            _ => open,
-        };
+        let Requests { told, open, unpriced, since } = self.requests;
+        let asks = self.asks_model();
+        // What is being written is not priced yet. Whoever was let through asks, whatever is told to it then.
+        let begins = open.max(u64::from(asks && unpriced == 0 && self.ladder.is_none()));
         let answers = if self.exited { 0 } else { begins + unpriced };
-        // Where nobody waits at the door, the activity changes with each request.
-        let request = if told > 0 { told } else { u64::try_from(self.session.activity_since().as_nanos()).unwrap_or(u64::MAX) };
+        // What is asked for keeps its place until it is priced, whatever comes after it.
+        let request = if told > 0 { told } else { u64::try_from(since.as_nanos()).unwrap_or(u64::MAX) };
         (self.outside.spent, (answers > 0).then_some(Asked { each: self.answer, answers, request }))
+    }
+
+    fn asks_model(&self) -> bool {
+        self.session.turn().is_some()
+            && matches!(self.session.activity(), Activity::Model | Activity::RetryBackoff | Activity::Compacting)
     }
 
     /// Whether the CLI still has to say what it has spent.
@@ -1190,6 +1192,9 @@ impl Monitor {
             return;
         }
         self.drain_session();
+        if self.asks_model() && self.requests.unpriced == 0 {
+            self.requests.since = self.session.activity_since();
+        }
         for request in self.asker.expire(self.now.mono) {
             self.fold(Update::Asked { request, answered: false });
             if request == OwnRequest::GetUsage {

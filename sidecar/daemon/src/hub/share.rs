@@ -254,12 +254,24 @@ impl Share {
     /// The CLI is about to ask the model, and waits: says so in the book, with all that was spent before, and has the CLI turned back if
     /// there is nothing left for it.
     pub(super) fn let_ask(&self) {
-        let asks = |monitor: &mut Monitor, now| {
-            monitor.handle(now, Input::Asks);
-            monitor.who().clone()
-        };
-        let Some(who) = visit_blocking(&self.inner.handle, asks) else { return };
         let end = Instant::now() + TOTALS;
+        // A visit is before what was said earlier and is still on its way.
+        let who = loop {
+            std::thread::sleep(AGAIN);
+            let (handle, late) = (self.inner.handle.clone(), Instant::now() >= end);
+            let asks = move |monitor: &mut Monitor, now| {
+                let ready = late || handle.has_heard_all();
+                ready.then(|| {
+                    monitor.handle(now, Input::Asks);
+                    monitor.who().clone()
+                })
+            };
+            match visit_blocking(&self.inner.handle, asks) {
+                None => return,
+                Some(None) => {}
+                Some(Some(who)) => break who,
+            }
+        };
         while visit_blocking(&self.inner.handle, |monitor, _| monitor.awaits_totals()) == Some(true) && Instant::now() < end {
             std::thread::sleep(AGAIN);
         }

@@ -226,6 +226,11 @@ impl<M> Handle<M> {
         self.waits.load(std::sync::atomic::Ordering::Relaxed)
     }
 
+    /// On a visit: whether the monitor has heard all that was relayed by now.
+    pub(crate) fn has_heard_all(&self) -> bool {
+        self.tap.is_empty()
+    }
+
     pub(crate) fn counts(&self) -> &Counts {
         let (_, lost) = self.tap.progress();
         self.counts.lost_bytes.store(lost, std::sync::atomic::Ordering::Relaxed);

@@ -186,6 +186,11 @@ impl<M> Tap<M> {
         self.lock().shut
     }
 
+    /// Whether nothing waits. Asked on the monitor's own thread: then it has heard all that was relayed.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lock().frames.len() == 0
+    }
+
     /// Bytes taken and bytes lost so far.
     pub(crate) fn progress(&self) -> (u64, u64) {
         let state = self.lock();
