@@ -276,8 +276,11 @@ impl Firecracker {
         listener.set_nonblocking(true).unwrap();
         let metadata = format!("http://{}", listener.local_addr().unwrap());
         tokio::spawn(serve_metadata(TcpListener::from_std(listener).unwrap(), vm.metadata.clone().unwrap_or_default()));
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "sh"]).arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/firecracker/init"));
+        // A shell cannot hear what was ignored when it began, and whoever runs tests in the background ignores SIGINT.
+        let mut command = Command::new("env");
+        command
+            .args(["--default-signal=INT", "setpriv", "--pdeathsig", "KILL", "sh"])
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/firecracker/init"));
         command.env("AGENT_INIT_METADATA", metadata).env("GUEST_ADDRESS", address);
         // It would be root's, and so is whatever watches over it: it ends with us.
         let mut guest = command.stdin(Stdio::null()).process_group(0).spawn().unwrap();
