@@ -130,7 +130,7 @@ impl<'a> Reader<'a> {
                 );
             }
             let Some(can) = self.can.get(&template.provider) else { continue };
-            let (endpoint, memory) = (can.endpoint, can.pause == Pause::Memory);
+            let (endpoint, env, memory) = (can.endpoint, can.env, can.pause == Pause::Memory);
             if memory {
                 let what = format!(
                     "`templates.{name}.archive`: `{}` pauses containers with all that is in them, for less",
@@ -139,6 +139,12 @@ impl<'a> Reader<'a> {
                 self.wrong(at, what, "leave `archive` out");
             } else if !endpoint {
                 let what = format!("`templates.{name}.archive`: no port of a container is reached at `{}`", template.provider);
+                self.wrong(at, what, "leave `archive` out, or take another provider");
+            } else if !env {
+                let what = format!(
+                    "`templates.{name}.archive`: `{}` gives a container no environment, by which its sidecar is told whom to hand the conversation to",
+                    template.provider
+                );
                 self.wrong(at, what, "leave `archive` out, or take another provider");
             }
         }

@@ -385,6 +385,8 @@ fn what_is_wrong_with_putting_away_is_said() {
     assert!(of("{ env = \"S\" }", "{ env = \"SHORT\" }").contains("`fleet.secret` has fewer than 32 characters"));
     assert!(of("hybrid", "long-running").contains("`archive` is for what is put away"));
     assert!(of("[conversations]\nstore = \"file:///c\"", "").contains("there is no [conversations] to put anything into"));
+    let claims = of("kind = \"docker\"", "kind = \"kubernetes\"\nbackend = \"claim\"");
+    assert!(claims.contains("`local` gives a container no environment"), "{claims}");
     assert!(of("secret = { env = \"S\" }", "url = \"http://fleet:9490\"").contains("`fleet.url` is for containers"));
 }
 

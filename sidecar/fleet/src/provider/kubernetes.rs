@@ -210,6 +210,16 @@ impl Settings {
         if self.user == Some(0) && self.non_root {
             return Some(String::from("`user` is 0, and `non_root` is on"));
         }
+        for bears in &self.tolerations {
+            if bears.seconds.is_some() && bears.effect != Some(Effect::NoExecute) {
+                return Some(String::from(
+                    "`seconds` of a toleration is for `effect = \"NoExecute\"`: a cluster refuses it with any other",
+                ));
+            }
+            if bears.value.is_some() && bears.key.as_ref().is_none_or(String::is_empty) {
+                return Some(String::from("`value` of a toleration is of a `key`: a cluster refuses it without"));
+            }
+        }
         if self.warm_pool.is_some() && self.backend != Backend::Claim {
             return Some(String::from("`warm_pool` is for `backend = \"claim\"`"));
         }

@@ -613,11 +613,15 @@ fn settings_that_cannot_be_meant_are_said() {
         ("context = 'x'", "`kubeconfig`"),
         ("warm_pool = 'x'", "`backend = \"claim\"`"),
         ("backend = 'claim'\nuser = 7", "SandboxTemplate"),
+        ("tolerations = [{ key = 'gpu', effect = 'NoSchedule', seconds = 5 }]", "NoExecute"),
+        ("tolerations = [{ key = 'gpu', seconds = 5 }]", "NoExecute"),
+        ("tolerations = [{ value = 'gpu' }]", "`key`"),
         ("backend = 'sandbox'\ngroup = 1\nwritable = ['/a']\nkeep = { '/a' = '1Gi' }", "`/a`"),
     ] {
         assert!(wrong(text).contains(says), "{text}: {}", wrong(text));
     }
     assert_eq!(wrong(""), "");
+    assert_eq!(wrong("tolerations = [{ key = 'gpu', value = 'a', effect = 'NoExecute', seconds = 5 }, {}]"), "");
     assert!(toml::from_str::<Settings>("backend = 'job'").is_err());
     assert!(toml::from_str::<Settings>("namespaces = 'x'").is_err());
 }
