@@ -6,9 +6,11 @@ use crate::support::*;
 
 /// Plays a person at a terminal: types, and waits for what appears. `$1` is the wrapper.
 const PERSON: &str = r#"
-import json, os, pty, re, select, struct, fcntl, termios, sys, time
+import json, os, pty, re, select, signal, struct, fcntl, termios, sys, time
 pid, tty = pty.fork()
 if pid == 0:
+    # Whoever runs tests in the background ignores it, and what a shell was given it gives on.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["PS1"] = "PROMPT> "
     os.execvp("bash", ["bash", "--norc", "--noprofile", "--noediting", "-i"])
 seen = b""
