@@ -309,7 +309,11 @@ async fn each_session_is_in_the_container_that_it_belongs_to() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_container_is_overfilled_or_left_while_fleets_die_and_a_provider_fails() {
     const SESSIONS: usize = 24;
+    let dir = std::env::temp_dir().join(format!("agent-fleet-{}-places", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
     let (mut town, _) = town(7).await;
+    // One in memory is gone with its connection, which may be closed when who waits for it is killed.
+    town.store = agent_fleet::store::open(&format!("sqlite:{}", dir.join("db").display())).await.unwrap();
     town.policy.tries = 50;
     let mut fleets = vec![town.fleet(), town.fleet()];
     let mut running: Vec<_> = fleets.iter().map(run).collect();
@@ -352,4 +356,5 @@ async fn no_container_is_overfilled_or_left_while_fleets_die_and_a_provider_fail
     for one in running {
         one.stop().await;
     }
+    std::fs::remove_dir_all(dir).unwrap();
 }
