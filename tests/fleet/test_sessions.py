@@ -48,8 +48,9 @@ class Fleet:
         }
         self.env = "{ " + ", ".join(f'{name} = "{value}"' for name, value in environment.items()) + " }"
         self.file = directory / "fleet.toml"
-        # Tests that go on side by side are fleets of one daemon: their directories differ in the worker alone.
-        self.name = f"{directory.parent.name}-{directory.name}".replace("_", "-")[:60]
+        # Tests that go on side by side are fleets of one daemon, and their directories may differ in the worker's alone.
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "test")
+        self.name = f"{worker}-{directory.name.replace('_', '-')}"[:40]
         self.file.write_text(
             f'[fleet]\nname = "{self.name}"\nlisten = "127.0.0.1:{self.port}"\nstore = "sqlite:{directory}/fleet.db"\n{callers}'
             f'[providers.local]\nkind = "docker"\nsocket = "{os.environ["DOCKER_HOST"]}"\nnetwork = "{NETWORK}"\nreach = "container"\n{more}'
