@@ -184,7 +184,7 @@ pub struct Template {
 impl Template {
     /// What a session's container of that generation is made of.
     pub fn spec_for(&self, fleet: &str, id: &SessionId, tenant: &str, generation: u32) -> Spec {
-        let key = container_key(id, generation);
+        let key = container_key(fleet, id, generation);
         let own = [
             (FLEET_LABEL, fleet),
             (KEY_LABEL, key.as_str()),

@@ -349,9 +349,10 @@ impl Fleet {
 
     /// The container's name and labels, by which it is found again.
     pub(crate) fn label(&self, session: &mut Session) {
+        // Which fleet's it is, is in its name.
+        session.spec.labels.insert(FLEET_LABEL.to_owned(), self.name.clone());
         let key = session.key();
         session.spec.labels.extend([
-            (FLEET_LABEL.to_owned(), self.name.clone()),
             (SESSION_LABEL.to_owned(), session.id.to_string()),
             (KEY_LABEL.to_owned(), key.clone()),
         ]);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::lifecycle::Phase;
 use crate::place::{Place, Places};
-use crate::provider::Spec;
+use crate::provider::{FLEET_LABEL, Spec};
 
 /// Names a session to whoever asked for it: 1 to 64 letters, digits, `-` and `_`, beginning with a letter or digit.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -279,7 +279,8 @@ impl Session {
 
     /// The name and label of its container, the same whoever asks: fit for every provider (a DNS label of at most 40 characters).
     pub fn key(&self) -> String {
-        self.taken.clone().unwrap_or_else(|| container_key(&self.id, self.generation))
+        let fleet = self.spec.labels.get(FLEET_LABEL).map_or("", String::as_str);
+        self.taken.clone().unwrap_or_else(|| container_key(fleet, &self.id, self.generation))
     }
 
     /// Which sessions may have its container, if it waits for one, or a place in it, if it has one left.
@@ -315,9 +316,10 @@ impl Session {
     }
 }
 
-/// See [`Session::key`]. The id's own letters are not for every provider: two that differ in case are two.
-pub fn container_key(id: &SessionId, generation: u32) -> String {
-    let digest = ring::digest::digest(&ring::digest::SHA256, id.as_str().as_bytes());
+/// See [`Session::key`]. The id's own letters are not for every provider: two that differ in case are two. Of one id's sessions in two
+/// fleets at one provider each has its own.
+pub fn container_key(fleet: &str, id: &SessionId, generation: u32) -> String {
+    let digest = ring::digest::digest(&ring::digest::SHA256, format!("{fleet}/{id}").as_bytes());
     let hex: String = digest.as_ref().iter().take(10).map(|byte| format!("{byte:02x}")).collect();
     format!("agent-{hex}-{generation}")
 }
@@ -340,9 +342,10 @@ mod tests {
 
     #[test]
     fn a_container_is_named_alike_by_all_and_unlike_every_other() {
-        let key = |id: &str, generation| container_key(&id.parse().unwrap(), generation);
+        let key = |id: &str, generation| container_key("prod", &id.parse().unwrap(), generation);
         assert_eq!(key("a", 1), key("a", 1));
         assert_ne!(key("a", 1), key("a", 2));
+        assert_ne!(key("a", 1), container_key("staging", &"a".parse().unwrap(), 1), "of another fleet at the same provider");
         assert_ne!(key("a", 1), key("A", 1));
         let longest = key(&"x".repeat(64), u32::MAX);
         assert!(

@@ -348,7 +348,7 @@ fn what_it_costs_until_it_is_taken_is_nobodys_and_nothing_is_counted_twice() {
     assert_eq!(session.made, Some(start()), "its life is the container's");
     assert_eq!((spare.holds, session.holds, spare.phase), (false, true, Phase::Stopped));
     assert_eq!(spare.given, Some(session.id.clone()));
-    assert_ne!(spare.key(), agent_fleet::session::container_key(&session.id, 1));
+    assert_ne!(spare.key(), agent_fleet::session::container_key("town", &session.id, 1));
     assert_eq!(spare.key(), session.key(), "by the name that it was made with");
 }
 

@@ -96,7 +96,7 @@ fn a_template_has_what_is_not_said() {
     let template = &config.templates["task"];
     let id: SessionId = "s-1".parse().unwrap();
     let spec = template.spec_for(&config.fleet.name, &id, "acme", 2);
-    assert_eq!(spec.key, container_key(&id, 2));
+    assert_eq!(spec.key, container_key("prod", &id, 2));
     assert_eq!(spec.size, Size::default());
     assert_eq!((spec.ttl, spec.idle), (Duration::from_secs(3600), None));
     for (label, value) in

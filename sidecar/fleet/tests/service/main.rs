@@ -157,7 +157,8 @@ async fn what_no_session_holds_is_removed_when_it_is_old_enough() {
     let fleet = town.fleet_at(Arc::new(later));
     let mut held = session("held", Pattern::LongRunning);
     (held.holds, held.phase, held.hooked) = (true, Phase::Idle, true);
-    fleet.create(held.clone()).await.unwrap();
+    fleet.create(held).await.unwrap();
+    let held = town.get("held").await;
     let strange = |key: &str, fleet: &str, age: u64| {
         let labels = [(FLEET_LABEL, fleet), (KEY_LABEL, key), (SESSION_LABEL, "s")]
             .map(|(name, value)| (name.to_owned(), value.to_owned()));
