@@ -21,6 +21,8 @@ use crate::export::otlp::environment::Headers;
 
 /// How often is looked whether the agents still do what was told last.
 const LOOK: Duration = Duration::from_secs(1);
+/// What was not heard is said again after so long, if it is not time before.
+const AGAIN: Duration = Duration::from_secs(10);
 /// The end waits for the last word, and for one that is on its way.
 const LAST: Duration = Duration::from_secs(5);
 
@@ -169,7 +171,8 @@ fn speak(options: &Options, agents: &impl Agents, asked: &mpsc::Receiver<mpsc::S
             Err(RecvTimeoutError::Disconnected) => return,
         };
         let Some(busy) = agents.busy() else { return };
-        let due = told.is_none_or(|(at, before)| at.elapsed() >= options.every || before != busy);
+        let every = if failing { options.every.min(AGAIN) } else { options.every };
+        let due = told.is_none_or(|(at, before)| at.elapsed() >= every || before != busy);
         if due || asking.is_some() {
             let Some(said) = agents.say() else {
                 std::thread::sleep(LOOK);
@@ -197,7 +200,7 @@ fn speak(options: &Options, agents: &impl Agents, asked: &mpsc::Receiver<mpsc::S
                 Err(_) => {}
             }
             failing = answer.is_err();
-            // What was not heard is said again when it is time, and not each second.
+            // What was not heard is said again, too, but not each second.
             told = Some((Instant::now(), busy));
             if let Some(asking) = asking {
                 // Who asked may be gone.
