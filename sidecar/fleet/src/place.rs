@@ -33,10 +33,12 @@ use crate::provider::{
 };
 use crate::service::{Error, Fleet};
 use crate::session::{Session, SessionId, Wanted};
-use crate::store::{self, Store};
+use crate::store::{self, Store, Within};
 
 /// Containers that have a place left and are tried, by chance.
 const TRIES: usize = 64;
+/// How often another fleet may have made one in between; then one is made whoever else does.
+const ROUNDS: usize = 8;
 /// How often somebody else may have written in between.
 const CONFLICTS: usize = 100;
 const NAME: &str = "shared";
@@ -307,6 +309,14 @@ fn known(error: store::Error) -> store::Result<()> {
     }
 }
 
+/// What came of making one more container.
+enum Built {
+    House(Box<Session>),
+    Refused(String),
+    /// There is one that was not seen.
+    Another,
+}
+
 /// What came of the search for a place.
 pub(crate) enum Found {
     /// As the session is now: in a container, or changed by somebody else.
@@ -333,7 +343,18 @@ impl Fleet {
         // Who comes at the same time is to find what is made for the first.
         let _one_by_one = self.placing.lock().await;
         for kind in place.kinds(&session.id) {
-            let mut houses = self.store().spares(&kind, TRIES).await?;
+            if let Some(found) = self.place_of(session, &kind, place.share, grace).await? {
+                return Ok(found);
+            }
+        }
+        Ok(Found::Nothing(Shared::wrong("all of its containers are full")))
+    }
+
+    /// In one of these. `None`: it is full, and there is not to be another.
+    async fn place_of(&self, session: &Session, kind: &str, share: Share, grace: Duration) -> Result<Option<Found>, Error> {
+        for round in 1.. {
+            let mut houses = self.store().spares(kind, TRIES).await?;
+            let known: Vec<SessionId> = houses.iter().map(|house| house.id.clone()).collect();
             // The fullest first: those that have few in them are empty sooner.
             houses.sort_by_key(|house| house.places.as_ref().map_or(0, Places::free));
             let mut full = false;
@@ -341,21 +362,24 @@ impl Fleet {
                 // Of those that are full only one of a number is found.
                 full |= is_young(&house, self.now());
                 if let Some(found) = self.sit(session, house, grace).await? {
-                    return Ok(Found::Session(Box::new(found)));
+                    return Ok(Some(Found::Session(Box::new(found))));
                 }
             }
-            if full && place.share.containers.is_some() {
-                continue;
+            if full && share.containers.is_some() {
+                return Ok(None);
             }
-            return match self.build(session, &kind, place.share).await? {
-                Ok(house) => match self.sit(session, house, grace).await? {
-                    Some(found) => Ok(Found::Session(Box::new(found))),
-                    None => Ok(Found::Nothing(Shared::wrong("the container that was made for it is another's"))),
+            // Where there are more than can be looked at some are never known.
+            let beside = (round < ROUNDS).then_some(known.as_slice());
+            return Ok(Some(match self.build(session, kind, share, beside).await? {
+                Built::House(house) => match self.sit(session, *house, grace).await? {
+                    Some(found) => Found::Session(Box::new(found)),
+                    None => Found::Nothing(Shared::wrong("the container that was made for it is another's")),
                 },
-                Err(what) => Ok(Found::Nothing(Failed::Refused { provider: NAME, what })),
-            };
+                Built::Refused(what) => Found::Nothing(Failed::Refused { provider: NAME, what }),
+                Built::Another => continue,
+            }));
         }
-        Ok(Found::Nothing(Shared::wrong("all of its containers are full")))
+        Ok(None)
     }
 
     /// `None`: there is no place.
@@ -386,8 +410,8 @@ impl Fleet {
         Ok(None)
     }
 
-    /// One more container, which is driven like a session. Or why there is none.
-    async fn build(&self, session: &Session, kind: &str, share: Share) -> Result<Result<Session, String>, Error> {
+    /// One more container, which is driven like a session, unless there is one beside those that are known.
+    async fn build(&self, session: &Session, kind: &str, share: Share, beside: Option<&[SessionId]>) -> Result<Built, Error> {
         let now = self.now();
         let mut spec = session.spec.clone();
         // Its traces are not the first one's.
@@ -398,18 +422,30 @@ impl Fleet {
         house.places = Some(Places { kind: kind.to_owned(), most, pinned, taken: BTreeSet::new(), empty_since: Some(now) });
         let price = self.provider(&house.provider)?.price(house.spec.size);
         if let Err(why) = self.budgets().admit(&house, &price, now).await? {
-            return Ok(Err(why));
+            return Ok(Built::Refused(why));
         }
         self.label(&mut house);
-        if let Err(error) = self.store().insert(&house).await {
-            // It may be there all the same.
-            if let Ok(None) = self.store().get(&house.id).await {
+        let inserted = match beside {
+            Some(known) => self.store().insert_within(&house, Within::Beside(known)).await,
+            None => self.store().insert(&house).await.map(Some),
+        };
+        match inserted {
+            Ok(Some(_)) => {}
+            // Another fleet has made one meanwhile.
+            Ok(None) => {
                 self.budgets().release(&house, now).await?;
+                return Ok(Built::Another);
             }
-            return Err(error.into());
+            Err(error) => {
+                // It may be there all the same.
+                if let Ok(None) = self.store().get(&house.id).await {
+                    self.budgets().release(&house, now).await?;
+                }
+                return Err(error.into());
+            }
         }
         self.due();
-        Ok(Ok(house))
+        Ok(Built::House(Box::new(house)))
     }
 
     /// Those in a container hear at once what becomes of it.

@@ -31,6 +31,8 @@ use crate::store::{self, Filter};
 
 /// How many that fit are tried before a session has its own made: others try at the same time.
 const TRIES: usize = 8;
+/// How often it is begun again where somebody has written to one that is still there: a fifth of a second in all.
+const ROUNDS: u64 = 20;
 /// How often what is there is held against what is to be there.
 const EVERY: Duration = Duration::from_secs(2);
 /// Where there is none: only what is left of one that was there has to go.
@@ -132,6 +134,10 @@ pub fn hand_over(spare: &mut Session, session: &mut Session, price: &Price, now:
     session.taken = Some(spare.key());
     session.native = spare.native.take();
     session.made = spare.made.take();
+    // Who comes into it later is to end before it does: its life began when it was made.
+    if let (Some(_), Some(made)) = (&session.places, session.made) {
+        session.ends = session.ends.min(made + session.spec.ttl);
+    }
     session.metered_since = Some(now);
     session.holds = true;
     plan::enter_phase(spare, Phase::Stopped, why, price, now);
@@ -273,33 +279,44 @@ impl Fleet {
         let kind = kind(&session.provider, &session.spec);
         let Some(ahead) = self.pools().iter().find(|ahead| ahead.kind() == kind) else { return Ok(None) };
         let price = self.provider(&session.provider)?.price(session.spec.size);
-        for spare in self.store().spares(&kind, TRIES).await? {
-            let now = self.now();
-            if !may_give(&spare, now) {
-                continue;
-            }
-            let before = spare.clone();
-            let (mut spare, mut with) = (spare, session.clone());
-            hand_over(&mut spare, &mut with, &price, now);
-            self.label(&mut with);
-            match self.store().update_both(&mut with, &mut spare).await {
-                Ok(()) => {
-                    self.metrics().spent(&before, &spare);
-                    self.metrics().add(&POOL_CLAIMS, &["taken"], 1.0);
-                    tracing::info!(session = %with.id, container = with.native, "a session has a container that was made ahead");
-                    // What it has cost as nobody's is booked, and its place is filled.
-                    if let Err(error) = self.store().wake(&spare.id).await {
-                        tracing::warn!(session = %spare.id, %error, "what is no longer needed is seen to later");
-                    }
-                    self.refill.notify_one();
-                    return Ok(Some(with));
+        for round in 0..ROUNDS {
+            let mut contended = false;
+            for spare in self.store().spares(&kind, TRIES).await? {
+                let now = self.now();
+                if !may_give(&spare, now) {
+                    continue;
                 }
-                // It is another's, or the session is another by now: which of them is seen when it is read again.
-                Err(store::Error::Conflict(_))
-                    if self.store().get(&session.id).await?.is_some_and(|kept| kept.version == session.version) => {}
-                Err(store::Error::Conflict(_)) => return Ok(self.store().get(&session.id).await?),
-                Err(error) => return Err(error.into()),
+                let before = spare.clone();
+                let (mut spare, mut with) = (spare, session.clone());
+                hand_over(&mut spare, &mut with, &price, now);
+                self.label(&mut with);
+                match self.store().update_both(&mut with, &mut spare).await {
+                    Ok(()) => {
+                        self.metrics().spent(&before, &spare);
+                        self.metrics().add(&POOL_CLAIMS, &["taken"], 1.0);
+                        tracing::info!(session = %with.id, container = with.native, "a session has a container that was made ahead");
+                        // What it has cost as nobody's is booked, and its place is filled.
+                        if let Err(error) = self.store().wake(&spare.id).await {
+                            tracing::warn!(session = %spare.id, %error, "what is no longer needed is seen to later");
+                        }
+                        self.refill.notify_one();
+                        return Ok(Some(with));
+                    }
+                    // It is another's, or was only looked at; or the session is another by now: which of them is seen when it is read again.
+                    Err(store::Error::Conflict(_))
+                        if self.store().get(&session.id).await?.is_some_and(|kept| kept.version == session.version) =>
+                    {
+                        contended = true;
+                    }
+                    Err(store::Error::Conflict(_)) => return Ok(self.store().get(&session.id).await?),
+                    Err(error) => return Err(error.into()),
+                }
             }
+            if !contended {
+                break;
+            }
+            // Out of step with who writes all the time.
+            tokio::time::sleep(Duration::from_millis(round)).await;
         }
         self.metrics().add(&POOL_CLAIMS, &["missed"], 1.0);
         tracing::debug!(session = %session.id, template = %ahead.template, "nothing that was made ahead is left");

@@ -31,7 +31,7 @@ use crate::plan::{self, Action, Outcome, PauseBy, Policy, Seen, Step};
 use crate::pool::Ahead;
 use crate::provider::{self, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, Secret, State};
 use crate::session::{Report, Session, SessionId, Wanted};
-use crate::store::{self, Filter, HookRun, Inserted, Store};
+use crate::store::{self, Filter, HookRun, Inserted, Store, Within};
 use crate::token::Tokens;
 use crate::trace::{self, Traces};
 
@@ -302,12 +302,11 @@ impl Fleet {
         }
         let _admitting = self.admitting.lock().await;
         let now = self.now();
-        if let Some(tenant) = self.budgets.tenants().get(&session.tenant)
-            && let Some(most) = tenant.max_sessions
-        {
+        let most = self.budgets.tenants().get(&session.tenant).and_then(|tenant| tenant.max_sessions);
+        if let Some(most) = most {
             let counts = self.store.count().await?;
             let open = counts.iter().filter(|(phase, _, of, _)| !phase.is_last() && *of == session.tenant);
-            // Containers of several are none that somebody has asked for.
+            // Before anything is set aside for it. Containers of several are none that somebody has asked for.
             if open.map(|(_, _, _, count)| count).sum::<u64>() >= most && self.asked_for(&session.tenant).await? >= most {
                 return Err(Error::Full { tenant: session.tenant, most });
             }
@@ -321,7 +320,19 @@ impl Fleet {
             let parent = traces.context(&session).to_traceparent();
             session.spec.env.entry(trace::VARIABLE.to_owned()).or_insert(parent);
         }
-        let inserted = self.store.insert(&session).await;
+        let inserted = match most {
+            // Another fleet may have counted at the same time.
+            Some(most) => self.store.insert_within(&session, Within::Tenant(most)).await,
+            None => self.store.insert(&session).await.map(Some),
+        };
+        let inserted = match (inserted, most) {
+            (Ok(None), most) => {
+                self.budgets.release(&session, now).await?;
+                return Err(Error::Full { tenant: session.tenant, most: most.unwrap_or_default() });
+            }
+            (Ok(Some(inserted)), _) => Ok(inserted),
+            (Err(error), _) => Err(error),
+        };
         match &inserted {
             Ok(Inserted::New) => {}
             // Another fleet was asked for the same. What was set aside for it here is not its own, or no more what it has cost.

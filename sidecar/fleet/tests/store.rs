@@ -10,7 +10,7 @@ use std::time::Duration;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::place::{self, Places};
 use agent_fleet::session::{Report, Session, SessionId, Wanted};
-use agent_fleet::store::{self, Error, Filter, HOOK_RUNS_MOST, HookRun, Inserted, Store};
+use agent_fleet::store::{self, Error, Filter, HOOK_RUNS_MOST, HookRun, Inserted, Store, Within};
 use jiff::{SignedDuration, Timestamp};
 use sqlx::{AssertSqlSafe, Connection, Executor};
 use tokio::sync::{RwLock, RwLockReadGuard};
@@ -131,6 +131,8 @@ promises! {
     of_many_who_change_it_one_does
     of_many_who_want_a_place_no_more_have_one_than_there_are
     what_many_reserve_at_once_stays_below_the_limit
+    of_many_who_ask_at_once_a_tenant_has_no_more_than_it_may
+    of_many_who_make_what_is_missing_one_does
     what_is_written_is_there_when_it_is_opened_again
 }
 
@@ -608,6 +610,71 @@ async fn what_many_reserve_at_once_stays_below_the_limit(Fresh { store, .. }: &F
         }
         assert_eq!(granted, 2, "{period}");
         assert_eq!(store.spent("blue", &period).await.unwrap(), 0.8);
+    }
+}
+
+/// The store twice, as two processes have it.
+async fn twice(Fresh { store, url, .. }: &Fresh) -> [Arc<dyn Store>; 2] {
+    let other = if url.is_empty() { Arc::clone(store) } else { store::open(url).await.unwrap() };
+    [Arc::clone(store), other]
+}
+
+async fn of_many_who_ask_at_once_a_tenant_has_no_more_than_it_may(fresh: &Fresh) {
+    let stores = twice(fresh).await;
+    let of = |name: &str, tenant: &str| Session { tenant: tenant.to_owned(), ..session(name) };
+    // Often, as those who ask do not always meet.
+    for round in 0..8 {
+        let tenant = format!("tenant-{round}");
+        // Neither of these counts: a container of several, and one that is at its end and may still have one.
+        let house = Session { owner: String::new(), ..of(&format!("house-{round}"), &tenant) };
+        let failed = Session { phase: Phase::Failed, holds: true, ..of(&format!("failed-{round}"), &tenant) };
+        for one in [&house, &failed] {
+            stores[0].insert(one).await.unwrap();
+        }
+        let asking = (0..8).map(|n| {
+            let (store, one) = (Arc::clone(&stores[n % 2]), of(&format!("s{n}-{round}"), &tenant));
+            tokio::spawn(async move { (one.clone(), store.insert_within(&one, Within::Tenant(3)).await.unwrap()) })
+        });
+        let asked: Vec<_> = futures_util::future::join_all(asking).await.into_iter().map(|one| one.unwrap()).collect();
+        let mut new = asked.into_iter().filter_map(|(one, said)| said.map(|said| (one, said)));
+        let (mut one, said) = new.next().unwrap();
+        assert_eq!((said, new.clone().count()), (Inserted::New, 2));
+        assert!(new.all(|(_, said)| said == Inserted::New));
+        // Who is there is known also where there is no room.
+        let known = stores[1].insert_within(&one, Within::Tenant(3)).await.unwrap();
+        assert_eq!(known, Some(Inserted::Known(Box::new(one.clone()))));
+        one.phase = Phase::Destroyed;
+        stores[0].update(&mut one).await.unwrap();
+        for (name, said) in [("next", Some(Inserted::New)), ("after", None)] {
+            let next = of(&format!("{name}-{round}"), &tenant);
+            assert_eq!(stores[1].insert_within(&next, Within::Tenant(3)).await.unwrap(), said);
+        }
+    }
+}
+
+async fn of_many_who_make_what_is_missing_one_does(fresh: &Fresh) {
+    let stores = twice(fresh).await;
+    let house = |name: &str, kind: &str| {
+        let mut house = session(name);
+        let kind = kind.to_owned();
+        house.places = Some(Places { kind, most: 2, pinned: false, taken: BTreeSet::new(), empty_since: None });
+        house
+    };
+    for round in 0..8 {
+        let kind = format!("kind-{round}");
+        let mut known = Vec::new();
+        // One, and then one more beside that.
+        for more in 0..2 {
+            let making = (0..8).map(|n| {
+                let (store, one) = (Arc::clone(&stores[n % 2]), house(&format!("h{n}-{more}-{round}"), &kind));
+                let known = known.clone();
+                tokio::spawn(async move { store.insert_within(&one, Within::Beside(&known)).await.unwrap().map(|_| one.id) })
+            });
+            let made = futures_util::future::join_all(making).await;
+            let made: Vec<SessionId> = made.into_iter().filter_map(|one| one.unwrap()).collect();
+            assert_eq!(made.len(), 1, "{round} {more}");
+            known.extend(made);
+        }
     }
 }
 

@@ -35,7 +35,7 @@ fn failed(error: sqlx::Error) -> Error {
 /// # Errors
 /// What is wrong with a URL, without the URL.
 pub fn check(url: &str) -> std::result::Result<PgConnectOptions, String> {
-    url.parse().map_err(|error| format!("the URL of PostgreSQL cannot be read: {error}"))
+    crate::store::postgres::options(url)
 }
 
 impl Postgres {

@@ -57,6 +57,9 @@ impl Store for Log {
     async fn insert(&self, _: &Session) -> store::Result<Inserted> {
         unreachable!("{NONE}")
     }
+    async fn insert_within(&self, _: &Session, _: store::Within<'_>) -> store::Result<Option<Inserted>> {
+        unreachable!("{NONE}")
+    }
     async fn get(&self, _: &SessionId) -> store::Result<Option<Session>> {
         unreachable!("{NONE}")
     }

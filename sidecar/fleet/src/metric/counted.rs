@@ -10,10 +10,11 @@ use jiff::Timestamp;
 use super::{CLAIMED_AT, CLAIMS, HOOK_DURATION, HOOK_RUNS, LEASES, Metrics, STORE_DURATION, STORE_ERRORS};
 use crate::lifecycle::Phase;
 use crate::session::{Session, SessionId, Wanted};
-use crate::store::{Error, Filter, HookRun, Inserted, Result, Store};
+use crate::store::{Error, Filter, HookRun, Inserted, Result, Store, Within};
 
 pub(super) const OPERATIONS: &[&str] = &[
     "insert",
+    "insert_within",
     "get",
     "update",
     "note",
@@ -66,6 +67,10 @@ impl Counted {
 impl Store for Counted {
     async fn insert(&self, session: &Session) -> Result<Inserted> {
         self.timed("insert", self.store.insert(session)).await
+    }
+
+    async fn insert_within(&self, session: &Session, within: Within<'_>) -> Result<Option<Inserted>> {
+        self.timed("insert_within", self.store.insert_within(session, within)).await
     }
 
     async fn get(&self, id: &SessionId) -> Result<Option<Session>> {

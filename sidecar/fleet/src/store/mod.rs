@@ -4,7 +4,7 @@
 //! One interface, SQLite for one fleet and PostgreSQL for several. Nothing here knows what a phase means. An error other than [`Error::Conflict`] and
 //! [`Error::Missing`] does not say that nothing was written: it may have been, and the answer was lost.
 
-mod postgres;
+pub(crate) mod postgres;
 mod sql;
 mod sqlite;
 
@@ -30,14 +30,29 @@ pub const SPENT_KEPT: Duration = Duration::from_secs(400 * 24 * 60 * 60);
 /// # Errors
 /// If it cannot be reached, or is of a newer version than this. No message has the URL in it.
 pub async fn open(url: &str) -> Result<Arc<dyn Store>> {
-    let path = url.strip_prefix("sqlite:").map(|path| path.strip_prefix("//").unwrap_or(path));
-    match path {
+    check(url).map_err(Error::Store)?;
+    match sqlite_path(url) {
         Some(":memory:") => memory().await,
-        Some("") => Err(Error::Store(String::from("`sqlite:` wants a path after it"))),
-        Some(path) if path.contains('?') => Err(Error::Store(String::from("`sqlite:` takes a path and no parameters"))),
         Some(path) => Ok(Arc::new(sqlite::file(Path::new(path)).await?)),
-        None if url.starts_with("postgres://") || url.starts_with("postgresql://") => Ok(Arc::new(postgres::connect(url).await?)),
-        None => Err(Error::Store(String::from("a store is `sqlite:PATH`, `sqlite::memory:` or `postgres://…`"))),
+        None => Ok(Arc::new(postgres::connect(url).await?)),
+    }
+}
+
+fn sqlite_path(url: &str) -> Option<&str> {
+    url.strip_prefix("sqlite:").map(|path| path.strip_prefix("//").unwrap_or(path))
+}
+
+/// What can be said of it before it is opened.
+///
+/// # Errors
+/// What is wrong with the URL, without the URL.
+pub fn check(url: &str) -> std::result::Result<(), String> {
+    match sqlite_path(url) {
+        Some("") => Err(String::from("`sqlite:` wants a path after it")),
+        Some(path) if path.contains('?') => Err(String::from("`sqlite:` takes a path and no parameters")),
+        Some(_) => Ok(()),
+        None if url.starts_with("postgres://") || url.starts_with("postgresql://") => postgres::options(url).map(drop),
+        None => Err(String::from("a store is `sqlite:PATH`, `sqlite::memory:` or `postgres://…`")),
     }
 }
 
@@ -55,6 +70,15 @@ pub enum Inserted {
     New,
     /// It was there already, like this.
     Known(Box<Session>),
+}
+
+/// What a new session needs room in.
+#[derive(Clone, Copy, Debug)]
+pub enum Within<'a> {
+    /// Its tenant has fewer than so many that somebody has asked for and that are not at their end.
+    Tenant(u64),
+    /// There is none beside these that waits for sessions of the same kind ([`Session::spare`]).
+    Beside(&'a [SessionId]),
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -111,6 +135,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub trait Store: Send + Sync {
     /// Writes a new session; the one that is there is left as it is.
     async fn insert(&self, session: &Session) -> Result<Inserted>;
+    /// The same, if there is room for it: decided in the one write, whoever else asks at the same time. `None`: there is not.
+    async fn insert_within(&self, session: &Session, within: Within<'_>) -> Result<Option<Inserted>>;
     async fn get(&self, id: &SessionId) -> Result<Option<Session>>;
     /// Writes what was read and changed. On success `session.version` is the new one.
     ///

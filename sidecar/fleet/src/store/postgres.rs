@@ -66,14 +66,19 @@ impl Dialect for Postgres {
     }
 }
 
-pub(super) async fn connect(url: &str) -> Result<Sql<Postgres>> {
+/// # Errors
+/// What is wrong with it, without it: a password may be in it.
+pub(crate) fn options(url: &str) -> std::result::Result<PgConnectOptions, String> {
     if let Some(unknown) = unknown_parameter(url) {
-        return Err(Error::Store(format!("PostgreSQL has no parameter `{unknown}`")));
+        return Err(format!("PostgreSQL has no parameter `{unknown}`"));
     }
-    // What is wrong with it is said without it: a password may be in it.
     let options: PgConnectOptions =
-        url.parse().map_err(|error: sqlx::Error| Error::Store(format!("cannot read the URL of PostgreSQL: {error}")))?;
-    let options = options.disable_statement_logging();
+        url.parse().map_err(|error: sqlx::Error| format!("cannot read the URL of PostgreSQL: {error}"))?;
+    Ok(options.disable_statement_logging())
+}
+
+pub(super) async fn connect(url: &str) -> Result<Sql<Postgres>> {
+    let options = options(url).map_err(Error::Store)?;
     let place = match options.get_socket() {
         Some(socket) => socket.display().to_string(),
         None => format!("{}:{}", options.get_host(), options.get_port()),

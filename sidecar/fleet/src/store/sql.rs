@@ -16,7 +16,7 @@ use sqlx::query::Query;
 use sqlx::{ColumnIndex, Database, Decode, Encode, Executor, IntoArguments, Pool, SqlSafeStr, Type};
 use tracing::error;
 
-use super::{Error, Filter, HOOK_RUNS_MOST, HookRun, Inserted, Result, SPENT_KEPT, Store};
+use super::{Error, Filter, HOOK_RUNS_MOST, HookRun, Inserted, Result, SPENT_KEPT, Store, Within};
 use crate::lifecycle::Phase;
 use crate::session::{Session, SessionId, Wanted};
 
@@ -158,6 +158,27 @@ fn document(what: &impl serde::Serialize) -> Result<String> {
     serde_json::to_string(what).map_err(|error| Error::Store(format!("cannot be written as JSON: {error}")))
 }
 
+/// What a new session is written with.
+fn written<'q, DB: Database>(sql: &'static str, session: &'q Session) -> Result<Query<'q, DB, DB::Arguments>>
+where
+    for<'b> i64: Encode<'b, DB> + Type<DB>,
+    for<'b> bool: Encode<'b, DB> + Type<DB>,
+    for<'b> &'b str: Encode<'b, DB> + Type<DB>,
+    for<'b> String: Encode<'b, DB> + Type<DB>,
+    for<'b> Option<&'b str>: Encode<'b, DB> + Type<DB>,
+{
+    Ok(sqlx::query::<DB>(sql)
+        .bind(session.id.as_str())
+        .bind(session.version)
+        .bind(session.phase.as_str())
+        .bind(session.tenant.as_str())
+        .bind(session.owner.as_str())
+        .bind(session.provider.as_str())
+        .bind(session.is_over())
+        .bind(session.spare())
+        .bind(document(session)?))
+}
+
 fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).map_or(LONGEST, |millis| millis.min(LONGEST))
 }
@@ -233,26 +254,64 @@ where
     for<'q> Option<&'q str>: Encode<'q, DB> + Type<DB>,
 {
     async fn insert(&self, session: &Session) -> Result<Inserted> {
-        let write = sqlx::query::<DB>(
+        let write = written(
             "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, spare, changed, due, document)
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, (SELECT now FROM clock), (SELECT now FROM clock), $9)
              ON CONFLICT (id) DO NOTHING",
-        )
-        .bind(session.id.as_str())
-        .bind(session.version)
-        .bind(session.phase.as_str())
-        .bind(session.tenant.as_str())
-        .bind(session.owner.as_str())
-        .bind(session.provider.as_str())
-        .bind(session.is_over())
-        .bind(session.spare())
-        .bind(document(session)?);
+            session,
+        )?;
         if self.durably(write).await? == 1 {
             return Ok(Inserted::New);
         }
         // Nobody sees it if it was pruned in between.
         let known = self.get(&session.id).await?.ok_or_else(|| Error::Conflict(session.id.clone()))?;
         Ok(Inserted::Known(Box::new(known)))
+    }
+
+    async fn insert_within(&self, session: &Session, within: Within<'_>) -> Result<Option<Inserted>> {
+        // What nobody has asked for has no owner.
+        let (write, of) = match within {
+            Within::Tenant(most) => {
+                let write = written(
+                    "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, spare, changed, due, document)
+                     SELECT $1, $2, $3, $4, $5, $6, $7, $8, (SELECT now FROM clock), (SELECT now FROM clock), $9
+                     WHERE $10 > (SELECT count(*) FROM sessions
+                                  WHERE tenant = $4 AND over = FALSE AND owner <> '' AND phase NOT IN ('destroyed', 'failed'))
+                     ON CONFLICT (id) DO NOTHING",
+                    session,
+                )?;
+                (write.bind(i64::try_from(most).unwrap_or(i64::MAX)), session.tenant.as_str())
+            }
+            Within::Beside(known) => {
+                let write = written(
+                    "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, spare, changed, due, document)
+                     SELECT $1, $2, $3, $4, $5, $6, $7, $8, (SELECT now FROM clock), (SELECT now FROM clock), $9
+                     WHERE NOT EXISTS (SELECT 1 FROM sessions WHERE spare = $8 AND $10 NOT LIKE '%,' || id || ',%')
+                     ON CONFLICT (id) DO NOTHING",
+                    session,
+                )?;
+                let known: String = known.iter().map(|id| format!(",{id},")).collect();
+                (write.bind(known), session.spare().unwrap_or_default())
+            }
+        };
+        let rows = match DB::LOCK {
+            None => self.durably(write).await?,
+            Some(lock) => {
+                let locked = async {
+                    let mut transaction = self.write.begin().await?;
+                    // No period is called so.
+                    sqlx::query::<DB>(lock).bind(of).bind("sessions").execute(&mut *transaction).await?;
+                    let written = write.execute(&mut *transaction).await?;
+                    transaction.commit().await?;
+                    Ok(DB::rows(&written))
+                };
+                bounded(locked).await?
+            }
+        };
+        if rows == 1 {
+            return Ok(Some(Inserted::New));
+        }
+        Ok(self.get(&session.id).await?.map(|known| Inserted::Known(Box::new(known))))
     }
 
     async fn get(&self, id: &SessionId) -> Result<Option<Session>> {

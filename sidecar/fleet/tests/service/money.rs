@@ -7,6 +7,7 @@ use std::time::Duration;
 use agent_fleet::budget::Budgets;
 use agent_fleet::config::Tenant;
 use agent_fleet::lifecycle::Phase;
+use agent_fleet::service;
 use agent_fleet::session::{Pattern, Report, Session, Wanted};
 use agent_fleet::store::{self, Inserted, Store};
 use jiff::Timestamp;
@@ -53,6 +54,26 @@ async fn nothing_stays_set_aside_for_what_came_to_nothing() {
     assert_eq!(spent(&town, "t").await, 0.0);
     fleet.create(long("all-there-is", 20)).await.unwrap();
     running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_fleets_together_make_no_more_than_a_tenant_may_have() {
+    let mut town = Town::new(0).await;
+    town.tenants.extend([tenant("t", None, Some(100.0), Some(3))]);
+    let fleets = [town.fleet(), town.fleet(), town.fleet(), town.fleet()];
+    let asking = (0..12).map(|n| {
+        let fleet = Arc::clone(&fleets[n % 4]);
+        tokio::spawn(async move { fleet.create(long(&format!("s{n}"), 5)).await })
+    });
+    let mut made = 0;
+    for asked in futures_util::future::join_all(asking).await {
+        match asked.unwrap() {
+            Ok(inserted) => made += u32::from(inserted == Inserted::New),
+            Err(error) => assert!(matches!(error, service::Error::Full { most: 3, .. }), "{error}"),
+        }
+    }
+    assert_eq!(made, 3);
+    assert_eq!(spent(&town, "t").await, 0.75, "nothing stays set aside for the others");
 }
 
 #[tokio::test]

@@ -21,7 +21,7 @@ pub(crate) fn ahead(size: usize) -> Ahead {
 }
 
 /// Containers that wait for somebody.
-async fn waiting(town: &Town) -> Vec<Session> {
+pub(crate) async fn waiting(town: &Town) -> Vec<Session> {
     let nobodys = Filter { tenant: Some(String::new()), ..Filter::default() };
     let all = town.store.list(&nobodys, None, 1000).await.unwrap();
     all.into_iter().filter(|spare| spare.spare().is_some()).collect()
@@ -88,6 +88,33 @@ async fn a_session_has_what_was_made_ahead_and_its_place_is_filled() {
     })
     .await;
     assert!(waiting(&town).await.is_empty());
+    running.stop().await;
+}
+
+/// Who drives it looks at it all the time: it is given away all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_made_ahead_is_not_missed_because_it_is_written_to() {
+    let mut town = Town::new(0).await;
+    *town.words.0.lock().unwrap() = Some((false, 0.0));
+    town.pools = vec![ahead(1)];
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    for id in ["a", "b", "c", "d", "e", "f"] {
+        until("one waits", || async { waiting(&town).await.len() == 1 }).await;
+        let (store, spare) = (Arc::clone(&town.store), waiting(&town).await.remove(0).id);
+        let writes = tokio::spawn(async move {
+            loop {
+                let mut spare = store.get(&spare).await.unwrap().unwrap();
+                if spare.given.is_some() {
+                    return;
+                }
+                store.note(&mut spare).await.ok();
+            }
+        });
+        fleet.create(session(id, Pattern::LongRunning)).await.unwrap();
+        assert!(town.reaches(id, Phase::Ready).await.taken.is_some(), "{id}");
+        writes.await.unwrap();
+    }
     running.stop().await;
 }
 
