@@ -25,3 +25,4 @@ pub mod session;
 pub mod store;
 pub mod token;
 pub mod trace;
+mod websocket;

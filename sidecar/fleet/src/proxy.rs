@@ -35,6 +35,7 @@ use crate::lifecycle::Phase;
 use crate::provider::Endpoint;
 use crate::service::moved;
 use crate::session::{Session, SessionId, Wanted};
+use crate::websocket::{Frames, close};
 
 /// Streams at once: each holds two connections.
 const STREAMS: usize = 1000;
@@ -53,6 +54,8 @@ const HEADERS: Duration = Duration::from_secs(300);
 /// How long an app may take to listen, after its sidecar has spoken.
 const LISTENS: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(100);
+/// How long a caller may take to hear that its socket is closed.
+const FAREWELL: Duration = Duration::from_secs(5);
 /// How soon an app is tried again that does not listen yet: it is about to.
 const LISTENS_SOON: Duration = Duration::from_millis(5);
 /// What a wake-up may take beside the container's own start.
@@ -467,6 +470,8 @@ impl Proxy {
     async fn tunnel(&self, api: &Api, session: &Session, mut request: Request, path: &str, place: Place) -> Answer<Response> {
         let (template, port) = api.template_of(session)?;
         let at = api.wake(session, template, port).await?;
+        // Of which container: it may have another later.
+        let generation = api.fleet.store().get(&session.id).await?.map_or(session.generation, |now| now.generation);
         let touch = Touch::begin(api, session, template, place);
         let mut headers = named(passed_on(request.headers()), session);
         let to = HeaderValue::from_static("websocket");
@@ -483,10 +488,12 @@ impl Proxy {
         }
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
         response.headers_mut().insert(header::UPGRADE, to);
+        let (api, session) = (api.clone(), session.id.clone());
         tokio::spawn(async move {
             let (Ok(theirs), Ok(app)) = (theirs.await, answer.upgrade().await) else { return };
-            // What a caller says is work; that an app says it is still there is none.
-            through(TokioIo::new(theirs), app, || touch.flows()).await;
+            // What a caller says is work; that either says it is still there is none.
+            let ends = Ends { moves: api.fleet.moves(), api, session, generation };
+            through(TokioIo::new(theirs), app, || touch.flows(), ends).await;
         });
         Ok(response)
     }
@@ -500,8 +507,58 @@ fn named(mut headers: HeaderMap, session: &Session) -> HeaderMap {
     headers
 }
 
-/// Until one of the two has had enough, or neither says anything any more.
-async fn through(caller: impl AsyncRead + AsyncWrite + Unpin, app: impl AsyncRead + AsyncWrite + Unpin, said: impl Fn()) {
+/// When a WebSocket's container is no longer there to talk to.
+trait Ended: Send {
+    /// Waits until it is so, and says why.
+    async fn wait(&mut self) -> &'static str;
+    /// Why, if it is so already: its end is heard before anybody says so.
+    async fn now(&self) -> Option<&'static str>;
+}
+
+struct Ends {
+    api: Api,
+    moves: tokio::sync::broadcast::Receiver<SessionId>,
+    session: SessionId,
+    generation: u32,
+}
+
+impl Ended for Ends {
+    async fn wait(&mut self) -> &'static str {
+        loop {
+            moved(&mut self.moves, &self.session, TOLD).await;
+            let Ok(session) = self.api.fleet.store().get(&self.session).await else { continue };
+            // Until it is put away, or has ended, its app may have something to say.
+            if let Some(session) = &session
+                && session.generation == self.generation
+                && (session.phase.is_up() || matches!(session.phase, Phase::Pausing | Phase::Stopping))
+            {
+                continue;
+            }
+            return why(session.as_ref());
+        }
+    }
+
+    async fn now(&self) -> Option<&'static str> {
+        let session = self.api.fleet.store().get(&self.session).await.ok()?;
+        let lives = session.as_ref().is_some_and(|session| session.generation == self.generation && session.phase.is_up());
+        (!lives).then(|| why(session.as_ref()))
+    }
+}
+
+fn why(session: Option<&Session>) -> &'static str {
+    let over = |session: &Session| {
+        session.wanted == Wanted::Gone || session.phase.is_last() || matches!(session.phase, Phase::Stopping | Phase::Stopped)
+    };
+    if session.is_none_or(over) { "the session has ended" } else { "the session sleeps: connect again, and it is woken" }
+}
+
+/// Until one of the two has had enough, or neither says anything any more, or the container is put away. A caller whose socket the app has not closed is told why.
+async fn through(
+    caller: impl AsyncRead + AsyncWrite + Unpin,
+    app: impl AsyncRead + AsyncWrite + Unpin,
+    said: impl Fn(),
+    mut ends: impl Ended,
+) {
     let (mut from_caller, mut to_caller) = tokio::io::split(caller);
     let (mut from_app, mut to_app) = tokio::io::split(app);
     let last = Mutex::new(Instant::now());
@@ -515,28 +572,58 @@ async fn through(caller: impl AsyncRead + AsyncWrite + Unpin, app: impl AsyncRea
             tokio::time::sleep_until(ends).await;
         }
     };
-    let heard = || {
+    let (mut asked, mut answered) = (Frames::default(), Frames::default());
+    let heard = |chunk: &[u8]| {
         flowed();
-        said();
+        if asked.read(chunk) {
+            said();
+        }
     };
-    tokio::select! {
-        () = pump(&mut from_caller, &mut to_app, heard) => {}
-        () = pump(&mut from_app, &mut to_caller, flowed) => {}
-        () = quiet => {}
-    }
-}
-
-/// Until one of the two has had enough.
-async fn pump(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin), flowed: impl Fn()) {
-    let mut chunk = vec![0; 16 << 10];
-    while let Ok(n @ 1..) = from.read(&mut chunk).await {
+    let answer = |chunk: &[u8]| {
         flowed();
-        if to.write_all(&chunk[..n]).await.is_err() || to.flush().await.is_err() {
+        answered.read(chunk);
+    };
+    let why = tokio::select! {
+        _ = pump(&mut from_caller, &mut to_app, heard, std::future::pending()) => {
+            // Its neighbour may be told that no more comes.
+            to_app.shutdown().await.ok();
             return;
         }
+        why = pump(&mut from_app, &mut to_caller, answer, ends.wait()) => match why {
+            None => ends.now().await,
+            why => why,
+        },
+        () = quiet => Some("nothing was said for an hour"),
+    };
+    if let Some(why) = why.filter(|_| answered.is_between()) {
+        to_caller.write_all(&close(why)).await.ok();
     }
-    // Its neighbour may be told that no more comes.
-    to.shutdown().await.ok();
+    to_caller.shutdown().await.ok();
+    // What comes now would take away what it has not read yet.
+    let mut rest = tokio::io::sink();
+    drop(tokio::time::timeout(FAREWELL, tokio::io::copy(&mut from_caller, &mut rest)).await);
+}
+
+/// Until one of the two has had enough: `None`; or until then, and why: in between two pieces.
+async fn pump(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+    mut flowed: impl FnMut(&[u8]),
+    until: impl Future<Output = &'static str>,
+) -> Option<&'static str> {
+    let mut chunk = vec![0; 16 << 10];
+    let mut until = std::pin::pin!(until);
+    loop {
+        let read = tokio::select! {
+            read = from.read(&mut chunk) => read,
+            why = &mut until => return Some(why),
+        };
+        let Ok(n @ 1..) = read else { return None };
+        flowed(&chunk[..n]);
+        if to.write_all(&chunk[..n]).await.is_err() || to.flush().await.is_err() {
+            return None;
+        }
+    }
 }
 
 /// What of a caller's headers the app is told: not the token by which they are known here.
@@ -642,11 +729,23 @@ mod tests {
         assert_eq!(refused(proxy.whole(pieces(BODY_MOST), BODY_MOST).await), None);
     }
 
+    struct Never;
+
+    impl Ended for Never {
+        async fn wait(&mut self) -> &'static str {
+            std::future::pending().await
+        }
+
+        async fn now(&self) -> Option<&'static str> {
+            None
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_tunnel_ends_when_nothing_has_flowed_either_way_for_long() {
         let ((mut caller, ours), (theirs, mut app)) = (tokio::io::duplex(64), tokio::io::duplex(64));
         let began = Instant::now();
-        let tunnel = tokio::spawn(async move { through(ours, theirs, || {}).await });
+        let tunnel = tokio::spawn(async move { through(ours, theirs, || {}, Never).await });
         let mut byte = [0];
         // Either keeps it.
         for _ in 0..3 {

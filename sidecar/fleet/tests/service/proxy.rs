@@ -197,14 +197,12 @@ async fn a_session_is_in_use_while_its_answer_comes_and_no_longer() {
     assert_eq!(served.town.get("a").await.phase, Phase::Paused);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_websocket_is_passed_through_byte_for_byte_to_its_owner_alone() {
-    let (served, app) = served("websocket").await;
-    assert_eq!(served.create("shop", json!({"template": "chat", "id": "a"})).await.0, 201);
-    let open = async |who: &str, path: &str| {
-        let mut stream = TcpStream::connect(served.url.strip_prefix("http://").unwrap()).await.unwrap();
+impl Served {
+    /// A WebSocket of somebody's to a session, and what was answered.
+    async fn socket(&self, who: &str, path: &str) -> (TcpStream, String) {
+        let mut stream = TcpStream::connect(self.url.strip_prefix("http://").unwrap()).await.unwrap();
         let head = format!(
-            "GET /v1/sessions/a/{path} HTTP/1.1\r\nHost: fleet\r\nAuthorization: Bearer {}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+            "GET /v1/sessions/{path} HTTP/1.1\r\nHost: fleet\r\nAuthorization: Bearer {}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
              Agent-Session: another\r\nSec-WebSocket-Key: k\r\nSec-WebSocket-Version: 13\r\n\r\n",
             who.repeat(12)
         );
@@ -214,7 +212,70 @@ async fn a_websocket_is_passed_through_byte_for_byte_to_its_owner_alone() {
             answer.push(stream.read_u8().await.unwrap());
         }
         (stream, String::from_utf8(answer).unwrap().to_ascii_lowercase())
-    };
+    }
+}
+
+/// A client's, with a mask of zeros.
+fn frame(first: u8, said: &[u8]) -> Vec<u8> {
+    [&[first, 0x80 | u8::try_from(said.len()).unwrap(), 0, 0, 0, 0], said].concat()
+}
+
+/// All that comes until it is closed.
+async fn rest(stream: &mut TcpStream) -> Vec<u8> {
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).await.unwrap();
+    rest
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_websocket_on_which_nobody_says_anything_keeps_nobody_awake_and_is_closed_with_a_reason() {
+    let (served, app) = served("silence").await;
+    assert_eq!(served.create("shop", json!({"template": "chat", "id": "a"})).await.0, 201);
+    let (mut stream, answer) = served.socket("shop", "a/ws").await;
+    assert!(answer.starts_with("http/1.1 101"), "{answer}");
+    let since = async || served.town.get("a").await.idle_since;
+    // Many clients send these by themselves.
+    let before = since().await;
+    let (ping, mut echoed) = (frame(0x89, b"are you there"), [0; 19]);
+    let until = tokio::time::Instant::now() + Duration::from_millis(2500);
+    while tokio::time::Instant::now() < until {
+        stream.write_all(&ping).await.unwrap();
+        stream.read_exact(&mut echoed).await.unwrap();
+        assert_eq!(echoed[..], ping);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(since().await, before);
+    let text = frame(0x81, b"are you there");
+    while since().await == before {
+        stream.write_all(&text).await.unwrap();
+        stream.read_exact(&mut echoed).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
+    assert_eq!(served.ask("shop", "POST", "/v1/sessions/a/pause", None).await.0, 202);
+    let closed = rest(&mut stream).await;
+    assert_eq!(served.town.get("a").await.phase, Phase::Paused);
+    assert_eq!(closed[..4], [0x88, u8::try_from(closed.len() - 2).unwrap(), 0x03, 0xe9], "1001, by the fleet");
+    assert_eq!(closed[4..], *b"the session sleeps: connect again, and it is woken");
+    // Who connects again wakes it.
+    let (mut stream, answer) = served.socket("shop", "a/ws").await;
+    assert!(answer.starts_with("http/1.1 101") && served.town.get("a").await.phase.is_up(), "{answer}");
+    assert_eq!(app.asked().len(), 2);
+    // In the middle of what the app says nothing is put in between.
+    stream.write_all(&frame(0x81, b"half of it")[..8]).await.unwrap();
+    let mut half = [0; 8];
+    stream.read_exact(&mut half).await.unwrap();
+    let (mut other, _) = served.socket("shop", "a/ws").await;
+    assert_eq!(served.ask("shop", "DELETE", "/v1/sessions/a", None).await.0, 202);
+    assert_eq!(rest(&mut other).await[4..], *b"the session has ended");
+    assert!(rest(&mut stream).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_websocket_is_passed_through_byte_for_byte_to_its_owner_alone() {
+    let (served, app) = served("websocket").await;
+    assert_eq!(served.create("shop", json!({"template": "chat", "id": "a"})).await.0, 201);
+    let open = async |who: &str, path: &str| served.socket(who, &format!("a/{path}")).await;
     let (_, refused) = open("bank", "ws").await;
     assert!(refused.starts_with("http/1.1 404"), "{refused}");
     for (path, there) in [("ws", "/ws"), ("ws/room?n=1", "/ws/room?n=1"), ("app/ws/x", "/ws/x")] {
