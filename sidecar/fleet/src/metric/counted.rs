@@ -14,7 +14,6 @@ use crate::store::{Error, Filter, HookRun, Inserted, Result, Store, Within};
 
 pub(super) const OPERATIONS: &[&str] = &[
     "insert",
-    "insert_within",
     "get",
     "update",
     "note",
@@ -70,7 +69,7 @@ impl Store for Counted {
     }
 
     async fn insert_within(&self, session: &Session, within: Within<'_>) -> Result<Option<Inserted>> {
-        self.timed("insert_within", self.store.insert_within(session, within)).await
+        self.timed("insert", self.store.insert_within(session, within)).await
     }
 
     async fn get(&self, id: &SessionId) -> Result<Option<Session>> {
