@@ -163,6 +163,9 @@ impl<'a> Reader<'a> {
         {
             let remedy = "write it like sqlite:///var/lib/agent-fleet/fleet.db or postgres://user@host/database";
             self.wrong(at, "`fleet.store` is the URL of a SQLite file or of a PostgreSQL database", remedy);
+        } else if let Some(Err(what)) = store.as_ref().map(|store| crate::store::check(store.reveal())) {
+            let remedy = "write it like sqlite:///var/lib/agent-fleet/fleet.db or postgres://user@host/database";
+            self.wrong(at, format!("`fleet.store`: {what}"), remedy);
         }
         let url = self.get(&mut section, "url", web_url).map(|url| url.trim_end_matches('/').to_owned());
         let at = section.at_key("secret");
@@ -262,6 +265,10 @@ impl<'a> Reader<'a> {
             self.wrong(s.at_key("provider"), format!("there is no provider `{provider}`"), remedy);
         }
         let image = self.need(s, "image", text, "image = \"registry.example/agent@sha256:…\"").unwrap_or_default();
+        if image.chars().any(char::is_whitespace) {
+            let what = format!("`{}.image` has a space in it: `{}`", s.name, image.escape_debug());
+            self.wrong(s.at_key("image"), what, "write it like registry.example/agent:1, and what runs in it in `command`");
+        }
         let command = self.get(s, "command", texts).unwrap_or_default();
         if command.iter().any(|word| is_key(word)) {
             let what = format!("`{}.command` holds a secret, which everybody sees who lists processes", s.name);
@@ -272,6 +279,10 @@ impl<'a> Reader<'a> {
         let ports = self.get(s, "ports", ports).unwrap_or_default();
         let sidecar_port = self.get(s, "sidecar_port", port).unwrap_or(SIDECAR_PORT);
         let app_port = self.get(s, "app_port", port);
+        if app_port == Some(sidecar_port) {
+            let what = format!("`{}.app_port` is {sidecar_port}, where its sidecar listens", s.name);
+            self.wrong(s.at_key("app_port"), what, "take another for one of the two: 8000, say");
+        }
         let at = s.at_key("app_token");
         let app_token = self.secret(s, "app_token").and_then(|token| {
             let key = format!("{}.app_token", s.name);
@@ -340,6 +351,10 @@ impl<'a> Reader<'a> {
             }
         }
         let shared = self.shared(s, pattern, app_port.is_some());
+        if pattern == Pattern::Shared && s.has("shared").is_none() {
+            let what = format!("`{}` is shared, and does not say by how many", s.name);
+            self.wrong(s.at_key("pattern"), what, "add shared = { sessions_per_container = 8 }, or make it long-running");
+        }
         let at = section.at.clone();
         self.finish(section);
         let template = Template {
@@ -613,6 +628,10 @@ impl<'a> Reader<'a> {
                 Some(program) if !program.starts_with('/') => {
                     let what = format!("`{}.command` begins with `{program}`", s.name);
                     self.wrong(s.at_key("command"), what, "write the program's whole path");
+                }
+                Some(program) if !self.outside.has_program(Path::new(program)) => {
+                    let what = format!("`{}.command`: there is no program `{program}`", s.name);
+                    self.wrong(s.at_key("command"), what, "write the whole path of one that may be executed");
                 }
                 Some(_) if argv.iter().any(|word| is_key(word)) => {
                     let what = format!("`{}.command` holds a secret, which everybody sees who lists processes", s.name);

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use crate::provider::Secret;
 
@@ -25,13 +26,18 @@ impl fmt::Debug for Hidden {
     }
 }
 
-/// Where secrets are looked for: handed in, so that a test has its own.
+/// Where secrets and programs are looked for: handed in, so that a test has its own.
 pub trait Outside: Sync {
     /// `Ok(None)`: it cannot be known here.
     ///
     /// # Errors
     /// What is wrong, in a sentence that says where the secret is, and nothing of what it is.
     fn secret(&self, secret: &Secret) -> Result<Option<Hidden>, String>;
+
+    /// Whether there is such a program, as far as that can be known here.
+    fn has_program(&self, _: &Path) -> bool {
+        true
+    }
 }
 
 /// This process's environment and its machine's files.
@@ -61,6 +67,10 @@ impl Outside for Machine {
             Secret::Env(_) | Secret::Given(_) => {}
         }
         Ok(Some(Hidden(secret.read()?.expose().to_owned())))
+    }
+
+    fn has_program(&self, path: &Path) -> bool {
+        std::fs::metadata(path).is_ok_and(|about| about.is_file() && about.permissions().mode() & 0o111 != 0)
     }
 }
 

@@ -33,6 +33,10 @@ impl Outside for Fake {
             Secret::File(_) | Secret::Provider(_) | Secret::Given(_) => Ok(None),
         }
     }
+
+    fn has_program(&self, path: &Path) -> bool {
+        !path.ends_with("missing")
+    }
 }
 
 fn parse(text: &str) -> Result<Config, Mistakes> {
@@ -415,6 +419,36 @@ fn a_pool_has_a_size_and_an_age_that_leaves_something_of_a_life() {
 }
 
 #[test]
+fn what_could_only_fail_later_is_found_before() {
+    for (line, what) in [
+        ("app_port = 9477", "`templates.task.app_port` is 9477, where its sidecar listens; take another"),
+        ("sidecar_port = 8000\napp_port = 8000", "`templates.task.app_port` is 8000, where its sidecar listens"),
+        (
+            "[[hooks]]\nname = \"h\"\non = [\"ready\"]\ncommand = [\"/usr/bin/missing\"]\ntimeout = \"5s\"",
+            "`hooks.h.command`: there is no program `/usr/bin/missing`",
+        ),
+    ] {
+        let found = of_template(line);
+        assert!(found.contains(what) && found.lines().count() == 1, "{line}: {found}");
+    }
+    for (before, after, what) in [
+        ("\"agent\"", "\"agent:1 --rm\"", "`templates.task.image` has a space in it: `agent:1 --rm`"),
+        ("\"ephemeral\"", "\"shared\"", "`templates.task` is shared, and does not say by how many; add shared = {"),
+        ("name = \"prod\"", "name = \"prod\"\nstore = \"sqlite:\"", "`fleet.store`: `sqlite:` wants a path after it"),
+        ("name = \"prod\"", "name = \"prod\"\nstore = \"postgres://u@h/d?sslmod=x\"", "has no parameter `sslmod`"),
+    ] {
+        let found = mistakes(&HEAD.replace(before, after));
+        assert!(found.contains(what) && found.lines().count() == 1, "{after}: {found}");
+    }
+    let stored = "[conversations]\nstore = \"postgres://u@h/d?passwrd=of-ours\"\n[fleet]\nsecret = { env = \"T\" }";
+    let found = mistakes(&HEAD.replace("[fleet]", stored));
+    assert!(
+        found.contains("`conversations.store`: PostgreSQL has no parameter `passwrd`") && !found.contains("of-ours"),
+        "{found}"
+    );
+}
+
+#[test]
 fn sessions_share_a_container_where_its_app_can_tell_them_apart() {
     let shared = "shared = { sessions_per_container = 8, containers = 4 }";
     for pattern in ["shared", "long-running"] {
@@ -429,6 +463,11 @@ fn sessions_share_a_container_where_its_app_can_tell_them_apart() {
             "`templates.task` is ephemeral, and has its container for itself",
         ),
         ("shared = { sessions_per_container = 8 }", "`templates.task.shared` needs `app_port`"),
+        // Of several in a container none is put away: whoever writes so is told.
+        (
+            "app_port = 8000\narchive = true\nshared = { sessions_per_container = 8 }",
+            "`archive` is for what is put away and gone on with",
+        ),
         ("app_port = 8000\nshared = { containers = 2 }", "`templates.task.shared` has no `sessions_per_container`"),
         ("app_port = 8000\nshared = { sessions_per_container = 257 }", "`templates.task.shared.sessions_per_container` is 257"),
         ("app_port = 8000\nshared = { sessions_per_container = 2, containers = 0 }", "is zero"),
