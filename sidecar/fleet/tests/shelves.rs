@@ -151,8 +151,9 @@ async fn s3(State(bucket): State<Arc<Bucket>>, request: Request) -> Response {
             let all: Vec<&String> = objects.keys().filter(|key| key.starts_with(prefix.as_str()) && **key > after).collect();
             let page = &all[..all.len().min(2)];
             let one = |key: &&String| format!("<Contents><Key>{key}</Key><Size>1</Size></Contents>");
-            let next =
-                if all.len() > 2 { format!("<NextContinuationToken>{}</NextContinuationToken>", page[1]) } else { String::new() };
+            // The last is an empty one with some.
+            let next = if all.len() > 2 { page[1].as_str() } else { "" };
+            let next = format!("<NextContinuationToken>{next}</NextContinuationToken>");
             let more = all.len() > 2;
             let contents: String = page.iter().map(one).collect();
             format!("<ListBucketResult {xmlns}><IsTruncated>{more}</IsTruncated>{contents}{next}</ListBucketResult>")

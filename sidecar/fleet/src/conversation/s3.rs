@@ -152,7 +152,8 @@ impl Shelf for S3 {
             let page =
                 ListObjectsV2::parse_response(&said).map_err(|_| Error::Passing(String::from("S3's list cannot be read")))?;
             found.extend(page.contents.into_iter().filter_map(|one| one.key.strip_prefix(&self.prefix).map(str::to_owned)));
-            next = page.next_continuation_token;
+            // Some end with an empty one.
+            next = page.next_continuation_token.filter(|next| !next.is_empty());
             if next.is_none() {
                 found.sort();
                 return Ok(found);

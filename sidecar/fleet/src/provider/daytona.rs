@@ -417,7 +417,7 @@ impl Provider for Daytona {
             .await?
             .ok()?
             .json()?;
-        Ok(Endpoint { url: preview.url, headers: vec![(String::from("x-daytona-preview-token"), preview.token)] })
+        Ok(Endpoint { url: rest::at(&preview.url), headers: vec![(String::from("x-daytona-preview-token"), preview.token)] })
     }
 
     async fn events(&self, _labels: &BTreeMap<String, String>) -> Result<BoxStream<'static, Result<Happened>>> {
@@ -438,9 +438,9 @@ struct Item {
     cpu: f64,
     memory: f64,
     disk: f64,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::time")]
     created_at: Option<Timestamp>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::time")]
     auto_destroy_at: Option<Timestamp>,
     #[serde(default, rename = "toolboxProxyUrl")]
     toolbox: Option<String>,

@@ -521,10 +521,12 @@ struct Detail {
     id: String,
     started_at: Timestamp,
     end_at: Timestamp,
+    /// Not of every version of those that one runs oneself.
+    #[serde(default)]
     cpu_count: u32,
-    #[serde(rename = "memoryMB")]
+    #[serde(default, rename = "memoryMB")]
     memory_mb: u32,
-    #[serde(rename = "diskSizeMB")]
+    #[serde(default, rename = "diskSizeMB")]
     disk_mb: u32,
     #[serde(default)]
     metadata: BTreeMap<String, String>,
@@ -551,7 +553,7 @@ impl Detail {
             native: self.id,
             reason: None,
             exit_code: None,
-            size: Some(Size {
+            size: (self.cpu_count > 0).then(|| Size {
                 cpu_milli: self.cpu_count.saturating_mul(1000),
                 memory_mib: self.memory_mb,
                 disk_mib: self.disk_mb,

@@ -259,7 +259,10 @@ impl Provider for Fly {
         let answer = call.send().await?.ok()?;
         let listed: Vec<Machine> = answer.json()?;
         // Who does not know how to filter gives everything.
-        let fits = |machine: &Machine| labels.iter().all(|(name, value)| machine.config.metadata.get(name) == Some(value));
+        let fits = |machine: &Machine| {
+            let has = machine.config().map(|config| &config.metadata);
+            labels.iter().all(|(name, value)| has.and_then(|has| has.get(name)) == Some(value))
+        };
         Ok(Page {
             next: answer.header("fly-next-cursor").map(str::to_owned),
             sandboxes: listed.into_iter().filter(fits).map(Machine::into_sandbox).collect(),
@@ -378,8 +381,11 @@ struct Machine {
     #[serde(default)]
     state: String,
     #[serde(default)]
-    config: Config,
+    config: Option<Config>,
+    /// What there is of it in the place of that, while its host cannot be reached.
     #[serde(default)]
+    incomplete_config: Option<Config>,
+    #[serde(default, deserialize_with = "rest::time")]
     created_at: Option<Timestamp>,
     #[serde(default)]
     private_ip: Option<String>,
@@ -420,6 +426,10 @@ struct Event {
 }
 
 impl Machine {
+    fn config(&self) -> Option<&Config> {
+        self.config.as_ref().or(self.incomplete_config.as_ref())
+    }
+
     fn state(&self) -> State {
         match self.state.as_str() {
             "created" => State::Created,
@@ -445,10 +455,11 @@ impl Machine {
         let exit = exit.map(|event| &event.request["exit_event"]);
         let oom = exit.is_some_and(|exit| exit["oom_killed"] == true);
         let host = self.host_status.filter(|status| status != "ok").map(|status| format!("its host is {status}"));
-        let Guest { cpus, memory_mb } = self.config.guest;
-        let disk_mib = self.config.rootfs.size_gb.unwrap_or(DISK_GIB) * 1024;
+        let Config { metadata, guest, rootfs } = self.config.or(self.incomplete_config).unwrap_or_default();
+        let Guest { cpus, memory_mb } = guest;
+        let disk_mib = rootfs.size_gb.unwrap_or(DISK_GIB).saturating_mul(1024);
         Sandbox {
-            key: self.config.metadata.get(KEY_LABEL).cloned(),
+            key: metadata.get(KEY_LABEL).cloned(),
             native: self.id,
             reason: if oom { Some(String::from("out of memory")) } else { host },
             exit_code: exit.and_then(|exit| exit["exit_code"].as_i64()?.try_into().ok()),
@@ -456,7 +467,7 @@ impl Machine {
             created: self.created_at,
             deadline: None,
             state,
-            labels: self.config.metadata,
+            labels: metadata,
         }
     }
 }
@@ -500,6 +511,17 @@ mod tests {
         let month = |cpu, cpu_milli, memory_mib| 720.0 * fly(cpu).price(Size { cpu_milli, memory_mib, disk_mib: 5120 }).running;
         assert!((month(Cpu::Shared, 1000, 1024) - 5.92).abs() < 0.01);
         assert!((month(Cpu::Performance, 1000, 2048) - 32.19).abs() < 0.05);
+    }
+
+    #[test]
+    fn a_machine_whose_host_is_away_is_known_all_the_same() {
+        let said = json!({
+            "id": "148e3d", "state": "started", "host_status": "unreachable", "created_at": "",
+            "incomplete_config": { "metadata": { KEY_LABEL: "agent-1" } },
+        });
+        let seen = serde_json::from_value::<Machine>(said).unwrap().into_sandbox();
+        assert_eq!((seen.key.as_deref(), seen.state, seen.created), (Some("agent-1"), State::Running, None));
+        assert_eq!(seen.reason.as_deref(), Some("its host is unreachable"));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use futures_util::{Stream, StreamExt};
 use jiff::Timestamp;
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use reqwest::{Method, StatusCode, Url};
+use serde::Deserialize as _;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
@@ -408,8 +409,10 @@ impl Answer {
         if self.status.is_success() { Ok(self) } else { Err(self.into_error()) }
     }
 
+    /// What is `null` is not there: many say so of a list, a text or a table that is empty.
     pub(super) fn json<T: DeserializeOwned>(&self) -> Result<T> {
-        serde_json::from_slice(&self.body).map_err(|error| {
+        let read = serde_json::from_slice(&self.body).map(without_nulls);
+        read.and_then(serde_json::from_value).map_err(|error| {
             let (provider, what) = (self.provider, format!("an answer of another shape: {error}"));
             if self.safe { Error::Failed { provider, what } } else { Error::Unsure { provider, what } }
         })
@@ -456,6 +459,28 @@ impl Answer {
         let status = self.status.as_u16();
         if words.is_empty() { format!("it answers {status}") } else { format!("it answers {status}: {words}") }
     }
+}
+
+fn without_nulls(value: serde_json::Value) -> serde_json::Value {
+    use serde_json::Value;
+    match value {
+        Value::Object(fields) => Value::Object(
+            fields.into_iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| (name, without_nulls(value))).collect(),
+        ),
+        Value::Array(items) => Value::Array(items.into_iter().map(without_nulls).collect()),
+        value => value,
+    }
+}
+
+/// A time, or none where what stands there is no time: an empty text is said by some.
+pub(super) fn time<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<Timestamp>, D::Error> {
+    let said = serde_json::Value::deserialize(deserializer)?;
+    Ok(said.as_str().and_then(|text| text.parse().ok()))
+}
+
+/// Where a container's port is, without the slash that some put at its end: paths begin with one.
+pub(super) fn at(url: &str) -> String {
+    url.trim_end_matches('/').to_owned()
 }
 
 /// What a deletion's answer means: what is not there is gone.
@@ -631,6 +656,32 @@ mod tests {
         assert!(matches!(error(401), Error::Refused { .. }));
         assert!(matches!(error(502), Error::Unsure { .. }), "it may have been done");
         assert!(matches!(Answer { safe: true, ..answer(502, "") }.into_error(), Error::Failed { .. }));
+    }
+
+    #[test]
+    fn what_is_null_is_not_there_and_what_is_no_time_is_none() {
+        #[derive(Debug, PartialEq, serde::Deserialize)]
+        struct Said {
+            #[serde(default)]
+            labels: BTreeMap<String, String>,
+            #[serde(default)]
+            items: Vec<Said>,
+            #[serde(default)]
+            word: String,
+            #[serde(default, deserialize_with = "time")]
+            at: Option<Timestamp>,
+        }
+        let said = |body: &str| answer(200, body).json::<Said>().unwrap();
+        let none = said("{}");
+        assert_eq!(said(r#"{"labels":null,"items":null,"word":null,"at":null,"more":[1]}"#), none);
+        assert_eq!(said(r#"{"items":[{"labels":{"a":null},"at":""}]}"#).items, [none]);
+        for (text, second) in
+            [("1970-01-01T01:00:01+01:00", 1), ("1970-01-01T00:00:01.999999999Z", 1), ("0001-01-01T00:00:00Z", -62_135_596_800)]
+        {
+            let at = said(&format!(r#"{{"at":"{text}"}}"#)).at.unwrap();
+            assert_eq!(at.as_nanosecond().div_euclid(1_000_000_000), second, "{text}");
+        }
+        assert_eq!(at("https://8000-x.example/"), "https://8000-x.example");
     }
 
     #[tokio::test(start_paused = true)]

@@ -435,7 +435,7 @@ impl Provider for Vercel {
     async fn endpoint(&self, native: &str, port: u16) -> Result<Endpoint> {
         let looked = self.present(native).await?;
         match looked.routes.into_iter().find(|route| route.port == port) {
-            Some(route) => Ok(Endpoint { url: route.url, headers: Vec::new() }),
+            Some(route) => Ok(Endpoint { url: rest::at(&route.url), headers: Vec::new() }),
             None => Err(Error::Refused {
                 provider: NAME,
                 what: format!("port {port} was not opened when it was made: name it in `ports`"),
@@ -537,11 +537,13 @@ struct Route {
 
 #[derive(Deserialize)]
 struct Listed {
+    #[serde(default)]
     sandboxes: Vec<Named>,
+    #[serde(default)]
     pagination: Pagination,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Pagination {
     next: Option<String>,
 }
