@@ -363,10 +363,7 @@ impl Fleet {
         // Which fleet's it is, is in its name.
         session.spec.labels.insert(FLEET_LABEL.to_owned(), self.name.clone());
         let key = session.key();
-        session.spec.labels.extend([
-            (SESSION_LABEL.to_owned(), session.id.to_string()),
-            (KEY_LABEL.to_owned(), key.clone()),
-        ]);
+        session.spec.labels.extend([(SESSION_LABEL.to_owned(), session.id.to_string()), (KEY_LABEL.to_owned(), key.clone())]);
         session.spec.key = key;
     }
 
