@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::Now;
 use crate::detect::Loops;
-use crate::event::{Answer, Event, Init, Message, SessionState, Status};
+use crate::event::{Aim, Answer, Event, Init, Message, SessionState, Status};
 use crate::ledger::{Base, Ledger};
 use crate::metric::bounded;
 use crate::monitor::Exit;
@@ -50,7 +50,7 @@ struct Call {
     denied: bool,
     /// Of the tool and its input.
     signature: u64,
-    waits: bool,
+    aim: Aim,
 }
 
 #[derive(Clone, Debug)]

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use agent_sidecar_core::event::claude_code::{parse_array, parse_stdin, parse_stdout};
 use agent_sidecar_core::event::{
-    Answer, Assistant, Block, Broken, Event, Init, Message, MirroredAnswer, ModelTotal, RateWindow, Request, SessionState,
+    Aim, Answer, Assistant, Block, Broken, Event, Init, Message, MirroredAnswer, ModelTotal, RateWindow, Request, SessionState,
     Status, Stream, Task, ToolResult, TurnResult, Usage, User,
 };
 use agent_sidecar_core::tokens::{Tokens, Usd};
@@ -182,7 +182,7 @@ fn what_each_message_says() {
                 blocks: vec![
                     Block::Text { bytes: 8 },
                     Block::Thinking { bytes: 3 },
-                    Block::ToolUse { call: "c".into(), tool: "Bash".into(), input_bytes: 2, input_hash: 0, waits: false },
+                    Block::ToolUse { call: "c".into(), tool: "Bash".into(), input_bytes: 2, input_hash: 0, aim: Aim::Work },
                     Block::Other,
                 ],
                 error: some("overloaded"),
@@ -472,13 +472,13 @@ fn what_each_message_says() {
 }
 
 /// Of a call with this input: what tells it apart, and whether it waits.
-fn call(tool: &str, input: &str) -> (u64, bool) {
+fn call(tool: &str, input: &str) -> (u64, Aim) {
     let line = format!(
         r#"{{"type":"assistant","message":{{"id":"m","content":[{{"type":"tool_use","id":"c","input":{input},"name":"{tool}"}}]}}}}"#
     );
     let Event::Assistant(answer) = parse_stdout(line.as_bytes()).unwrap().event else { panic!("no answer: {line}") };
-    let Block::ToolUse { input_hash, waits, .. } = answer.blocks[0] else { panic!("no call: {line}") };
-    (input_hash, waits)
+    let Block::ToolUse { input_hash, aim, .. } = answer.blocks[0] else { panic!("no call: {line}") };
+    (input_hash, aim)
 }
 
 #[test]
@@ -503,23 +503,55 @@ fn equal_inputs_are_one_call_and_others_are_not() {
 }
 
 #[test]
-fn what_lets_time_pass_waits() {
-    for (command, waits) in [
-        ("sleep 5", true),
-        ("make; sleep 5&& tail log", true),
-        (r"until curl -s x\ndo sleep 1\ndone", true),
-        ("gh run watch 7", true),
-        ("kubectl wait --for=condition=ready pod/a", true),
-        ("cat sleep.rs wait/watch.txt", false),
-        ("npm test", false),
+fn a_command_works_or_looks_or_waits() {
+    for (command, aim) in [
+        ("sleep 5", Aim::Wait),
+        ("make; sleep 5&& tail log", Aim::Wait),
+        (r"until curl -s x\ndo sleep 1\ndone", Aim::Wait),
+        ("gh run watch 7", Aim::Wait),
+        ("kubectl wait --for=condition=ready pod/a", Aim::Wait),
+        ("bash -c 'sleep 30; cat log'", Aim::Wait),
+        (r#"ssh host \"sleep 5\""#, Aim::Wait),
+        ("python3 -c 'import time; time.sleep(9)'", Aim::Wait),
+        ("pwsh -c 'Start-Sleep 9'", Aim::Wait),
+        ("/bin/sleep 9", Aim::Wait),
+        ("docker compose up --wait", Aim::Wait),
+        ("helm upgrade a b --wait=true", Aim::Wait),
+        ("kubectl rollout status deploy/web --timeout=60s", Aim::Wait),
+        ("cat /tmp/claude-0/-work/5f/tasks/b7.output", Aim::Wait),
+        ("gh pr checks 7 | cat", Aim::Look),
+        ("cd /work && kubectl -n web get pods 2>&1 | tail -3", Aim::Look),
+        ("tail -3 build.log", Aim::Look),
+        ("curl -s localhost/health || true", Aim::Look),
+        ("aws ecs describe-services --services web", Aim::Look),
+        ("tmux capture-pane -p", Aim::Look),
+        ("tmux send-keys -t a Down", Aim::Press),
+        ("tmux send-keys -t a Down; tmux capture-pane -p", Aim::Press),
+        ("cat sleep.rs wait/watch.txt", Aim::Work),
+        ("npm test", Aim::Work),
+        ("npm test 2>&1 | tail -20", Aim::Work),
+        ("npm test; curl localhost", Aim::Work),
+        ("jest --watch=false", Aim::Work),
+        ("kubectl apply -f a.yaml", Aim::Work),
+        ("git status", Aim::Work),
+        ("", Aim::Work),
     ] {
-        assert_eq!(call("Bash", &format!(r#"{{"command":"{command}"}}"#)).1, waits, "{command}");
-        assert!(!call("Grep", &format!(r#"{{"command":"{command}"}}"#)).1, "{command}");
+        assert_eq!(call("Bash", &format!(r#"{{"command":"{command}"}}"#)).1, aim, "{command}");
+        assert_eq!(call("Grep", &format!(r#"{{"command":"{command}"}}"#)).1, Aim::Work, "{command}");
     }
-    for (tool, waits) in [("BashOutput", true), ("mcp__browser__wait_for", true), ("mcp__x__TaskOutput", true), ("Write", false)]
-    {
-        assert_eq!(call(tool, "{}").1, waits, "{tool}");
+    for (tool, aim) in [
+        ("BashOutput", Aim::Wait),
+        ("mcp__browser__wait_for", Aim::Wait),
+        ("mcp__x__TaskOutput", Aim::Wait),
+        ("mcp__ci__getBuildStatus", Aim::Look),
+        ("mcp__browser__press_key", Aim::Press),
+        ("mcp__tracker__show", Aim::Work),
+        ("Write", Aim::Work),
+    ] {
+        assert_eq!(call(tool, "{}").1, aim, "{tool}");
     }
+    let read = |path: &str| call("Read", &format!(r#"{{"file_path":"{path}"}}"#)).1;
+    assert_eq!((read("/tmp/claude-0/-work/5f/tasks/b7.output"), read("/work/tasks/b7.md")), (Aim::Wait, Aim::Work));
 }
 
 #[test]

@@ -16,7 +16,7 @@ pub(super) struct Cycles {
 
 impl Cycles {
     pub(super) fn round(&mut self, round: &Round) {
-        if round.neutral {
+        if round.neutral || round.looked {
             *self = Cycles::default();
             return;
         }

@@ -14,7 +14,7 @@ impl SameError {
     pub(super) fn round(&mut self, round: &Round) {
         if round.news {
             *self = SameError::default();
-        } else if round.neutral || round.errors == 0 {
+        } else if round.neutral || round.looked || round.errors == 0 {
             // To look again at what is known changes nothing, and what is tried after a wait may well fail as before.
         } else if self.streak == 0 || self.error != round.errors {
             *self = SameError { error: round.errors, calls: round.calls, streak: 1 };

@@ -50,8 +50,14 @@ pub enum Kind {
     Wait,
     /// Its effect may not show in its result: a tool that we do not know.
     Opaque,
-    /// The agent's own notes: no news, whatever they say.
+    /// A key that is pressed: its effect shows in the next look, if at all.
+    Press,
+    /// How something stands that moves by itself: no circle, and no news as long as it says the same.
+    Look,
+    /// The agent's own notes, rewritten as a whole: no news, whatever they say.
     Note,
+    /// One task of its list: news while it is new, and no part of a circle.
+    Task,
 }
 
 /// How far each kind of circle has come.
@@ -98,20 +104,25 @@ struct Round {
     /// It tells nothing: it waited, or what it did does not show.
     neutral: bool,
     waited: bool,
+    looked: bool,
 }
 
 impl Round {
-    fn add(&mut self, ended: &Ended, pair: u64, news: bool) {
+    fn add(&mut self, ended: &Ended, pair: u64) {
         let waits = ended.kind == Kind::Wait;
-        let mute = ended.kind == Kind::Opaque && ended.error.is_none() && ended.bytes <= MUTE;
+        let mute = match ended.kind {
+            Kind::Opaque => ended.error.is_none() && ended.bytes <= MUTE,
+            Kind::Press => true,
+            Kind::Plain | Kind::Wait | Kind::Look | Kind::Note | Kind::Task => false,
+        };
         self.signature = self.signature.wrapping_add(pair);
         self.calls = self.calls.wrapping_add(mix(ended.call, 0) | 1);
         if let Some(error) = ended.error.filter(|error| *error != 0) {
             self.errors = self.errors.wrapping_add(mix(error, 0) | 1);
         }
-        self.news |= news;
         self.waited |= waits;
         self.neutral |= waits || mute;
+        self.looked |= ended.kind == Kind::Look;
     }
 }
 
@@ -156,24 +167,34 @@ impl Loops {
     }
 
     pub fn call_ended(&mut self, thread: &str, ended: &Ended) {
-        let pair = mix(mix(ended.call, 0), ended.result);
+        // What another knows is news to who has not seen it: each subagent begins with nothing.
+        let call = mix(ended.call, Hash::of(thread.as_bytes()));
+        let pair = mix(mix(call, 0), ended.result);
         let succeeded = ended.error.is_none();
-        let noted = ended.kind == Kind::Note && succeeded;
-        let news = !noted && self.progress.is_news(ended.call, pair, succeeded);
+        let noted = matches!(ended.kind, Kind::Note | Kind::Task) && succeeded;
+        let news = ended.kind != Kind::Note && self.progress.is_news(call, pair, succeeded);
+        if thread.is_empty() {
+            self.compactions.called(call);
+        }
         let Some(thread) = self.thread(thread) else {
             // Who is not watched may bring news all the same.
             self.progress.round(&Round { news, neutral: true, ..Round::default() });
             return self.settle();
         };
         if !noted {
-            thread.round.add(ended, pair, news);
+            thread.round.add(ended, pair);
         }
+        thread.round.news |= news;
         thread.open = thread.open.saturating_sub(1);
         if thread.open > 0 {
             return;
         }
         let mut round = std::mem::take(&mut thread.round);
         if round.calls == 0 {
+            if round.news {
+                self.progress.round(&round);
+                self.settle();
+            }
             return;
         }
         round.neutral |= std::mem::replace(&mut thread.waited, round.waited);

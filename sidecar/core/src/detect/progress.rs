@@ -7,6 +7,8 @@ use super::Round;
 
 /// Calls and results that are remembered. Beyond that they are news again.
 const SEEN: usize = 4_096;
+/// Answers that a wait makes up for: its own, and the looks that it was waited for.
+const FORGIVEN: u64 = 4;
 
 /// See the module's head.
 #[derive(Clone, Debug, Default)]
@@ -34,7 +36,7 @@ impl Progress {
         if round.news {
             self.stale = 0;
         } else if round.neutral {
-            self.stale = self.stale.saturating_sub(1);
+            self.stale = self.stale.saturating_sub(if round.waited { FORGIVEN } else { 1 });
         }
     }
 

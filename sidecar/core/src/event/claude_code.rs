@@ -7,6 +7,7 @@
 use super::json::{ELEMENTS, Json, Str};
 use super::{Broken, Event, Init, Message, MirroredAnswer, RateWindow, SessionState, Status, Stream, Task, TurnResult};
 
+mod aim;
 mod control;
 mod message;
 mod tool;

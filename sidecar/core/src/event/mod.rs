@@ -228,10 +228,22 @@ pub enum Block {
         tool: String,
         input_bytes: usize,
         input_hash: u64,
-        /// It is there to let time pass: a command that sleeps or watches, a tool that polls.
-        waits: bool,
+        aim: Aim,
     },
     Other,
+}
+
+/// What a call is there for, as far as its name and its command tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Aim {
+    #[default]
+    Work,
+    /// To do one small thing that shows nowhere in what it says: a key that is pressed.
+    Press,
+    /// To see how something stands that moves by itself: a pipeline, a service, a log.
+    Look,
+    /// To let time pass: a command that sleeps or watches, a tool that polls.
+    Wait,
 }
 
 #[derive(Clone, Debug, PartialEq, Default)]
@@ -256,6 +268,8 @@ pub struct ToolResult {
     pub denied: bool,
     /// Ended from outside while it ran.
     pub interrupted: bool,
+    /// A command that was run, and failed.
+    pub ran: bool,
     /// Of what it says, and how much that is.
     pub hash: u64,
     pub bytes: usize,

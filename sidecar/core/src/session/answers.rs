@@ -38,7 +38,7 @@ impl Session {
         for block in assistant.blocks {
             match block {
                 Block::Text { bytes } | Block::Thinking { bytes } if !streamed => self.ledger.grow(id, bytes),
-                Block::ToolUse { call, tool, input_bytes: bytes, input_hash, waits } => {
+                Block::ToolUse { call, tool, input_bytes: bytes, input_hash, aim } => {
                     if !streamed {
                         self.ledger.grow(id, bytes);
                     }
@@ -50,7 +50,7 @@ impl Session {
                     let tool = bounded(&tool, NAME).to_owned();
                     let (started, thread) = (now.mono, thread(parent).to_owned());
                     let signature = crate::detect::signature(&tool, input_hash);
-                    self.tool_started(call, Call { tool, started, thread, denied: false, signature, waits }, bytes);
+                    self.tool_started(call, Call { tool, started, thread, denied: false, signature, aim }, bytes);
                 }
                 Block::Text { .. } | Block::Thinking { .. } | Block::Other => {}
             }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Agent, Call, MAIN, OPEN, Permission, Session, name, thread};
 use crate::Now;
 use crate::detect::{Ended, Kind};
-use crate::event::{Request, Task, ToolResult, User};
+use crate::event::{Aim, Request, Task, ToolResult, User};
 use crate::meter::tool_class;
 use crate::update::{ToolClass, ToolOutcome, Update};
 
@@ -68,18 +68,24 @@ impl Session {
             // Somebody else ended it: that says nothing of the agent.
             ToolOutcome::Interrupted | ToolOutcome::Lost => return,
         };
+        // That something is not there is an answer to who looked for it.
+        let looked_for = outcome == ToolOutcome::Error && matches!(call.tool.as_str(), "Read" | "LS" | "Glob" | "Grep");
         self.loops.call_ended(
             &call.thread,
             &Ended {
                 call: call.signature,
                 result: result.hash,
                 bytes: result.bytes,
-                error: failed.then_some(result.error_hash),
-                kind: match tool_class(&call.tool) {
-                    _ if call.waits => Kind::Wait,
-                    _ if matches!(call.tool.as_str(), "TodoWrite" | "TaskCreate" | "TaskUpdate") => Kind::Note,
-                    ToolClass::File | ToolClass::Shell | ToolClass::Web => Kind::Plain,
-                    ToolClass::Agent | ToolClass::Mcp | ToolClass::Other => Kind::Opaque,
+                error: failed.then_some(if looked_for { 0 } else { result.error_hash }),
+                kind: match (call.aim, tool_class(&call.tool)) {
+                    (Aim::Wait, _) => Kind::Wait,
+                    // What was not let is no look.
+                    (Aim::Look, _) if !failed || result.ran => Kind::Look,
+                    (Aim::Press, _) if !failed => Kind::Press,
+                    _ if call.tool == "TodoWrite" => Kind::Note,
+                    _ if matches!(call.tool.as_str(), "TaskCreate" | "TaskUpdate") => Kind::Task,
+                    (_, ToolClass::File | ToolClass::Shell | ToolClass::Web) => Kind::Plain,
+                    (_, ToolClass::Agent | ToolClass::Mcp | ToolClass::Other) => Kind::Opaque,
                 },
             },
         );

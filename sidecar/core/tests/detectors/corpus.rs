@@ -120,6 +120,28 @@ pub(crate) const RUNS: &[Run] = &[
         s.compacted("auto");
     })),
     ("agents that start agents", Sick(FanOut), |s| turn(s, |s| for _ in 0..150 { let agent = s.subagent(); s.home(&agent); })),
+    ("a cluster looked at for ever", Sick(NoProgress), |s| turn(s, |s| for _ in 0..60 {
+        s.call(bash("kubectl get pods", "web-1 Pending"));
+    })),
+    ("tests that are told not to watch, again and again", Sick(Identical), |s| turn(s, |s| for _ in 0..20 {
+        s.call(fails("npx jest --watch=false --no-watch", RED));
+    })),
+    ("a look at the network that is denied each time", Sick(Identical), |s| turn(s, |s| for _ in 0..20 {
+        s.call(fails("curl https://example.com", "Permission to use Bash has been denied."));
+    })),
+    ("a subagent that reads seven files over and over", Sick(NoProgress), |s| turn(s, |s| {
+        let agent = s.subagent();
+        for n in 0..70 { s.call(read(&format!("src/{}.rs", n % 7), "fn f() {}")); }
+        s.home(&agent);
+    })),
+    ("known files in no order, and a short sleep now and then", Sick(NoProgress), |s| turn(s, |s| for n in 0..150u32 {
+        if n % 10 == 9 { s.call(bash("sleep 1", "")); }
+        s.call(read(&format!("src/{}.rs", (n.wrapping_mul(2_654_435_761) >> 16) % 3), "fn f() {}"));
+    })),
+    ("the same files read again after each compaction", Sick(Compactions), |s| turn(s, |s| for _ in 0..8 {
+        for n in 0..6 { s.call(read(&format!("log{n}"), "much")); }
+        s.compacted("auto");
+    })),
 
     ("the same command, its output dated", Unseen(Identical), |s| turn(s, |s| for n in 0..60 {
         s.call(bash("npm test", &format!("41 passed, 1 failed in {}.{n} s", n % 7)));
@@ -280,5 +302,72 @@ pub(crate) const RUNS: &[Run] = &[
     })),
     ("a game played over a tool that shows the board", Healthy, |s| turn(s, |s| for n in 0..50 {
         s.call(mcp("mcp__chess__move", json!({"best": true}), &format!("move {n}\n{}", ". . . . . . . .\n".repeat(20))));
+    })),
+    ("three reviewers read the same forty-five files, one after the other", Healthy, |s| turn(s, |s| for _ in 0..3 {
+        let agent = s.subagent();
+        for n in 0..45 { s.call(read(&format!("src/{n}.rs"), "fn f() {}")); }
+        s.home(&agent);
+    })),
+    ("what a subagent has read is read by the one who sent it", Healthy, |s| turn(s, |s| {
+        let agent = s.subagent();
+        for n in 0..45 { s.call(read(&format!("src/{n}.rs"), "fn f() {}")); }
+        s.home(&agent);
+        for n in 0..45 { s.call(read(&format!("src/{n}.rs"), "fn f() {}")); }
+    })),
+    ("a pipeline polled for an hour: a sleep and two looks", Healthy, |s| turn(s, |s| for _ in 0..60 {
+        s.call(bash("sleep 60", ""));
+        s.call(fails("gh pr checks 7", "Exit code 8\npending"));
+        s.call(bash("gh run view 7", "in_progress"));
+    })),
+    ("a shell in a shell that sleeps", Healthy, |s| turn(s, |s| for _ in 0..20 {
+        s.call(bash("bash -c 'sleep 30; tail -1 build.log'", "linking"));
+        s.call(bash("ssh build \"sleep 30 && cat log\"", "linking"));
+    })),
+    ("other words for sleep", Healthy, |s| turn(s, |s| for _ in 0..20 {
+        s.call(bash("python3 -c 'import time; time.sleep(20)'; cat train.log", "epoch 1"));
+        s.call(bash("node -e 'setTimeout(() => {}, 20000)'; cat train.log", "epoch 1"));
+        s.call(bash("/bin/sleep 20; cat train.log", "epoch 1"));
+        s.call(("PowerShell", json!({"command": "Start-Sleep 20; Get-Content train.log"}), "epoch 1", false));
+    })),
+    ("a rollout that is waited for, a minute at a time", Healthy, |s| turn(s, |s| for _ in 0..15 {
+        s.call(fails("kubectl rollout status deploy/web --timeout=60s", "Exit code 1\nerror: timed out waiting for the condition"));
+    })),
+    ("the output of a background command, looked into", Healthy, |s| turn(s, |s| for _ in 0..30 {
+        s.call(read("/tmp/claude-0/-work/5f1c/tasks/b7.output", "Compiling"));
+        s.call(bash("tail -3 /tmp/claude-0/-work/5f1c/tasks/b7.output", "Compiling"));
+    })),
+    ("a pipeline looked at fifteen times, without a sleep", Healthy, |s| turn(s, |s| for _ in 0..15 {
+        s.call(bash("gh run view 7 --json status", "in_progress"));
+    })),
+    ("two looks in turn at what starts", Healthy, |s| turn(s, |s| for _ in 0..8 {
+        s.call(bash("kubectl get pods", "web-1 ContainerCreating"));
+        s.call(bash("docker compose ps", "db starting"));
+    })),
+    ("a training run, watched", Healthy, |s| turn(s, |s| for _ in 0..8 {
+        s.call(bash("nvidia-smi --query-gpu=utilization.gpu --format=csv", "99 %"));
+        s.call(bash("tail -n 1 train.log", "epoch 1"));
+    })),
+    ("thirty tasks noted one by one, put in order, and done", Healthy, |s| turn(s, |s| {
+        for n in 0..30 { s.call(("TaskCreate", json!({"subject": format!("part {n}"), "description": "do it"}), "Task created successfully", false)); }
+        for n in 1..30 { s.call(("TaskUpdate", json!({"taskId": n.to_string(), "addBlockedBy": [n - 1]}), "Updated task blockedBy", false)); }
+        for n in 0..30 { s.call(edit("src/a.rs", &format!("v{n}"), "w")); }
+    })),
+    ("what kind of project is it: nine files that might be there", Healthy, |s| turn(s, |s| for name in
+        ["Cargo.toml", "go.mod", "pom.xml", "setup.py", "Gemfile", "mix.exs", "build.gradle", "Makefile", "package.json"] {
+        s.call(("Read", json!({"file_path": name}), "<tool_use_error>File does not exist. Note: your current working directory is /work.</tool_use_error>", true));
+    })),
+    ("a log larger than the context, six pages at a time, with notes", Healthy, |s| turn(s, |s| for n in 0..12 {
+        for page in 0..6 { s.call(("Read", json!({"file_path": "log", "offset": (n * 6 + page) * 2_000}), "much", false)); }
+        s.call(edit("notes.md", &format!("part {n}"), "found"));
+        s.compacted("auto");
+    })),
+    ("arrow keys on a page that looks the same", Healthy, |s| turn(s, |s| for _ in 0..30 {
+        s.call(mcp("mcp__playwright__browser_press_key", json!({"key": "ArrowDown"}), &"- canvas\n".repeat(60)));
+    })),
+    ("a program in a terminal, driven by keys", Healthy, |s| turn(s, |s| for _ in 0..15 {
+        s.call(bash("tmux send-keys -t app Down", "(Bash completed with no output)"));
+    })),
+    ("a tool that is asked how far a build is", Healthy, |s| turn(s, |s| for _ in 0..15 {
+        s.call(mcp("mcp__ci__get_build_status", json!({"build": 7}), &"stage: compile; state: running; ".repeat(20)));
     })),
 ];

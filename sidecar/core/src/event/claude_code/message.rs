@@ -3,7 +3,7 @@
 use super::super::json::{ELEMENTS, Json, Str};
 use super::super::{Assistant, Block, Stream, ToolResult, Usage, User};
 use super::Line;
-use super::tool::{error_hash, input_of};
+use super::tool::{EXITED, error_hash, input_of};
 use super::usage::usage;
 use crate::hash::Hash;
 
@@ -92,8 +92,8 @@ fn block(json: &mut Json<'_>) -> Option<Block> {
         (b"text", ..) => Block::Text { bytes: text },
         (b"thinking", ..) => Block::Thinking { bytes: thinking },
         (b"tool_use", Some(call), Some(tool)) => {
-            let (input_hash, waits) = input_of(&tool, input);
-            Block::ToolUse { call, tool, input_bytes: input.len(), input_hash, waits }
+            let (input_hash, aim) = input_of(&tool, input);
+            Block::ToolUse { call, tool, input_bytes: input.len(), input_hash, aim }
         }
         _ => Block::Other,
     })
@@ -163,6 +163,7 @@ fn said(user: &mut User, json: &mut Json<'_>) {
                     error,
                     denied: false,
                     interrupted: false,
+                    ran: error && content.starts_with(EXITED),
                     hash: Hash::of(content),
                     bytes: content.len(),
                     error_hash: if error { error_hash(content) } else { 0 },

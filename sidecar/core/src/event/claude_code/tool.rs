@@ -1,30 +1,33 @@
-//! What tells one tool call from another, and whether it is there to let time pass.
+//! What tells one tool call from another, and one error.
 
+use super::super::Aim;
 use super::super::json::Json;
+use super::aim;
 use crate::hash::{Hash, mix};
 
-/// What tells a call's input apart, and whether the call is there to let time pass.
-pub(super) fn input_of(tool: &str, input: &[u8]) -> (u64, bool) {
-    let mut waits = polls(tool);
+/// What tells a call's input apart, and what the call is there for.
+pub(super) fn input_of(tool: &str, input: &[u8]) -> (u64, Aim) {
+    let mut aim = aim::of_tool(tool);
+    let shell = matches!(tool, "Bash" | "PowerShell");
     let mut json = Json::new(input);
     if json.peek() != b'{' {
-        return (canonical(&mut json), waits);
+        return (canonical(&mut json), aim);
     }
     let mut sum = 0u64;
     json.entries(|key, json| {
         let key = key.bytes();
-        if tool == "Bash" && *key == *b"command" && json.peek() == b'"' {
-            let command = json.string().bytes();
-            waits |= lets_time_pass(&command);
-            sum = sum.wrapping_add(mix(Hash::of(&key), Hash::of(&command)));
-        } else if tool == "Bash" && *key == *b"description" {
+        if (shell && *key == *b"command" || tool == "Read" && *key == *b"file_path") && json.peek() == b'"' {
+            let text = json.string().bytes();
+            aim = aim.max(if shell { aim::of_command(&text) } else { aim::of_file(&text) });
+            sum = sum.wrapping_add(mix(Hash::of(&key), Hash::of(&text)));
+        } else if shell && *key == *b"description" {
             // For people: the same command under another title is the same command.
             json.skip();
         } else {
             sum = sum.wrapping_add(mix(Hash::of(&key), canonical(json)));
         }
     });
-    (mix(sum, 1), waits)
+    (mix(sum, 1), aim)
 }
 
 /// The same for the same value, whatever the order of its keys and the blanks in between. The nesting is bounded: it was skipped over
@@ -50,25 +53,8 @@ fn canonical(json: &mut Json<'_>) -> u64 {
     }
 }
 
-/// Tools that wait, or look whether something has come: to call them again and again is what they are for.
-fn polls(tool: &str) -> bool {
-    const NAMES: [&str; 7] = ["BashOutput", "TaskOutput", "AgentOutputTool", "Monitor", "ScheduleWakeup", "TaskGet", "TaskList"];
-    let tool = tool.rsplit("__").next().unwrap_or(tool);
-    NAMES.contains(&tool)
-        || tool.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| {
-            ["wait", "sleep", "poll", "watch"]
-                .iter()
-                .any(|verb| word.get(..verb.len()).is_some_and(|w| w.eq_ignore_ascii_case(verb)))
-        })
-}
-
-/// Whether a shell command waits: one of its words is a verb for it.
-fn lets_time_pass(command: &[u8]) -> bool {
-    command
-        .split(|byte| byte.is_ascii_whitespace() || b";&|()`{}$".contains(byte))
-        .any(|word| matches!(word, b"sleep" | b"usleep" | b"wait" | b"watch" | b"until" | b"--watch" | b"--wait"))
-}
-
+/// What the error of a command begins with that was run.
+pub(super) const EXITED: &[u8] = b"\"Exit code ";
 /// What of an error is looked at.
 const ERROR_HEAD: usize = 512;
 
@@ -79,7 +65,7 @@ pub(super) fn error_hash(text: &[u8]) -> u64 {
     let text = &text[..text.len().min(ERROR_HEAD)];
     let end = if text.windows(OWN.len()).any(|own| own == OWN) { text.windows(2).position(|two| two == br"\n") } else { None };
     // An exit code alone says nothing: a search that found nothing has one, too.
-    if text.starts_with(b"\"Exit code ") && text.len() <= b"\"Exit code 127\"".len() {
+    if text.starts_with(EXITED) && text.len() <= b"\"Exit code 127\"".len() {
         return 0;
     }
     let mut hash = Hash::default();
