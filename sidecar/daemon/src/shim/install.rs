@@ -327,18 +327,26 @@ impl Search {
 
 /// The name to put the shim at. A link leads to the CLI of a package, and then it leads to its shim; but the native installer's own
 /// names a version that the next update leaves, and an npm package of old a script that only node can start: there the link gives way.
+/// Of links that lead to links, the last that is called like a CLI: what leads to it leads to its shim, as a package's does.
 fn place(path: &Path) -> Result<PathBuf, Trouble> {
-    let file = path.symlink_metadata().map_err(failed("cannot be looked at"))?;
-    if file.is_symlink() {
-        let end = path.canonicalize().map_err(Trouble::Nothing)?;
-        let version = end.parent().is_some_and(|dir| dir.ends_with("claude/versions"));
-        if is_name(&end) && !version {
-            return Ok(end);
+    let in_its_directory = |path: &Path| {
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let dir = dir.canonicalize().map_err(failed("its directory cannot be looked at"))?;
+        Ok::<PathBuf, Trouble>(dir.join(path.file_name().unwrap_or_default()))
+    };
+    if path.symlink_metadata().map_err(failed("cannot be looked at"))?.is_symlink() {
+        path.canonicalize().map_err(Trouble::Nothing)?;
+    }
+    let mut place = in_its_directory(path)?;
+    let mut at = place.clone();
+    for _ in 0..MOST_LINKS {
+        let Ok(next) = fs::read_link(&at) else { break };
+        at = in_its_directory(&directory(&at).join(next))?;
+        if is_name(&at) && !directory(&at).ends_with("claude/versions") {
+            place.clone_from(&at);
         }
     }
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let dir = dir.canonicalize().map_err(failed("its directory cannot be looked at"))?;
-    Ok(dir.join(path.file_name().unwrap_or_default()))
+    Ok(place)
 }
 
 // ---- what to do there
@@ -361,7 +369,8 @@ fn judge(place: &Path, undo: bool) -> Result<Step, Trouble> {
     let answer = |path: &Path| version(path).map_err(Trouble::NoCli);
     if undo {
         return match (ours, behind) {
-            (true, Some(_)) if is_sidecar(&beside) => Err(Trouble::Gone(beside)),
+            // A link there leads to another place, which has a shim of its own.
+            (true, Some(behind)) if !behind.is_symlink() && is_sidecar(&beside) => Err(Trouble::Gone(beside)),
             (true, Some(_)) => Ok(Step::Restore),
             (true, None) => Err(Trouble::NotOurs),
             (false, Some(_)) => answer(place).map(|_| Step::Clean),

@@ -144,6 +144,37 @@ fn every_cli_gets_a_shim_and_comes_back_as_it_was() {
     assert_eq!(look(&root), before);
 }
 
+/// As Debian's alternatives do; found in the order of their names, which is not that of the links.
+#[test]
+fn links_to_links_have_one_shim_between_them() {
+    let root = Scratch::new("install", "links");
+    cli(&root.join("opt/claude-2.1"), "2.1.330");
+    link("../opt/claude-2.1", &root.join("z/claude"));
+    link("../z/claude", &root.join("b/claude"));
+    link("../b/claude", &root.join("a/claude"));
+    let before = look(&root);
+    for (again, done) in [(false, "installed"), (true, "in place")] {
+        let (code, said) = sidecar(&["install"], &[&root]);
+        assert_eq!((code, said.lines().count()), (0, 1), "again: {again}; {said}");
+        assert!(line(&said, "z/claude").starts_with(done), "{said}");
+    }
+    for place in ["a/claude", "b/claude", "z/claude"] {
+        assert_eq!(runs(&root.join(place)), "2.1.330", "{place}");
+    }
+    let (code, said) = sidecar(&["uninstall"], &[&root]);
+    assert_eq!(code, 0, "{said}");
+    assert_eq!(look(&root), before);
+    // Where each link has a shim of its own, as older versions left them, each comes back.
+    for place in ["a/claude", "z/claude"] {
+        std::fs::rename(root.join(place), root.join(format!("{place}.sidecar-real"))).unwrap();
+        std::fs::copy(SIDECAR, root.join(place)).unwrap();
+    }
+    let (code, said) = sidecar(&["uninstall"], &[&root]);
+    assert_eq!((code, said.matches("restored").count()), (0, 2), "{said}");
+    assert_eq!(look(&root).len(), before.len());
+    assert_eq!(runs(&root.join("a/claude")), "2.1.330");
+}
+
 #[test]
 fn what_starts_a_cli_by_its_own_name_keeps_it() {
     let root = tree("launchers");
