@@ -33,5 +33,5 @@ pub(crate) use place::{Meeting, Place, try_lock};
 pub(crate) use seat::{Guest, NoSeat, Seat};
 pub(crate) use serve::{Turn, alone, beside};
 pub(crate) use share::{Share, Teller, testify};
-pub(crate) use till::{Payer, lock_named};
+pub(crate) use till::{Payer, lock_named, lock_within};
 pub(crate) use zone::{Day, Zone};

@@ -22,7 +22,7 @@ use crate::{files, supervise};
 /// How often others are looked at that may have died with something reserved.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long the lock is tried for, and how often: others hold it for a fraction of a millisecond.
-const TRIES: u32 = 250;
+const PATIENCE: Duration = Duration::from_millis(500);
 const AGAIN: Duration = Duration::from_millis(2);
 
 /// Whose budgets.
@@ -170,11 +170,20 @@ fn lock(dir: &Path) -> io::Result<File> {
 
 /// A lock that is held for moments.
 pub(crate) fn lock_named(dir: &Path, name: &str) -> io::Result<File> {
+    lock_within(PATIENCE, dir, name)
+}
+
+/// The same, for who would rather wait.
+pub(crate) fn lock_within(patience: Duration, dir: &Path, name: &str) -> io::Result<File> {
     let path = dir.join(name);
     let file = files::open(&path, OpenOptions::new().write(true).create(true).truncate(false).mode(0o600))?;
-    for _ in 0..TRIES {
+    let until = Instant::now() + patience;
+    loop {
         if try_lock(&file)? {
             return Ok(file);
+        }
+        if Instant::now() > until {
+            break;
         }
         std::thread::sleep(AGAIN);
     }

@@ -23,11 +23,14 @@ use super::book::{Book, Claim, Claimant, Conflict, Identity};
 use super::{ANSWER, within};
 use crate::files;
 use crate::http::visit_blocking;
-use crate::hub::{Place, lives, lock_named};
+use crate::hub::{Place, lives, lock_named, lock_within};
 use crate::supervise::{Handle, TERM, User, unix};
 
 /// Transcripts that are looked at for the one that would be continued.
 const TRANSCRIPTS: usize = 10_000;
+/// Fifty agents that start at once on a machine that has other work hold each other up for seconds. Whoever must not start before it is known
+/// what is whose waits so long for the book, and whoever is not waited for.
+const PATIENCE: Duration = Duration::from_secs(4);
 /// What is still to be written down when the agent has ended is waited for so long.
 const LAST: Duration = Duration::from_secs(1);
 /// Sessions that wait to be written down. One process has few.
@@ -160,7 +163,8 @@ impl Guard {
         let guard = Guard { inner: Arc::new(inner) };
         let Some(owner) = owner else { return Ok((guard, Vec::new())) };
         let (claimant, by) = (guard.clone(), owner.clone());
-        let known = within(ANSWER, move || claimant.claim(&by, &claimant.inner.claims)).flatten();
+        let patient = mode == Mode::Enforce;
+        let known = within(ANSWER, move || claimant.claim(&by, &claimant.inner.claims, patient)).flatten();
         guard.inner.blind.store(known.is_none(), Relaxed);
         let mut conflicts = known.unwrap_or_default();
         if mode == Mode::Enforce && !conflicts.is_empty() {
@@ -193,7 +197,7 @@ impl Guard {
                         let owner = who.tenant.unwrap_or_default();
                         *lock(&guard.inner.owner) = Some(owner.clone());
                         let claims = [&guard.inner.claims[..], &sessions].concat();
-                        guard.told(&handle, guard.claim(&owner, &claims));
+                        guard.told(&handle, guard.claim(&owner, &claims, true));
                     }
                     Letter::End(done) => {
                         // Nobody waits any more: then it took too long.
@@ -203,7 +207,7 @@ impl Guard {
                         let claim = Claim { kind: Shared::Session, key: id, file: None };
                         let owner = lock(&guard.inner.owner).clone();
                         match owner {
-                            Some(owner) => guard.told(&handle, guard.claim(&owner, &[claim])),
+                            Some(owner) => guard.told(&handle, guard.claim(&owner, &[claim], true)),
                             None if sessions.len() < LETTERS => sessions.push(claim),
                             None => {}
                         }
@@ -233,7 +237,7 @@ impl Guard {
             all.recv_timeout(LAST).ok();
         }
         let (guard, now) = (self.clone(), unix().as_secs_f64());
-        let written = within(ANSWER, move || guard.write(|book| book.touch(&guard.inner.run, now)));
+        let written = within(ANSWER, move || guard.write(false, |book| book.touch(&guard.inner.run, now)));
         if !matches!(written, Some(Ok(()))) {
             tracing::debug!(?written, "when this tenant was last here is not written down");
         }
@@ -264,14 +268,14 @@ impl Guard {
     }
 
     /// What of it is another's. Where that cannot be known (none), the agent matters more.
-    fn claim(&self, owner: &str, claims: &[Claim]) -> Option<Vec<Conflict>> {
+    fn claim(&self, owner: &str, claims: &[Claim], patient: bool) -> Option<Vec<Conflict>> {
         let inner = &self.inner;
         let now = unix().as_secs_f64();
         let lives = |run: &str| run == inner.run || lives(&inner.place, run);
         let stands = |path: &str| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
         let by = Claimant { owner, run: &inner.run, now, lives: &lives, stands: &stands };
         let all = inner.mode == Mode::Enforce;
-        let claimed = self.write(|book| {
+        let claimed = self.write(patient, |book| {
             let conflicts = book.claim(&by, claims, all);
             // What the CLI has made by now was made while we are here.
             book.touch(&inner.run, now);
@@ -280,9 +284,9 @@ impl Guard {
         claimed.inspect_err(|error| tracing::warn!(%error, "whether tenants share anything is not known")).ok()
     }
 
-    fn write<T>(&self, change: impl FnOnce(&mut Book) -> T) -> io::Result<T> {
-        let dir = &self.inner.place.dir;
-        let _locked = lock_named(dir, "tenants.lock")?;
+    fn write<T>(&self, patient: bool, change: impl FnOnce(&mut Book) -> T) -> io::Result<T> {
+        let (dir, name) = (&self.inner.place.dir, "tenants.lock");
+        let _locked = if patient { lock_within(PATIENCE, dir, name) } else { lock_named(dir, name) }?;
         let path = dir.join("tenants.json");
         let before = match files::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {

@@ -243,6 +243,30 @@ fn of_many_that_start_at_once_one_tenant_gets_the_directory() {
     assert_eq!(codes.iter().filter(|code| **code == Some(125)).count(), 5, "{codes:?}");
 }
 
+/// As where dozens start at once, and each has its turn at the book before.
+#[test]
+fn who_must_not_share_waits_until_it_is_known_what_is_whose() {
+    let yard = Yard::new("patient");
+    yard.run(&["--tenant", "acme"], &[]);
+    let book = std::fs::File::open(yard.at("hub.state/tenants.lock")).unwrap();
+    rustix::fs::flock(&book, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let mut command = yard.command(&["--tenant", "globex", "--tenant-guard", "enforce"], &[]);
+    command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+    let mut late = Running::start_as_is(command);
+    // It has opened the book, and is there for longer than others are let to hold it.
+    let waits = || {
+        std::fs::read_dir(format!("/proc/{}/fd", late.pid()))
+            .ok()?
+            .flatten()
+            .find(|fd| std::fs::read_link(fd.path()).is_ok_and(|file| file.ends_with("tenants.lock")))
+    };
+    wait_for("the book to be opened", waits);
+    std::thread::sleep(std::time::Duration::from_millis(800));
+    drop(book);
+    assert_eq!(late.code(), Some(125));
+    assert_eq!(yard.conflicts(), ["config_dir globex acme refused", "cwd globex acme refused"]);
+}
+
 #[test]
 fn a_directory_that_was_wiped_is_another_one() {
     let yard = Yard::new("wiped");
