@@ -3,23 +3,18 @@
 
 #![expect(clippy::print_stdout, reason = "it is what it is for")]
 
-use std::collections::BTreeMap;
 use std::error::Error;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use agent_fleet::lifecycle::Phase;
-use agent_fleet::plan::{self, Policy, Seen};
-use agent_fleet::provider::{Sandbox, State};
 use agent_fleet::session::Session;
 use agent_fleet::store::{self, Filter, Store};
 
 const SESSIONS: usize = 10_000;
 /// Made ahead.
 const SPARES: usize = 2_000;
-/// How often each is decided about.
-const ROUNDS: usize = 20;
 /// As many as a fleet drives at once.
 const BATCH: usize = 64;
 const LEASE: Duration = Duration::from_secs(3600);
@@ -46,20 +41,6 @@ fn spare(n: usize) -> serde_json::Result<Session> {
     (spare.pool, spare.phase, spare.holds, spare.native) =
         (Some(String::from("kind")), Phase::Ready, true, Some(format!("container-{n}")));
     Ok(spare)
-}
-
-fn running(session: &Session) -> Sandbox {
-    Sandbox {
-        key: Some(session.key()),
-        native: session.key(),
-        state: State::Running,
-        reason: None,
-        exit_code: None,
-        size: None,
-        created: None,
-        deadline: None,
-        labels: BTreeMap::new(),
-    }
 }
 
 /// What this process holds in memory now.
@@ -173,20 +154,6 @@ async fn measure(store: Arc<dyn Store>) -> Result<(), Box<dyn Error>> {
     .await?;
     say("take from a pool of 2,000, 64 at a time", SPARES, began);
     println!("{:<40} {:>9} took what was another's by then", "", conflicts.load(Ordering::Relaxed));
-
-    // What is decided of each, when it was just looked at: nothing is to be done, which is what is decided most.
-    let sessions: Vec<Session> = store.list(&Filter::default(), None, SESSIONS).await?;
-    let (policy, now) = (Policy::default(), "2026-11-26T12:10:00Z".parse()?);
-    let sandbox: Vec<Seen> = sessions.iter().map(|session| Seen { sandbox: running(session), at: now }).collect();
-    let began = Instant::now();
-    let mut waits = 0;
-    for _ in 0..ROUNDS {
-        for (session, seen) in sessions.iter().zip(&sandbox) {
-            waits += usize::from(matches!(plan::next(session, Some(seen), &policy, now), plan::Step::Wait(_)));
-        }
-    }
-    say("decide, 10,000 containers on one core", ROUNDS * sessions.len(), began);
-    println!("{:<40} {waits:>9} of them to wait", "");
 
     let began = Instant::now();
     store.count().await?;

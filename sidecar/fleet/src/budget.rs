@@ -101,11 +101,15 @@ impl Budgets {
     pub async fn charge(&self, session: &Session, now: Timestamp) -> store::Result<Option<(String, f64)>> {
         let Some(tenant) = self.tenants.get(&session.tenant) else { return Ok(None) };
         let total = session.total_usd();
+        let periods = tenant.periods(now).into_iter().filter_map(|(period, limit)| {
+            let at = session.cost_at.get(&period)?;
+            Some(((period, (total - at).max(0.0)), limit))
+        });
+        let (spent, limits): (Vec<_>, Vec<f64>) = periods.unzip();
+        let sums = self.store.book(&tenant.name, &session.id, &spent).await?;
         let mut over: Option<(String, f64)> = None;
-        for (period, limit) in tenant.periods(now) {
-            let Some(at) = session.cost_at.get(&period) else { continue };
-            self.store.spend(&tenant.name, &period, &session.id, (total - at).max(0.0)).await?;
-            let beyond = self.store.spent(&tenant.name, &period).await? - limit;
+        for (((period, _), limit), sum) in spent.iter().zip(limits).zip(sums) {
+            let beyond = sum - limit;
             if beyond >= over.as_ref().map_or(0.0, |(_, most)| *most) {
                 over = Some((format!("the budget of tenant `{}` for {period}, {limit} USD, is spent", tenant.name), beyond));
             }

@@ -119,6 +119,9 @@ promises! {
     what_happens_while_it_is_driven_is_not_forgotten
     what_is_reserved_fits_below_the_limit
     what_is_spent_is_in_the_place_of_what_was_reserved
+    who_books_hears_what_all_have_spent
+    what_many_book_at_once_is_all_there_and_heard
+    what_cannot_be_written_keeps_nobody_else_from_it
     hooks_are_remembered_in_their_order
     of_many_runs_of_hooks_the_last_are_kept
     what_is_over_is_forgotten_and_nothing_else
@@ -471,6 +474,89 @@ async fn what_is_spent_is_in_the_place_of_what_was_reserved(Fresh { store, .. }:
     store.spend("blue", "2026", &id("b"), f64::NAN).await.unwrap();
     store.spend("blue", "2026", &id("a"), -5.0).await.unwrap();
     assert_eq!(store.spent("blue", "2026").await.unwrap(), 0.0);
+}
+
+async fn who_books_hears_what_all_have_spent(Fresh { store, url, .. }: &Fresh) {
+    let (day, month) = (String::from("2026-11-26"), String::from("2026-11"));
+    let book = |store: Arc<dyn Store>, name: &'static str, usd: f64| {
+        let spent = [(day.clone(), usd), (month.clone(), usd + 1.0)];
+        async move { store.book("blue", &id(name), &spent).await.unwrap() }
+    };
+    assert!(store.book("blue", &id("a"), &[]).await.unwrap().is_empty());
+    assert_eq!(book(store.clone(), "a", 1.0).await, [1.0, 2.0]);
+    assert_eq!(book(store.clone(), "b", 0.5).await, [1.5, 3.5]);
+    // It is in the place of what was there, however often it is said.
+    assert_eq!(book(store.clone(), "a", 2.0).await, [2.5, 4.5]);
+    assert_eq!(book(store.clone(), "a", 2.0).await, [2.5, 4.5]);
+    assert_eq!(book(store.clone(), "a", 0.0).await, [0.5, 2.5]);
+    // What is set aside between is heard at once, also in the place of what was spent, and no other tenant's is.
+    assert!(store.reserve("blue", &day, &id("c"), 3.0, 10.0).await.unwrap());
+    assert_eq!(book(store.clone(), "b", 0.5).await, [3.5, 2.5]);
+    assert!(store.reserve("blue", &day, &id("b"), 1.0, 10.0).await.unwrap());
+    store.spend("red", &day, &id("d"), 9.0).await.unwrap();
+    assert_eq!(book(store.clone(), "a", 0.0).await, [4.0, 2.5]);
+    store.spend("blue", &day, &id("c"), 0.0).await.unwrap();
+    assert_eq!(book(store.clone(), "a", 0.0).await, [1.0, 2.5]);
+    if url.is_empty() {
+        return;
+    }
+    // What is written by another process is heard a little later, whatever is booked meanwhile.
+    let other = store::open(url).await.unwrap();
+    assert_eq!(book(other.clone(), "e", 4.0).await, [5.0, 7.5]);
+    let written = std::time::Instant::now();
+    loop {
+        let (asked, sums) = (written.elapsed(), book(store.clone(), "a", 0.0).await);
+        if sums == [5.0, 7.5] {
+            break;
+        }
+        // Not of all periods at the same time.
+        let old_or_new = [1.0, 5.0].contains(&sums[0]) && [2.5, 7.5].contains(&sums[1]);
+        assert!(old_or_new && asked < store::SUMS_HOLD, "{sums:?} after {asked:?}");
+    }
+}
+
+async fn what_many_book_at_once_is_all_there_and_heard(Fresh { store, .. }: &Fresh) {
+    let bookers: Vec<_> = (0..150u32)
+        .map(|n| {
+            let store = store.clone();
+            tokio::spawn(async move {
+                let mut heard = Vec::new();
+                for round in 1..=3 {
+                    let spent = [(String::from("2026"), f64::from(round))];
+                    heard.extend(store.book("blue", &id(&format!("s{n}")), &spent).await.unwrap());
+                }
+                heard
+            })
+        })
+        .collect();
+    let mut most: f64 = 0.0;
+    for booker in bookers {
+        let heard = booker.await.unwrap();
+        // It grows, and one's own is in it.
+        assert!(heard.is_sorted() && heard[0] >= 1.0 && heard[2] <= 450.0, "{heard:?}");
+        most = most.max(heard[2]);
+    }
+    // Who was the last has heard of all.
+    assert_eq!((most, store.spent("blue", "2026").await.unwrap()), (450.0, 450.0));
+}
+
+async fn what_cannot_be_written_keeps_nobody_else_from_it(Fresh { store, .. }: &Fresh) {
+    // So much that no sum of it is a number.
+    for n in 0..10 {
+        drop(store.book("rich", &id(&format!("r{n}")), &[(String::from("2026"), f64::MAX)]).await);
+    }
+    assert!(store.reserve("rich", "2026", &id("a"), 1.0, 1.0).await.is_err());
+    let bookers: Vec<_> = (0..20)
+        .map(|n| {
+            let (store, tenant) = (store.clone(), if n % 5 == 0 { "rich" } else { "blue" });
+            tokio::spawn(async move { store.book(tenant, &id(&format!("s{n}")), &[(String::from("2026"), 1.0)]).await })
+        })
+        .collect();
+    for (n, booker) in bookers.into_iter().enumerate() {
+        let booked = booker.await.unwrap();
+        assert_eq!(booked.is_ok(), n % 5 != 0, "{n}: {booked:?}");
+    }
+    assert_eq!(store.spent("blue", "2026").await.unwrap(), 16.0);
 }
 
 async fn hooks_are_remembered_in_their_order(Fresh { store, .. }: &Fresh) {

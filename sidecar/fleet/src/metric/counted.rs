@@ -28,6 +28,7 @@ pub(super) const OPERATIONS: &[&str] = &[
     "wake",
     "reserve",
     "spend",
+    "book",
     "spent",
     "born",
     "duty",
@@ -131,6 +132,10 @@ impl Store for Counted {
 
     async fn spend(&self, tenant: &str, period: &str, session: &SessionId, usd: f64) -> Result<()> {
         self.timed("spend", self.store.spend(tenant, period, session, usd)).await
+    }
+
+    async fn book(&self, tenant: &str, session: &SessionId, spent: &[(String, f64)]) -> Result<Vec<f64>> {
+        self.timed("book", self.store.book(tenant, session, spent)).await
     }
 
     async fn spent(&self, tenant: &str, period: &str) -> Result<f64> {

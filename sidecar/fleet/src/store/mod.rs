@@ -7,6 +7,7 @@
 pub(crate) mod postgres;
 mod sql;
 mod sqlite;
+mod together;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -24,6 +25,8 @@ use crate::session::{Session, SessionId, Wanted};
 pub const HOOK_RUNS_MOST: i64 = 200;
 /// How long after their sessions are forgotten amounts are kept: longer than the longest period.
 pub const SPENT_KEPT: Duration = Duration::from_secs(400 * 24 * 60 * 60);
+/// How long what other processes book may be missing in [`Store::book`]'s sums.
+pub const SUMS_HOLD: Duration = Duration::from_secs(1);
 
 /// Opens a store and brings its schema up to ours: `sqlite:PATH`, `sqlite::memory:` or `postgres://…`.
 ///
@@ -179,6 +182,16 @@ pub trait Store: Send + Sync {
     async fn reserve(&self, tenant: &str, period: &str, session: &SessionId, usd: f64, limit_usd: f64) -> Result<bool>;
     /// What a session has spent in that period, in the place of what was set aside: nobody's leave is asked.
     async fn spend(&self, tenant: &str, period: &str, session: &SessionId, usd: f64) -> Result<()>;
+    /// The same in several periods, and what is then set aside and spent in each: all that was written through this store, and all that others had written
+    /// [`SUMS_HOLD`] before.
+    async fn book(&self, tenant: &str, session: &SessionId, spent: &[(String, f64)]) -> Result<Vec<f64>> {
+        let mut sums = Vec::new();
+        for (period, usd) in spent {
+            self.spend(tenant, period, session, *usd).await?;
+            sums.push(self.spent(tenant, period).await?);
+        }
+        Ok(sums)
+    }
     /// What is set aside and spent there.
     async fn spent(&self, tenant: &str, period: &str) -> Result<f64>;
 

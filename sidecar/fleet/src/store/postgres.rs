@@ -44,8 +44,47 @@ impl Dialect for Postgres {
         WHERE id IN (SELECT id FROM free) RETURNING version, document";
     const LOCK: Option<&'static str> = Some("SELECT pg_advisory_xact_lock(hashtextextended($1, hashtextextended($2, 0)))");
     const RENEW: &'static str = "
+        WITH held AS MATERIALIZED (
+            SELECT id FROM sessions WHERE leased_by = $1 AND id IN (SELECT json_array_elements_text(CAST($3 AS json)))
+            ORDER BY id FOR UPDATE)
         UPDATE sessions SET leased_until = (SELECT now FROM clock) + $2
-        WHERE leased_by = $1 AND id IN (SELECT json_array_elements_text(CAST($3 AS json)))";
+        WHERE leased_by = $1 AND id IN (SELECT id FROM held)";
+
+    const PUT: &'static str = "
+        WITH put AS MATERIALIZED (
+            SELECT * FROM json_to_recordset(CAST($1 AS json)) AS put (
+                id TEXT, version BIGINT, phase TEXT, tenant TEXT, owner TEXT, provider TEXT, over BOOLEAN, spare TEXT, document TEXT)),
+        locked AS MATERIALIZED (
+            SELECT id FROM sessions WHERE id IN (SELECT id FROM put) ORDER BY id FOR UPDATE)
+        UPDATE sessions
+        SET version = put.version + 1, phase = put.phase, tenant = put.tenant, owner = put.owner, provider = put.provider, over = put.over,
+            spare = put.spare, changed = (SELECT now FROM clock), document = put.document
+        FROM put JOIN locked ON locked.id = put.id
+        WHERE sessions.id = put.id AND sessions.version = put.version RETURNING sessions.id";
+    const RELEASE: &'static str = "
+        WITH released AS MATERIALIZED (
+            SELECT * FROM json_to_recordset(CAST($1 AS json)) AS released (id TEXT, fleet TEXT, wake BIGINT)),
+        locked AS MATERIALIZED (
+            SELECT id FROM sessions WHERE id IN (SELECT id FROM released) ORDER BY id FOR UPDATE)
+        UPDATE sessions
+        SET leased_by = NULL, leased_until = 0, woken = FALSE,
+            due = CASE WHEN woken THEN (SELECT now FROM clock) ELSE (SELECT now FROM clock) + released.wake END
+        FROM released JOIN locked ON locked.id = released.id
+        WHERE sessions.id = released.id AND sessions.leased_by = released.fleet";
+    const BOOKED: &'static str = "
+        SELECT tenant, period, CAST(SUM(amounts.nanos) AS BIGINT)
+        FROM json_to_recordset(CAST($1 AS json)) AS booked (tenant TEXT, period TEXT, session TEXT)
+        JOIN amounts USING (tenant, period, session) GROUP BY tenant, period";
+    const BOOK: &'static str = "
+        INSERT INTO amounts (tenant, period, session, nanos, changed)
+        SELECT tenant, period, session, nanos, (SELECT now FROM clock)
+        FROM json_to_recordset(CAST($1 AS json)) AS booked (tenant TEXT, period TEXT, session TEXT, nanos BIGINT)
+        ORDER BY tenant, period, session
+        ON CONFLICT (tenant, period, session) DO UPDATE SET nanos = excluded.nanos, changed = excluded.changed";
+    const SUMS: &'static str = "
+        SELECT tenant, period, CAST(SUM(nanos) AS BIGINT)
+        FROM json_to_recordset(CAST($1 AS json)) AS wanted (tenant TEXT, period TEXT)
+        JOIN amounts USING (tenant, period) GROUP BY tenant, period";
 
     // It waits for the disk once for all who write at the same time.
     const DURABLY: Option<&'static str> = None;

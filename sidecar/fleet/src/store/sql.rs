@@ -1,14 +1,16 @@
 //! The store in SQL, the same for SQLite and PostgreSQL. What differs between them is in their schemas (a view that is the clock, an order of ids) and in
 //! [`Dialect`].
 //!
-//! Each operation is one statement where it can be: a transaction of SQLite that a full disk ends is not over for the driver, which takes what is written
+//! What comes at the same time is written by one statement ([`Together`]). Each operation is one statement where it can be: a transaction of SQLite that a full disk ends is not over for the driver, which takes what is written
 //! after it for committed. Each has a bound in time. One that fails may have been done: who asks again finds out, by the version, the id or the amount.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::slice;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use futures_util::FutureExt;
 use jiff::Timestamp;
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
 use sqlx::pool::PoolConnection;
@@ -16,7 +18,8 @@ use sqlx::query::Query;
 use sqlx::{ColumnIndex, Database, Decode, Encode, Executor, IntoArguments, Pool, SqlSafeStr, Type};
 use tracing::error;
 
-use super::{Error, Filter, HOOK_RUNS_MOST, HookRun, Inserted, Result, SPENT_KEPT, Store, Within};
+use super::together::Together;
+use super::{Error, Filter, HOOK_RUNS_MOST, HookRun, Inserted, Result, SPENT_KEPT, SUMS_HOLD, Store, Within};
 use crate::lifecycle::Phase;
 use crate::session::{Session, SessionId, Wanted};
 
@@ -41,6 +44,16 @@ pub(super) trait Dialect: Database {
     const LOCK: Option<&'static str>;
     /// Renews the leases of one, for so many milliseconds, of the sessions in an array of JSON.
     const RENEW: &'static str;
+    /// Writes sessions ([`Put`] in an array of JSON) whose version is the one that was read. Which these are. Whoever locks several does so in the order of
+    /// their ids, here and in the others: nobody waits for who waits for it.
+    const PUT: &'static str;
+    /// Lets go of what is held ([`Release`] in an array of JSON).
+    const RELEASE: &'static str;
+    /// Of amounts ([`Amount`] in an array of JSON): what is there in their place, in all, by tenant and period; writes them; and the sums of those tenants
+    /// and periods.
+    const BOOKED: &'static str;
+    const BOOK: &'static str;
+    const SUMS: &'static str;
 
     /// Said before a statement whose writing is on the disk when it is done; and before one whose is with the next that is. `None`: there is nothing to say.
     const DURABLY: Option<&'static str>;
@@ -61,11 +74,50 @@ pub(super) struct Sql<DB: Database> {
     /// What each has claimed and has not let go of. Nothing else is renewed: a claim whose answer was lost, and a release that did not come through, end with
     /// their leases.
     held: Mutex<BTreeMap<String, BTreeSet<SessionId>>>,
+    puts: Together<Put, Result<bool>>,
+    releases: Together<Release, Result<()>>,
+    books: Together<Vec<Amount>, Result<Vec<i64>>>,
+    /// What is set aside and spent, by tenant and period, and when that was read. Only who has the turn of `books` writes amounts, and these.
+    sums: Mutex<BTreeMap<(String, String), (i64, Instant)>>,
+}
+
+/// A session as it is written, in the place of the version that was read.
+#[derive(Clone, serde::Serialize)]
+pub(super) struct Put {
+    id: String,
+    version: i64,
+    phase: &'static str,
+    tenant: String,
+    owner: String,
+    provider: String,
+    over: bool,
+    spare: Option<String>,
+    document: String,
+    #[serde(skip)]
+    durably: bool,
+}
+
+/// That one lets go of a session, which is due after so many milliseconds.
+#[derive(Clone, serde::Serialize)]
+pub(super) struct Release {
+    id: String,
+    fleet: String,
+    wake: Option<i64>,
+}
+
+/// What a session has spent in a period.
+#[derive(Clone, serde::Serialize)]
+pub(super) struct Amount {
+    tenant: String,
+    period: String,
+    session: String,
+    nanos: i64,
 }
 
 impl<DB: Database> Sql<DB> {
     pub(super) fn new(write: Pool<DB>, read: Pool<DB>) -> Self {
-        Self { write, read, held: Mutex::default() }
+        let (puts, releases, books) = (Together::new(), Together::new(), Together::new());
+        Self { write, read, held: Mutex::default(), puts, releases, books, sums: Mutex::default() }
     }
 
     /// A connection that writes so.
@@ -107,6 +159,11 @@ impl<DB: Database> Sql<DB> {
         // Whole in every state.
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn sums(&self) -> MutexGuard<'_, BTreeMap<(String, String), (i64, Instant)>> {
+        // Likewise.
+        self.sums.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Brings the schema up to ours.
@@ -138,9 +195,19 @@ fn late() -> Error {
 async fn bounded<T>(work: impl Future<Output = sqlx::Result<T>>) -> Result<T> {
     match tokio::time::timeout(BOUND, work).await {
         Ok(Ok(found)) => Ok(found),
-        Ok(Err(sqlx::Error::PoolTimedOut)) => Err(Error::Store(format!("no connection within {} s", CONNECTION.as_secs()))),
-        Ok(Err(error)) => Err(Error::Store(error.to_string())),
+        Ok(Err(error)) => Err(failed(error)),
         Err(_) => Err(late()),
+    }
+}
+
+fn failed(error: sqlx::Error) -> Error {
+    Error::Store(message(error))
+}
+
+fn message(error: sqlx::Error) -> String {
+    match error {
+        sqlx::Error::PoolTimedOut => format!("no connection within {} s", CONNECTION.as_secs()),
+        error => error.to_string(),
     }
 }
 
@@ -196,6 +263,11 @@ fn nanos(usd: f64) -> i64 {
     (usd.clamp(0.0, 1e9) * 1e9).round() as i64
 }
 
+#[expect(clippy::cast_precision_loss, reason = "billionths of a USD are exact up to nine million")]
+fn dollars(nanos: i64) -> f64 {
+    nanos as f64 / 1e9
+}
+
 impl<DB> Sql<DB>
 where
     DB: Dialect,
@@ -211,24 +283,19 @@ where
 {
     async fn put(&self, session: &mut Session, durably: bool) -> Result<()> {
         let next = Session { version: session.version + 1, ..session.clone() };
-        let write = sqlx::query::<DB>(
-            "UPDATE sessions
-             SET version = $3, phase = $4, tenant = $5, owner = $6, provider = $7, over = $8, spare = $9,
-                 changed = (SELECT now FROM clock), document = $10
-             WHERE id = $1 AND version = $2",
-        )
-        .bind(next.id.as_str())
-        .bind(session.version)
-        .bind(next.version)
-        .bind(next.phase.as_str())
-        .bind(next.tenant.as_str())
-        .bind(next.owner.as_str())
-        .bind(next.provider.as_str())
-        .bind(next.is_over())
-        .bind(next.spare())
-        .bind(document(&next)?);
-        let rows = if durably { self.durably(write).await? } else { self.by_and_by(write).await? };
-        if rows == 1 {
+        let put = Put {
+            id: next.id.to_string(),
+            version: session.version,
+            phase: next.phase.as_str(),
+            spare: next.spare().map(str::to_owned),
+            over: next.is_over(),
+            document: document(&next)?,
+            tenant: next.tenant,
+            owner: next.owner,
+            provider: next.provider,
+            durably,
+        };
+        if together(self.puts.add(&session.id, put, |puts| self.put_all(puts).boxed())).await? {
             session.version = next.version;
             return Ok(());
         }
@@ -237,6 +304,120 @@ where
             None => Error::Missing(session.id.clone()),
         })
     }
+
+    async fn put_all(&self, puts: Vec<Put>) -> Vec<Result<bool>> {
+        if let Some(answers) = of_all(self.put_some(&puts).await, puts.len()) {
+            return answers;
+        }
+        let mut answers = Vec::new();
+        for put in &puts {
+            answers.push(of_one(self.put_some(slice::from_ref(put)).await));
+        }
+        answers
+    }
+
+    /// Whether each was the version that was read, and is written.
+    async fn put_some(&self, puts: &[Put]) -> sqlx::Result<Vec<bool>> {
+        let mode = if puts.iter().any(|put| put.durably) { DB::DURABLY } else { DB::BY_AND_BY };
+        let rows = sqlx::query_as::<DB, (String,)>(DB::PUT).bind(array(puts)).fetch_all(&mut *self.so(mode).await?).await?;
+        let written: BTreeSet<String> = rows.into_iter().map(|(id,)| id).collect();
+        Ok(puts.iter().map(|put| written.contains(&put.id)).collect())
+    }
+
+    async fn release_all(&self, releases: Vec<Release>) -> Vec<Result<()>> {
+        if let Some(answers) = of_all(self.release_some(&releases).await, releases.len()) {
+            return answers;
+        }
+        let mut answers = Vec::new();
+        for release in &releases {
+            answers.push(of_one(self.release_some(slice::from_ref(release)).await));
+        }
+        answers
+    }
+
+    async fn release_some(&self, releases: &[Release]) -> sqlx::Result<Vec<()>> {
+        sqlx::query::<DB>(DB::RELEASE).bind(array(releases)).execute(&mut *self.so(DB::BY_AND_BY).await?).await?;
+        Ok(vec![(); releases.len()])
+    }
+
+    async fn book_all(&self, books: Vec<Vec<Amount>>) -> Vec<Result<Vec<i64>>> {
+        if let Some(answers) = of_all(self.book_some(&books).await, books.len()) {
+            return answers;
+        }
+        let mut answers = Vec::new();
+        for book in &books {
+            answers.push(of_one(self.book_some(slice::from_ref(book)).await));
+        }
+        answers
+    }
+
+    /// The sums after it, of each.
+    async fn book_some(&self, books: &[Vec<Amount>]) -> sqlx::Result<Vec<Vec<i64>>> {
+        let key = |amount: &Amount| (amount.tenant.clone(), amount.period.clone());
+        let amounts: Vec<&Amount> = books.iter().flatten().collect();
+        let wanted: BTreeSet<(String, String)> = amounts.iter().map(|amount| key(amount)).collect();
+        // Nothing is known of them until it is known what was written.
+        let mut known: BTreeMap<_, _> = {
+            let mut sums = self.sums();
+            sums.retain(|_, (_, read)| read.elapsed() < SUMS_HOLD);
+            wanted.iter().filter_map(|key| sums.remove_entry(key)).collect()
+        };
+        let mut connection = self.so(DB::BY_AND_BY).await?;
+        let rows = array(&amounts);
+        if !known.is_empty() {
+            let booked = sqlx::query_as::<DB, (String, String, i64)>(DB::BOOKED).bind(rows.clone());
+            let booked = booked.fetch_all(&mut *connection).await?;
+            let less = booked.into_iter().map(|(tenant, period, nanos)| ((tenant, period), -nanos));
+            for (key, more) in less.chain(amounts.iter().map(|amount| (key(amount), amount.nanos))) {
+                if let Some((sum, _)) = known.get_mut(&key) {
+                    *sum = sum.saturating_add(more);
+                }
+            }
+        }
+        sqlx::query::<DB>(DB::BOOK).bind(rows).execute(&mut *connection).await?;
+        let unknown = wanted.into_iter().filter(|key| !known.contains_key(key));
+        let unknown: Vec<_> = unknown.map(|(tenant, period)| serde_json::json!({"tenant": tenant, "period": period})).collect();
+        if !unknown.is_empty() {
+            let read = Instant::now();
+            let sums = sqlx::query_as::<DB, (String, String, i64)>(DB::SUMS).bind(array(&unknown));
+            let sums = sums.fetch_all(&mut *connection).await?;
+            known.extend(sums.into_iter().map(|(tenant, period, nanos)| ((tenant, period), (nanos, read))));
+        }
+        let sum = |amount: &Amount| known.get(&key(amount)).map_or(0, |(nanos, _)| *nanos);
+        let answers = books.iter().map(|book| book.iter().map(sum).collect()).collect();
+        self.sums().extend(known);
+        Ok(answers)
+    }
+}
+
+/// `None`: the database has said no, and has written nothing of it. What cannot be written is no reason for the others not to be: then each goes alone.
+fn of_all<R>(written: sqlx::Result<Vec<R>>, n: usize) -> Option<Vec<Result<R>>> {
+    match written {
+        Ok(answers) => Some(answers.into_iter().map(Ok).collect()),
+        Err(sqlx::Error::Database(_)) if n > 1 => None,
+        Err(error) => {
+            let what = message(error);
+            Some((0..n).map(|_| Err(Error::Store(what.clone()))).collect())
+        }
+    }
+}
+
+fn of_one<R>(written: sqlx::Result<Vec<R>>) -> Result<R> {
+    written.map_err(failed)?.pop().ok_or_else(late)
+}
+
+/// What is written with others', within the bound.
+async fn together<R>(added: impl Future<Output = Option<Result<R>>>) -> Result<R> {
+    match tokio::time::timeout(BOUND, added).await {
+        Ok(Some(answer)) => answer,
+        Ok(None) => Err(Error::Store(String::from("who wrote it was given up"))),
+        Err(_) => Err(late()),
+    }
+}
+
+fn array<T: serde::Serialize>(rows: &[T]) -> String {
+    // Strings and numbers can always be written.
+    serde_json::to_string(rows).unwrap_or_default()
 }
 
 #[async_trait]
@@ -448,16 +629,8 @@ where
         if let Some(held) = self.held().get_mut(fleet) {
             held.remove(id);
         }
-        let write = sqlx::query::<DB>(
-            "UPDATE sessions
-             SET leased_by = NULL, leased_until = 0, woken = FALSE,
-                 due = CASE WHEN woken THEN (SELECT now FROM clock) ELSE (SELECT now FROM clock) + $3 END
-             WHERE id = $1 AND leased_by = $2",
-        )
-        .bind(id.as_str())
-        .bind(fleet)
-        .bind(wake.map(until));
-        self.by_and_by(write).await.map(drop)
+        let release = Release { id: id.to_string(), fleet: fleet.to_owned(), wake: wake.map(until) };
+        together(self.releases.add(id, release, |releases| self.release_all(releases).boxed())).await
     }
 
     async fn wake(&self, id: &SessionId) -> Result<()> {
@@ -486,6 +659,9 @@ where
         .bind(session.as_str())
         .bind(nanos(usd))
         .bind(nanos(limit_usd));
+        // Nobody books meanwhile: what is known of the sum is no longer so.
+        let turn = tokio::time::timeout(BOUND, self.books.hold()).await.map_err(|_| late())?;
+        self.sums().remove(&(tenant.to_owned(), period.to_owned()));
         let reserved = match DB::LOCK {
             None => self.durably(reserve).await?,
             Some(lock) => {
@@ -499,22 +675,28 @@ where
                 bounded(locked).await?
             }
         };
+        drop(turn);
         Ok(reserved == 1)
     }
 
     async fn spend(&self, tenant: &str, period: &str, session: &SessionId, usd: f64) -> Result<()> {
-        let write = sqlx::query::<DB>(
-            "INSERT INTO amounts (tenant, period, session, nanos, changed) VALUES ($1, $2, $3, $4, (SELECT now FROM clock))
-             ON CONFLICT (tenant, period, session) DO UPDATE SET nanos = excluded.nanos, changed = excluded.changed",
-        )
-        .bind(tenant)
-        .bind(period)
-        .bind(session.as_str())
-        .bind(nanos(usd));
-        self.by_and_by(write).await.map(drop)
+        self.book(tenant, session, &[(period.to_owned(), usd)]).await.map(drop)
     }
 
-    #[expect(clippy::cast_precision_loss, reason = "billionths of a USD are exact up to nine million")]
+    async fn book(&self, tenant: &str, session: &SessionId, spent: &[(String, f64)]) -> Result<Vec<f64>> {
+        if spent.is_empty() {
+            return Ok(Vec::new());
+        }
+        let amounts = spent.iter().map(|(period, usd)| Amount {
+            tenant: tenant.to_owned(),
+            period: period.clone(),
+            session: session.to_string(),
+            nanos: nanos(*usd),
+        });
+        let sums = together(self.books.add(session, amounts.collect(), |books| self.book_all(books).boxed())).await?;
+        Ok(sums.into_iter().map(dollars).collect())
+    }
+
     async fn spent(&self, tenant: &str, period: &str) -> Result<f64> {
         let sum = sqlx::query_as::<DB, (i64,)>(
             "SELECT CAST(COALESCE(SUM(nanos), 0) AS BIGINT) FROM amounts WHERE tenant = $1 AND period = $2",
@@ -522,7 +704,7 @@ where
         .bind(tenant)
         .bind(period);
         let (nanos,) = bounded(sum.fetch_one(&self.read)).await?;
-        Ok(nanos as f64 / 1e9)
+        Ok(dollars(nanos))
     }
 
     async fn born(&self) -> Result<Timestamp> {

@@ -28,6 +28,36 @@ impl Dialect for Sqlite {
         UPDATE sessions SET leased_until = (SELECT now FROM clock) + $2
         WHERE leased_by = $1 AND id IN (SELECT value FROM json_each($3))";
 
+    const PUT: &'static str = "
+        WITH put AS MATERIALIZED (
+            SELECT value->>'id' AS id, value->>'version' AS version, value->>'phase' AS phase, value->>'tenant' AS tenant, value->>'owner' AS owner,
+                value->>'provider' AS provider, value->>'over' AS over, value->>'spare' AS spare, value->>'document' AS document
+            FROM json_each($1))
+        UPDATE sessions
+        SET version = put.version + 1, phase = put.phase, tenant = put.tenant, owner = put.owner, provider = put.provider, over = put.over,
+            spare = put.spare, changed = (SELECT now FROM clock), document = put.document
+        FROM put WHERE sessions.id = put.id AND sessions.version = put.version RETURNING id";
+    const RELEASE: &'static str = "
+        WITH released AS MATERIALIZED (
+            SELECT value->>'id' AS id, value->>'fleet' AS fleet, value->>'wake' AS wake FROM json_each($1))
+        UPDATE sessions
+        SET leased_by = NULL, leased_until = 0, woken = FALSE,
+            due = CASE WHEN woken THEN (SELECT now FROM clock) ELSE (SELECT now FROM clock) + released.wake END
+        FROM released WHERE sessions.id = released.id AND sessions.leased_by = released.fleet";
+    const BOOKED: &'static str = "
+        SELECT amounts.tenant, amounts.period, SUM(amounts.nanos) FROM json_each($1) AS booked
+        CROSS JOIN amounts ON amounts.tenant = booked.value->>'tenant' AND amounts.period = booked.value->>'period'
+            AND amounts.session = booked.value->>'session'
+        GROUP BY amounts.tenant, amounts.period";
+    const BOOK: &'static str = "
+        INSERT INTO amounts (tenant, period, session, nanos, changed)
+        SELECT value->>'tenant', value->>'period', value->>'session', value->>'nanos', (SELECT now FROM clock) FROM json_each($1) WHERE TRUE
+        ON CONFLICT (tenant, period, session) DO UPDATE SET nanos = excluded.nanos, changed = excluded.changed";
+    const SUMS: &'static str = "
+        SELECT amounts.tenant, amounts.period, SUM(amounts.nanos) FROM json_each($1) AS wanted
+        CROSS JOIN amounts ON amounts.tenant = wanted.value->>'tenant' AND amounts.period = wanted.value->>'period'
+        GROUP BY amounts.tenant, amounts.period";
+
     // In the log of what is written both ways everything is in its order.
     const DURABLY: Option<&'static str> = Some("PRAGMA synchronous = FULL");
     const BY_AND_BY: Option<&'static str> = Some("PRAGMA synchronous = NORMAL");

@@ -63,6 +63,12 @@ enum Operation {
         name: usize,
         cents: u32,
     },
+    /// The same, and what all have spent is asked.
+    Book {
+        tenant: usize,
+        name: usize,
+        cents: u32,
+    },
     LogHook {
         name: usize,
         attempt: u32,
@@ -98,6 +104,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         3 => name().prop_map(|name| Wake { name }),
         2 => (tenant(), name(), 0..60u32).prop_map(|(tenant, name, cents)| Reserve { tenant, name, cents }),
         1 => (tenant(), name(), 0..60u32).prop_map(|(tenant, name, cents)| Spend { tenant, name, cents }),
+        3 => (tenant(), name(), 0..60u32).prop_map(|(tenant, name, cents)| Book { tenant, name, cents }),
         1 => (name(), 1..9u32).prop_map(|(name, attempt)| LogHook { name, attempt }),
         1 => any::<bool>().prop_map(|all| Prune { all }),
     ]
@@ -245,6 +252,15 @@ impl Model {
                 let (tenant, name) = (TENANTS[*tenant], NAMES[*name]);
                 store.spend(tenant, "2026", &id(name), f64::from(*cents) / 100.0).await.unwrap();
                 self.cents.insert((tenant, name), *cents);
+            }
+            Operation::Book { tenant, name, cents } => {
+                let (tenant, name) = (TENANTS[*tenant], NAMES[*name]);
+                let spent =
+                    [("2026", *cents), ("2026-11", 7)].map(|(period, cents)| (period.to_owned(), f64::from(cents) / 100.0));
+                self.cents.insert((tenant, name), *cents);
+                let sums = store.book(tenant, &id(name), &spent).await.unwrap();
+                assert_eq!(sums[0], f64::from(self.cents(tenant)) / 100.0);
+                assert!(sums.len() == 2 && sums[1] >= 0.07, "{sums:?}");
             }
             Operation::LogHook { name, attempt } => {
                 let run = run(NAMES[*name], *attempt);
