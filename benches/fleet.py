@@ -154,12 +154,16 @@ def first(lines, began: float) -> float:
     raise RuntimeError("it ended without a token")
 
 
-def on_one_core(bench: str) -> None:
-    """A bench of the crate's own, with each store."""
+def on_one_core(bench: str, stores: bool = True) -> None:
+    """A bench of the crate's own, with each store where it has one."""
     built = ["cargo", "bench", "-q", "--locked", "-p", "agent-fleet", "--bench", bench, "--no-run", "--message-format=json"]
     artifacts = map(json.loads, subprocess.run(built, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines())
     binary = next(one["executable"] for one in artifacts if one["reason"] == "compiler-artifact" and one["target"]["name"] == bench)
     pinned = ["taskset", "--cpu-list", "0", binary]
+    if not stores:
+        for line in subprocess.run(pinned, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines():
+            print(f"fleet            {line}", flush=True)
+        return
     shell = 'exec "$@" "$AGENT_FLEET_TEST_POSTGRES"'
     ways = {"SQLite": pinned, "PostgreSQL": [ROOT / "tests/fleet/postgres", "sh", "-c", shell, "sh", *pinned]}
     for name, argv in ways.items():
@@ -177,4 +181,9 @@ def fleet_drive(_: Path) -> None:
     on_one_core("drive")
 
 
-BENCHES = (first_token, fleet_store, fleet_drive)
+def fleet_decide(_: Path) -> None:
+    """What is decided of ten thousand simulated containers in a second, with nothing around it."""
+    on_one_core("decide", stores=False)
+
+
+BENCHES = (first_token, fleet_decide, fleet_store, fleet_drive)

@@ -40,6 +40,8 @@ fn spare(n: usize) -> serde_json::Result<Session> {
     }
     (spare.pool, spare.phase, spare.holds, spare.native) =
         (Some(String::from("kind")), Phase::Ready, true, Some(format!("container-{n}")));
+    // One whose agent has worked is nobody's any more.
+    spare.report = None;
     Ok(spare)
 }
 
@@ -139,7 +141,11 @@ async fn measure(store: Arc<dyn Store>) -> Result<(), Box<dyn Error>> {
             let id = format!("session-{n}").parse().map_err(store::Error::Store)?;
             let mut session = store.get(&id).await?.ok_or(store::Error::Missing(id))?;
             loop {
-                for mut spare in store.spares("kind", 8).await? {
+                let spares = store.spares("kind", 8).await?;
+                if spares.is_empty() {
+                    return Err(store::Error::Store(String::from("there is none left in the pool")));
+                }
+                for mut spare in spares {
                     (spare.given, spare.holds, spare.phase) = (Some(session.id.clone()), false, Phase::Stopped);
                     (session.taken, session.holds) = (Some(spare.key()), true);
                     match store.update_both(&mut session, &mut spare).await {

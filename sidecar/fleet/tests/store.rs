@@ -545,7 +545,8 @@ async fn what_cannot_be_written_keeps_nobody_else_from_it(Fresh { store, .. }: &
     for n in 0..10 {
         drop(store.book("rich", &id(&format!("r{n}")), &[(String::from("2026"), f64::MAX)]).await);
     }
-    assert!(store.reserve("rich", "2026", &id("a"), 1.0, 1.0).await.is_err());
+    // Then it is not known any more.
+    assert!(!store.reserve("rich", "2026", &id("a"), 1.0, 1.0).await.unwrap_or_default());
     let bookers: Vec<_> = (0..20)
         .map(|n| {
             let (store, tenant) = (store.clone(), if n % 5 == 0 { "rich" } else { "blue" });
