@@ -44,8 +44,8 @@ pub(super) trait Dialect: Database {
     const LOCK: Option<&'static str>;
     /// Renews the leases of one, for so many milliseconds, of the sessions in an array of JSON.
     const RENEW: &'static str;
-    /// Writes sessions ([`Put`] in an array of JSON) whose version is the one that was read. Which these are. Whoever locks several does so in the order of
-    /// their ids, here and in the others: nobody waits for who waits for it.
+    /// Writes sessions ([`Put`] in an array of JSON) whose version is the one that was read. Which these are. Those that are written, released or renewed
+    /// together are locked in the order of their ids, and who claims waits for no lock: these do not wait for each other in a circle.
     const PUT: &'static str;
     /// Lets go of what is held ([`Release`] in an array of JSON).
     const RELEASE: &'static str;
