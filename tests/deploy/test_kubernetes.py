@@ -229,7 +229,7 @@ MANIFESTS = ROOT / "sidecar/fleet/tests/manifests"
 
 def manifests() -> list[dict]:
     made = [json.loads(path.read_text()) for path in sorted(MANIFESTS.glob("*.json"))]
-    # The Sandbox's own kind and the claim's are held against their definitions there; the pod in the Sandbox is one like the others.
+    # The Sandbox's own kind and the claim's are held against their definitions there; the pod in the Sandbox is one like the others, and so is the Job's.
     made = [each for each in made if each["kind"] != "SandboxClaim"]
     return [
         each if each["kind"] != "Sandbox" else {"apiVersion": "v1", "kind": "Pod", "metadata": each["metadata"], "spec": each["spec"]["podTemplate"]["spec"]}
@@ -240,7 +240,7 @@ def manifests() -> list[dict]:
 @pytest.mark.parametrize("release", ["1.29", "1.33", "1.37"])
 def test_what_the_fleet_makes_is_as_kubernetes_has_it(release: str, tmp_path: Path):
     made = manifests()
-    assert {each["kind"] for each in made} == {"Pod", "Secret"} and len(made) == 4
+    assert {each["kind"] for each in made} == {"Job", "Pod", "Secret"} and len(made) == 5
     (tmp_path / "made.yaml").write_text(yaml.safe_dump_all(made))
     done = said(release, tmp_path / "made.yaml", FLEET)
     rights = list(yaml.safe_load_all(FLEET.read_text()))
@@ -248,9 +248,10 @@ def test_what_the_fleet_makes_is_as_kubernetes_has_it(release: str, tmp_path: Pa
 
 
 def test_a_strict_cluster_lets_the_fleets_pods_in():
-    for each in manifests():
-        if each["kind"] == "Pod":
-            assert [*policies.restricted(each["spec"])] == []
+    specs = [(each["spec"].get("template") or each)["spec"] for each in manifests() if each["kind"] in {"Job", "Pod"}]
+    assert len(specs) == 4
+    for spec in specs:
+        assert [*policies.restricted(spec)] == []
 
 
 def test_the_fleet_reads_no_secrets():

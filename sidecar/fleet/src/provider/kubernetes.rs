@@ -1,8 +1,9 @@
-//! A Kubernetes cluster: a container is a pod or, where kubernetes-sigs/agent-sandbox is installed, a Sandbox around one, or what is claimed from a
-//! pool of them.
+//! A Kubernetes cluster: a container is a pod, a Job of one pod or, where kubernetes-sigs/agent-sandbox is installed, a Sandbox around one, or what is
+//! claimed from a pool of them.
 //!
 //! A pod is not stopped, it is deleted with a grace; and it runs once. What ends by itself stays until it is deleted, with its log and exit code.
-//! A life is counted by the cluster: `activeDeadlineSeconds` by kubelet, from when it has taken the pod, and `shutdownTime` by the controller.
+//! A life is counted by the cluster: `activeDeadlineSeconds` by kubelet, from when it has taken the pod, and of a Job by its controller, as
+//! `shutdownTime` of a Sandbox by its own.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use axum::http::Method;
+use axum::http::{Method, StatusCode};
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
 use jiff::Timestamp;
@@ -21,6 +22,7 @@ use serde_json::{Value, json};
 use self::api::{Answer, Api, Ask, JSON, Kind, MERGE_PATCH};
 use self::claim::{Claim, WarmPool};
 use self::inside::Forwards;
+use self::job::Job;
 use self::state::{Container, Custom, Event, List, Meta, Pod};
 use super::secret::{self, Value as Open};
 use super::{
@@ -31,6 +33,7 @@ use super::{
 mod api;
 mod claim;
 mod inside;
+mod job;
 mod pod;
 mod state;
 
@@ -38,6 +41,9 @@ const NAME: &str = "kubernetes";
 const PAGE: u16 = 100;
 /// Kubernetes counts a life in 31 bits.
 const TTL_MOST: Duration = Duration::from_secs(i32::MAX as u64);
+/// How long a Job that has ended is there, if nobody deletes it.
+const FINISHED_SECONDS: u32 = 3600;
+const FINISHED_LEAST: u32 = 60;
 /// The least that a pod is given to end in. Nothing at all would be to forget it, whether it has ended or not.
 const AT_ONCE: u64 = 1;
 /// After so long the API server ends a watch; a connection that is dead without a word is noticed a little later.
@@ -83,6 +89,8 @@ pub struct Settings {
     /// Directories that are there again after a pause, with their sizes: `/data = "10Gi"`. Sandboxes alone have them.
     pub keep: BTreeMap<String, String>,
     pub storage_class: Option<String>,
+    /// Of Jobs: how long one that has ended stays if the fleet does not remove it. Not said: an hour.
+    pub finished_seconds: Option<u32>,
     /// An image whose entry point is `agent-sidecar`: `hub` runs beside the agent, from before it begins until after it has ended.
     pub sidecar_image: Option<String>,
     /// Of the nodes: USD per hour for a CPU, and for a GiB of memory.
@@ -115,6 +123,7 @@ impl Default for Settings {
             writable: vec![String::from("/tmp")],
             keep: BTreeMap::new(),
             storage_class: None,
+            finished_seconds: None,
             sidecar_image: None,
             cpu_usd_per_hour: docker::OPENCOST.0,
             gib_usd_per_hour: docker::OPENCOST.1,
@@ -127,6 +136,8 @@ impl Default for Settings {
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
     Pod,
+    /// `batch/v1`, of one pod that is never made again.
+    Job,
     /// `agents.x-k8s.io/v1beta1`, which must be installed.
     Sandbox,
     /// A SandboxClaim of `extensions.agents.x-k8s.io/v1beta1`: `image` names a SandboxTemplate.
@@ -197,6 +208,13 @@ impl Settings {
         let sandbox = self.backend == Backend::Sandbox;
         if !self.keep.is_empty() && !sandbox {
             return Some(String::from("`keep` is for `backend = \"sandbox\"`: a pod is never paused"));
+        }
+        if self.finished_seconds.is_some() && self.backend != Backend::Job {
+            return Some(String::from("`finished_seconds` is for `backend = \"job\"`: nobody else removes what has ended"));
+        }
+        // Between its end and the fleet's next look there are a log and an exit code to be read.
+        if self.finished_seconds.is_some_and(|seconds| seconds < FINISHED_LEAST || i32::try_from(seconds).is_err()) {
+            return Some(format!("`finished_seconds` is {FINISHED_LEAST} to {}", i32::MAX));
         }
         if !self.keep.is_empty() && self.group.is_none() {
             return Some(String::from("`keep` needs `group`: who is not root can write to a new volume by its group alone"));
@@ -272,6 +290,7 @@ impl Kubernetes {
     fn kind(&self) -> Kind {
         match self.settings.backend {
             Backend::Pod => Kind::Pods,
+            Backend::Job => Kind::Jobs,
             Backend::Sandbox => Kind::Sandboxes,
             Backend::Claim => Kind::Claims,
         }
@@ -298,6 +317,11 @@ impl Kubernetes {
     async fn look(&self, native: &str) -> Result<Option<(Sandbox, Option<Pod>)>> {
         match self.settings.backend {
             Backend::Pod => Ok(self.find::<Pod>(Kind::Pods, native).await?.map(|pod| (pod.sandbox(), Some(pod)))),
+            Backend::Job => {
+                let Some(job) = self.find::<Job>(Kind::Jobs, native).await? else { return Ok(None) };
+                let pod = job.pod(self.pods_of(native).await?);
+                Ok(Some((job.with(pod.as_ref()), pod)))
+            }
             Backend::Sandbox => {
                 let Some(custom) = self.find::<Custom>(Kind::Sandboxes, native).await? else { return Ok(None) };
                 let pod = self.find::<Pod>(Kind::Pods, custom.pod_name()).await?;
@@ -313,6 +337,12 @@ impl Kubernetes {
                 Ok(Some((claim.with(custom.as_ref(), pod.as_ref()), pod)))
             }
         }
+    }
+
+    /// The pods that say that they are of this Job: one, or two while it is suspended and let go again.
+    async fn pods_of(&self, job: &str) -> Result<Vec<Pod>> {
+        let ask = self.api.get(Kind::Pods, &[]).query("labelSelector", job::selector(job)).query("limit", PAGE.to_string());
+        Ok(ask.send().await?.ok()?.json::<List<Pod>>()?.items)
     }
 
     /// The Sandbox that a claim has, if it is its own by now.
@@ -405,6 +435,12 @@ impl Kubernetes {
                 let pod: Pod = answer.json()?;
                 (pod.sandbox(), secret_of(pod.agent_spec()).filter(|_| !pod.is_over()))
             }
+            Backend::Job => {
+                let job: Job = answer.json()?;
+                // Of one that was there, the pod says more than its controller has by now.
+                let pod = if answer.status == StatusCode::CREATED { None } else { job.pod(self.pods_of(&spec.key).await?) };
+                (job.with(pod.as_ref()), secret_of(job.agent_spec()).filter(|_| !job.is_over()))
+            }
             Backend::Sandbox => {
                 let custom: Custom = answer.json()?;
                 (custom.sandbox(), secret_of(custom.agent_spec()))
@@ -445,6 +481,20 @@ impl Kubernetes {
         let foreground = || json!({ "propagationPolicy": "Foreground" });
         let pod = match self.settings.backend {
             Backend::Pod => Some(native.to_owned()),
+            Backend::Job => match self.find::<Job>(Kind::Jobs, native).await? {
+                Some(job) => {
+                    // Its pod first, with our grace: the cluster's own does not change it, and there is no second pod.
+                    let first = job.pod(self.pods_of(native).await?).map(|pod| pod.metadata.name);
+                    if let Some(pod) = &first {
+                        self.remove(Kind::Pods, pod, json!({ "gracePeriodSeconds": seconds })).await?;
+                    }
+                    self.remove(Kind::Jobs, native, foreground()).await?;
+                    // One that was made between the two.
+                    let last = job.pod(self.pods_of(native).await?).map(|pod| pod.metadata.name);
+                    last.filter(|pod| first.as_ref() != Some(pod))
+                }
+                None => None,
+            },
             Backend::Sandbox => match self.find::<Custom>(Kind::Sandboxes, native).await? {
                 Some(custom) => {
                     self.remove(Kind::Sandboxes, native, foreground()).await?;
@@ -555,7 +605,9 @@ impl Provider for Kubernetes {
                 return Err(self.refused("what is claimed runs what its SandboxTemplate says: leave `command` out"));
             }
             Backend::Claim => claim::object(spec, &self.pool_of(&spec.image).await?, ends),
-            Backend::Pod | Backend::Sandbox => pod::object(&self.settings, spec, &format!("{}-{unique}", spec.key), ends)?,
+            Backend::Pod | Backend::Job | Backend::Sandbox => {
+                pod::object(&self.settings, spec, &format!("{}-{unique}", spec.key), ends)?
+            }
         };
         let answer = self.create_in(self.kind(), &body).send().await?;
         let answer = if answer.exists() {
@@ -608,6 +660,11 @@ impl Provider for Kubernetes {
                 let list: List<Pod> = answer.json()?;
                 let own = list.items.iter().filter(|pod| !pod.metadata.is_controlled());
                 (list.metadata.r#continue.clone(), own.map(Pod::sandbox).collect())
+            }
+            Backend::Job => {
+                let list: List<Job> = answer.json()?;
+                let own = list.items.iter().filter(|job| !job.metadata.is_controlled());
+                (list.metadata.r#continue.clone(), own.map(Job::sandbox).collect())
             }
             Backend::Sandbox => {
                 let list: List<Custom> = answer.json()?;
@@ -744,7 +801,7 @@ impl Provider for Kubernetes {
         let now: List<serde::de::IgnoredAny> = now.ok()?.json()?;
         let pieces = self.watch(&selector, &now.metadata.resource_version).await?;
         let lines = Lines { pieces, held: Vec::new(), ready: VecDeque::new() };
-        let own = self.settings.backend != Backend::Pod;
+        let own = !matches!(self.settings.backend, Backend::Pod | Backend::Job);
         Ok(stream::unfold(Some(lines), move |lines| async move {
             let mut lines = lines?;
             loop {

@@ -1,5 +1,5 @@
 //! A cluster of one namespace: an API server with its rules, a kubelet that runs pods as processes of this machine, the garbage collector, and the
-//! controller of agent-sandbox.
+//! controllers of Jobs and of agent-sandbox.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::Read;
@@ -107,6 +107,8 @@ struct Cluster {
     values: BTreeMap<String, BTreeMap<String, String>>,
     /// Said instead of creating one of a kind.
     refusals: VecDeque<(&'static str, u16, Value)>,
+    /// Whoever queues Jobs has a word in the next creation of one.
+    queues: bool,
 }
 
 struct Watcher {
@@ -237,6 +239,9 @@ impl Cluster {
         if kind == "secrets" {
             object["stringData"].take();
         }
+        if kind == "jobs" && std::mem::take(&mut self.queues) {
+            object["spec"]["suspend"] = json!(true);
+        }
         self.put(kind, object, "ADDED")
     }
 
@@ -264,7 +269,7 @@ impl Cluster {
                     pod["metadata"]["deletionGracePeriodSeconds"] = json!(grace);
                 })
             }
-            "sandboxes" | "sandboxclaims" => {
+            "jobs" | "sandboxes" | "sandboxclaims" => {
                 assert_eq!(options["propagationPolicy"], "Foreground", "else nobody knows when its pod has ended");
                 self.change(kind, name, |custom| custom["metadata"]["deletionTimestamp"] = json!(now()))
             }
@@ -285,6 +290,9 @@ impl Cluster {
         }
         for name in self.names("sandboxes") {
             self.reconcile(&name);
+        }
+        for name in self.names("jobs") {
+            self.job(&name);
         }
         for name in self.names("pods") {
             self.sync(&name);
@@ -440,6 +448,126 @@ impl Cluster {
         }
     }
 
+    /// The controller of Jobs, and the one that removes those that have ended.
+    fn job(&mut self, name: &str) {
+        let job = self.get("jobs", name).expect("it is there").clone();
+        let of = |object: &Value| object["metadata"]["ownerReferences"][0]["uid"] == job["metadata"]["uid"];
+        let pods: Vec<Value> =
+            self.objects.iter().filter(|((kind, _), object)| kind == "pods" && of(object)).map(|(_, pod)| pod.clone()).collect();
+        let name_of = |pod: &Value| pod["metadata"]["name"].as_str().unwrap().to_owned();
+        let leaving = |object: &Value| !object["metadata"]["deletionTimestamp"].is_null();
+        let over = |pod: &Value| matches!(pod["status"]["phase"].as_str().unwrap(), "Succeeded" | "Failed");
+        let end = |cluster: &mut Self, pods: &[Value]| {
+            for pod in pods.iter().filter(|pod| !leaving(pod) && !over(pod)) {
+                cluster.delete("pods", &name_of(pod), &json!({}));
+            }
+        };
+        if leaving(&job) {
+            for pod in &pods {
+                if !leaving(pod) {
+                    self.delete("pods", &name_of(pod), &json!({}));
+                }
+                self.release(&name_of(pod));
+            }
+            if pods.is_empty() {
+                self.put("jobs", job, "DELETED");
+            }
+            return;
+        }
+        let spec = &job["spec"];
+        let mut status = if job["status"].is_object() { job["status"].clone() } else { json!({"conditions": []}) };
+        let is = |status: &Value, kind: &str| status["conditions"].as_array().unwrap().iter().any(|one| one["type"] == kind);
+        let say = |status: &mut Value, kind: &str, reason: &str, message: &str| {
+            let one = json!({"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": now()});
+            status["conditions"].as_array_mut().unwrap().push(one);
+        };
+        if is(&status, "Failed") || is(&status, "Complete") {
+            let ended: Timestamp = status["conditions"][1]["lastTransitionTime"].as_str().unwrap().parse().unwrap();
+            if ended + spec["ttlSecondsAfterFinished"].as_i64().expect("we say how long").seconds() <= Timestamp::now() {
+                self.delete("jobs", name, &json!({"propagationPolicy": "Foreground"}));
+            }
+            return;
+        }
+        // Each that has ended is counted once.
+        for pod in pods.iter().filter(|pod| over(pod) && !pod["metadata"]["finalizers"].is_null()) {
+            let which = if pod["status"]["phase"] == "Succeeded" { "succeeded" } else { "failed" };
+            status[which] = json!(status[which].as_u64().unwrap_or(0) + 1);
+            self.release(&name_of(pod));
+        }
+        let open = pods.iter().filter(|pod| !over(pod)).count();
+        if spec["suspend"] == true {
+            end(self, &pods);
+            if !is(&status, "Suspended") {
+                say(&mut status, "Suspended", "JobSuspended", "Job suspended");
+            }
+            drop(status.as_object_mut().unwrap().remove("startTime"));
+        } else {
+            status["conditions"].as_array_mut().unwrap().retain(|one| one["type"] != "Suspended");
+            if status["startTime"].is_null() {
+                status["startTime"] = json!(now());
+            }
+            let started: Timestamp = status["startTime"].as_str().unwrap().parse().unwrap();
+            let late = started + spec["activeDeadlineSeconds"].as_i64().expect("we say how long").seconds() <= Timestamp::now();
+            if status["conditions"][0].is_null() {
+                if status["failed"].as_u64() > spec["backoffLimit"].as_u64().or(Some(6)) {
+                    say(&mut status, "FailureTarget", "BackoffLimitExceeded", "Job has reached the specified backoff limit");
+                } else if late {
+                    say(&mut status, "FailureTarget", "DeadlineExceeded", "Job was active longer than specified deadline");
+                } else if status["succeeded"].as_u64() >= Some(1) {
+                    say(&mut status, "SuccessCriteriaMet", "CompletionsReached", "Reached expected number of succeeded pods");
+                }
+            }
+            let target = status["conditions"][0].clone();
+            // What is ending counts where nothing is said of it.
+            let there = match spec["podReplacementPolicy"].as_str() {
+                Some("Failed") => open,
+                _ => pods.iter().filter(|pod| !over(pod) && !leaving(pod)).count(),
+            };
+            if target.is_object() {
+                end(self, &pods);
+                if open == 0 {
+                    let last = if target["type"] == "FailureTarget" { "Failed" } else { "Complete" };
+                    say(&mut status, last, target["reason"].as_str().unwrap(), target["message"].as_str().unwrap());
+                }
+            } else if there == 0 {
+                let made = format!("{name}-{}", &uuid::Uuid::now_v7().simple().to_string()[27..]);
+                let mut pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": spec["template"]["metadata"], "spec": spec["template"]["spec"]});
+                for label in ["job-name", "batch.kubernetes.io/job-name"] {
+                    pod["metadata"]["labels"][label] = json!(name);
+                }
+                pod["metadata"]["name"] = json!(made);
+                pod["metadata"]["finalizers"] = json!(["batch.kubernetes.io/job-tracking"]);
+                pod["metadata"]["ownerReferences"] = json!([{"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": job["metadata"]["uid"],
+                    "controller": true, "blockOwnerDeletion": true}]);
+                self.create("pods", pod);
+            }
+        }
+        let active = pods.iter().filter(|pod| !over(pod) && !leaving(pod));
+        let ready = active.clone().filter(|pod| pod["status"]["phase"] == "Running").count();
+        (status["active"], status["ready"]) = (json!(active.count()), json!(ready));
+        if job["status"] != status {
+            self.change("jobs", name, |job| job["status"] = status);
+        }
+    }
+
+    /// It was counted, and may go.
+    fn release(&mut self, pod: &str) {
+        if self.get("pods", pod).is_some_and(|pod| !pod["metadata"]["finalizers"].is_null()) {
+            self.change("pods", pod, |pod| drop(pod["metadata"].as_object_mut().unwrap().remove("finalizers")));
+        }
+    }
+
+    /// Its last process is gone, and nobody needs it any more.
+    fn remove_pod(&mut self, name: &str) {
+        let pod = self.get("pods", name).expect("it is there").clone();
+        if pod["metadata"]["finalizers"].is_null() {
+            self.running.remove(name);
+            self.put("pods", pod, "DELETED");
+        } else if matches!(pod["status"]["phase"].as_str().unwrap(), "Pending" | "Running") {
+            self.change("pods", name, |pod| pod["status"]["phase"] = json!("Failed"));
+        }
+    }
+
     /// Kubelet.
     fn sync(&mut self, name: &str) {
         let pod = self.get("pods", name).expect("it is there").clone();
@@ -469,15 +597,13 @@ impl Cluster {
                     });
                 }
                 if leaving {
-                    let pod = self.get("pods", name).expect("it is there").clone();
-                    self.running.remove(name);
-                    self.put("pods", pod, "DELETED");
+                    self.remove_pod(name);
                 }
             }
             return;
         }
         if leaving {
-            self.put("pods", pod, "DELETED");
+            self.remove_pod(name);
             return;
         }
         if phase != "Pending" {
@@ -618,6 +744,28 @@ impl Kubernetes {
         let used = self.used.lock().unwrap();
         let of = |right: &&Right| resources.contains(&right.1.as_str()) && !used.contains(*right);
         self.rights.iter().filter(of).cloned().collect()
+    }
+
+    /// A Job is let go, or no more.
+    pub(crate) fn suspend(&self, name: &str, suspend: bool) {
+        self.cluster.lock().unwrap().change("jobs", name, |job| job["spec"]["suspend"] = json!(suspend));
+    }
+
+    /// Who queues Jobs sees the next one first.
+    pub(crate) fn suspend_next(&self) {
+        self.cluster.lock().unwrap().queues = true;
+    }
+
+    /// A Job that is over has been so for an hour.
+    /// `false`: it is not over.
+    pub(crate) fn pass_hour(&self, name: &str) -> bool {
+        let ended = (Timestamp::now() - 1.hours()).to_string();
+        let mut cluster = self.cluster.lock().unwrap();
+        let over = cluster.get("jobs", name).is_some_and(|job| job["status"]["conditions"][1].is_object());
+        if over {
+            cluster.change("jobs", name, |job| job["status"]["conditions"][1]["lastTransitionTime"] = json!(ended));
+        }
+        over
     }
 
     /// The next creation is answered like this.
@@ -791,6 +939,7 @@ fn place(request: &Request) -> Option<(&'static str, Vec<&str>)> {
     match &request.segments()[..] {
         ["api", "v1", "namespaces", NAMESPACE, "pods", rest @ ..] => Some(("pods", rest.to_vec())),
         ["api", "v1", "namespaces", NAMESPACE, "secrets", rest @ ..] => Some(("secrets", rest.to_vec())),
+        ["apis", "batch", "v1", "namespaces", NAMESPACE, "jobs", rest @ ..] => Some(("jobs", rest.to_vec())),
         ["apis", "agents.x-k8s.io", "v1beta1", "namespaces", NAMESPACE, "sandboxes", rest @ ..] => {
             Some(("sandboxes", rest.to_vec()))
         }
@@ -935,9 +1084,11 @@ impl Api for Kubernetes {
             self.object(kind, name)
                 .is_some_and(|claim| claim["status"]["sandbox"]["name"].as_str().unwrap_or_default().is_empty())
         };
-        // Of a Sandbox, its pod is the state: it is told by that.
+        // Of a Sandbox and of a Job, the pod is the state: it is told by that.
+        let of_job = request.query("labelSelector").is_some_and(|wanted| wanted.starts_with("batch.kubernetes.io/job-name="));
         match (request.method.as_str(), &rest[..]) {
             ("POST", []) if own => Some(Call::Create),
+            ("GET", []) if kind == "pods" && of_job => Some(Call::State),
             ("GET", []) if request.query("watch").is_none() && kind != "sandboxwarmpools" => Some(Call::List),
             ("GET", [_]) if kind == "pods" => Some(Call::State),
             // Of a claim that has nothing yet, there is nothing else that tells it.
@@ -983,6 +1134,7 @@ impl Api for Kubernetes {
             let (version, word) = match kind {
                 "pods" => ("v1", "Pod"),
                 "secrets" => ("v1", "Secret"),
+                "jobs" => ("batch/v1", "Job"),
                 "sandboxclaims" => ("extensions.agents.x-k8s.io/v1beta1", "SandboxClaim"),
                 _ => ("agents.x-k8s.io/v1beta1", "Sandbox"),
             };
@@ -990,6 +1142,9 @@ impl Api for Kubernetes {
                 return Err(format!("this is no {version} {word}"));
             }
             labels_are_legal(&object)?;
+            if kind == "jobs" {
+                labels_are_legal(&object["spec"]["template"])?;
+            }
             if kind == "sandboxclaims" {
                 self.claims.request("POST", &["sandboxclaims"].map(String::from), &[], &request.body)?;
             }
@@ -1019,6 +1174,7 @@ impl Api for Kubernetes {
     }
 
     fn unknown_state(&self, body: &mut Value) {
-        body["status"]["phase"] = json!("Hibernating");
+        let pod = if body["items"].is_array() { &mut body["items"][0] } else { body };
+        pod["status"]["phase"] = json!("Hibernating");
     }
 }

@@ -171,6 +171,26 @@ async fn pods_do_what_every_provider_must() {
 }
 
 #[tokio::test]
+async fn jobs_do_what_every_provider_must() {
+    let world = Cluster::new(json!({ "backend": "job" })).await;
+    conformance::run(&world.provider, &world).await;
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+    // The last of them are still ending.
+    let began = Instant::now();
+    let left = || ["jobs", "pods", "secrets"].map(|kind| world.fake.api.names(kind)).concat();
+    while !left().is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(60), "they have outlived their Jobs: {:?}", left());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // All that is granted for it is needed.
+    assert_eq!(world.fake.api.unused(&["jobs"]), vec![]);
+    assert!(
+        !world.fake.seen().iter().any(|what| what.starts_with("POST") && what.ends_with("/pods")),
+        "its controller makes them"
+    );
+}
+
+#[tokio::test]
 async fn sandboxes_do_what_every_provider_must() {
     let world = Cluster::new(sandboxes()).await;
     conformance::run(&world.provider, &world).await;
@@ -381,7 +401,118 @@ async fn what_is_made_is_written_down_and_safe() {
     world.provider.create(&asked).await.unwrap();
     is_kept("sandbox", sent(&world, "POST /apis/agents.x-k8s.io/v1beta1/namespaces/agents/sandboxes"));
     assert_eq!(world.fake.wrong(), Vec::<String>::new());
+
+    let more =
+        json!({ "backend": "job", "finished_seconds": 600, "sidecar_image": "registry.example/agent-sidecar:1", "user": 1000 });
+    let mut asked = asked;
+    asked.env.insert(String::from("AGENT_SIDECAR_FLEET_URL"), String::from("http://fleet:9490"));
+    asked.secrets.insert(String::from("AGENT_SIDECAR_FLEET_TOKEN"), Secret::File(path.clone()));
+    let world = Cluster::new(more).await;
+    world.provider.create(&asked).await.unwrap();
+    let job = sent(&world, "POST /apis/batch/v1/namespaces/agents/jobs");
+    let (spec, pod) = (&job["spec"], &job["spec"]["template"]["spec"]);
+    assert_eq!((&spec["backoffLimit"], &spec["ttlSecondsAfterFinished"]), (&json!(0), &json!(600)));
+    assert_eq!((&spec["activeDeadlineSeconds"], &pod["activeDeadlineSeconds"]), (&json!(7200), &json!(7200)));
+    assert_eq!((&spec["podReplacementPolicy"], &pod["restartPolicy"]), (&json!("Failed"), &json!("Never")));
+    assert_eq!(spec["template"]["metadata"]["labels"], job["metadata"]["labels"], "its pod is found by them, too");
+    let hub = &pod["initContainers"][0];
+    assert_eq!(
+        (&hub["restartPolicy"], &hub["args"][0]),
+        (&json!("Always"), &json!("hub")),
+        "it ends by itself when the agent has"
+    );
+    assert!(hub["startupProbe"].is_object() && hub["livenessProbe"].is_object());
+    // What the fleet tells a sidecar the one that serves is told, and nothing else of the agent's.
+    let names: Vec<&str> = hub["env"].as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["AGENT_SIDECAR_FLEET_URL", "AGENT_SIDECAR_FLEET_TOKEN"]);
+    assert!(hub["env"][1]["valueFrom"]["secretKeyRef"].is_object());
+    // Both see the one socket, and what the agent writes.
+    let mounts = |container: &Value| container["volumeMounts"].as_array().unwrap().clone();
+    let run = json!({"name": "sidecar", "mountPath": "/run/agent-sidecar"});
+    assert!(mounts(hub).contains(&run) && mounts(hub).len() == 2, "{hub}");
+    assert_eq!(mounts(hub), mounts(&pod["containers"][0]));
+    let held = sent(&world, "POST /api/v1/namespaces/agents/secrets");
+    let made = world.fake.api.object("jobs", "agent-1").unwrap();
+    let owner = json!([{"apiVersion": "batch/v1", "kind": "Job", "name": "agent-1", "uid": made["metadata"]["uid"]}]);
+    assert_eq!(held["metadata"]["ownerReferences"], owner);
+    is_kept("job", job);
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
     std::fs::remove_file(path).unwrap();
+}
+
+/// What a Job's controller does when nobody of ours is there.
+#[tokio::test]
+async fn a_job_has_one_pod_and_neither_outlives_the_other() {
+    let jobs = || json!({ "backend": "job" });
+    let shared = BTreeMap::from([(FLEET_LABEL.to_owned(), String::from("prod"))]);
+    let world = Cluster::new(jobs()).await;
+    let native = world.provider.create(&fleets("agent-1")).await.unwrap().native;
+    let up = world.becomes(&native, |now| now.state == State::Running).await;
+    let left = up.deadline.unwrap().duration_since(up.created.unwrap());
+    assert!((7198..=7202).contains(&left.as_secs()), "{left}");
+    let pod = || world.fake.api.names("pods").into_iter().next();
+    let first = pod().unwrap();
+    // The Job and its pod have the same labels, and are one: for this provider, and for one of pods in the same namespace.
+    assert_eq!(world.provider.list(&shared, None).await.unwrap().sandboxes.len(), 1);
+    let kubeconfig = world.kubeconfig.clone();
+    let pods = Kubernetes::new(serde_json::from_value(json!({ "kubeconfig": kubeconfig, "context": "here" })).unwrap()).unwrap();
+    assert_eq!(pods.list(&shared, None).await.unwrap().sandboxes, []);
+
+    // Evicted: no second one is made, not even while the first one ends.
+    world.fake.api.lose("pods", &first);
+    let gone = world.becomes(&native, |now| now.state == State::Failed).await;
+    assert!(gone.reason.unwrap().contains("its pod is gone"));
+    assert_eq!(pod(), None);
+    world.provider.delete(&native).await.unwrap();
+    world.becomes(&native, |now| now.state.is_gone()).await;
+
+    // It has ended by itself: log and code are there, and an hour later nothing is.
+    let exits = Spec { command: sh("echo printed; exit 3"), ..fleets("agent-2") };
+    let native = world.provider.create(&exits).await.unwrap().native;
+    let over = world.becomes(&native, |now| now.state == State::Stopped).await;
+    assert_eq!((over.exit_code, over.reason), (Some(3), None));
+    assert_eq!(world.provider.logs(&native, 100).await.unwrap(), b"printed\n");
+    assert!(matches!(world.provider.start(&native).await, Err(Error::Refused { .. })), "it runs once");
+    assert_eq!(world.fake.api.names("pods").len(), 1);
+    // Its pod's end is known before its controller has said so.
+    let began = Instant::now();
+    while !world.fake.api.pass_hour(&native) {
+        assert!(began.elapsed() < Duration::from_secs(60), "it is not over");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    world.becomes(&native, |now| now.state.is_gone()).await;
+    assert_eq!(pod(), None);
+
+    // Its time is over: also for one that does not hear.
+    let native = world.provider.create(&Spec { ttl: Duration::from_secs(1), ..fleets("agent-3") }).await.unwrap().native;
+    let late = world.becomes(&native, |now| now.state == State::Stopped).await;
+    assert!(late.reason.unwrap().starts_with("DeadlineExceeded"));
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_job_that_somebody_queues_is_waited_for() {
+    let world = Cluster::new(json!({ "backend": "job" })).await;
+    world.fake.api.suspend_next();
+    let native = world.provider.create(&fleets("agent-1")).await.unwrap().native;
+    let queued = world.becomes(&native, |now| now.reason.is_some()).await;
+    assert_eq!((queued.state, queued.reason.as_deref()), (State::Creating, Some("JobSuspended: Job suspended")));
+    world.provider.start(&native).await.unwrap();
+    assert_eq!(world.fake.api.object("jobs", &native).unwrap()["spec"]["suspend"], true, "who queues it says when");
+    world.fake.api.suspend(&native, false);
+    world.becomes(&native, |now| now.state == State::Running).await;
+    // Taken away again by whoever queues: what ran is told to end.
+    let ignores = Spec { command: crate::command(Does::Ignore).unwrap(), ..fleets("agent-2") };
+    let other = world.provider.create(&ignores).await.unwrap().native;
+    world.becomes(&other, |now| now.state == State::Running).await;
+    world.fake.api.suspend(&other, true);
+    world.becomes(&other, |now| now.state == State::Stopping).await;
+    assert!(matches!(world.provider.pause(&native).await, Err(Error::Unsupported { .. })));
+    for name in [native, other] {
+        world.provider.delete(&name).await.unwrap();
+        world.becomes(&name, |now| now.state.is_gone()).await;
+    }
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
 }
 
 #[tokio::test]
@@ -390,7 +521,7 @@ async fn a_secret_comes_after_its_pod_and_goes_with_it() {
     let theirs = Secret::Provider(String::from("theirs/key"));
     let secrets = BTreeMap::from([(String::from("TOKEN"), token), (String::from("THEIRS"), theirs)]);
     let asked = Spec { secrets, ..fleets("agent-1") };
-    for more in [json!({}), sandboxes()] {
+    for more in [json!({}), json!({ "backend": "job" }), sandboxes()] {
         let world = Cluster::new(more).await;
         // As if the fleet had died between the two.
         world.fake.api.refuse_next("secrets", 500, "InternalError", "told to s3cret");
@@ -612,6 +743,10 @@ fn settings_that_cannot_be_meant_are_said() {
         ("user = 0", "`non_root`"),
         ("context = 'x'", "`kubeconfig`"),
         ("warm_pool = 'x'", "`backend = \"claim\"`"),
+        ("backend = 'job'\ngroup = 7\nkeep = { '/data' = '1Gi' }", "sandbox"),
+        ("finished_seconds = 600", "`backend = \"job\"`"),
+        ("backend = 'job'\nfinished_seconds = 1", "60 to"),
+        ("backend = 'claim'\nsidecar_image = 'x'", "SandboxTemplate"),
         ("backend = 'claim'\nuser = 7", "SandboxTemplate"),
         ("tolerations = [{ key = 'gpu', effect = 'NoSchedule', seconds = 5 }]", "NoExecute"),
         ("tolerations = [{ key = 'gpu', seconds = 5 }]", "NoExecute"),
@@ -622,6 +757,7 @@ fn settings_that_cannot_be_meant_are_said() {
     }
     assert_eq!(wrong(""), "");
     assert_eq!(wrong("tolerations = [{ key = 'gpu', value = 'a', effect = 'NoExecute', seconds = 5 }, {}]"), "");
-    assert!(toml::from_str::<Settings>("backend = 'job'").is_err());
+    assert_eq!(wrong("backend = 'job'\nfinished_seconds = 60\nsidecar_image = 'x'"), "");
+    assert!(toml::from_str::<Settings>("backend = 'deployment'").is_err());
     assert!(toml::from_str::<Settings>("namespaces = 'x'").is_err());
 }

@@ -42,6 +42,7 @@ pub(super) const MERGE_PATCH: &str = "application/merge-patch+json";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Pods,
+    Jobs,
     Sandboxes,
     Secrets,
     Claims,
@@ -54,6 +55,7 @@ impl Kind {
         let extensions: &[&str] = &["apis", "extensions.agents.x-k8s.io", "v1beta1"];
         let (group, plural): (&[&str], _) = match self {
             Kind::Pods => (&["api", "v1"], "pods"),
+            Kind::Jobs => (&["apis", "batch", "v1"], "jobs"),
             Kind::Secrets => (&["api", "v1"], "secrets"),
             Kind::Sandboxes => (&["apis", "agents.x-k8s.io", "v1beta1"], "sandboxes"),
             Kind::Claims => (extensions, "sandboxclaims"),
@@ -509,6 +511,7 @@ mod tests {
             "/api/v1/namespaces/agents/pods/a/log?tailLines=3"
         );
         assert_eq!(at(api.get(Kind::Sandboxes, &["a"])), "/apis/agents.x-k8s.io/v1beta1/namespaces/agents/sandboxes/a");
+        assert_eq!(at(api.get(Kind::Jobs, &["a"])), "/apis/batch/v1/namespaces/agents/jobs/a");
         assert_eq!(at(api.get(Kind::Pods, &["../x?y"])), "/api/v1/namespaces/agents/pods/..%2Fx%3Fy");
         assert_eq!(
             at(api.get(Kind::Pods, &[]).query("labelSelector", "a.b=c,d=e f")),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::{Backend, Settings};
+use super::{Backend, Settings, job};
 use crate::provider::secret::Value as Open;
 use crate::provider::{Error, KEY_LABEL, Result, Secret, Spec};
 
@@ -107,6 +107,10 @@ pub(super) fn object(settings: &Settings, spec: &Spec, secret: &str, ends: jiff:
             head["name"] = json!(spec.key);
             json!({ "apiVersion": "v1", "kind": "Pod", "metadata": head, "spec": template["spec"] })
         }
+        Backend::Job => {
+            let kept = settings.finished_seconds.unwrap_or(super::FINISHED_SECONDS);
+            json!({ "apiVersion": "batch/v1", "kind": "Job", "metadata": head, "spec": job::spec(&template, life_seconds(spec), kept) })
+        }
         Backend::Sandbox => {
             // Its pod is deleted by the cluster first, without a grace of ours; what we ask for after that can only be shorter.
             template["spec"]["terminationGracePeriodSeconds"] = json!(LONGEST_GRACE_SECONDS);
@@ -138,6 +142,10 @@ pub(super) fn whole_seconds(at: jiff::Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
+fn life_seconds(spec: &Spec) -> u64 {
+    spec.ttl.as_secs().clamp(1, super::TTL_MOST.as_secs())
+}
+
 fn template(settings: &Settings, spec: &Spec, secret: &str) -> Result<Value> {
     let mut mounts = Vec::new();
     let mut volumes = Vec::new();
@@ -150,14 +158,17 @@ fn template(settings: &Settings, spec: &Spec, secret: &str) -> Result<Value> {
     for (n, at) in settings.keep.keys().enumerate().filter(|_| settings.backend == Backend::Sandbox) {
         mounts.push(json!({ "name": format!("keep-{n}"), "mountPath": at }));
     }
+    // What the agent writes is the hub's to see: it is who gives the conversation, and takes it.
+    let shared = mounts.clone();
     if settings.sidecar_image.is_some() {
         mounts.push(json!({ "name": "sidecar", "mountPath": "/run/agent-sidecar" }));
         volumes.push(json!({ "name": "sidecar", "emptyDir": { "sizeLimit": "64Mi" } }));
     }
+    let agent_env = environment(spec, secret)?;
     let mut agent = json!({
         "name": AGENT,
         "image": spec.image,
-        "env": environment(spec, secret)?,
+        "env": agent_env,
         "resources": resources((spec.size.cpu_milli, spec.size.memory_mib, spec.size.disk_mib)),
         "securityContext": container_rights(settings),
         "volumeMounts": mounts,
@@ -175,7 +186,7 @@ fn template(settings: &Settings, spec: &Spec, secret: &str) -> Result<Value> {
     let mut pod = json!({
         // Who starts it again is the fleet.
         "restartPolicy": "Never",
-        "activeDeadlineSeconds": spec.ttl.as_secs().clamp(1, super::TTL_MOST.as_secs()),
+        "activeDeadlineSeconds": life_seconds(spec),
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "automountServiceAccountToken": false,
         "enableServiceLinks": false,
@@ -184,7 +195,7 @@ fn template(settings: &Settings, spec: &Spec, secret: &str) -> Result<Value> {
         "volumes": volumes,
     });
     if let Some(image) = &settings.sidecar_image {
-        pod["initContainers"] = json!([sidecar(settings, image)]);
+        pod["initContainers"] = json!([sidecar(settings, image, &agent_env, &shared)]);
         // Whose CLI runs without a sidecar is seen by the processes.
         pod["shareProcessNamespace"] = json!(true);
     }
@@ -267,8 +278,13 @@ fn container_rights(settings: &Settings) -> Value {
     })
 }
 
-/// It starts before the agent, which waits until it answers, and ends after it.
-fn sidecar(settings: &Settings, image: &str) -> Value {
+/// It starts before the agent, which waits until it answers, and ends after it. It serves and reports for the agent's own sidecar, so it is told
+/// what that is told.
+fn sidecar(settings: &Settings, image: &str, env: &[Value], shared: &[Value]) -> Value {
+    let told = |variable: &&Value| variable["name"].as_str().is_some_and(|name| name.starts_with("AGENT_SIDECAR_"));
+    let env: Vec<&Value> = env.iter().filter(told).collect();
+    let mut mounts = shared.to_vec();
+    mounts.push(json!({ "name": "sidecar", "mountPath": "/run/agent-sidecar" }));
     let mut rights = container_rights(settings);
     rights["readOnlyRootFilesystem"] = json!(true);
     // What the agent is given more is the agent's.
@@ -278,11 +294,14 @@ fn sidecar(settings: &Settings, image: &str) -> Value {
         "image": image,
         "restartPolicy": "Always",
         "args": ["hub", "--listen", format!(":{SIDECAR_PORT}")],
+        "env": env,
         "ports": [{ "name": "metrics", "containerPort": SIDECAR_PORT }],
         "startupProbe": { "httpGet": { "path": "/livez", "port": "metrics" }, "periodSeconds": 1, "failureThreshold": 60 },
+        // One that answers nobody is begun anew: the agent goes on without it, and joins the new one.
+        "livenessProbe": { "httpGet": { "path": "/livez", "port": "metrics" }, "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 3 },
         "resources": resources(SIDECAR_SIZE),
         "securityContext": rights,
-        "volumeMounts": [{ "name": "sidecar", "mountPath": "/run/agent-sidecar" }],
+        "volumeMounts": mounts,
     });
     if let Some(pull) = settings.pull {
         sidecar["imagePullPolicy"] = json!(pull);
@@ -294,6 +313,7 @@ fn sidecar(settings: &Settings, image: &str) -> Value {
 pub(super) fn secrets(settings: &Settings, spec: &Spec, name: &str, uid: &str, values: &BTreeMap<String, Open>) -> Value {
     let (version, kind) = match settings.backend {
         Backend::Pod | Backend::Claim => ("v1", "Pod"),
+        Backend::Job => ("batch/v1", "Job"),
         Backend::Sandbox => ("agents.x-k8s.io/v1beta1", "Sandbox"),
     };
     let mut head = metadata(spec, &BTreeMap::new());

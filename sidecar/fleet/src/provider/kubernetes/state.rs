@@ -71,6 +71,10 @@ impl Meta {
         self.deletion_timestamp.is_some()
     }
 
+    pub(super) fn created(&self) -> Option<Timestamp> {
+        self.creation_timestamp
+    }
+
     pub(super) fn sandbox(&self, state: State) -> Sandbox {
         let labels = self.labels();
         Sandbox {
@@ -111,7 +115,7 @@ pub(super) struct Container {
 }
 
 impl Container {
-    fn size(&self) -> Option<Size> {
+    pub(super) fn size(&self) -> Option<Size> {
         let limits = &self.resources.limits;
         let of = |name: &str| {
             limits.get(name).and_then(|value| match value {
@@ -229,7 +233,7 @@ fn hopeless(waiting: &Word) -> bool {
 
 impl PodSpec {
     /// The one that it is about: ours, or the first of those that somebody else has written down.
-    fn agent(&self) -> Option<&Container> {
+    pub(super) fn agent(&self) -> Option<&Container> {
         self.containers.iter().find(|container| container.name == AGENT).or(self.containers.first())
     }
 }
@@ -361,8 +365,8 @@ struct CustomSpec {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Template {
-    spec: PodSpec,
+pub(super) struct Template {
+    pub(super) spec: PodSpec,
 }
 
 #[derive(Debug, Default, Deserialize)]
