@@ -201,3 +201,36 @@ def test_each_has_its_fair_share_and_the_rest_when_the_other_ends(version, api, 
     assert "fair share" not in refused(greedy), "now all of it is used up"
     assert 60_000 <= used() < 60_000 + one
     greedy.close()
+
+
+@pytest.mark.parametrize(
+    ("how", "agents", "answers", "steps"),
+    [("stream-json", 10, 40, 60), ("text", 10, 40, 60), ("json", 6, 3, 0)],
+    ids=["ten that are read", "ten that print text", "six first answers"],
+)
+def test_one_shot_runs_that_start_at_once_are_above_a_budget_by_one_answer_at_most(how, agents, answers, steps, api, tmp_path):
+    """Nothing can be asked of them; all that they spend is told by their telemetry. Each version has half of it."""
+    version = "old" if how == "stream-json" else "new"
+    cent = {"input_tokens": 0, "output_tokens": 500, "cache_read_input_tokens": 0, "cache_creation": {}}
+    served = api({**script(*(main(n, bash(f"true # {n}")) for n in range(steps))), "defaults": {"usage": cent}})
+    budget = answers * 500
+    flags = ("--socket", str(tmp_path / "hub.sock"), "--container-max-tokens", str(budget), "--stop-interrupt", "60s")
+    verbose = ["--verbose"] if how == "stream-json" else []
+    runs = []
+    for n in range(agents):
+        work = tmp_path / f"home{n}" / "work"
+        work.mkdir(parents=True)
+        argv = [*harness.Sidecar(tmp_path, *flags).argv, harness.cli(version), "-p", "go", "--output-format", how, *verbose, *TOOLS]
+        env = harness.environment(served, tmp_path / f"home{n}")
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        runs.append(subprocess.Popen([str(word) for word in argv], cwd=work, env=env, **quiet))
+    try:
+        for run in runs:
+            run.wait(180)
+    finally:
+        for run in runs:
+            run.kill()
+    asked = sum(1 for line in served.requests() if line["usage"])
+    # Who was too late has ended while others still had something reserved.
+    assert answers - agents < asked <= answers + 1, f"{asked} answers for {answers}"
+    assert asked > 1

@@ -150,8 +150,8 @@ impl Asker {
             // Without `skip_behaviors` it would scan a week of transcripts.
             OwnRequest::GetUsage => serde_json::json!({"subtype": "get_usage", "skip_behaviors": true}),
             OwnRequest::Interrupt | OwnRequest::EndSession => serde_json::json!({"subtype": request.as_str()}),
-            OwnRequest::Refuse => refusal(None),
-            OwnRequest::Hold => refusal(Some(&self.hold_file)),
+            OwnRequest::Refuse => told(&hooks(None)),
+            OwnRequest::Hold => told(&hooks(Some(&self.hold_file))),
         };
         let line = serde_json::json!({"type": "control_request", "request_id": request_id, "request": body});
         if request == OwnRequest::GetUsage {
@@ -192,8 +192,13 @@ pub(crate) const PAUSED_REASON: &str = "agent-sidecar: this session is paused; i
 
 /// How long a tool's end waits for an interrupt, in seconds.
 const AT_BOUNDARY: u32 = 3;
-/// After so many seconds the CLI goes on without our hook: it must not wait for ever at a door that nobody opens any more.
-const AT_DOOR: u32 = 10;
+/// After so many seconds the CLI goes on without our hook: it must not wait for ever at a door that nobody opens any more. A message
+/// may have to wait for the first answer that somebody else gets: see [`crate::budget::GUESS`].
+const AT_DOOR: u32 = 20;
+const WITH_MESSAGE: u32 = 60;
+/// What is knocked with: a message, and anything else.
+pub const MESSAGE: u8 = b'm';
+const ANYTHING: u8 = b'a';
 
 /// Has the CLI itself refuse every further prompt, by a hook that only blocks: no request to the model, and a result within 40 ms that
 /// both SDKs take as an ended turn (seen on 2.1.197 and 2.1.330; `interrupt` behind the message loses the race on the latter). The
@@ -201,36 +206,42 @@ const AT_DOOR: u32 = 10;
 /// prompt, so it has a hook of its own. With a file, all of that only while the file is there, for the reason in it. Told again, the
 /// last word holds.
 ///
-/// Before it looks, it knocks: beside the file are two pipes, if somebody answers. It writes a byte into one, and reads one from the
-/// other as soon as what it is about to ask for is reserved, or the file says that there is nothing left. So no answer is too quick.
+/// Before it looks, it knocks, while another file is there, as it is near the end of a budget: beside the file are two pipes, if
+/// somebody answers. It writes a byte into one, and reads one from the other as soon as what it is about to ask for is reserved, or the
+/// file says that there is nothing left. So no answer is too quick.
 ///
 /// If the file says so, a turn that runs is not to ask the model again. The interrupt that ends it takes the CLI a tenth of a second,
 /// and the next request is made at once when the tools are done: so a hook holds the CLI there until the interrupt is heeded, which
 /// ends the hook as well, and ends the turn itself if none comes (with a result that has no words).
-fn refusal(file: Option<&str>) -> serde_json::Value {
+pub fn hooks(file: Option<&str>) -> serde_json::Value {
     let (block, compact) = match file {
         None => (format!(r#"echo '{{"decision":"block","reason":"{REASON}"}}'"#), format!("echo '{REASON}' >&2; exit 2")),
         Some(file) => {
             let held = format!("{{ IFS= read -r why < '{}'; }} 2>/dev/null", quoted(file));
-            let knock = knock(file);
             (
-                format!(r#"{knock}if {held}; then printf '{{"decision":"block","reason":"%s"}}\n' "$why"; fi"#),
-                format!(r#"{knock}if {held}; then echo "$why" >&2; exit 2; fi"#),
+                format!(r#"{}if {held}; then printf '{{"decision":"block","reason":"%s"}}\n' "$why"; fi"#, knock(file, MESSAGE)),
+                format!(r#"{}if {held}; then echo "$why" >&2; exit 2; fi"#, knock(file, ANYTHING)),
             )
         }
     };
-    let hook = |command: &str| serde_json::json!([{"hooks": [{"type": "command", "command": command, "timeout": AT_DOOR}]}]);
-    let mut hooks = serde_json::json!({"UserPromptSubmit": hook(&block), "PreCompact": hook(&compact)});
+    let hook =
+        |command: &str, timeout| serde_json::json!([{"hooks": [{"type": "command", "command": command, "timeout": timeout}]}]);
+    let mut hooks = serde_json::json!({"UserPromptSubmit": hook(&block, WITH_MESSAGE), "PreCompact": hook(&compact, AT_DOOR)});
     if let Some(file) = file {
-        let knock = knock(file);
+        let knock = knock(file, ANYTHING);
         let stopped = format!("{{ {{ IFS= read -r why && IFS= read -r now; }} < '{}'; }} 2>/dev/null", quoted(file));
         let stop = format!(
             r#"{knock}if {stopped}; then sleep {AT_BOUNDARY}; printf '{{"continue":false,"stopReason":"%s"}}\n' "$why"; fi"#
         );
-        hooks["PostToolBatch"] = hook(&stop);
+        hooks["PostToolBatch"] = hook(&stop, AT_DOOR);
         // It cannot be turned away, but the interrupt is there before it asks.
-        hooks["SubagentStart"] = hook(&format!("{knock}if {stopped}; then sleep {AT_BOUNDARY}; fi"));
+        hooks["SubagentStart"] = hook(&format!("{knock}if {stopped}; then sleep {AT_BOUNDARY}; fi"), AT_DOOR);
     }
+    hooks
+}
+
+/// Said while the CLI runs. Whoever has switched hooks off is not asked here: nothing else would hold it.
+fn told(hooks: &serde_json::Value) -> serde_json::Value {
     serde_json::json!({"subtype": "apply_flag_settings", "settings": {"disableAllHooks": false, "hooks": hooks}})
 }
 
@@ -239,10 +250,19 @@ pub fn doors(file: &str) -> [String; 2] {
     [format!("{file}.knock"), format!("{file}.open")]
 }
 
-fn knock(file: &str) -> String {
-    let [knock, open] = doors(file).map(|path| quoted(&path));
-    // Of several that wait at once, those who were not meant find the pipe closed again.
-    format!("[ -p '{knock}' ] && echo > '{knock}' && while [ -p '{open}' ] && ! read -r _ < '{open}'; do :; done; ")
+/// The file that is there while they are to knock.
+pub fn near(file: &str) -> String {
+    format!("{file}.near")
+}
+
+/// Whoever has knocked reads already, and where nobody reads nobody is let through. Read and write: a pipe that nobody listens at takes
+/// the byte, too. If those who would answer die, so does the other end of what is read.
+fn knock(file: &str, with: u8) -> String {
+    let ([knock, open], near) = (doors(file).map(|path| quoted(&path)), quoted(&near(file)));
+    let with = char::from(with);
+    format!(
+        "[ -e '{near}' ] && [ -p '{knock}' ] && [ -p '{open}' ] && {{ printf {with} 1<> '{knock}' && read -r _; }} < '{open}'; "
+    )
 }
 
 fn quoted(path: &str) -> String {

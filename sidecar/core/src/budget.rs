@@ -24,6 +24,10 @@ const NOBODY: &str = "";
 /// Tenants whose sums are kept, and budgets of which anything is.
 const TENANTS: usize = 1_000;
 
+/// What an answer may cost while nobody has had any: a large first request, at the dearest price of today. Whoever waits for such a
+/// guess waits for a first price, and not for ever; nobody is refused for one.
+pub const GUESS: Amount = Amount { usd: Usd::from_pico(500_000_000_000), tokens: 50_000 };
+
 /// Money, and the tokens that it was spent on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "(u64, u64)", into = "(u64, u64)")]
@@ -223,6 +227,8 @@ pub struct Claim<'a> {
     /// It waits for an answer that may cost so much; or for several at once, of which each may.
     pub asks: Option<Amount>,
     pub answers: u64,
+    /// The most that an answer has cost it of late, if it has had any.
+    pub answer: Amount,
     /// Another one for each request: who asks again comes after those who have asked meanwhile.
     pub request: u64,
     /// The budgets whose end it waits at.
@@ -394,6 +400,10 @@ impl Book {
         if self.runs.get(run).is_none_or(|entry| entry.tenant != tenant.unwrap_or(NOBODY)) {
             self.begin(claim);
         }
+        let before = self.runs.get(run).map(|entry| &entry.spent);
+        if !claim.answer.is_zero() && before != Some(&purse.spent) {
+            self.typical = claim.answer;
+        }
         let typical = self.typical;
         let entry = self.runs.entry(run.to_owned()).or_default();
         entry.tenant = tenant.unwrap_or(NOBODY).to_owned();
@@ -434,7 +444,7 @@ impl Book {
             if scope.of_tenant() && tenant.is_none() {
                 continue;
             }
-            let Sums { spent, reserved, before } = &sums[at / 3];
+            let Sums { spent, reserved, before, guesses } = &sums[at / 3];
             let raised = self.raised(scope, tenant, periods);
             let caps = claim.caps[at].max(raised);
             let shares = run.map(|run| self.shares(run, scope, caps, claim.sharing, claim.now, periods));
@@ -442,6 +452,7 @@ impl Book {
                 spent: spent[at % 3],
                 reserved: *reserved,
                 before: *before + own,
+                guesses: *guesses,
                 when_spent: purse.total,
                 ends: ends[at % 3],
                 raised,
@@ -511,6 +522,7 @@ impl Book {
             sums.reserved = sums.reserved + entry.reserved;
             if before(run, entry) {
                 sums.before = sums.before + entry.reserved;
+                sums.guesses += u64::from(entry.reserved.is_zero());
             }
         }
         sums
@@ -522,6 +534,7 @@ struct Sums {
     spent: [Amount; 3],
     reserved: Amount,
     before: Amount,
+    guesses: u64,
 }
 
 /// What a budget is called in the book.

@@ -3,6 +3,7 @@
 //! The program may stand behind others (`node cli.js …`, `docker exec -i box claude …`), so flags are looked for in all of it.
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 
 use crate::update::Start;
 
@@ -30,6 +31,12 @@ pub struct Launch {
     pub max_turns: Option<u64>,
     /// It is the CLI, on its way to ask a model: limits can be handed to it.
     pub asks_model: bool,
+    /// The app's own `--settings`, the last one, as the CLI takes it.
+    pub settings: Option<OsString>,
+    /// Where in the command line flags of ours can stand.
+    flags_end: usize,
+    /// The CLI is named in it, and what reads our flags is not something else.
+    is_cli: bool,
 }
 
 /// Flags that take the next word as their value. Others are switches, or carry it behind `=`.
@@ -153,17 +160,21 @@ impl Launch {
     /// Reads the whole command line, the program included.
     pub fn of(argv: &[OsString], stdin_tty: bool, stdout_tty: bool) -> Launch {
         let at = cli(argv);
-        let words: Vec<&str> =
-            argv.iter().skip(at.map_or(1, |at| at + 1)).map(|word| word.to_str().unwrap_or_default()).collect();
+        let from = at.map_or(1, |at| at + 1);
+        let words: Vec<&str> = argv.iter().skip(from).map(|word| word.to_str().unwrap_or_default()).collect();
+        let (mut settings, mut flags_end) = (None, argv.len());
         let (mut output, mut input, mut first, mut elsewhere) = (None, None, None, false);
         let (mut start, mut resume, mut session, mut max_turns) = (Start::Fresh, None, None, None);
         let mut rest = words.iter().copied().peekable();
         while let Some(word) = rest.next() {
+            // Where the word stands in the command line.
+            let here = argv.len() - rest.len() - 1;
             if word == "--" {
                 // Who the program is nobody knows: it may be a shell that hands on what is behind.
                 if at.is_none() {
                     continue;
                 }
+                flags_end = here;
                 first = first.or_else(|| rest.next().map(|_| ""));
                 break;
             }
@@ -192,6 +203,7 @@ impl Launch {
                     resume = value.map(|id| crate::metric::bounded(id, 96).to_owned());
                     start = if start == Start::Fork { Start::Fork } else { Start::Resume };
                 }
+                "--settings" if value.is_some() => settings = Some(here),
                 "--session-id" => session = value.map(|id| crate::metric::bounded(id, 96).to_owned()),
                 "--from-pr" if start != Start::Fork => start = Start::Resume,
                 "--continue" | "-c" if start != Start::Fork => start = Start::Continue,
@@ -212,19 +224,40 @@ impl Launch {
             // `sh -c` continues nothing.
             (start, resume, session, max_turns) = (Start::Fresh, None, None, None);
         }
-        Launch { mode, start, resume, session, max_turns, asks_model }
+        let settings = settings.map(|at: usize| after_sign(&argv[at]).unwrap_or_else(|| argv[at + 1].clone()));
+        Launch { mode, start, resume, session, max_turns, asks_model, settings, flags_end, is_cli: at.is_some() }
     }
 
     /// The command line with our ceiling on model round trips: the smaller of the app's and ours, as the last one, which wins.
     pub fn with_max_turns(&self, argv: &[OsString], ours: u64) -> Vec<OsString> {
         // Zero is no limit to the CLI.
         let turns = self.max_turns.filter(|theirs| *theirs > 0).map_or(ours, |theirs| theirs.min(ours));
-        let from = cli(argv).map_or(0, |at| at + 1);
-        let end = argv.iter().skip(from).position(|word| word == "--").map_or(argv.len(), |end| from + end);
+        self.with(argv, format!("--max-turns={turns}"))
+    }
+
+    /// Whether the CLI itself can be given settings by its command line.
+    pub fn takes_settings(&self) -> bool {
+        self.asks_model && self.is_cli
+    }
+
+    /// The command line with settings, as the last ones, which win.
+    pub fn with_settings(&self, argv: &[OsString], ours: &str) -> Vec<OsString> {
+        self.with(argv, format!("--settings={ours}"))
+    }
+
+    /// Behind all flags, none of which takes it for its value, and before what is no flag any more.
+    fn with(&self, argv: &[OsString], flag: String) -> Vec<OsString> {
         let mut argv = argv.to_vec();
-        argv.insert(end, format!("--max-turns={turns}").into());
+        argv.insert(self.flags_end.min(argv.len()), flag.into());
         argv
     }
+}
+
+/// What stands behind the `=` of a flag, whatever its bytes are.
+fn after_sign(word: &OsStr) -> Option<OsString> {
+    let bytes = word.as_encoded_bytes();
+    let at = bytes.iter().position(|byte| *byte == b'=')?;
+    Some(OsStr::from_bytes(&bytes[at + 1..]).to_owned())
 }
 
 /// Where in the command line the CLI stands. A word that is called like it is one only where a program can stand.
@@ -324,6 +357,34 @@ mod tests {
             let ours = launch(line).with_max_turns(&argv, 9);
             assert_eq!(ours.join(OsStr::new(" ")), expected, "{line}");
         }
+    }
+
+    #[test]
+    fn settings_stand_where_no_other_flag_takes_them_and_the_apps_own_are_known() {
+        for (line, expected, own) in [
+            ("claude -p hi", "claude -p hi --settings=X", None),
+            ("claude -p hi --allowedTools Bash Read", "claude -p hi --allowedTools Bash Read --settings=X", None),
+            (
+                "claude --settings a.json -p --settings=b=c -- hi",
+                "claude --settings a.json -p --settings=b=c --settings=X -- hi",
+                Some("b=c"),
+            ),
+            ("claude --append-system-prompt -- -p hi", "claude --append-system-prompt -- -p hi --settings=X", None),
+            ("claude --model --settings -p hi", "claude --model --settings -p hi --settings=X", None),
+            ("npx -- claude-code --settings {} -p hi", "npx -- claude-code --settings {} -p hi --settings=X", Some("{}")),
+        ] {
+            let argv: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            let launch = launch(line);
+            assert!(launch.takes_settings(), "{line}");
+            assert_eq!(launch.with_settings(&argv, "X").join(OsStr::new(" ")), expected);
+            assert_eq!(launch.settings.as_deref(), own.map(OsStr::new), "{line}");
+        }
+        for line in ["claude mcp list", "claude -v", "claude update", "sh -c true", "python3 fake.py --output-format json"] {
+            assert!(!launch(line).takes_settings(), "{line}");
+        }
+        let bytes = OsStr::from_bytes(b"/\xff.json");
+        let argv = ["claude".into(), "-p".into(), "--settings".into(), bytes.to_owned()];
+        assert_eq!(Launch::of(&argv, false, false).settings.as_deref(), Some(bytes));
     }
 
     #[test]

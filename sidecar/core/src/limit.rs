@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Now;
 use crate::budget::share::{Part, Shares};
-use crate::budget::{Amount, Caps};
+use crate::budget::{Amount, Caps, GUESS};
 use crate::order::Raised;
 use crate::session::Session;
 use crate::tokens::Usd;
@@ -227,6 +227,10 @@ pub struct Outside {
     pub answer: Amount,
     /// What is known of the budgets that others spend from, too.
     pub shared: [Option<Shared>; SHARED],
+    /// It is about to ask, and can wait until those who came before need less than they might have.
+    pub at_door: bool,
+    /// It was let through, and what it asked for is reserved until it is known what that has cost: cut off, nobody would know.
+    pub let_through: bool,
     /// To what somebody has raised the session's own limits.
     pub raised: Raised,
     /// It is to wait, whoever wants what of it; and when it was last let go on.
@@ -242,6 +246,8 @@ pub struct Shared {
     /// Reserved by all, and of that by those who came before us.
     pub reserved: Amount,
     pub before: Amount,
+    /// Those of them who wait for an answer of which nobody knows what it may cost.
+    pub guesses: u64,
     /// What this process had spent by then, in all.
     pub when_spent: Amount,
     /// When its day or month is over, since the Unix epoch; zero where it goes on for ever. A new one starts afresh.
@@ -283,8 +289,34 @@ impl Outside {
     #[expect(clippy::cast_precision_loss, reason = "a rough number")]
     fn soon(&self, rule: &Rule) -> f64 {
         let Some(shared) = rule.scope.shared().and_then(|at| self.shared[at]) else { return 0.0 };
-        let all = self.answer.max(shared.typical).times(SOON * shared.payers.max(1));
+        let one = self.answer.max(shared.typical);
+        let all = one.times(SOON * shared.payers.max(1));
         if rule.limit == Limit::Tokens { all.tokens as f64 } else { all.usd.to_f64() }
+    }
+
+    /// Whether nobody knows yet what is left of a rule's budget, or what an answer costs, and a few of them might use it up.
+    fn is_new(&self, rule: &Rule) -> bool {
+        let Some(shared) = rule.scope.shared().and_then(|at| self.shared[at]) else { return true };
+        let guess = GUESS.times(SOON * shared.payers.max(1));
+        let known = !self.answer.max(shared.typical).is_zero();
+        let spent = shared.spent + guess;
+        #[expect(clippy::cast_precision_loss, reason = "a rough number")]
+        let might = if rule.limit == Limit::Tokens { spent.tokens as f64 } else { spent.usd.to_f64() };
+        !known && might >= self.ceiling(rule)
+    }
+
+    /// Whether a rule's budget would do for one more, but for what those who came before may need of it.
+    fn waits_for_others(&self, rule: &Rule, in_flight: Amount) -> bool {
+        let Some((shared, spent)) =
+            rule.scope.shared().and_then(|at| self.shared[at]).zip(self.spent_by_all(rule.scope)).filter(|_| self.at_door)
+        else {
+            return false;
+        };
+        let (spent, ceiling) = (spent + in_flight, self.ceiling(rule));
+        let claimed = spent + shared.before + GUESS.times(shared.guesses);
+        #[expect(clippy::cast_precision_loss, reason = "as the ceiling is")]
+        let of = |amount: Amount| if rule.limit == Limit::Tokens { amount.tokens as f64 } else { amount.usd.to_f64() };
+        of(spent) < ceiling && of(claimed) >= ceiling
     }
 
     /// What part of a rule's budget is ours while others work, and how much of it we have had by now.
@@ -310,8 +342,10 @@ struct Tracked {
     ceiling: f64,
     /// Not the budget is used up, but our part of it.
     part: Option<Part>,
-    /// The next answers may use it up.
+    /// The next answers may use it up; nobody knows yet whether they may; it waits for what others may need of it.
     near: bool,
+    new: bool,
+    waits: bool,
     /// What had been spent when the part was found to be used up while the model was asked: that answer may come.
     spares: Option<Amount>,
 }
@@ -407,6 +441,8 @@ impl Judge {
                 ceiling: 0.0,
                 part: None,
                 near: false,
+                new: true,
+                waits: false,
                 spares: None,
             })
             .collect();
@@ -446,6 +482,8 @@ impl Judge {
                 None => ceiling - measure.observed,
             };
             tracked.near = rule.is_shared() && rule.mode == Mode::Enforce && left <= outside.soon(&rule);
+            tracked.new = outside.is_new(&rule);
+            tracked.waits = measure.hold && rule.is_shared() && outside.at_door;
             let part = tracked.not_spared(ours.filter(|part| ratio < 1.0 && part.is_over()), session, outside);
             tracked.part = part;
             let share = part.map(|part| UsedShare::new(&rule, part));
@@ -512,6 +550,18 @@ impl Judge {
     /// Whether a shared budget that is to be held to may be used up soon.
     pub fn is_near(&self) -> bool {
         self.rules.iter().any(|tracked| tracked.near)
+    }
+
+    /// The same, or nobody knows yet.
+    pub fn may_be_near(&self) -> bool {
+        let may =
+            |tracked: &Tracked| tracked.near || tracked.new && tracked.rule.is_shared() && tracked.rule.mode == Mode::Enforce;
+        self.rules.iter().any(may)
+    }
+
+    /// Whether all that is in the way of a request is what others may need.
+    pub fn waits_for_others(&self) -> bool {
+        self.rules.iter().any(|tracked| tracked.waits && !tracked.reached && tracked.rule.mode == Mode::Enforce)
     }
 
     /// Whether a limit of the session's own is used up, which the CLI is to turn messages away for.
@@ -629,9 +679,10 @@ fn measure(
         ) => {
             let shared = outside.shared[rule.scope.shared()?]?;
             let used = outside.spent_by_all(rule.scope)? + shared.before + Amount::new(usd, tokens);
+            let hold = outside.let_through || outside.waits_for_others(rule, Amount::new(usd, tokens));
             match rule.limit {
-                Limit::Tokens => count(used.tokens, shared.ends),
-                _ => Measure { observed: used.usd.to_f64(), ..count(0, shared.ends) },
+                Limit::Tokens => Measure { hold, ..count(used.tokens, shared.ends) },
+                _ => Measure { observed: used.usd.to_f64(), hold, ..count(0, shared.ends) },
             }
         }
         (Limit::Tokens, Scope::Turn) => {

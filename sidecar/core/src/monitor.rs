@@ -73,10 +73,12 @@ pub enum Input<'a> {
     Shared(&'a [Option<Shared>; SHARED]),
     /// The agent shares something with that of another tenant: what, whose it is, and what was done about it.
     Conflict { kind: who::Shared, owner: &'a str, action: Guarded },
+    /// The CLI is at the door: what it has spent so far is to be known before it asks.
+    Knocks,
     /// The CLI is about to ask the model, and waits until it may: see [`Monitor::claim`] for what has to be told to others before.
     Asks,
-    /// It was told that it may not, and does not ask.
-    TurnedBack,
+    /// It waits no more: it is let through, or, if a budget is used up by now, it will be told that it may not, and does not ask.
+    LetThrough,
     /// All that people ask of this agent: said again, it asks for nothing new.
     Ordered(&'a Order),
     /// Somebody wants the agent gone.
@@ -193,6 +195,8 @@ pub struct Settings {
     pub stdin_json: bool,
     /// Ask the CLI for its running totals.
     pub poll: bool,
+    /// Its telemetry comes to us.
+    pub native: bool,
     pub prices: PriceTable,
     pub rules: Vec<Rule>,
     pub patience: Patience,
@@ -217,6 +221,7 @@ impl Default for Settings {
             parse: true,
             stdin_json: true,
             poll: false,
+            native: false,
             prices: PriceTable::default(),
             rules: Vec::new(),
             patience: Patience::default(),
@@ -260,6 +265,32 @@ struct Requests {
     unpriced: u64,
     /// When it was last seen to begin to ask: what tells requests apart where nobody waits at the door.
     since: Duration,
+    /// When one was last let through, and until when the CLI's telemetry has told what was spent: both since the Unix epoch.
+    passed: Duration,
+    priced: Duration,
+}
+
+impl Requests {
+    fn let_through(&mut self, turned_back: bool, now: Duration) {
+        if turned_back {
+            (self.open, self.passed) = (self.open.saturating_sub(1), Duration::ZERO);
+        } else {
+            self.passed = now;
+        }
+    }
+
+    fn are_let_through(&self) -> bool {
+        !self.passed.is_zero() && self.open + self.unpriced > 0
+    }
+
+    /// Whatever was asked for before is told by now.
+    fn priced(&mut self, until: Duration, at_door: bool) {
+        self.priced = self.priced.max(until);
+        if until > self.passed {
+            // What it is about to ask for is not among it.
+            (self.open, self.unpriced) = (if at_door { self.open } else { self.open.saturating_sub(1) }, 0);
+        }
+    }
 }
 
 /// What the CLI was told to turn away.
@@ -304,6 +335,8 @@ pub struct Monitor {
     spared: Option<Duration>,
     /// The most that an answer has cost of late: what the next one may.
     answer: Amount,
+    /// What was spent by what is heard of it: of the stream, or by telemetry alone.
+    heard: Amount,
     requests: Requests,
     exited: bool,
     pid: Option<u32>,
@@ -364,6 +397,7 @@ impl Monitor {
             order: Order::default(),
             spared: None,
             answer: Amount::NONE,
+            heard: Amount::NONE,
             requests: Requests::default(),
             exited: false,
             pid: None,
@@ -395,6 +429,7 @@ impl Monitor {
         if gap >= SLEPT {
             self.slept(gap);
         }
+        let let_through = matches!(input, Input::LetThrough);
         match input {
             Input::Spawned { pid } => {
                 self.pid = Some(pid);
@@ -411,8 +446,12 @@ impl Monitor {
             Input::Sample(sample) => self.sampled(sample),
             Input::ContainerUsed(time) => self.container_used(time),
             Input::Shared(shared) => self.shared(shared),
+            Input::Knocks => self.knocks(),
             Input::Asks => self.asks(),
-            Input::TurnedBack => self.requests.open = self.requests.open.saturating_sub(1),
+            Input::LetThrough => {
+                // Judged as one that asks now.
+                (self.outside.at_door, self.requests.passed) = (false, Duration::ZERO);
+            }
             Input::Ordered(order) => self.ordered(order),
             Input::Conflict { kind, owner, action } => self.conflict(kind, owner, action),
             Input::Stop(stop) => self.stop(stop),
@@ -420,6 +459,9 @@ impl Monitor {
             Input::Timeout => self.session.tick(self.now),
         }
         self.settle();
+        if let_through {
+            self.requests.let_through(self.held_for().is_some_and(|held| held.now), self.now.unix);
+        }
         if let Some(spans) = &mut self.spans {
             self.out.extend(spans.drain().map(Output::Span));
         }
@@ -577,7 +619,7 @@ impl Monitor {
 
     /// What this process has spent; and, while the model is asked or an answer's price is not known yet, what that may be.
     pub fn claim(&self) -> (Amount, Option<Asked>) {
-        let Requests { told, open, unpriced, since } = self.requests;
+        let Requests { told, open, unpriced, since, .. } = self.requests;
         let asks = self.asks_model();
         // What is being written is not priced yet. Whoever was let through asks, whatever is told to it then.
         let begins = open.max(u64::from(asks && unpriced == 0 && self.ladder.is_none()));
@@ -592,9 +634,36 @@ impl Monitor {
             && matches!(self.session.activity(), Activity::Model | Activity::RetryBackoff | Activity::Compacting)
     }
 
-    /// Whether the CLI still has to say what it has spent.
+    /// What an answer has cost of late, if there was any.
+    pub fn answer(&self) -> Amount {
+        self.answer
+    }
+
+    /// Whether the CLI still has to say what it has spent: it was asked, and answers at once.
     pub fn awaits_totals(&self) -> bool {
         !self.exited && self.asker.asks_usage()
+    }
+
+    /// The same of one that cannot be asked, and says it in its own time.
+    pub fn awaits_telemetry(&self) -> bool {
+        let Requests { passed, priced, .. } = self.requests;
+        !self.exited && self.by_telemetry() && priced <= passed && !passed.is_zero()
+    }
+
+    /// Whether only the CLI's telemetry says at once what an answer has cost. It may have been told to be silent: who has said nothing
+    /// by its second request will not.
+    fn by_telemetry(&self) -> bool {
+        self.settings.native && !self.can_ask() && (self.session.native_heard() || self.requests.told <= 2)
+    }
+
+    /// Whether the next answers may use up a shared budget, or nobody knows yet that they may not.
+    pub fn may_be_near(&self) -> bool {
+        !self.exited && self.judge.may_be_near()
+    }
+
+    /// Whether it waits at the door for what others may need of a shared budget.
+    pub fn waits_for_others(&self) -> bool {
+        !self.exited && self.judge.waits_for_others()
     }
 
     /// Whether what is its own of shared budgets is to be kept for it: it has something to do, and may do it.
@@ -880,8 +949,23 @@ impl Monitor {
     }
 
     fn native(&mut self, report: &native::Report) {
+        let before = self.session.told_natively();
         self.session.native(report, self.now);
         self.drain_session();
+        let more = self.session.told_natively().saturating_sub(before);
+        if !more.is_zero() && self.by_telemetry() {
+            self.answer = more.max(self.answer.half());
+        }
+        if let Some(until) = report.priced_until().filter(|_| self.by_telemetry()) {
+            self.requests.priced(until, self.outside.at_door);
+        }
+        self.spent();
+    }
+
+    /// The stream of a run that cannot be asked has only part of it before the end.
+    fn spent(&mut self) {
+        self.outside.spent = self.heard.max(self.session.told_natively());
+        self.outside.answer = self.answer;
     }
 
     fn sampled(&mut self, sample: &Sample) {
@@ -954,7 +1038,11 @@ impl Monitor {
     fn asks(&mut self) {
         self.requests.told += 1;
         self.requests.open = (self.requests.open + 1).min(1 + self.session.subagents_active() as u64);
-        // What it has spent so far comes with the answer, and all that it said before comes before that.
+        self.outside.at_door = true;
+    }
+
+    /// What it has spent so far comes with the answer, and all that it said before comes before that.
+    fn knocks(&mut self) {
         if self.can_ask() {
             self.inject(OwnRequest::GetUsage);
         }
@@ -1097,6 +1185,7 @@ impl Monitor {
 
     /// Holds the limits against the facts, and does what that calls for.
     fn judge(&mut self) {
+        self.outside.let_through = !self.outside.at_door && self.requests.are_let_through();
         self.outside.can_refuse = self.can_inject();
         let mut told = Vec::new();
         let reached = self.judge.judge(&self.session, &self.outside, self.now, &mut told);
@@ -1310,20 +1399,23 @@ impl Monitor {
         match &update {
             Update::Spent(spent) => {
                 let amount = Amount::new(spent.cost, spent.tokens.total());
-                self.outside.spent = self.outside.spent + amount;
-                // One large answer is not remembered for ever.
-                self.answer = amount.max(self.answer.half());
-                self.outside.answer = self.answer;
-                self.requests.unpriced = 0;
+                self.heard = self.heard + amount;
+                if !self.settings.parse || !self.by_telemetry() {
+                    // One large answer is not remembered for ever.
+                    self.answer = amount.max(self.answer.half());
+                    self.requests.unpriced = 0;
+                }
+                self.spent();
             }
             Update::Answering { .. } => {
                 self.requests.open = self.requests.open.saturating_sub(1);
                 // Of what cannot be asked for, all that can be known is booked with the answer.
-                self.requests.unpriced += u64::from(self.can_ask());
+                self.requests.unpriced += u64::from(self.can_ask() || self.by_telemetry());
             }
             Update::TurnEnded { .. } => (self.requests.open, self.requests.unpriced) = (0, 0),
             Update::Corrected { usd, tokens, .. } => {
-                self.outside.spent = self.outside.spent.saturating_sub(Amount::new(*usd, tokens.total()));
+                self.heard = self.heard.saturating_sub(Amount::new(*usd, tokens.total()));
+                self.spent();
             }
             _ => {}
         }

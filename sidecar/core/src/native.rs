@@ -34,6 +34,14 @@ pub struct Report {
     pub events: Vec<Event>,
 }
 
+impl Report {
+    /// Until when all that was spent is told, if any of it is.
+    pub fn priced_until(&self) -> Option<Duration> {
+        let costs = self.points.iter().filter(|point| matches!(point.amount, Amount::Cost(pico) if pico > 0));
+        costs.map(|point| point.span.end).max()
+    }
+}
+
 /// A value of an attribute, as far as any of them matters here.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {

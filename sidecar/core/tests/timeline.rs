@@ -685,7 +685,18 @@ fn container(used: f64, ends: u64) -> [Option<Shared>; SHARED] {
     let (raised, shares) = (Caps::default(), Shares::default());
     // Small, so that the end is near only when it is there.
     let typical = Amount::new(Usd::from_f64(0.0001), 1);
-    shared[1] = Some(Shared { spent, reserved: none, before: none, when_spent: none, ends, raised, shares, typical, payers: 1 });
+    shared[1] = Some(Shared {
+        spent,
+        reserved: none,
+        before: none,
+        guesses: 0,
+        when_spent: none,
+        ends,
+        raised,
+        shares,
+        typical,
+        payers: 1,
+    });
     shared
 }
 
@@ -813,12 +824,14 @@ fn what_the_cli_asks_for_is_reserved_until_its_price_is_known() {
     let mut b = held(&[rule(Limit::CostUsd, Scope::ContainerDay, usd(4.0))]);
     let asked = |b: &Bench| b.monitor.claim().1.map(|asked| (asked.answers, asked.request));
     b.ask();
+    b.put(Input::Knocks);
     b.put(Input::Asks);
     assert_eq!(asked(&b), Some((1, 1)));
     b.deaf = true;
     b.at(1.0).answer(1, true);
     assert_eq!(asked(&b), Some((1, 1)), "the tool runs, and nobody knows what the answer has cost");
     b.at(1.1).tool_result(1);
+    b.put(Input::Knocks);
     b.put(Input::Asks);
     assert!(b.monitor.awaits_totals());
     assert_eq!(asked(&b), Some((2, 2)));
@@ -831,17 +844,48 @@ fn what_the_cli_asks_for_is_reserved_until_its_price_is_known() {
     b.put(Input::Shared(&container(4.1, 7)));
     assert!(b.log().ends_with("interrupt"), "{}", b.log());
     assert_eq!(asked(&b), Some((1, 2)));
-    b.put(Input::TurnedBack);
+    b.put(Input::LetThrough);
     assert_eq!(asked(&b), None);
     b.at(9.1).result("error_during_execution", "aborted_tools");
     // Who waits with a message has it turned away, with the reason: no interrupt is in the way.
     b.put(Input::Shared(&container(0.1, 7)));
     let before = b.log.clone();
     b.app(r#"{"type":"user","message":{"role":"user","content":"do it"}}"#);
+    b.put(Input::Knocks);
     b.put(Input::Asks);
     b.put(Input::Shared(&container(4.1, 7)));
     assert!(b.monitor.held_for().is_some_and(|held| held.now));
     assert!(!b.log[before.len()..].contains("interrupt"), "{}", b.log());
+}
+
+#[test]
+fn who_comes_first_is_let_through_and_the_others_wait_for_its_price() {
+    let mut b = held(&[rule(Limit::CostUsd, Scope::ContainerDay, usd(0.3))]);
+    assert!(b.monitor.may_be_near(), "nobody knows what is left of it");
+    let with = |used: f64, before: f64, guesses: u64, typical: f64| {
+        let mut shared = container(used, 7);
+        let one = shared[1].as_mut().unwrap();
+        (one.before, one.guesses) = (Amount::new(Usd::from_f64(before), 0), guesses);
+        one.typical = Amount::new(Usd::from_f64(typical), 0);
+        shared
+    };
+    b.put(Input::Shared(&with(0.0, 0.0, 1, 0.0)));
+    assert!(b.monitor.may_be_near() && !b.monitor.waits_for_others(), "it asks for nothing");
+    b.put(Input::Knocks);
+    b.put(Input::Asks);
+    assert!(b.monitor.waits_for_others() && !b.monitor.held());
+    b.put(Input::Shared(&with(0.0, 0.1, 0, 0.1)));
+    assert!(!b.monitor.waits_for_others(), "by now there is a price");
+    b.put(Input::Shared(&with(0.0, 0.3, 0, 0.1)));
+    assert!(b.monitor.waits_for_others() && !b.monitor.held(), "they may need less");
+    b.put(Input::LetThrough);
+    assert!(b.monitor.held(), "they did not say so in time");
+    b.put(Input::Shared(&with(0.0, 0.0, 1, 0.0)));
+    b.put(Input::Asks);
+    b.put(Input::LetThrough);
+    assert!(!b.monitor.held(), "nobody is turned away for a guess");
+    b.put(Input::Shared(&with(9.0, 0.0, 0, 0.1)));
+    assert!(!b.monitor.held(), "what was let through may come");
 }
 
 const PAUSED: Order = Order { paused: true, interrupts: 0, stop: false, raised: Raised { usd: None, tokens: None, turns: None } };

@@ -17,6 +17,7 @@ mod fence;
 mod files;
 mod fleet;
 mod hang;
+mod hooks;
 mod http;
 mod hub;
 mod influence;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use agent_sidecar_core::ask::ID_PREFIX;
+use agent_sidecar_core::ask::{self, ID_PREFIX};
 use agent_sidecar_core::detect::why::Why;
 use agent_sidecar_core::launch::{Launch, Mode};
 use agent_sidecar_core::limit::{Ceiling, Limit, Mode as LimitMode, Rule, Scope};
@@ -30,6 +30,7 @@ use crate::feed::Feed;
 use crate::fence::{self, HoldDir};
 use crate::fleet::{Agents, Said, Voice};
 use crate::hang::within;
+use crate::hooks;
 use crate::http::{self, Scrapes, Site};
 use crate::hub::{self, Guest, Hours, NoSeat, Payer, Place, Seat, Share, Teller, Turn};
 use crate::influence;
@@ -127,8 +128,18 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let conversation = config.conversation(&places);
     // Who only asks for a version has nothing to tell, and may be gone before it is told.
     let fleet = if launch.asks_model { config.fleet() } else { None };
+    let agent_ids = user.as_ref().filter(|user| !user.is_us()).map(|user| (user.uid(), user.gid()));
     let hold_dir = if turn.hold_file(&nonce).is_some() { hold_dir(user.as_ref(), &nonce) } else { None };
     let hold_file = hold_dir.as_ref().map(HoldDir::file).or_else(|| turn.hold_file(&nonce));
+    // Of a process that shares a budget is to be known what each of its answers cost, at once.
+    let pays = matches!(turn, Meet::At(_)) && rules.iter().any(|rule| rule.is_shared() && rule.mode == LimitMode::Enforce);
+    let receiver = native(config, &launch, pays).map(|plan| Receiver::bind().map(|receiver| (receiver, plan)));
+    let told = matches!(receiver, Some(Ok(_)));
+    let argv = match hold_file.as_deref().filter(|_| pays && config.budget_hooks()) {
+        // Of others nobody knows what they spend before they end.
+        Some(file) if told || matches!(launch.mode, Mode::Parse { .. }) => with_hooks(&launch, argv, file, cwd.as_deref()),
+        Some(_) | None => argv,
+    };
     let settings = Settings {
         nonce: nonce.clone(),
         start: launch.start,
@@ -136,6 +147,7 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
         parse: matches!(launch.mode, Mode::Parse { .. }),
         stdin_json,
         poll: config.poll(),
+        native: told,
         prices: config.prices.clone(),
         rules,
         patience: config.patience(),
@@ -187,13 +199,13 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             None
         }
     });
-    let receiver = native(config, &launch).and_then(|plan| match Receiver::bind() {
-        Ok(receiver) => Some((receiver, plan)),
-        Err(error) => {
-            tracing::warn!(%error, "the CLI's own telemetry cannot be received");
-            meters.set(&metric::DEGRADED, &["native"], 1.0);
-            None
-        }
+    let receiver = receiver.and_then(|receiver| {
+        receiver
+            .inspect_err(|error| {
+                tracing::warn!(%error, "the CLI's own telemetry cannot be received");
+                meters.set(&metric::DEGRADED, &["native"], 1.0);
+            })
+            .ok()
     });
     let env = receiver.iter().flat_map(|(receiver, plan)| plan.variables(&receiver.base()));
     let env = env.map(|(name, value)| (name.into(), value.into()));
@@ -235,7 +247,17 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
     let inlet = pipeline.as_ref().map(Pipeline::inlet);
     let hours = launch.asks_model.then(|| hours(config, &turn, &nonce)).flatten();
     let share = if let Meet::At(turn) = turn {
-        join(config, turn, &nonce, who, hold_file, seat.as_ref(), &handle, &counts, (conversation.clone(), fleet.clone()))
+        join(
+            config,
+            turn,
+            &nonce,
+            who,
+            (hold_file, agent_ids),
+            seat.as_ref(),
+            &handle,
+            &counts,
+            (conversation.clone(), fleet.clone()),
+        )
     } else {
         None
     };
@@ -334,7 +356,8 @@ pub(crate) fn run(config: &Config, agent: Agent) -> Result<u8, Failure> {
             Err(error) => tracing::warn!(%error, "the CLI's own telemetry is not received"),
         }
         let handle = handle.clone();
-        last.push(Box::new(move |ending| reconcile(&handle, ending)));
+        let blind = !matches!(launch.mode, Mode::Parse { .. });
+        last.push(Box::new(move |ending| reconcile(&handle, blind, ending)));
     }
     if let Some(pipeline) = pipeline {
         let (handle, counts) = (handle.clone(), Arc::clone(&counts));
@@ -717,7 +740,7 @@ fn join(
     turn: Turn,
     nonce: &str,
     who: Who,
-    hold_file: Option<PathBuf>,
+    (hold_file, agent): (Option<PathBuf>, Option<(u32, u32)>),
     seat: Option<&Arc<Seat>>,
     handle: &Handle,
     counts: &Arc<otlp::Counts>,
@@ -731,6 +754,7 @@ fn join(
     let teller = Teller {
         run: nonce.to_owned(),
         hold_file: hold_file.unwrap_or_else(|| turn.place().hold_file(nonce)),
+        agent,
         payer: shares.then(|| Payer {
             tenant: who.tenant.clone(),
             zone: config.zone(),
@@ -761,26 +785,48 @@ fn say_scraped(handle: &Handle) -> bool {
 }
 
 /// Whether, and how, the CLI's own telemetry comes to us.
-fn native(config: &Config, launch: &Launch) -> Option<Plan> {
+fn native(config: &Config, launch: &Launch, pays: bool) -> Option<Plan> {
     let blind = launch.asks_model && !matches!(launch.mode, Mode::Parse { .. });
-    match receive::decide(config.native(), launch.asks_model, blind, &Surroundings::here()) {
+    match receive::decide(config.native(), launch.asks_model, blind || pays && launch.asks_model, &Surroundings::here()) {
         Decision::On(plan) => Some(plan),
         Decision::Off => None,
-        Decision::StayOut(why) => {
+        Decision::StayOut(why) if blind => {
             tracing::warn!(%why, "the CLI's own telemetry is left alone: what it spends is not known here");
+            None
+        }
+        Decision::StayOut(why) => {
+            tracing::warn!(%why, "the CLI's own telemetry is left alone: what an answer cost may be known late");
             None
         }
     }
 }
 
+/// The command line with hooks for the CLI, if it can be given any.
+fn with_hooks(launch: &Launch, argv: Vec<OsString>, hold_file: &Path, cwd: Option<&Path>) -> Vec<OsString> {
+    if !launch.takes_settings() {
+        return argv;
+    }
+    let ours = ask::hooks(Some(&hold_file.display().to_string()));
+    match hooks::settings(launch.settings.as_deref(), ours, cwd) {
+        Ok(settings) => launch.with_settings(&argv, &settings),
+        Err(error) => {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the app's own --settings are left alone; answers may be above shared budgets by more than one"
+            );
+            argv
+        }
+    }
+}
+
 /// Says what the telemetry and the stream do not agree on, or that there was none.
-fn reconcile(handle: &Handle, ending: Ending) {
+fn reconcile(handle: &Handle, blind: bool, ending: Ending) {
     let Some((heard, both)) = http::visit_blocking(handle, |monitor, _| (monitor.native_heard(), monitor.reconciliation()))
     else {
         return;
     };
     // Who fails at once has had nothing to export.
-    if !heard && ending.exit_code == 0 {
+    if !heard && blind && ending.exit_code == 0 {
         tracing::warn!("the CLI exported no telemetry: what it spent is not known here");
     }
     if let Some(both) = both.filter(|both| both.stream != both.native) {

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use super::{NAME, OPEN, Session};
 use crate::Now;
+use crate::budget::Amount;
 use crate::metric::bounded;
-use crate::native::{Answer, Book, Event, Report, What};
+use crate::native::{Answer, Book, Event, Increment, Report, What};
 use crate::price::canonical;
 use crate::tokens::Usd;
 use crate::update::{Answered, ExitReason, Outcome, Source, Start, ToolOutcome, Update};
@@ -26,7 +27,7 @@ pub(super) struct Native {
     /// Subagents so far.
     subagents: u64,
     /// All that it told to be spent, and all that the stream did.
-    told: Usd,
+    told: Amount,
     pub(super) streamed: Usd,
 }
 
@@ -50,7 +51,7 @@ impl Session {
             return;
         }
         if !self.blind {
-            self.native.told += increments.iter().map(|new| self.ledger.worth(new, now.unix)).sum();
+            self.native_told(&increments, now);
             return;
         }
         self.spoke = true;
@@ -67,6 +68,16 @@ impl Session {
         self.settle(now, true);
     }
 
+    fn native_told(&mut self, increments: &[Increment], now: Now) {
+        let worth = increments.iter().map(|new| Amount::new(self.ledger.worth(new, now.unix), new.tokens.total()));
+        self.native.told = worth.fold(self.native.told, |sum, one| sum + one);
+    }
+
+    /// What was spent by the telemetry, where the stream is read, too.
+    pub fn told_natively(&self) -> Amount {
+        self.native.told
+    }
+
     pub fn native_heard(&self) -> bool {
         self.native.heard
     }
@@ -74,7 +85,7 @@ impl Session {
     /// What the stream and the telemetry said in the end; `None` where there is only one of them.
     pub fn reconciliation(&self) -> Option<Reconciliation> {
         let both = self.native.heard && !self.blind;
-        both.then_some(Reconciliation { stream: self.native.streamed, native: self.native.told })
+        both.then_some(Reconciliation { stream: self.native.streamed, native: self.native.told.usd })
     }
 
     /// Nothing more will be exported. The exit code tells how the last turn ended, where nobody else did.
@@ -82,7 +93,7 @@ impl Session {
         self.native.over = true;
         let rest = self.native.book.close();
         if !self.blind {
-            self.native.told += rest.iter().map(|new| self.ledger.worth(new, now.unix)).sum();
+            self.native_told(&rest, now);
             return;
         }
         for new in rest {

@@ -107,6 +107,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("limits.tenant_weight", "tenant-weight", Kind::Count, "1", "what this tenant weighs when agents wait, and where budgets are shared: one that weighs two is given twice as many of the seats, and twice as much money"),
     setting("limits.queue_timeout", "queue-timeout", Kind::Pause, "30s", "how long it waits; then it is not started, and the exit code is 125"),
     setting("limits.budget_share", "budget-share", Kind::Choice(&["fair", "tenants", "first-come"]), "tenants", "how a shared budget is divided while several work: tenants (by weight; the agents of one as they come), fair (the agents of each alike, too), first-come (docs/hub.md)"),
+    setting("limits.budget_hooks", "budget-hooks", Kind::Switch, "true", "where agents share a budget, start the CLI with hooks (--settings) that ask for what is left before it asks the model; false: it is interrupted afterwards (docs/hub.md)"),
     setting("limits.share_kept", "share-kept", Kind::Pause, "60s", "how long an agent's share is kept for it after its last work; then others may have it"),
     setting("limits.time_zone", "time-zone", Kind::Zone, "UTC", "where days and months of budgets begin, at midnight: a name like Europe/Berlin, or an offset from UTC like +05:30"),
     setting("limits.mode", "mode", Kind::Mode, "enforce", "what reaching a limit does: off, shadow (only says what it would do) or enforce; `limits.modes.<limit>` sets one"),
@@ -1158,6 +1159,11 @@ impl Config {
     pub(crate) fn sharing(&self) -> Sharing {
         let chosen = How::ALL.iter().find(|how| how.as_str() == self.text("limits.budget_share"));
         Sharing { how: chosen.copied().unwrap_or(How::Tenants), kept: self.time("limits.share_kept").unwrap_or_default() }
+    }
+
+    /// Whether CLIs that share a budget are to ask before they ask the model.
+    pub(crate) fn budget_hooks(&self) -> bool {
+        self.switch("limits.budget_hooks")
     }
 
     /// Where days begin.

@@ -21,7 +21,8 @@ use super::orders::Look;
 use super::seat::Seat;
 use super::story::{News, Story};
 use super::till::{Errand, Payer, Till};
-use super::{place, shelf, turnstile};
+use super::turnstile::{self, Turnstile};
+use super::{place, shelf};
 use crate::export::otlp;
 use crate::files;
 use crate::http::{relayed, visit_blocking};
@@ -38,6 +39,13 @@ const FINISH: Duration = Duration::from_secs(5);
 /// How long a CLI that is about to ask waits for its own word of what it has spent (20 ms, on a machine with time), for others of this
 /// wrapper who are at the book, and how often is looked.
 const TOTALS: Duration = Duration::from_millis(500);
+/// The same of one that cannot be asked, and says it about once a second.
+const TELEMETRY: Duration = Duration::from_secs(6);
+/// How long it waits for what others may need, who came before: for their answers. A message has more time, as it may be the very first
+/// answer that it waits for, by which it can be told what others cost. Less than the hooks have.
+const OTHERS: Duration = Duration::from_secs(4);
+const FIRST: Duration = Duration::from_secs(45);
+const OTHERS_AGAIN: Duration = Duration::from_millis(20);
 const AT_DOOR: Duration = Duration::from_secs(3);
 const AGAIN: Duration = Duration::from_millis(2);
 /// How often a wrapper that waits to be read looks whether it was.
@@ -64,6 +72,8 @@ struct Inner {
     exports: Arc<otlp::Counts>,
     place: Place,
     hold_file: PathBuf,
+    /// Where the CLI waits before it asks, if it can be made to.
+    turnstile: Option<Turnstile>,
     seat: Weak<Seat>,
 }
 
@@ -94,6 +104,8 @@ pub(crate) struct Teller {
     pub(crate) run: String,
     /// Where the CLI is told of shared budgets.
     pub(crate) hold_file: PathBuf,
+    /// As whom it looks there, if not as us: user and group.
+    pub(crate) agent: Option<(u32, u32)>,
     /// For whom it works, as far as that is known.
     pub(crate) who: Who,
     /// If it spends from shared budgets.
@@ -107,7 +119,7 @@ pub(crate) struct Teller {
 impl Share {
     /// Starts telling.
     pub(crate) fn start(place: &Place, teller: Teller) -> std::io::Result<Share> {
-        let Teller { run, hold_file, who, payer, seat, handle, exports } = teller;
+        let Teller { run, hold_file, agent, who, payer, seat, handle, exports } = teller;
         let hello = Hello {
             hub: VERSION,
             run: run.clone(),
@@ -117,6 +129,14 @@ impl Share {
             labels: labels(&who),
         };
         let written = Written { journal: Journal::new(place, hello), last: Line::default(), at: None, failed: false };
+        let turnstile = payer.is_some().then(|| Turnstile::new(&hold_file, agent)).and_then(|made| {
+            let unmade = |error: &std::io::Error| {
+                turnstile::remove(&hold_file);
+                tracing::warn!(%error, "answers that come at once may be above shared budgets by more than one");
+            };
+            made.inspect_err(unmade).ok()
+        });
+        let (turnstile, knocks) = turnstile.unzip();
         let (ask, asked) = mpsc::channel::<mpsc::Sender<()>>();
         let inner = Inner {
             finisher: Mutex::new(Some(ask)),
@@ -131,6 +151,7 @@ impl Share {
             }),
             hold: Mutex::default(),
             hold_file,
+            turnstile,
             seat,
             run,
             handle,
@@ -145,8 +166,12 @@ impl Share {
                 drop(said);
             }
         })?;
-        if share.inner.purse.is_some() {
-            turnstile::start(share.clone(), &share.inner.hold_file);
+        if let Some((turnstile, knocks)) = share.inner.turnstile.as_ref().zip(knocks)
+            && let Err(error) = turnstile.attend(knocks, share.clone())
+        {
+            // Whoever came would wait for nobody.
+            turnstile.remove();
+            return Err(error);
         }
         let teller = share.clone();
         std::thread::Builder::new().name(String::from("share")).stack_size(256 * 1024).spawn(move || teller.tell())?;
@@ -234,9 +259,12 @@ impl Share {
                 purse.last = Some(shared);
                 let told = visit_blocking(&self.inner.handle, move |monitor: &mut Monitor, now| {
                     monitor.handle(now, Input::Shared(&shared));
-                    monitor.held_for()
+                    (monitor.held_for(), monitor.may_be_near())
                 });
-                held_for = told.flatten();
+                if let Some((held, near)) = told {
+                    held_for = held;
+                    self.near(near);
+                }
             }
             Ok(_) => {}
             Err(error) if !purse.failed => {
@@ -251,9 +279,15 @@ impl Share {
         !failed
     }
 
+    fn near(&self, near: bool) {
+        if let Some(turnstile) = &self.inner.turnstile {
+            turnstile.near(near);
+        }
+    }
+
     /// The CLI is about to ask the model, and waits: says so in the book, with all that was spent before, and has the CLI turned back if
     /// there is nothing left for it.
-    pub(super) fn let_ask(&self) {
+    pub(super) fn let_ask(&self, message: bool, waits: impl Fn() -> bool) {
         let end = Instant::now() + TOTALS;
         // A visit is before what was said earlier and is still on its way.
         let who = loop {
@@ -262,7 +296,7 @@ impl Share {
             let asks = move |monitor: &mut Monitor, now| {
                 let ready = late || handle.has_heard_all();
                 ready.then(|| {
-                    monitor.handle(now, Input::Asks);
+                    monitor.handle(now, Input::Knocks);
                     monitor.who().clone()
                 })
             };
@@ -272,21 +306,37 @@ impl Share {
                 Some(Some(who)) => break who,
             }
         };
-        while visit_blocking(&self.inner.handle, |monitor, _| monitor.awaits_totals()) == Some(true) && Instant::now() < end {
-            std::thread::sleep(AGAIN);
-        }
+        self.wait(end, AGAIN, &waits, |monitor| monitor.awaits_totals());
+        self.wait(end - TOTALS + TELEMETRY, AGAIN, &waits, |monitor| monitor.awaits_telemetry());
+        // Only now: what it has asked for before keeps its place until it is priced.
+        visit_blocking(&self.inner.handle, |monitor: &mut Monitor, now| monitor.handle(now, Input::Asks));
         let end = Instant::now() + AT_DOOR;
         // Others may be at the book.
         while !self.pay(None, &who, GAP) && Instant::now() < end {
             std::thread::sleep(AGAIN);
         }
-        let turned_back = |monitor: &mut Monitor, now| {
-            if monitor.held_for().is_some_and(|held| held.now) {
-                monitor.handle(now, Input::TurnedBack);
-            }
+        let end = Instant::now() + if message { FIRST } else { OTHERS };
+        let others = || {
+            self.pay(None, &who, GAP);
+            waits()
         };
-        visit_blocking(&self.inner.handle, turned_back);
+        self.wait(end, OTHERS_AGAIN, others, |monitor| monitor.waits_for_others());
+        visit_blocking(&self.inner.handle, |monitor: &mut Monitor, now| monitor.handle(now, Input::LetThrough));
+        let held_for = visit_blocking(&self.inner.handle, |monitor, _| monitor.held_for()).flatten();
+        if held_for.is_some() {
+            self.hold(held_for);
+        }
         self.poke();
+    }
+
+    /// While this is so, and there is somebody who waits, but not for longer.
+    fn wait(&self, end: Instant, again: Duration, waits: impl Fn() -> bool, is_so: fn(&Monitor) -> bool) {
+        while Instant::now() < end
+            && waits()
+            && visit_blocking(&self.inner.handle, move |monitor, _| is_so(monitor)) == Some(true)
+        {
+            std::thread::sleep(again);
+        }
     }
 
     /// Hands on what people ask.
@@ -367,15 +417,17 @@ impl Share {
         self.flush();
         if let Some(purse) = &self.inner.purse {
             let mut purse = lock(purse);
-            let spent = visit_blocking(&self.inner.handle, |monitor, _| monitor.claim().0);
+            let told = visit_blocking(&self.inner.handle, |monitor, _| (monitor.claim().0, monitor.answer()));
             // What could not be closed is closed by whoever finds our journal gone.
-            if let Some(spent) = spent {
-                purse.till.close(unix(), spent).ok();
+            if let Some((spent, answer)) = told {
+                purse.till.close(unix(), spent, answer).ok();
             }
             purse.closed = true;
         }
         self.hold(None);
-        turnstile::remove(&self.inner.hold_file);
+        if let Some(turnstile) = &self.inner.turnstile {
+            turnstile.remove();
+        }
         lock(&self.inner.written).journal.end();
     }
 
@@ -435,7 +487,9 @@ impl Share {
     /// The monitor is no more, and the agent goes on without it. The numbers stay as they are, and nothing is held to any more.
     fn blind(&self) {
         self.hold(None);
-        turnstile::remove(&self.inner.hold_file);
+        if let Some(turnstile) = &self.inner.turnstile {
+            turnstile.remove();
+        }
         let mut written = lock(&self.inner.written);
         let line = Line { unix: shelf::unix(), ready: false, blind: true, ..written.last.clone() };
         // Whether the journal is to be begun anew: then there is nothing to begin it with.
@@ -488,7 +542,7 @@ pub(crate) fn testify(place: &Place, run: &str, who: &Who, mut meters: metric::M
 
 fn errand(monitor: &Monitor) -> Errand {
     let (spent, asks) = monitor.claim();
-    Errand { spent, asks, waits: monitor.waits(), works: monitor.claims() }
+    Errand { spent, asks, answer: monitor.answer(), waits: monitor.waits(), works: monitor.claims() }
 }
 
 /// When a hub began to collect what somebody has then read to the end: nanoseconds since the Unix epoch.

@@ -56,6 +56,8 @@ pub(super) struct Till {
 pub(super) struct Errand {
     pub(super) spent: Amount,
     pub(super) asks: Option<Asked>,
+    /// What an answer has cost it of late.
+    pub(super) answer: Amount,
     pub(super) waits: Vec<Scope>,
     /// It has something to do.
     pub(super) works: bool,
@@ -100,11 +102,12 @@ impl Till {
             let gone: Vec<String> = book.runs().filter(|run| *run != self.run && self.gone(run)).map(str::to_owned).collect();
             gone.iter().for_each(|run| book.close(run));
         }
-        let Errand { asks, waits, works, .. } = errand;
+        let Errand { asks, answer, waits, works, .. } = errand;
         let Payer { caps, sharing, weight, ref tenant, .. } = self.payer;
         let claim = Claim {
             tenant: tenant.as_deref(),
             asks: asks.map(|asked| asked.each),
+            answer: *answer,
             answers: asks.map_or(0, |asked| asked.answers),
             request: asks.map_or(0, |asked| asked.request),
             waits,
@@ -129,8 +132,8 @@ impl Till {
     }
 
     /// The last of it: nothing is reserved any more.
-    pub(super) fn close(&mut self, unix: Duration, spent: Amount) -> io::Result<()> {
-        self.settle(unix, &Errand { spent, asks: None, waits: Vec::new(), works: false })?;
+    pub(super) fn close(&mut self, unix: Duration, spent: Amount, answer: Amount) -> io::Result<()> {
+        self.settle(unix, &Errand { spent, asks: None, answer, waits: Vec::new(), works: false })?;
         let _locked = lock(&self.dir)?;
         let mut book = read(&self.dir)?;
         book.close(&self.run);
@@ -241,7 +244,7 @@ mod tests {
     }
 
     fn errand(usd: f64) -> Errand {
-        Errand { spent: Amount::new(Usd::from_f64(usd), 7), asks: None, waits: Vec::new(), works: true }
+        Errand { spent: Amount::new(Usd::from_f64(usd), 7), asks: None, answer: Amount::NONE, waits: Vec::new(), works: true }
     }
 
     /// What all have spent, ever.
