@@ -177,7 +177,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("serve.messages", "serve-messages", Kind::Choice(&["sdk", "cli"]), "sdk", "how messages are written: sdk names and flattens them as the Python SDK does, cli passes on the CLI's lines"),
     setting("serve.interrupt_when_gone", "serve-interrupt-when-gone", Kind::Switch, "false", "interrupt a turn when nobody listens to it any more; unset, it goes on to its end"),
     setting("usage.poll", "usage-poll", Kind::Switch, "true", "ask the CLI for its running totals between its results"),
-    setting("native.telemetry", "native-telemetry", Kind::Choice(&["auto", "on", "off"]), "auto", "have the CLI export its own telemetry to us too: auto where nothing else tells what is spent (text, terminals), on also beside a stream that is read, to be held against it"),
+    setting("native.telemetry", "native-telemetry", Kind::Choice(&["auto", "on", "off"]), "auto", "have the CLI export its own telemetry to us too: auto where nothing else tells at once what is spent (text, terminals, and where agents share a budget), on also beside a stream that is read, to be held against it"),
     setting("metrics.max_series", "max-series", Kind::Count, "1500", "series in the exposition at most"),
     setting("labels.tenant", "tenant", Kind::Label, "", "who this container works for: the label `tenant` of each claude_agent_* series"),
     setting("labels.team", "team", Kind::Label, "", "the label `team` of each of them"),
