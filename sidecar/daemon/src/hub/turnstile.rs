@@ -189,13 +189,13 @@ mod tests {
     }
 
     /// A hook after tools, as the CLI runs it.
-    #[expect(clippy::disallowed_methods, reason = "the test's own children, and no reaper")]
     fn knock(hold_file: &Path) -> Child {
         let hooks = ask::hooks(Some(hold_file.to_str().unwrap()));
         let line = hooks["PostToolBatch"][0]["hooks"][0]["command"].as_str().unwrap().to_owned();
         Command::new("sh").args(["-c", &line]).stdout(Stdio::piped()).spawn().unwrap()
     }
 
+    #[expect(clippy::disallowed_methods, reason = "the test's own children, and no reaper")]
     fn through(waits: &mut [Child]) -> usize {
         waits.iter_mut().filter_map(|child| child.try_wait().unwrap()).count()
     }
