@@ -40,6 +40,9 @@ def sessions() -> Row:
         graph("Longest in a passing phase", "By phase. Bad: it only grows.", ("max by (phase) (agent_fleet_phase_oldest_seconds{@})", "{{phase}}"), unit="s", limits=over("AgentFleetSessionsStuck"), runbook="AgentFleetSessionsStuck"),
         graph("Refused", "Requests for sessions that were not made, per interval.", ("sum by (tenant, reason) (grown(agent_fleet_refusals_total{@}[$__interval]))", "{{tenant}}: {{reason}}"),
             bars=True, every="1m", runbook="AgentFleetRequestsRefused"),
+        graph("Made ahead", "Sessions that found a container of their template's pool, or did not, and those made ahead that did not come up, per interval. Bad: many missed; any that failed.",
+            ("sum by (outcome) (grown(agent_fleet_pool_claims_total{@}[$__interval]))", "{{outcome}}"),
+            ("sum by (template) (grown(agent_fleet_pool_failures_total{@}[$__interval]))", "{{template}}: failed"), bars=True, every="1m", runbook="AgentFleetPoolFailing"),
         listing("Where they are", "By provider, tenant and phase.", {"Sessions": ("max by (provider, tenant, phase) (agent_fleet_sessions{@}) > 0", "short")}, w=8),
     ])  # fmt: skip
 

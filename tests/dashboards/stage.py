@@ -346,6 +346,9 @@ class Stage:
         strange = {"agent-fleet.fleet": fleet.name, "agent-fleet.session": "old", "agent-fleet.key": "agent-old-1"}
         fleet.daemon.asked("POST", "/containers/create", {"name": "agent-old-1"}, {"Labels": strange, "Entrypoint": ["true"]})
         next(iter(fleet.daemon.containers.values())).created -= 3600
+        with fleet.file.open("a") as file:
+            # Who is to be made ahead ends at once.
+            file.write('[templates.ahead]\npattern = "long-running"\nprovider = "local"\nimage = "i"\nports = [9477]\nttl = "1h"\ncommand = ["false"]\n[templates.ahead.pool]\nsize = 1\n')
         fleet.start()
         self.outside.watch(fleet.port, cluster="eu", namespace="fleets", pod="fleet-0")
         wait_for("a scrape", lambda: self.outside.query("agent_fleet_build_info"), PATIENCE)
@@ -356,6 +359,8 @@ class Stage:
         fleet.ask("/v1/sessions/sleeps/pause", "POST")
         fleet.reaches("sleeps", "paused")
         fleet.reaches("done", "destroyed")
+        fleet.create("ahead", "alone")
+        fleet.reaches("alone", "failed")
         fleet.create("breaks", "breaks")
         fleet.reaches("breaks", "failed")
         assert (fleet.create("stays", "dear", "poor"), fleet.create("stays", "dearer", "poor")) == (201, 429)
@@ -379,7 +384,7 @@ class Stage:
         self.sees('ALERTS{alertname="ClaudeAgentLimitEnforced", alertstate="firing"}')
         self.sees('sum(last_over_time(claude_agent_idle_shutdowns_total[1h])) == 1')
         self.sees("max(claude_agent_transcript_bytes) > 0")
-        for metric in ["sum(agent_fleet_hook_runs_total) > 0", "agent_fleet_agent_cost_usd_total > 0", 'ALERTS{alertname="AgentFleetHookDeadLetters", alertstate="firing"}']:
+        for metric in ["sum(agent_fleet_hook_runs_total) > 0", "sum(agent_fleet_pool_failures_total) > 0", "agent_fleet_agent_cost_usd_total > 0", 'ALERTS{alertname="AgentFleetHookDeadLetters", alertstate="firing"}']:
             wait_for(metric, lambda metric=metric: self.outside.query(metric), PATIENCE)
         # A few times, by all of them: what is asked for the whole time is asked in steps.
         self.sees(f"min(timestamp(up)) > {time.time() + 8}")
