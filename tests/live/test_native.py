@@ -84,10 +84,8 @@ def test_a_kill_loses_an_interval_at_most(version, api, sidecar, tmp_path):
     assert len(before) <= counted <= len(served.requests())
 
 
-def test_a_terminal_costs_what_was_served(version, api, sidecar, tmp_path):
-    rules, requests = CASES["three steps"]
-    served, wrapper = api(script(*rules)), sidecar()
-    home = tmp_path / "home"
+def at_a_terminal(served, wrapper, cli, home: Path) -> tuple[int, list[bytes]]:
+    """A CLI that somebody works with, who has said all that it asks at its first start: its pid, and what is seen of it."""
     work = home / "work"
     work.mkdir(parents=True)
     state = {
@@ -97,7 +95,7 @@ def test_a_terminal_costs_what_was_served(version, api, sidecar, tmp_path):
         "projects": {str(work): {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}},
     }
     (home / ".claude.json").write_text(json.dumps(state))
-    argv = [*wrapper.argv, harness.cli(version), "--permission-mode", "default", *TOOLS, "--", "go"]
+    argv = [*wrapper.argv, cli, "--permission-mode", "default", *TOOLS, "--", "go"]
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(work)
@@ -105,6 +103,13 @@ def test_a_terminal_costs_what_was_served(version, api, sidecar, tmp_path):
         os.execve(argv[0], [str(word) for word in argv], env)
     seen = []
     threading.Thread(target=drain, args=(terminal, seen), daemon=True).start()
+    return pid, seen
+
+
+def test_a_terminal_costs_what_was_served(version, api, sidecar, tmp_path):
+    rules, requests = CASES["three steps"]
+    served, wrapper = api(script(*rules)), sidecar()
+    pid, seen = at_a_terminal(served, wrapper, harness.cli(version), tmp_path / "home")
     try:
         wait_for("the answers", lambda: len(served.requests()) >= requests, 30)
         cost = lambda: wrapper.status()["totals"]["cost_usd"]
@@ -118,6 +123,22 @@ def test_a_terminal_costs_what_was_served(version, api, sidecar, tmp_path):
     books = replayed(wrapper.ledger_file)["totals"]
     assert books["cost_usd"] == pytest.approx(served.cost_usd(version), abs=1e-9)
     assert books["turns"] == 1
+
+
+def test_a_terminal_waits_at_the_door_of_a_shared_budget(version, api, sidecar, tmp_path):
+    answers, usage = 6, {"input_tokens": 0, "output_tokens": 500, "cache_read_input_tokens": 0, "cache_creation": {}}
+    served = api({**script(*(main(n, bash(f"true # {n}")) for n in range(30))), "defaults": {"usage": usage}})
+    wrapper = sidecar("--socket", str(tmp_path / "hub.sock"), "--container-max-tokens", str(answers * 500))
+    pid, seen = at_a_terminal(served, wrapper, harness.cli(version), tmp_path / "home")
+    try:
+        # Nothing can be said to it: it is interrupted, and ends.
+        wait_for("the end", lambda: os.waitpid(pid, os.WNOHANG)[0] == pid, 90)
+    except BaseException:
+        print(b"".join(seen)[-2000:])
+        os.kill(pid, signal.SIGKILL)
+        raise
+    asked = sum(1 for line in served.requests() if line["usage"])
+    assert 1 < asked <= answers + 1, f"{asked} answers for {answers}"
 
 
 def drain(terminal: int, seen: list[bytes]) -> None:
