@@ -651,9 +651,10 @@ impl Monitor {
     }
 
     /// Whether only the CLI's telemetry says at once what an answer has cost. It may have been told to be silent: who has said nothing
-    /// by its second request will not.
+    /// by its second request will not; and who does not knock has nobody who waits for it.
     fn by_telemetry(&self) -> bool {
-        self.settings.native && !self.can_ask() && (self.session.native_heard() || self.requests.told <= 2)
+        let may_yet = (1..=2).contains(&self.requests.told);
+        self.settings.native && !self.can_ask() && (self.session.native_heard() || may_yet)
     }
 
     /// Whether the next answers may use up a shared budget, or nobody knows yet that they may not.
