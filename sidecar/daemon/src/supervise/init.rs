@@ -285,21 +285,24 @@ impl<M: Watch> Init<M> {
             self.mail.send(Letter::AppGone);
         }
         let mut arrived = self.signals.pending();
-        if self.stopped_again(&arrived) {
-            arrived.extend(self.signals.pending());
-            let typed =
-                arrived.iter().any(|(signal, sender)| *signal == signals::TSTP && self.told_by_terminal(*signal, *sender));
-            arrived.retain(|(signal, _)| !typed || *signal != signals::CONT);
+        let continued = arrived.iter().any(|(signal, _)| *signal == signals::CONT);
+        if self.shared_group && continued && !self.is_to_be_woken(&mut arrived) {
+            arrived.retain(|(signal, _)| *signal != signals::CONT);
         }
         for (signal, sender) in arrived {
             self.arrived(signal, sender);
         }
     }
 
-    /// Whether we hear that we were continued and find the CLI stopped: one that nobody has woken, or, if Ctrl-Z came right behind
-    /// `fg`, one that is to stay so. The terminal said that to us before the CLI stopped, so a second look finds its signal.
-    fn stopped_again(&self, arrived: &[(i32, Sender)]) -> bool {
-        self.shared_group && arrived.iter().any(|(signal, _)| *signal == signals::CONT) && self.cli_stopped()
+    /// We were continued: whether the CLI is stopped and nobody has woken it. If Ctrl-Z came right behind `fg`, it is to stay so: the
+    /// terminal said that to us before the CLI stopped, so a second look finds its signal. The CLI is looked at once: one that is found
+    /// awake and then stops was told to.
+    fn is_to_be_woken(&mut self, arrived: &mut Vec<(i32, Sender)>) -> bool {
+        if !self.cli_stopped() {
+            return false;
+        }
+        arrived.extend(self.signals.pending());
+        !arrived.iter().any(|(signal, sender)| *signal == signals::TSTP && self.told_by_terminal(*signal, *sender))
     }
 
     fn cli_stopped(&self) -> bool {
@@ -405,7 +408,7 @@ impl<M: Watch> Init<M> {
         }
         if !self.shared_group {
             rustix::process::kill_process_group(self.cli, Signal::CONT).ok();
-        } else if self.cli_stopped() {
+        } else {
             // Sent to us alone; a shell's `fg` wakes the CLI itself.
             self.send(Signal::CONT);
         }

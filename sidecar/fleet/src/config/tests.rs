@@ -64,7 +64,8 @@ fn the_example_has_no_mistake_and_says_what_it_says() {
         (Pattern::Ephemeral, Duration::from_secs(7200), Duration::from_secs(7200))
     );
     // Every setting of a cluster is shown.
-    let shown: Vec<&String> = ["cluster", "jobs", "claimed"].iter().flat_map(|name| config.providers[*name].settings.keys()).collect();
+    let shown: Vec<&String> =
+        ["cluster", "jobs", "claimed"].iter().flat_map(|name| config.providers[*name].settings.keys()).collect();
     let unknown = toml::from_str::<crate::provider::kubernetes::Settings>("x = 1").unwrap_err();
     let known: Vec<&str> = unknown.message().split('`').skip(3).step_by(2).collect();
     assert!(known.len() > 10 && known.iter().all(|name| shown.iter().any(|shown| shown == name)), "{known:?} {shown:?}");
