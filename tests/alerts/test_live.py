@@ -146,11 +146,11 @@ def test_what_another_alert_says_already_is_not_told(run: Run):
 
 
 def held_back(run: Run, alert: str, by: str, namespace: str) -> None:
-    """On a machine that is late with scrapes both begin anew, and the one that holds back may do so second."""
+    """On a machine that is late with scrapes both begin anew, and the one that holds back may do so second; what is told is on its way for some seconds."""
     if told := run.told("fast", alert, namespace):
         firing = f'ALERTS{{alertname="{by}", alertstate="firing", namespace="{namespace}"}}'
-        seen = run.world.query("fast", f"count_over_time({firing}[3s:1s] @ {told.at:.3f})")
-        assert not seen or float(seen[0]["value"][1]) < 3, "it was told while another said it already"
+        seen = run.world.query("fast", f"count_over_time({firing}[10s:1s] @ {told.at:.3f})")
+        assert not seen or float(seen[0]["value"][1]) < 10, "it was told while another said it already"
 
 
 def test_nobody_is_told_of_agents_that_are_well(run: Run):
