@@ -368,7 +368,11 @@ impl Yard {
 
     fn talker_of(&self, tenant: &str, id: usize, flags: &[&str]) -> Running {
         let mut command = self.command("run");
-        command.args(["--tenant", tenant, "--usage-poll=false", "--ledger"]).arg(self.ledger(id)).args(flags);
+        // It exports no telemetry that could be waited for.
+        command
+            .args(["--tenant", tenant, "--usage-poll=false", "--native-telemetry=off", "--ledger"])
+            .arg(self.ledger(id))
+            .args(flags);
         command.args(["--", "python3", "-u", "-c", TALKER, &format!("s{id}")]).args(STREAM_JSON);
         let mut running = Running::start(command);
         // As the SDKs begin: from here on, the CLI can be spoken to.
