@@ -551,7 +551,7 @@ fn a_command_works_or_looks_or_waits() {
         assert_eq!(call(tool, "{}").1, aim, "{tool}");
     }
     let read = |path: &str| call("Read", &format!(r#"{{"file_path":"{path}"}}"#)).1;
-    assert_eq!((read("/tmp/claude-0/-work/5f/tasks/b7.output"), read("/work/tasks/b7.md")), (Aim::Wait, Aim::Work));
+    assert_eq!((read("/tmp/claude-0/-srv-app/5f/tasks/b7.output"), read("/srv/app/tasks/b7.md")), (Aim::Wait, Aim::Work));
 }
 
 #[test]
