@@ -59,7 +59,7 @@ async fn a_session_is_created_works_sleeps_wakes_and_is_destroyed() {
     fleet.want(&paused.id, Wanted::Running, "again").await.unwrap();
     assert_eq!(town.get("a").await.wanted, Wanted::Gone);
     use Phase::*;
-    let phases = town.phases("a");
+    let phases = town.phases_to("a", Destroyed).await;
     assert_eq!(phases[..6], [Requested, Creating, Starting, Ready, Active, Idle], "{phases:?}");
     assert_eq!(phases[phases.len() - 3..], [Stopping, Stopped, Destroyed], "{phases:?}");
     running.stop().await;

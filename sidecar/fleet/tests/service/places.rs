@@ -118,7 +118,7 @@ async fn several_share_a_container_and_each_ends_for_itself() {
         let up = town.reaches(id, Phase::Ready).await;
         assert!(up.holds && up.total_usd() <= USD);
         use Phase::*;
-        assert_eq!(town.phases(id)[..4], [Requested, Creating, Starting, Ready], "its hooks are run");
+        assert_eq!(town.phases_to(id, Ready).await[..4], [Requested, Creating, Starting, Ready], "its hooks are run");
     }
     assert_eq!(town.cloud.alive(), 1, "one container is all that they need");
     let house = house_of(&town, "a").await;
@@ -229,7 +229,7 @@ async fn a_container_that_dies_ends_all_that_are_in_it_once() {
         assert_eq!((over.phase, over.reason.is_some_and(|why| why.contains("its container has ended"))), (Phase::Failed, true));
     }
     for id in ["a", "b"] {
-        let told = town.phases(id).iter().filter(|phase| **phase == Phase::Failed).count();
+        let told = town.phases_to(id, Phase::Failed).await.iter().filter(|phase| **phase == Phase::Failed).count();
         assert_eq!(told, 1, "{id}");
     }
     assert_eq!(town.cloud.alive(), 0);

@@ -61,7 +61,7 @@ async fn a_session_has_what_was_made_ahead_and_its_place_is_filled() {
         assert!(up.holds && up.taken.is_some());
         has.insert(up.key());
         use Phase::*;
-        assert_eq!(town.phases(id)[..4], [Requested, Creating, Starting, Ready], "its hooks are run");
+        assert_eq!(town.phases_to(id, Ready).await[..4], [Requested, Creating, Starting, Ready], "its hooks are run");
     }
     assert_eq!(has, there, "each has one of those that were there");
     let made = town.reaches("c", Phase::Ready).await;
