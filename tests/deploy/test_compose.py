@@ -44,6 +44,8 @@ SCRIPT = {
     "defaults": {"usage": USAGE},
     "rules": [
         {"when": {"agent": "main", "prompt_contains": "dear", "results": 0}, "reply": {"blocks": [bash(LONG)], "usage": DEAR}},
+        # Should its tool end after all: as slow as models are, so that the interrupt is there before an answer that nobody reads is served.
+        {"when": {"agent": "main", "prompt_contains": "dear"}, "reply": {"blocks": ["done"], "pace": {"first_byte_delay_ms": 60_000}}},
         {"when": {"agent": "main", "results": 0}, "reply": {"blocks": [bash("echo 1")]}},
     ],
     "otherwise": {"blocks": ["done"]},
@@ -253,7 +255,7 @@ def test_counters_go_on_when_the_sidecars_container_starts_again(stack: Stack, w
 def test_the_ledger_is_what_was_served(stack: Stack, worked: dict, tmp_path: Path):
     engine.docker("cp", f"{stack.id('agent')}:/var/lib/agent-sidecar/ledger.jsonl", tmp_path)
     sums = json.loads(subprocess.check_output([harness.binary(), "replay", "--ledger", "--format", "json", tmp_path / "ledger.jsonl"]))
-    assert sums["totals"]["cost_usd"] == pytest.approx(stack.api.cost_usd(), abs=1e-9)
+    assert sums["totals"]["cost_usd"] == pytest.approx(stack.api.cost_usd(), abs=1e-9), [stack.api.requests(), sums]
 
 
 def test_it_stops_in_order(stack: Stack, worked: dict):
