@@ -49,8 +49,7 @@ tests:
 	cargo test --locked --workspace --no-run
 
 unit: build install tests
-# With a database for the fleet's store, and the SDKs of the providers that are faked.
-	AGENT_FLEET_TEST_SDKS=$(CURDIR)/.cache/deploy/venv/bin/python tests/fleet/postgres cargo test --locked --workspace --no-fail-fast
+	tests/unit
 
 live: build install tests
 # Two CLIs at a time for two cores. What they are late for on a busy machine is asked again, twice at most, and said in the closing line.
