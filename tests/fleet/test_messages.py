@@ -85,6 +85,8 @@ def test_a_message_makes_a_session_and_wakes_it(fleet, api, tmp_path, archive): 
     assert (heard[-1], heard[-2]["data"]["session_id"]) == ({"event": "done"}, result["session_id"]), heard
     socket.close()
     assert (one.show("talk")["container"] == made["container"]) is not archive
+    # Its caller has the answer before its sidecar has counted it: who ends it at that moment may be told less.
+    wait_for("what it has cost", lambda: one.show("talk")["agent_usd"] == pytest.approx(api.cost_usd(), abs=1e-9), PATIENCE)
     assert one.get("/v1/sessions/talk", "DELETE")[0] == 202
     over = one.reaches("talk", "destroyed")
     assert over["agent_usd"] == pytest.approx(api.cost_usd(), abs=1e-9)
