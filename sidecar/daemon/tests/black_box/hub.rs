@@ -435,8 +435,10 @@ fn agents_that_share_a_budget_are_above_it_by_one_answer_at_most() {
     assert!(heard.contains("shares with others"), "the CLI itself turns it away: {heard}");
     let mut shadow = yard.talker(6, &["--container-day-max-cost-usd", "0.45", "--mode", "shadow"]);
     assert_eq!(prompt(&mut shadow), "answer");
-    let told = std::fs::read_to_string(yard.ledger(6)).unwrap();
-    assert!(told.contains("container_day") && told.contains("shadow"), "{told}");
+    wait_for("its decision to be on the books", || {
+        let told = std::fs::read_to_string(yard.ledger(6)).unwrap();
+        (told.contains("container_day") && told.contains("shadow")).then_some(())
+    });
     let mut rich = yard.talker(7, &["--tenant-month-max-cost-usd", "5"]);
     assert_eq!(prompt(&mut rich), "answer");
     let body = wait_for("the limit to be shown", || {
@@ -569,7 +571,8 @@ fn tenants_have_of_a_containers_budget_what_they_weigh() {
     assert!(why.contains("0.05 of 0.05 USD, with the tenant's other agents"), "{why}");
     // What the light one asked for in vain is reserved for a moment.
     wait_for("three of four", || (prompt(&mut heavy) == "answer").then_some(()));
-    assert_eq!([yard.ledger_cents(0), yard.ledger_cents(1)], [15, 5]);
+    // The app has an answer before it is on the books.
+    wait_for("the books", || ([yard.ledger_cents(0), yard.ledger_cents(1)] == [15, 5]).then_some(()));
     // As they come, the light one would have been let.
     let mut quick = yard.talker_of("quick", 2, &["--container-max-cost-usd", "0.30", "--budget-share", "first-come"]);
     assert_eq!([prompt(&mut quick), prompt(&mut quick)], ["answer", "answer"]);
