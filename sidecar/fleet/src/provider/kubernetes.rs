@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use axum::http::{Method, StatusCode};
+use axum::http::Method;
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
 use jiff::Timestamp;
@@ -437,9 +437,7 @@ impl Kubernetes {
             }
             Backend::Job => {
                 let job: Job = answer.json()?;
-                // Of one that was there, the pod says more than its controller has by now.
-                let pod = if answer.status == StatusCode::CREATED { None } else { job.pod(self.pods_of(&spec.key).await?) };
-                (job.with(pod.as_ref()), secret_of(job.agent_spec()).filter(|_| !job.is_over()))
+                (job.with(None), secret_of(job.agent_spec()).filter(|_| !job.is_over()))
             }
             Backend::Sandbox => {
                 let custom: Custom = answer.json()?;
@@ -610,16 +608,17 @@ impl Provider for Kubernetes {
             }
         };
         let answer = self.create_in(self.kind(), &body).send().await?;
-        let answer = if answer.exists() {
-            let known = self.api.get(self.kind(), &[&spec.key]).send().await?;
-            if known.is_missing() {
-                return Err(self.failed(format!("`{}` was there, and is no more", spec.key)));
-            }
-            known
-        } else {
-            answer
-        };
-        self.made(spec, answer.ok()?, &values).await
+        if !answer.exists() {
+            return self.made(spec, answer.ok()?, &values).await;
+        }
+        let known = self.api.get(self.kind(), &[&spec.key]).send().await?;
+        let away = || self.failed(format!("`{}` was there, and is no more", spec.key));
+        if known.is_missing() {
+            return Err(away());
+        }
+        self.made(spec, known.ok()?, &values).await?;
+        // Of one that was there, its pod says more than its controller has by now.
+        Ok(self.look(&spec.key).await?.ok_or_else(away)?.0)
     }
 
     /// It is started by the cluster.

@@ -109,6 +109,8 @@ struct Cluster {
     refusals: VecDeque<(&'static str, u16, Value)>,
     /// Whoever queues Jobs has a word in the next creation of one.
     queues: bool,
+    /// The controller of agent-sandbox says no more.
+    behind: bool,
 }
 
 struct Watcher {
@@ -443,7 +445,7 @@ impl Cluster {
             conditions.push(json!({"type": "Finished", "status": "True", "reason": reason}));
         }
         conditions.push(json!({"type": "Ready", "status": is(reason == "DependenciesReady"), "reason": reason}));
-        if custom["status"]["conditions"] != json!(conditions) {
+        if custom["status"]["conditions"] != json!(conditions) && !self.behind {
             self.change("sandboxes", name, |custom| custom["status"]["conditions"] = json!(conditions));
         }
     }
@@ -766,6 +768,11 @@ impl Kubernetes {
             cluster.change("jobs", name, |job| job["status"]["conditions"][1]["lastTransitionTime"] = json!(ended));
         }
         over
+    }
+
+    /// The controller of agent-sandbox says nothing of what it sees from now on.
+    pub(crate) fn fall_behind(&self) {
+        self.cluster.lock().unwrap().behind = true;
     }
 
     /// The next creation is answered like this.

@@ -199,6 +199,16 @@ async fn sandboxes_do_what_every_provider_must() {
 }
 
 #[tokio::test]
+async fn one_that_is_there_is_what_its_pod_says_before_its_controller_does() {
+    let world = Cluster::new(sandboxes()).await;
+    world.fake.api.fall_behind();
+    let native = world.provider.create(&fleets("agent-1")).await.unwrap().native;
+    world.becomes(&native, |now| now.state == State::Running).await;
+    assert_eq!(world.provider.create(&fleets("agent-1")).await.unwrap().state, State::Running);
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+}
+
+#[tokio::test]
 async fn claims_do_what_every_provider_must() {
     let world = Claims(Cluster::new(json!({ "backend": "claim" })).await);
     install(&world.0);
