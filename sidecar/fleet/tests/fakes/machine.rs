@@ -30,7 +30,10 @@ impl Machine {
     pub(crate) fn new(key: &str, env: BTreeMap<String, String>) -> Self {
         let home = std::env::temp_dir().join(format!("agent-fleet-fake-{}", uuid::Uuid::now_v7().simple()));
         std::fs::create_dir_all(&home).expect("a home");
-        Self { key: key.to_owned(), home, env, groups: Mutex::default() }
+        let machine = Self { key: key.to_owned(), home, env, groups: Mutex::default() };
+        // What a run that was killed has left there is not of this one's life.
+        machine.forget();
+        machine
     }
 
     /// In a group of its own, all of which is killed.
@@ -93,6 +96,10 @@ impl Machine {
         for group in self.groups.lock().unwrap().drain(..) {
             kill("-KILL", &format!("-{group}"));
         }
+        self.forget();
+    }
+
+    fn forget(&self) {
         for memory in ["/dev/shm", "/tmp"] {
             // It may be in neither.
             drop(std::fs::remove_dir(PathBuf::from(memory).join(&self.key)));

@@ -262,10 +262,15 @@ fn respond(reply: Reply) -> Response {
 
 /// Where [`TOKEN`] is found: a file, for tests that run side by side.
 pub(crate) fn token() -> Value {
-    static PATH: std::sync::LazyLock<std::path::PathBuf> = std::sync::LazyLock::new(|| {
-        let path = std::env::temp_dir().join("agent-fleet-fake-token");
-        std::fs::write(&path, format!("{TOKEN}\n")).expect("a file");
-        path
-    });
+    static PATH: std::sync::LazyLock<std::path::PathBuf> = std::sync::LazyLock::new(|| file("token", TOKEN));
     serde_json::json!({ "file": *PATH })
+}
+
+/// A file with a line in it, the same for all runs: whoever reads it while another begins finds it whole.
+pub(crate) fn file(name: &str, line: &str) -> std::path::PathBuf {
+    let path = std::env::temp_dir().join(format!("agent-fleet-fake-{name}"));
+    let beside = path.with_extension(uuid::Uuid::now_v7().simple().to_string());
+    std::fs::write(&beside, format!("{line}\n")).expect("a file");
+    std::fs::rename(&beside, &path).expect("a file");
+    path
 }

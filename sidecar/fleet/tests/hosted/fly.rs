@@ -1,5 +1,3 @@
-use std::time::Duration;
-
 use agent_fleet::provider::fly::{Fly, Settings};
 use agent_fleet::provider::{Error, Provider, Size, Spec, State};
 
@@ -60,11 +58,10 @@ async fn a_machine_is_paced_and_the_others_are_not() {
     let Hosted { provider, .. } = &Hosted::new().await;
     let first = provider.create(&spec("agent-paced-1")).await.unwrap().native;
     let other = provider.create(&spec("agent-paced-2")).await.unwrap().native;
-    // Ten at once and five a second: the fortieth waits for six seconds, which is more than is waited.
-    let asked = futures_util::future::join_all((0..40).map(|_| provider.state(&first))).await;
+    // Ten at once and five a second: the fortieth waits for six seconds, which is more than is waited. Who is asked about another machine then is answered.
+    let forty = futures_util::future::join_all((0..40).map(|_| provider.state(&first)));
+    let (asked, answered) = tokio::join!(forty, provider.state(&other));
     let busy = asked.iter().filter(|asked| matches!(asked, Err(Error::Busy { after: Some(_), .. }))).count();
     assert!((5..20).contains(&busy), "{busy}");
-    let began = std::time::Instant::now();
-    assert_eq!(provider.state(&other).await.unwrap().state, State::Running);
-    assert!(began.elapsed() < Duration::from_secs(1));
+    assert_eq!(answered.unwrap().state, State::Running);
 }

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::conformance::{self, Call, Does, Fault, World};
+use crate::fakes;
 use crate::fakes::grpc::{Contract, Fake};
 use crate::fakes::modal::{self as fake, CONTRACT, TOKEN_ID, TOKEN_SECRET};
 use crate::{sh, spec};
@@ -15,11 +16,7 @@ use crate::{sh, spec};
 /// Where the tokens are found: files, for tests that run side by side.
 fn tokens() -> [Value; 2] {
     static PATHS: std::sync::LazyLock<[std::path::PathBuf; 2]> = std::sync::LazyLock::new(|| {
-        [("id", TOKEN_ID), ("secret", TOKEN_SECRET)].map(|(name, token)| {
-            let path = std::env::temp_dir().join(format!("agent-fleet-fake-modal-{name}"));
-            std::fs::write(&path, format!("{token}\n")).expect("a file");
-            path
-        })
+        [("modal-id", TOKEN_ID), ("modal-secret", TOKEN_SECRET)].map(|(name, token)| fakes::file(name, token))
     });
     PATHS.each_ref().map(|path| json!({ "file": path }))
 }
@@ -283,12 +280,10 @@ async fn a_port_that_was_not_opened_is_refused() {
 #[tokio::test]
 async fn a_token_that_is_not_right_is_in_no_message() {
     let Hosted { fake, .. } = Hosted::new().await;
-    let path = std::env::temp_dir().join("agent-fleet-fake-modal-wrong");
-    std::fs::write(&path, "as-wrong").unwrap();
+    let path = fakes::file("modal-wrong", "as-wrong");
     let provider = Hosted::provider(&fake, json!({ "token_secret": { "file": path } }));
     let refused = provider.create(&spec("agent-wrong-1")).await.unwrap_err();
     assert!(matches!(refused, Error::Refused { .. }) && !refused.to_string().contains("as-wrong"), "{refused:?}");
-    std::fs::remove_file(&path).unwrap();
 }
 
 /// Nobody is there: it is certain that nothing was done, and it may be tried again.
