@@ -228,7 +228,9 @@ impl Provider for Shared {
                 Phase::Failed => (State::Failed, house.reason.clone()),
                 // Nothing of several is paused.
                 Phase::Pausing | Phase::Paused | Phase::Resuming => (State::Failed, house.reason.clone()),
-                Phase::Stopping | Phase::Stopped | Phase::Destroyed => (State::Stopped, house.reason.clone()),
+                // Those in it are about to be told why: that it ends is no failure of theirs.
+                Phase::Stopping => (State::Stopping, house.reason.clone()),
+                Phase::Stopped | Phase::Destroyed => (State::Stopped, house.reason.clone()),
             },
         };
         let created = house.as_ref().map(|house| house.created);

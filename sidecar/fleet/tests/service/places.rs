@@ -281,6 +281,23 @@ async fn a_container_stays_as_long_as_somebody_is_in_it_and_ends_all_where_it_en
     running.stop().await;
 }
 
+/// Between two writes: that of its container, and the one that tells it why.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_sees_that_its_container_is_to_end_before_it_is_told_has_not_failed() {
+    let (town, _) = town(0).await;
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    fleet.create(guest("a", 2, None)).await.unwrap();
+    town.reaches("a", Phase::Ready).await;
+    running.stop().await;
+    let mut house = house_of(&town, "a").await;
+    house.phase = Phase::Stopping;
+    town.store.update(&mut house).await.unwrap();
+    let (_end, ended) = tokio::sync::watch::channel(false);
+    fleet.drive(town.get("a").await, &ended).await.unwrap();
+    assert_eq!(town.get("a").await.phase, Phase::Ready);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_several_cost_is_booked_once_and_spent_for_all() {
     let (mut town, rooms) = town(0).await;
