@@ -19,6 +19,7 @@ pub mod plan;
 pub mod pool;
 pub mod provider;
 mod proxy;
+mod retry_after;
 pub mod serve;
 pub mod service;
 pub mod session;

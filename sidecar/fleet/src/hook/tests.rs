@@ -540,9 +540,16 @@ async fn an_answer_says_whether_and_when_it_is_asked_again() {
     let after = |status: u16, seconds: &str| {
         Response::builder().status(status).header("retry-after", seconds).body(axum::body::Body::from("busy")).unwrap()
     };
+    // By the receiver's own clock.
+    let at = |date: &str| {
+        let mut answer = after(429, date);
+        answer.headers_mut().insert("date", "Sun, 06 Nov 1994 08:49:37 GMT".parse().unwrap());
+        answer
+    };
     for (answer, verdict, outcome) in [
         (after(429, "120"), Verdict::Retry(seconds(120)), "failed"),
         (after(503, "90"), Verdict::Retry(seconds(90)), "failed"),
+        (at("Sun, 06 Nov 1994 08:51:37 GMT"), Verdict::Retry(seconds(120)), "failed"),
         // Longer than the phase: nobody waits for it.
         (after(503, "999999999"), Verdict::Failed(String::from("hook `h`: 503 Service Unavailable: busy")), "dead-letter"),
         (after(404, "1"), Verdict::Failed(String::from("hook `h`: 404 Not Found: busy")), "dead-letter"),

@@ -1,15 +1,16 @@
 //! A hook that is a server: the event is posted, signed, and what it answers is read as far as it is of interest.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
+use reqwest::header::CONTENT_TYPE;
 use reqwest::{Response, StatusCode};
 use serde_json::Value;
 use tokio::time::timeout;
 
 use super::{Hooks, Outcome, Told, sign};
 use crate::provider::Secret;
+use crate::retry_after;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// No answer that means something is longer.
@@ -92,7 +93,7 @@ fn judge(response: &Response, body: Result<Vec<u8>, String>, may_veto: bool) -> 
         };
     }
     let said = text(&body.unwrap_or_default());
-    let after = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok().map(Duration::from_secs));
+    let after = retry_after::of(response.headers(), SystemTime::now());
     match status {
         StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS => Outcome::Failed { said, after },
         _ if status.is_server_error() => Outcome::Failed { said, after },

@@ -4,17 +4,18 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::{Stream, StreamExt};
 use jiff::Timestamp;
-use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, StatusCode, Url};
 use serde::Deserialize as _;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use super::{ENDS_LABEL, Error, Result, Sandbox, Secret, State};
+use crate::retry_after;
 
 /// How often what is safe is tried.
 const TRIES: u32 = 3;
@@ -424,9 +425,7 @@ impl Answer {
 
     /// In seconds; who names a date, or the part of a limit that it is for, is not understood, and nothing is lost by that.
     fn retry_after(&self) -> Option<Duration> {
-        let own = self.headers.get(RETRY_AFTER);
-        let any = || self.headers.iter().find(|(name, _)| name.as_str().starts_with("retry-after")).map(|(_, value)| value);
-        own.or_else(any).and_then(|value| value.to_str().ok()?.trim().parse().ok()).map(Duration::from_secs)
+        retry_after::of(&self.headers, SystemTime::now())
     }
 
     /// What this no means.

@@ -4,9 +4,9 @@
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use axum::http::header::{ACCEPT, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
 use axum::http::{HeaderMap, Method, Request, StatusCode};
 use futures_util::{Stream, StreamExt};
 use http_body_util::BodyExt;
@@ -24,6 +24,7 @@ use tower::{BoxError, ServiceBuilder, ServiceExt};
 
 use super::NAME;
 use crate::provider::{Error, Result};
+use crate::retry_after;
 
 const TRIES: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -284,7 +285,7 @@ impl<'a> Ask<'a> {
     }
 
     fn answer(&self, status: StatusCode, headers: &HeaderMap, body: Vec<u8>) -> Answer {
-        let after = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok()).map(Duration::from_secs);
+        let after = retry_after::of(headers, SystemTime::now());
         let said: Status = serde_json::from_slice(&body).unwrap_or_default();
         let said = if said.kind == "Status" { said } else { Status::default() };
         let after = after.or_else(|| said.details.retry_after_seconds.map(Duration::from_secs));
