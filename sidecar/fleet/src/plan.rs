@@ -582,6 +582,10 @@ impl Planner<'_> {
         }
         let container = match self.look(LOOK_SOON) {
             Ok(container) => container,
+            // What nobody can read is removed all the same: that it is gone is seen when it is.
+            Err(_) if self.session.failures >= self.policy.tries && self.session.native.is_some() => {
+                return Some(Step::Do(Action::Delete));
+            }
             Err(step) => return Some(step),
         };
         // One that is gone is no longer held: see `record`. It may only not be there yet.
@@ -877,7 +881,8 @@ pub fn meter(session: &mut Session, price: &Price, now: Timestamp) {
 }
 
 /// Containers with our label that no session holds: of a fleet's own, and old enough that nobody is about to write down that they are theirs. Those
-/// that are older than the store are not: it may be the wrong one, or a new one in the place of one that was lost.
+/// that are older than the store are not: it may be the wrong one, or a new one in the place of one that was lost. Those whose age nobody says may be
+/// either, and are not.
 pub fn orphans<'a>(
     found: &'a [Sandbox],
     sessions: &BTreeMap<SessionId, Session>,
@@ -886,13 +891,13 @@ pub fn orphans<'a>(
     now: Timestamp,
 ) -> Vec<&'a Sandbox> {
     let held: BTreeSet<String> = sessions.values().filter(|session| session.holds).map(Session::key).collect();
-    // Whose age nobody says is taken for neither.
-    let young = |sandbox: &Sandbox| sandbox.created.is_some_and(|created| created + grace > now);
-    let before = |sandbox: &Sandbox| sandbox.created.is_some_and(|created| created < born);
+    let young = |created: Timestamp| created + grace > now;
+    let before = |created: Timestamp| created < born;
     let labelled = |sandbox: &Sandbox| sandbox.labels.contains_key(SESSION_LABEL) && sandbox.labels.contains_key(KEY_LABEL);
     found
         .iter()
-        .filter(|sandbox| labelled(sandbox) && !sandbox.state.is_gone() && !young(sandbox) && !before(sandbox))
+        .filter(|sandbox| labelled(sandbox) && !sandbox.state.is_gone())
+        .filter(|sandbox| sandbox.created.is_some_and(|created| !young(created) && !before(created)))
         .filter(|sandbox| sandbox.key.as_ref().is_none_or(|key| !held.contains(key)))
         .collect()
 }

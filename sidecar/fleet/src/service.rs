@@ -884,10 +884,13 @@ impl Fleet {
             return provider.state(native).await;
         }
         let labels = BTreeMap::from([(FLEET_LABEL.to_owned(), self.name.clone()), (KEY_LABEL.to_owned(), session.key())]);
-        let found = list(provider, &labels).await?;
+        let (found, unread) = list(provider, &labels).await?;
         let key = session.key();
         let ours = found.into_iter().find(|sandbox| sandbox.key.as_ref() == Some(&key) && !sandbox.state.is_gone());
-        Ok(ours.unwrap_or_else(|| missing(&key)))
+        match ours {
+            None if unread > 0 => Err(provider::hidden(provider.name(), unread)),
+            ours => Ok(ours.unwrap_or_else(|| missing(&key))),
+        }
     }
 
     async fn first_word(
@@ -981,14 +984,21 @@ impl Fleet {
         let born = self.store.born().await?;
         let mut removed = 0;
         for (name, provider) in self.providers.iter().filter(|(_, provider)| provider.capabilities().list) {
-            let found = match list(provider, &labels).await {
-                Ok(found) => found,
+            let (found, unread) = match list(provider, &labels).await {
+                Ok(listed) => listed,
                 Err(error) => {
                     tracing::warn!(provider = %name, %error, "what exists there is not known");
                     self.metrics.add(&metric::RECONCILES, &[name, "failed"], 1.0);
                     continue;
                 }
             };
+            // What cannot be read is not removed, and nobody is gone because of it: only what is on the list is acted on.
+            let ageless = found.iter().filter(|sandbox| sandbox.created.is_none()).count();
+            self.metrics.set(&metric::UNREAD, &[name], (unread + ageless) as f64);
+            if ageless > 0 {
+                let what = "containers do not say when they were made: none of them is removed for want of a session";
+                tracing::warn!(provider = %name, containers = ageless, "{what}");
+            }
             let before = found.iter().filter(|sandbox| sandbox.created.is_some_and(|created| created < born)).count();
             self.metrics.set(&metric::STRANGERS, &[name], before as f64);
             if before > 0 {
@@ -1067,14 +1077,16 @@ fn missing(key: &str) -> Sandbox {
     }
 }
 
-async fn list(provider: &Arc<dyn Provider>, labels: &BTreeMap<String, String>) -> provider::Result<Vec<Sandbox>> {
-    let (mut found, mut next) = (Vec::new(), None);
+/// All that have these labels; and how many more there are that cannot be read.
+async fn list(provider: &Arc<dyn Provider>, labels: &BTreeMap<String, String>) -> provider::Result<(Vec<Sandbox>, usize)> {
+    let (mut found, mut unread, mut next) = (Vec::new(), 0, None);
     for _ in 0..PAGES {
         let page = provider.list(labels, next.as_deref()).await?;
         found.extend(page.sandboxes);
+        unread += page.unread;
         next = page.next;
         if next.is_none() {
-            return Ok(found);
+            return Ok((found, unread));
         }
     }
     // Half a list would make orphans of the rest.

@@ -103,7 +103,7 @@ impl World for Daemon {
 
     fn arm(&self, call: Call, fault: Fault) -> bool {
         // What the client does not show of an answer: its headers.
-        if matches!(fault, Fault::Limit(_)) {
+        if matches!(fault, Fault::Limit(_) | Fault::LimitUntil(_)) || matches!((call, fault), (Call::State, Fault::Garbled(_))) {
             return false;
         }
         self.proxy.armed.lock().expect("nobody panics with it").push((call, fault));
@@ -213,7 +213,10 @@ async fn pass(mut client: UnixStream, daemon: PathBuf, armed: Arc<Mutex<Vec<(Cal
         // Of the same length, so that the answer's still is.
         Fault::UnknownState => answer = replaced(&answer, r#""Status":"created""#, r#""Status":"wobbles""#),
         Fault::UnknownField => answer = replaced(&answer, r#""HostnamePath""#, r#""WobblingPath""#),
-        Fault::Status(_) | Fault::Limit(_) => unreachable!("answered above, and never armed"),
+        // The first of a list.
+        Fault::Garbled(n) if n % 2 == 0 => answer = replaced_once(&answer, r#""Id":""#, r#""Ix":""#),
+        Fault::Garbled(_) => answer = replaced_once(&answer, r#""State":"running""#, r#""State":"wobbles""#),
+        Fault::Status(_) | Fault::Limit(_) | Fault::LimitUntil(_) => unreachable!("answered above, and never armed"),
     }
     client.write_all(&answer).await
 }
@@ -222,6 +225,12 @@ fn replaced(answer: &[u8], old: &str, new: &str) -> Vec<u8> {
     let text = String::from_utf8_lossy(answer);
     assert!(text.contains(old), "the daemon does not say {old}: {text}");
     text.replace(old, new).into_bytes()
+}
+
+fn replaced_once(answer: &[u8], old: &str, new: &str) -> Vec<u8> {
+    let text = String::from_utf8_lossy(answer);
+    assert!(text.contains(old), "the daemon does not say {old}: {text}");
+    text.replacen(old, new, 1).into_bytes()
 }
 
 fn shell(script: &str) -> Exec {
@@ -449,4 +458,105 @@ async fn a_command_that_says_no_more_is_waited_for() {
     let said = provider.exec(&up.native, &shell("echo said; exec >&- 2>&-; sleep 1; exit 5")).await.expect("exec");
     assert_eq!((said.exit_code, said.stdout), (Some(5), b"said\n".to_vec()));
     up.delete().await;
+}
+
+/// A daemon that says what a test has written down, and counts what it is asked.
+struct Scripted {
+    at: PathBuf,
+    list: Arc<Mutex<String>>,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Scripted {
+    fn start() -> Self {
+        let at = std::env::temp_dir().join(format!("agent-fleet-{}.sock", uuid::Uuid::now_v7()));
+        let listener = UnixListener::bind(&at).expect("a socket");
+        let (list, asked) = (Arc::<Mutex<String>>::default(), Arc::<Mutex<Vec<String>>>::default());
+        let scripted = Self { at, list: list.clone(), asked: asked.clone() };
+        tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") && client.read_buf(&mut head).await.expect("a request") > 0 {}
+                let head = String::from_utf8_lossy(&head).into_owned();
+                let path = head.split(' ').nth(1).unwrap_or_default().split('?').next().unwrap_or_default().to_owned();
+                let body = match path.ends_with("/containers/json") {
+                    true => list.lock().expect("nobody panics with it").clone(),
+                    false => String::from(r#"{"ApiVersion": "1.47", "Version": "27.0"}"#),
+                };
+                asked.lock().expect("nobody panics with it").push(path);
+                let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close";
+                let answer = format!("{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                client.write_all(answer.as_bytes()).await.expect("it listens");
+            }
+        });
+        scripted
+    }
+
+    fn says(&self, list: &str) {
+        list.clone_into(&mut self.list.lock().expect("nobody panics with it"));
+    }
+
+    fn provider(&self) -> Docker {
+        Docker::new(Settings { socket: format!("unix://{}", self.at.display()), ..Settings::default() })
+    }
+}
+
+impl Drop for Scripted {
+    fn drop(&mut self) {
+        std::fs::remove_file(&self.at).expect("our socket");
+    }
+}
+
+fn listed(n: usize, more: &str) -> String {
+    let labels = format!(r#"{{"agent-fleet.key": "agent-{n}-1", "agent-fleet.fleet": "test"}}"#);
+    format!(
+        r#"{{"Id": "id-{n}", "State": "running", "Status": "Up 2 minutes", "Created": 1800000000, "Labels": {labels}{more}}}"#
+    )
+}
+
+#[tokio::test]
+async fn a_list_of_many_containers_is_one_request() {
+    let daemon = Scripted::start();
+    let provider = daemon.provider();
+    let all: Vec<String> = (0..500).map(|n| listed(n, "")).collect();
+    daemon.says(&format!("[{}]", all.join(",")));
+    for _ in 0..2 {
+        let page = provider.list(&BTreeMap::new(), None).await.expect("list");
+        assert_eq!((page.sandboxes.len(), page.unread, page.next), (500, 0, None));
+        let last = &page.sandboxes[499];
+        assert_eq!((last.native.as_str(), last.key.as_deref(), &last.state), ("id-499", Some("agent-499-1"), &State::Running));
+        assert_eq!(last.created, Timestamp::from_second(1_800_000_000).ok());
+    }
+    let asked = daemon.asked.lock().expect("nobody panics with it").clone();
+    // What it speaks is asked for once.
+    let lists = asked.iter().filter(|path| path.ends_with("/containers/json")).count();
+    assert_eq!((lists, asked.len()), (2, 3), "{asked:?}");
+}
+
+#[tokio::test]
+async fn what_the_client_does_not_know_of_one_container_hides_no_other() {
+    let daemon = Scripted::start();
+    let provider = daemon.provider();
+    let well = listed(1, "");
+    for (other, state) in [
+        (well.replace("id-1", "id-2").replace("running", "wobbles"), Some(State::Unknown(String::from("wobbles")))),
+        (well.replace("id-1", "id-2").replace(r#""running""#, "7"), Some(State::Unknown(String::from("unsaid")))),
+        (well.replace("id-1", "id-2").replace("1800000000", r#""yesterday""#), Some(State::Running)),
+        (listed(2, r#", "Ports": "all of them""#), Some(State::Running)),
+        (well.replace(r#""id-1""#, "[1]"), None),
+        (well.replace(r#""agent-1-1""#, "1"), None),
+        (String::from("{}"), None),
+        (String::from("null"), None),
+    ] {
+        daemon.says(&format!("[{other}, {well}]"));
+        let page = provider.list(&BTreeMap::new(), None).await.expect("list");
+        let of = |native: &str| page.sandboxes.iter().find(|one| one.native == native).map(|one| one.state.clone());
+        assert_eq!(of("id-1"), Some(State::Running), "{other}");
+        assert_eq!((of("id-2"), page.unread), (state.clone(), usize::from(state.is_none())), "{other}");
+    }
+    for none in [r#"{"message": "[]"}"#, r#"[{"Id": "#, "<html>"] {
+        daemon.says(none);
+        let failed = provider.list(&BTreeMap::new(), None).await;
+        assert!(failed.as_ref().is_err_and(Error::is_passing), "{none}: {failed:?}");
+    }
 }

@@ -289,7 +289,7 @@ impl World for Conformance {
             Fault::UnknownState => String::from("UnknownState 0"),
             Fault::UnknownField => String::from("UnknownField 0"),
             // It has no such answer, and none with a body to the one request.
-            Fault::CutAnswer | Fault::Limit(_) => return false,
+            Fault::CutAnswer | Fault::Limit(_) | Fault::LimitUntil(_) | Fault::Garbled(_) => return false,
         };
         self.machines.arm(call, &if fault.contains(' ') { fault } else { format!("{fault} 0") });
         true
@@ -608,4 +608,35 @@ async fn names_that_are_paths_reach_nothing() {
     assert!(machines.at.join("rootfs").exists() && machines.at.join("m").exists());
     let exec = Exec { argv: vec![], env: BTreeMap::new(), stdin: vec![], timeout: SOON, detached: false };
     assert!(matches!(provider.exec("agent-1", &exec).await, Err(Error::Unsupported { hint: Some(_), .. })));
+}
+
+#[tokio::test]
+async fn a_record_that_nobody_can_read_hides_no_other_and_is_not_gone() {
+    let machines = Machines::new();
+    let provider = machines.provider(json!({}));
+    for key in ["agent-torn-1", "agent-torn-2"] {
+        provider.create(&machines.waits(key)).await.unwrap();
+    }
+    let labels = BTreeMap::new();
+    for (file, unread) in [("spec.json", 1), ("process.json", 0)] {
+        let path = machines.at.join("m/agent-torn-1").join(file);
+        let whole = fs::read(&path).unwrap();
+        for torn in [r#"{"key": 7}"#, "{}", "", "\"?\""] {
+            fs::write(&path, torn).unwrap();
+            let page = provider.list(&labels, None).await.unwrap();
+            let found: BTreeMap<String, State> = page.sandboxes.into_iter().map(|one| (one.native, one.state)).collect();
+            assert_eq!(found.get("agent-torn-2"), Some(&State::Running), "{file}: {torn}");
+            assert_eq!((found.len(), page.unread), (2 - unread, unread), "{file}: {torn}");
+            assert!(found.values().all(|state| !state.is_gone()));
+            assert!(provider.state("agent-torn-1").await.is_err_and(|error| error.is_passing()));
+            assert!(provider.create(&machines.waits("agent-torn-1")).await.is_err_and(|error| error.is_passing()));
+            assert_eq!(machines.alive("agent-torn-1").len(), 1, "it was made again");
+            // Which network it has is not known, and no other gets it.
+            assert_eq!(provider.create(&machines.waits("agent-torn-3")).await.is_ok(), unread == 0, "{file}: {torn}");
+            provider.delete("agent-torn-3").await.unwrap();
+        }
+        fs::write(&path, whole).unwrap();
+    }
+    assert_eq!(state(&provider, "agent-torn-1").await, State::Running);
+    assert_eq!(provider.list(&labels, None).await.unwrap().sandboxes.len(), 2);
 }

@@ -487,6 +487,28 @@ fn a_provider_that_is_away_is_waited_for_as_long_as_a_container_may_take() {
     assert!(world.now.duration_since(began).as_secs() >= 120);
 }
 
+/// The provider is asked about it, and its answer is of another shape, each time.
+#[test]
+fn what_nobody_can_read_is_removed_all_the_same_when_it_is_to_be() {
+    let policy = Policy::default();
+    let mut over = session(Pattern::Ephemeral);
+    (over.phase, over.holds, over.hooked, over.native) = (Phase::Failed, true, true, Some(String::from("n")));
+    let unreadable = || Outcome::Failed(Error::Failed { provider: "test", what: String::from("an answer of another shape") });
+    let mut now = start();
+    for _ in 0..policy.tries {
+        assert_eq!(next(&over, None, &policy, now), Step::Do(Action::Look));
+        record(&mut over, &Action::Look, &unreadable(), &policy, &price(), now);
+        now = over.retry_at.unwrap();
+    }
+    assert_eq!(next(&over, None, &policy, now), Step::Do(Action::Delete));
+    record(&mut over, &Action::Delete, &Outcome::Done, &policy, &price(), now);
+    assert!(over.holds, "that it is gone is not known by that");
+    assert_eq!(next(&over, None, &policy, now), Step::Do(Action::Look));
+    // Nobody knows what it is called: there is nothing to be deleted.
+    (over.native, over.failures) = (None, policy.tries);
+    assert_eq!(next(&over, None, &policy, now), Step::Do(Action::Look));
+}
+
 #[test]
 fn what_nobody_holds_is_an_orphan_when_it_is_not_just_being_made() {
     let now = start();
@@ -508,7 +530,9 @@ fn what_nobody_holds_is_an_orphan_when_it_is_not_just_being_made() {
     let sessions = BTreeMap::from([(held.id.clone(), held)]);
     let mut strange = sandbox("strange", 100);
     strange.labels.clear();
-    let found = [sandbox(&key, 100), sandbox("old", 100), sandbox("young", 10), sandbox("older than what we know", 501), strange];
+    let ageless = Sandbox { created: None, ..sandbox("of an age that nobody can read", 0) };
+    let others = [sandbox("young", 10), sandbox("older than what we know", 501), strange, ageless];
+    let found: Vec<Sandbox> = [sandbox(&key, 100), sandbox("old", 100)].into_iter().chain(others).collect();
     let left: Vec<&str> =
         orphans(&found, &sessions, now - Duration::from_secs(500), grace, now).iter().map(|one| one.native.as_str()).collect();
     assert_eq!(left, ["old"]);

@@ -60,6 +60,7 @@ catalog! {
     ACTION_DURATION = histogram("agent_fleet_action_duration_seconds", &["action", "provider"], ACTION_SECONDS, "How long that took, whatever came of it.");
     ORPHANS_REMOVED = counter("agent_fleet_orphans_removed_total", Plain, &["provider"], "Containers that no session held, and were removed.");
     STRANGERS = gauge(Max, "agent_fleet_strange_containers", Plain, &["provider"], "Containers of the fleet's name that are older than its store, and left alone: it may be the wrong store.");
+    UNREAD = gauge(Max, "agent_fleet_unread_containers", Plain, &["provider"], "Containers on a provider's list that could not be read when it was last listed, or do not say when they were made: they are left as they are.");
     RECONCILES = counter("agent_fleet_reconciles_total", Plain, &["provider", "outcome"], "How often all that exists at a provider was listed and held against what is kept.");
     RECONCILED_AT = gauge(Max, "agent_fleet_reconciled_timestamp_seconds", Seconds, &["provider"], "When that last was done to the end.");
 

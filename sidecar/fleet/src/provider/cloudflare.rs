@@ -215,7 +215,8 @@ impl Provider for Cloudflare {
             call = call.query("cursor", page);
         }
         let listed: Listed = call.send().await?.ok()?.json()?;
-        Ok(Page { sandboxes: listed.sandboxes.into_iter().map(|told| self.told(told)).collect(), next: listed.next })
+        let (all, unread) = rest::items::<Told>(NAME, &listed.sandboxes);
+        Ok(Page { sandboxes: all.into_iter().map(|told| self.told(told)).collect(), unread, next: listed.next })
     }
 
     async fn exec(&self, _native: &str, _command: &Exec) -> Result<Executed> {
@@ -270,7 +271,7 @@ impl Provider for Cloudflare {
 
 #[derive(Deserialize)]
 struct Listed {
-    sandboxes: Vec<Told>,
+    sandboxes: Vec<serde_json::Value>,
     #[serde(default)]
     next: Option<String>,
 }
@@ -278,18 +279,19 @@ struct Listed {
 #[derive(Deserialize)]
 struct Told {
     key: String,
+    #[serde(default = "rest::unsaid", deserialize_with = "rest::word")]
     state: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::lenient")]
     reason: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::lenient")]
     exit_code: Option<i32>,
     #[serde(default)]
     labels: BTreeMap<String, String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::time")]
     created: Option<Timestamp>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::time")]
     ends: Option<Timestamp>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::time")]
     idle_ends: Option<Timestamp>,
 }
 

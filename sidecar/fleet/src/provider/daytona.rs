@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 use jiff::Timestamp;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::rest::{self, Auth, Call, Client, Rate};
 use super::{
@@ -196,7 +196,7 @@ impl Daytona {
         rest::check_names(NAME, &command.env)?;
         let item = self.present(native).await?;
         if item.state() != State::Running {
-            return Err(Error::Refused { provider: NAME, what: format!("it is {}: nothing can be executed in it", item.word()) });
+            return Err(Error::Refused { provider: NAME, what: format!("it is {}: nothing can be executed in it", item.state) });
         }
         if command.detached {
             let session = json!({ "sessionId": format!("exec-{}", uuid::Uuid::now_v7().simple()) });
@@ -347,8 +347,10 @@ impl Provider for Daytona {
             call = call.query("cursor", page);
         }
         let listed: Listed = call.send().await?.ok()?.json()?;
+        let (items, unread) = rest::items::<Item>(NAME, &listed.items);
         Ok(Page {
-            sandboxes: listed.items.into_iter().map(Item::into_sandbox).collect(),
+            sandboxes: items.into_iter().map(Item::into_sandbox).collect(),
+            unread,
             next: listed.next_cursor.filter(|next| !next.is_empty()),
         })
     }
@@ -429,30 +431,29 @@ impl Provider for Daytona {
 #[serde(rename_all = "camelCase")]
 struct Item {
     id: String,
-    #[serde(default)]
-    state: Option<String>,
-    #[serde(default)]
+    #[serde(default = "rest::unsaid", deserialize_with = "rest::word")]
+    state: String,
+    #[serde(default, deserialize_with = "rest::lenient")]
     error_reason: Option<String>,
     #[serde(default)]
     labels: BTreeMap<String, String>,
-    cpu: f64,
-    memory: f64,
-    disk: f64,
+    #[serde(default, deserialize_with = "rest::lenient")]
+    cpu: Option<f64>,
+    #[serde(default, deserialize_with = "rest::lenient")]
+    memory: Option<f64>,
+    #[serde(default, deserialize_with = "rest::lenient")]
+    disk: Option<f64>,
     #[serde(default, deserialize_with = "rest::time")]
     created_at: Option<Timestamp>,
     #[serde(default, deserialize_with = "rest::time")]
     auto_destroy_at: Option<Timestamp>,
-    #[serde(default, rename = "toolboxProxyUrl")]
+    #[serde(default, rename = "toolboxProxyUrl", deserialize_with = "rest::lenient")]
     toolbox: Option<String>,
 }
 
 impl Item {
-    fn word(&self) -> &str {
-        self.state.as_deref().unwrap_or("unknown")
-    }
-
     fn state(&self) -> State {
-        match self.word() {
+        match self.state.as_str() {
             "creating" | "restoring" | "pending_build" | "building_snapshot" | "pulling_snapshot" | "starting" | "resuming" => {
                 State::Creating
             }
@@ -477,7 +478,11 @@ impl Item {
             native: self.id,
             reason: self.error_reason,
             exit_code: None,
-            size: Some(Size { cpu_milli: (self.cpu * 1000.0) as u32, memory_mib: mib(self.memory), disk_mib: mib(self.disk) }),
+            size: self.cpu.zip(self.memory).map(|(cpu, memory)| Size {
+                cpu_milli: (cpu * 1000.0) as u32,
+                memory_mib: mib(memory),
+                disk_mib: self.disk.map_or(0, mib),
+            }),
             created: self.created_at,
             deadline: self.auto_destroy_at,
             labels: self.labels,
@@ -488,7 +493,7 @@ impl Item {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Listed {
-    items: Vec<Item>,
+    items: Vec<Value>,
     next_cursor: Option<String>,
 }
 

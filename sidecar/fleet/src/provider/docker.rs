@@ -30,7 +30,7 @@ use tokio::sync::OnceCell;
 use super::secret::{self, Value};
 use super::{
     Capabilities, ENDS_LABEL, Endpoint, Error, Exec, Executed, FLEET_LABEL, Happened, KEY_LABEL, OUTPUT_MOST, Page, Pause, Price,
-    Provider, Result, SESSION_LABEL, Sandbox, Size, Spec, State, refusals,
+    Provider, Result, SESSION_LABEL, Sandbox, Size, Spec, State, refusals, rest,
 };
 
 /// The image as it was asked for. The container itself is made of [`IMAGE_ID_LABEL`]'s, whatever the name means later.
@@ -441,8 +441,20 @@ impl Provider for Docker {
 
     async fn list(&self, labels: &BTreeMap<String, String>, _page: Option<&str>) -> Result<Page> {
         let options = ListContainersOptionsBuilder::new().all(true).filters(&filters(labels)).build();
-        let all = self.ask(self.client().await?.list_containers(Some(options))).await?;
-        Ok(Page { sandboxes: all.into_iter().map(summed).collect(), next: None })
+        // What a list says is enough: no container is asked about by itself.
+        let (all, mut unread): (Vec<Listed>, usize) =
+            match within(CALL, self.client().await?.list_containers(Some(options))).await {
+                Ok(all) => (all.into_iter().map(Listed::from).collect(), 0),
+                // The client reads all or nothing. What it does not know of one container hides none of the others.
+                Err(error) => match one_by_one(&error) {
+                    Some(items) => rest::items(self.name, &items),
+                    None => return Err(self.wrong(error, Deed::Asked)),
+                },
+            };
+        let mut sandboxes: Vec<Sandbox> = all.into_iter().map(summed).collect();
+        // What has no id cannot be asked about.
+        unread += sandboxes.extract_if(.., |one| one.native.is_empty()).count();
+        Ok(Page { sandboxes, unread, next: None })
     }
 
     async fn exec(&self, native: &str, command: &Exec) -> Result<Executed> {
@@ -771,13 +783,46 @@ fn reason(now: &ContainerState) -> Option<String> {
     ill.then(|| String::from("unhealthy"))
 }
 
-fn summed(found: ContainerSummary) -> Sandbox {
+/// What a list says of a container, as far as it is of interest.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Listed {
+    id: String,
+    #[serde(default)]
+    labels: Option<HashMap<String, String>>,
+    #[serde(default = "rest::unsaid", deserialize_with = "rest::word")]
+    state: String,
+    #[serde(default, deserialize_with = "rest::lenient")]
+    status: String,
+    #[serde(default, deserialize_with = "rest::lenient")]
+    created: Option<i64>,
+}
+
+impl From<ContainerSummary> for Listed {
+    fn from(found: ContainerSummary) -> Self {
+        Self {
+            id: found.id.unwrap_or_default(),
+            labels: found.labels,
+            state: found.state.as_ref().map_or("", |word| word.as_ref()).to_owned(),
+            status: found.status.unwrap_or_default(),
+            created: found.created,
+        }
+    }
+}
+
+/// The items of a list that the client could not read as a whole.
+fn one_by_one(error: &ClientError) -> Option<Vec<serde_json::Value>> {
+    let ClientError::JsonDataError { contents, .. } = error else { return None };
+    serde_json::from_str(contents).ok()
+}
+
+fn summed(found: Listed) -> Sandbox {
     let labels: BTreeMap<String, String> = found.labels.into_iter().flatten().collect();
-    let said = found.status.unwrap_or_default();
+    let said = found.status;
     Sandbox {
         key: labels.get(KEY_LABEL).cloned(),
-        native: found.id.unwrap_or_default(),
-        state: state(found.state.as_ref().map_or("", |word| word.as_ref())),
+        native: found.id,
+        state: state(&found.state),
         reason: said.ends_with("(unhealthy)").then(|| String::from("unhealthy")),
         // `Exited (137) 2 minutes ago`.
         exit_code: said.strip_prefix("Exited (").and_then(|after| after.split_once(')')?.0.parse().ok()),
@@ -889,7 +934,7 @@ mod tests {
 
     #[test]
     fn a_daemons_words_are_ours() {
-        let listed = |text: &str| summed(serde_json::from_str(text).unwrap());
+        let listed = |text: &str| summed(serde_json::from_str::<ContainerSummary>(text).unwrap().into());
         let over = listed(
             r#"{"Id": "1", "State": "exited", "Status": "Exited (137) 2 minutes ago", "Labels": {"agent-fleet.key": "k"}, "Created": 5}"#,
         );

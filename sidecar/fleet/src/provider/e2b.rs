@@ -28,6 +28,8 @@ const DAEMON: u16 = 49983;
 const PAGE: u16 = 100;
 /// A piece of standard input.
 const INPUT: usize = 256 << 10;
+/// What a sandbox is given of which nobody says when it ends: what they give it themselves.
+const UNSAID: Duration = Duration::from_secs(300);
 /// What a command's time is to the network's.
 const SLACK: Duration = Duration::from_secs(20);
 
@@ -95,6 +97,10 @@ impl E2b {
         let (mut found, mut next) = (Vec::new(), None);
         loop {
             let page = self.list(&labels, next.as_deref()).await?;
+            // A second one would be made beside it.
+            if page.unread > 0 {
+                return Err(super::hidden(NAME, page.unread));
+            }
             found.extend(page.sandboxes);
             next = page.next;
             if next.is_none() {
@@ -344,8 +350,8 @@ impl E2b {
 
     /// What is left of its life, in whole seconds: no timer is moved beyond.
     fn left(detail: &Detail) -> Duration {
-        let timer = || detail.end_at.duration_since(Timestamp::now()).try_into().unwrap_or(Duration::ZERO);
-        Duration::from_secs(rest::left(&detail.metadata).unwrap_or_else(timer).as_secs())
+        let left = rest::left(&detail.metadata).or_else(|| detail.timer());
+        Duration::from_secs(left.unwrap_or(UNSAID).as_secs())
     }
 }
 
@@ -418,10 +424,11 @@ impl Provider for E2b {
             call = call.query("nextToken", page);
         }
         let answer = call.send().await?.ok()?;
-        let listed: Vec<Detail> = answer.json()?;
+        let (listed, unread) = rest::items::<Detail>(NAME, &answer.json::<Vec<Value>>()?);
         Ok(Page {
             next: answer.header("x-next-token").map(str::to_owned),
             sandboxes: listed.into_iter().map(Detail::into_sandbox).collect(),
+            unread,
         })
     }
 
@@ -445,7 +452,7 @@ impl Provider for E2b {
         let detail = self.present(native).await?;
         let wanted = until.duration_since(Timestamp::now()).try_into().unwrap_or(Duration::ZERO).min(Self::left(&detail));
         // A timer is moved on, never back; and a second is not worth a call.
-        let has = detail.end_at.duration_since(Timestamp::now()).try_into().unwrap_or(Duration::ZERO);
+        let has = detail.timer().unwrap_or(Duration::ZERO);
         if detail.state() != State::Running || wanted <= has + Duration::from_secs(1) {
             return Ok(());
         }
@@ -519,25 +526,33 @@ struct Made {
 struct Detail {
     #[serde(rename = "sandboxID")]
     id: String,
-    started_at: Timestamp,
-    end_at: Timestamp,
+    #[serde(default, deserialize_with = "rest::time")]
+    started_at: Option<Timestamp>,
+    #[serde(default, deserialize_with = "rest::time")]
+    end_at: Option<Timestamp>,
     /// Not of every version of those that one runs oneself.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::lenient")]
     cpu_count: u32,
-    #[serde(default, rename = "memoryMB")]
+    #[serde(default, rename = "memoryMB", deserialize_with = "rest::lenient")]
     memory_mb: u32,
-    #[serde(default, rename = "diskSizeMB")]
+    #[serde(default, rename = "diskSizeMB", deserialize_with = "rest::lenient")]
     disk_mb: u32,
     #[serde(default)]
     metadata: BTreeMap<String, String>,
+    #[serde(default = "rest::unsaid", deserialize_with = "rest::word")]
     state: String,
-    #[serde(default, rename = "envdAccessToken")]
+    #[serde(default, rename = "envdAccessToken", deserialize_with = "rest::lenient")]
     token: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::lenient")]
     domain: Option<String>,
 }
 
 impl Detail {
+    /// What is left until its own timer ends it, if it says when.
+    fn timer(&self) -> Option<Duration> {
+        Some(self.end_at?.duration_since(Timestamp::now()).try_into().unwrap_or(Duration::ZERO))
+    }
+
     fn state(&self) -> State {
         match self.state.as_str() {
             "running" => State::Running,
@@ -558,9 +573,9 @@ impl Detail {
                 memory_mib: self.memory_mb,
                 disk_mib: self.disk_mb,
             }),
-            created: Some(self.started_at),
+            created: self.started_at,
             // Who sleeps has no end.
-            deadline: (state != State::Paused).then_some(self.end_at),
+            deadline: self.end_at.filter(|_| state != State::Paused),
             state,
             labels: self.metadata,
         }

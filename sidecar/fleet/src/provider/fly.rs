@@ -257,16 +257,20 @@ impl Provider for Fly {
             call = call.query("cursor", page);
         }
         let answer = call.send().await?.ok()?;
-        let listed: Vec<Machine> = answer.json()?;
-        // Who does not know how to filter gives everything.
-        let fits = |machine: &Machine| {
-            let has = machine.config().map(|config| &config.metadata);
-            labels.iter().all(|(name, value)| has.and_then(|has| has.get(name)) == Some(value))
-        };
-        Ok(Page {
-            next: answer.header("fly-next-cursor").map(str::to_owned),
-            sandboxes: listed.into_iter().filter(fits).map(Machine::into_sandbox).collect(),
-        })
+        let (listed, mut unread) = rest::items::<Machine>(NAME, &answer.json::<Vec<Value>>()?);
+        let mut sandboxes = Vec::with_capacity(listed.len());
+        for machine in listed {
+            let Some(config) = machine.config() else {
+                super::tell_unread(NAME, &machine.id, &"it has no configuration, which would say whose it is");
+                unread += 1;
+                continue;
+            };
+            // Who does not know how to filter gives everything.
+            if labels.iter().all(|(name, value)| config.metadata.get(name) == Some(value)) {
+                sandboxes.push(machine.into_sandbox());
+            }
+        }
+        Ok(Page { next: answer.header("fly-next-cursor").map(str::to_owned), sandboxes, unread })
     }
 
     async fn exec(&self, native: &str, command: &Exec) -> Result<Executed> {
@@ -378,7 +382,7 @@ impl Provider for Fly {
 #[derive(Deserialize)]
 struct Machine {
     id: String,
-    #[serde(default)]
+    #[serde(default = "rest::unsaid", deserialize_with = "rest::word")]
     state: String,
     #[serde(default)]
     config: Option<Config>,
@@ -387,12 +391,12 @@ struct Machine {
     incomplete_config: Option<Config>,
     #[serde(default, deserialize_with = "rest::time")]
     created_at: Option<Timestamp>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::lenient")]
     private_ip: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::lenient")]
     host_status: Option<String>,
     /// The newest first.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::lenient")]
     events: Vec<Event>,
 }
 
@@ -400,7 +404,9 @@ struct Machine {
 #[serde(default)]
 struct Config {
     metadata: BTreeMap<String, String>,
+    #[serde(deserialize_with = "rest::lenient")]
     guest: Guest,
+    #[serde(deserialize_with = "rest::lenient")]
     rootfs: Rootfs,
 }
 

@@ -654,29 +654,17 @@ impl Provider for Kubernetes {
             answer = ask(Some(&from)).send().await?;
         }
         let answer = answer.ok()?;
-        let (next, found): (String, Vec<Sandbox>) = match self.settings.backend {
-            Backend::Pod => {
-                let list: List<Pod> = answer.json()?;
-                let own = list.items.iter().filter(|pod| !pod.metadata.is_controlled());
-                (list.metadata.r#continue.clone(), own.map(Pod::sandbox).collect())
-            }
-            Backend::Job => {
-                let list: List<Job> = answer.json()?;
-                let own = list.items.iter().filter(|job| !job.metadata.is_controlled());
-                (list.metadata.r#continue.clone(), own.map(Job::sandbox).collect())
-            }
-            Backend::Sandbox => {
-                let list: List<Custom> = answer.json()?;
-                (list.metadata.r#continue.clone(), list.items.iter().map(Custom::sandbox).collect())
-            }
-            Backend::Claim => {
-                let list: List<Claim> = answer.json()?;
-                (list.metadata.r#continue.clone(), list.items.iter().map(Claim::sandbox).collect())
-            }
+        let List::<Value> { metadata, items } = answer.json()?;
+        let (found, unread) = match self.settings.backend {
+            Backend::Pod => told(&items, |pod: &Pod| !pod.metadata.is_controlled(), Pod::sandbox),
+            Backend::Job => told(&items, |job: &Job| !job.metadata.is_controlled(), Job::sandbox),
+            Backend::Sandbox => told(&items, |_| true, Custom::sandbox),
+            Backend::Claim => told(&items, |_| true, Claim::sandbox),
         };
         // Two values may have one hash, however unlikely that is.
         let fits = |one: &Sandbox| labels.iter().all(|(name, value)| one.labels.get(name) == Some(value));
-        Ok(Page { sandboxes: found.into_iter().filter(fits).collect(), next: Some(next).filter(|next| !next.is_empty()) })
+        let next = Some(metadata.r#continue).filter(|next| !next.is_empty());
+        Ok(Page { sandboxes: found.into_iter().filter(fits).collect(), unread, next })
     }
 
     async fn exec(&self, native: &str, command: &Exec) -> Result<Executed> {
@@ -817,6 +805,15 @@ impl Provider for Kubernetes {
         })
         .boxed())
     }
+}
+
+/// Of a list's items those that are ours to tell of; and how many cannot be read.
+fn told<T: DeserializeOwned>(items: &[Value], own: impl Fn(&T) -> bool, tell: impl Fn(&T) -> Sandbox) -> (Vec<Sandbox>, usize) {
+    let (read, unread) = rest::items(NAME, items);
+    let found: Vec<Sandbox> = read.iter().filter(|one| own(one)).map(tell).collect();
+    // What has no name cannot be asked about.
+    let nameless = found.iter().filter(|one| one.native.is_empty()).count();
+    (found.into_iter().filter(|one| !one.native.is_empty()).collect(), unread + nameless)
 }
 
 /// What a line of a watch is about, if that is anything of ours.

@@ -253,6 +253,9 @@ pub struct Happened {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Page {
     pub sandboxes: Vec<Sandbox>,
+    /// How many more there are that cannot be read. As long as there is one, what is not found may be there: nothing is gone by this list, and
+    /// nothing is made for want of it.
+    pub unread: usize,
     pub next: Option<String>,
 }
 
@@ -286,6 +289,21 @@ impl Error {
 }
 
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// As much of what is wrong with an item as is told: it may repeat what stands there.
+const WRONG_MOST: usize = 200;
+
+/// Says of an item of a list that it is left out.
+fn tell_unread(provider: &'static str, item: &str, wrong: &dyn fmt::Display) {
+    let wrong: String = wrong.to_string().chars().take(WRONG_MOST).collect();
+    tracing::warn!(provider, item, wrong, "a container on the list cannot be read: it is left out, and not taken for gone");
+}
+
+/// What is looked for is not on the list, and might be what could not be read of it.
+pub(crate) fn hidden(provider: &'static str, unread: usize) -> Error {
+    let what = format!("of its list {unread} cannot be read, and what is looked for may be among them");
+    Error::Failed { provider, what }
+}
 
 /// Each call has a bound in time of the provider's own, and may be given up at any moment.
 #[async_trait]

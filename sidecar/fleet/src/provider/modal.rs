@@ -13,6 +13,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 use jiff::Timestamp;
+use prost::Message as _;
 use serde::Deserialize;
 use tokio::time::Instant;
 
@@ -108,6 +109,14 @@ struct Known {
     tasks: HashMap<String, String>,
     /// Sandboxes that had ended by themselves and were deleted then: Modal keeps what it knows of them.
     deleted: BTreeSet<String>,
+}
+
+/// A page of the list.
+struct Before {
+    found: Vec<Sandbox>,
+    unread: usize,
+    /// From where the next one is asked for.
+    next: Option<f64>,
 }
 
 /// A message for `method` of Modal's own interface.
@@ -306,9 +315,13 @@ impl Modal {
         let tags = tags(&BTreeMap::from([(String::from(KEY_LABEL), key.to_owned())]));
         let (mut found, mut before) = (Vec::new(), None);
         loop {
-            let (page, next) = self.page(app, tags.clone(), true, before).await?;
-            found.extend(page.into_iter().filter(|sandbox| !sandbox.state.is_gone()));
-            before = next;
+            let page = self.page(app, tags.clone(), true, before).await?;
+            // A second one would be made beside it.
+            if page.unread > 0 {
+                return Err(super::hidden(NAME, page.unread));
+            }
+            found.extend(page.found.into_iter().filter(|sandbox| !sandbox.state.is_gone()));
+            before = page.next;
             if before.is_none() {
                 break;
             }
@@ -319,13 +332,7 @@ impl Modal {
     }
 
     /// A page of the newest before that moment, and from where the next one is asked for.
-    async fn page(
-        &self,
-        app: &str,
-        tags: Vec<m::SandboxTag>,
-        include_finished: bool,
-        before: Option<f64>,
-    ) -> Result<(Vec<Sandbox>, Option<f64>)> {
+    async fn page(&self, app: &str, tags: Vec<m::SandboxTag>, include_finished: bool, before: Option<f64>) -> Result<Before> {
         let request = m::SandboxListRequest {
             app_id: app.to_owned(),
             before_timestamp: before.unwrap_or_default(),
@@ -333,8 +340,20 @@ impl Modal {
             include_finished,
             tags,
         };
-        let mut listed: m::SandboxListResponse = self.api.ask(&api!("SandboxList"), request).await.map_err(refuse_missing)?;
-        let oldest = listed.sandboxes.iter().map(|row| row.created_at).reduce(f64::min);
+        let listed: m::SandboxListResponse = self.api.ask(&api!("SandboxList"), request).await.map_err(refuse_missing)?;
+        let (mut rows, mut unread) = (Vec::with_capacity(listed.sandboxes.len()), 0);
+        for row in &listed.sandboxes {
+            match m::SandboxInfo::decode(row.as_slice()) {
+                Ok(row) if !row.id.is_empty() => rows.push(row),
+                wrong => {
+                    let wrong = wrong.map_or_else(|error| error.to_string(), |_| String::from("it has no id"));
+                    super::tell_unread(NAME, "one of which nothing is known", &wrong);
+                    unread += 1;
+                }
+            }
+        }
+        // Where none is read, nobody can say from where it goes on: that there is more is said by those that are not.
+        let oldest = rows.iter().map(|row| row.created_at).reduce(f64::min);
         if let (Some(oldest), Some(before)) = (oldest, before)
             && oldest >= before
         {
@@ -342,13 +361,13 @@ impl Modal {
             return Err(Error::Failed { provider: NAME, what: String::from("its list does not go on") });
         }
         // Each of ours has tags: a row without any does not say them.
-        for row in listed.sandboxes.iter_mut().filter(|row| row.tags.is_empty()) {
+        for row in rows.iter_mut().filter(|row| row.tags.is_empty()) {
             row.tags = match self.tags(&row.id).await {
                 Err(Error::Missing { .. }) => Vec::new(),
                 tags => tags?,
             };
         }
-        Ok((listed.sandboxes.into_iter().map(|row| self.listed(row)).collect(), oldest))
+        Ok(Before { found: rows.into_iter().map(|row| self.listed(row)).collect(), unread, next: oldest })
     }
 
     fn listed(&self, row: m::SandboxInfo) -> Sandbox {
@@ -852,8 +871,8 @@ impl Provider for Modal {
             before => before.and_then(std::result::Result::ok),
         };
         let app = self.app().await?;
-        let (sandboxes, next) = self.page(&app, tags(labels), false, before).await?;
-        Ok(Page { sandboxes, next: next.map(|next: f64| next.to_string()) })
+        let Before { found, unread, next } = self.page(&app, tags(labels), false, before).await?;
+        Ok(Page { sandboxes: found, unread, next: next.map(|next| next.to_string()) })
     }
 
     async fn exec(&self, native: &str, command: &Exec) -> Result<Executed> {

@@ -423,7 +423,6 @@ impl Answer {
         self.headers.get(name).and_then(|value| value.to_str().ok()).filter(|value| !value.is_empty())
     }
 
-    /// In seconds; who names a date, or the part of a limit that it is for, is not understood, and nothing is lost by that.
     fn retry_after(&self) -> Option<Duration> {
         retry_after::of(&self.headers, SystemTime::now())
     }
@@ -474,7 +473,56 @@ fn without_nulls(value: serde_json::Value) -> serde_json::Value {
 /// A time, or none where what stands there is no time: an empty text is said by some.
 pub(super) fn time<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<Timestamp>, D::Error> {
     let said = serde_json::Value::deserialize(deserializer)?;
-    Ok(said.as_str().and_then(|text| text.parse().ok()))
+    Ok(said.as_str().and_then(parse_time))
+}
+
+/// As RFC 3339 has it: with any offset, as many digits of a second as somebody likes, and letters of either size.
+fn parse_time(text: &str) -> Option<Timestamp> {
+    let text = text.trim();
+    if let Ok(time) = text.parse() {
+        return Some(time);
+    }
+    // What is finer than a nanosecond is not known here.
+    let (whole, rest) = text.split_once('.')?;
+    let zone = rest.find(|c: char| !c.is_ascii_digit())?;
+    let (digits, zone) = rest.split_at(zone);
+    format!("{whole}.{}{zone}", digits.get(..9)?).parse().ok()
+}
+
+/// What is good to know and nothing depends on: where it is of another shape, it is not said.
+pub(super) fn lenient<'de, D, T>(deserializer: D) -> std::result::Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: DeserializeOwned + Default,
+{
+    Ok(serde_json::from_value(serde_json::Value::deserialize(deserializer)?).unwrap_or_default())
+}
+
+/// What a container does, in the provider's word; what is no word is one that nobody knows.
+pub(super) fn word<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<String, D::Error> {
+    let said: String = lenient(deserializer)?;
+    Ok(if said.is_empty() { unsaid() } else { said })
+}
+
+pub(super) fn unsaid() -> String {
+    String::from("unsaid")
+}
+
+/// Of a list's items those that can be read, and how many cannot.
+pub(super) fn items<T: DeserializeOwned>(provider: &'static str, items: &[serde_json::Value]) -> (Vec<T>, usize) {
+    let (mut read, mut unread) = (Vec::with_capacity(items.len()), 0);
+    for item in items {
+        match T::deserialize(item) {
+            Ok(one) => read.push(one),
+            Err(error) => {
+                unread += 1;
+                let named = ["/id", "/sandboxID", "/Id", "/key", "/name", "/metadata/name"];
+                let name = named.into_iter().find_map(|at| item.pointer(at)?.as_str());
+                super::tell_unread(provider, name.unwrap_or("one without a name"), &error);
+            }
+        }
+    }
+    (read, unread)
 }
 
 /// Where a container's port is, without the slash that some put at its end: paths begin with one.

@@ -363,8 +363,9 @@ impl Provider for Vercel {
         }
         let listed: Listed = call.send().await?.ok()?.json()?;
         let fits = |sandbox: &Sandbox| labels.iter().all(|(name, value)| sandbox.labels.get(name) == Some(value));
-        let sandboxes = listed.sandboxes.into_iter().map(|sandbox| sandbox.into_sandbox(None)).filter(fits).collect();
-        Ok(Page { sandboxes, next: listed.pagination.next })
+        let (named, unread) = rest::items::<Named>(NAME, &listed.sandboxes);
+        let sandboxes = named.into_iter().map(|sandbox| sandbox.into_sandbox(None)).filter(fits).collect();
+        Ok(Page { sandboxes, unread, next: listed.pagination.next })
     }
 
     async fn exec(&self, native: &str, command: &Exec) -> Result<Executed> {
@@ -452,7 +453,7 @@ impl Provider for Vercel {
 struct Looked {
     sandbox: Named,
     session: Session,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::lenient")]
     routes: Vec<Route>,
 }
 
@@ -467,12 +468,14 @@ impl Looked {
 #[serde(rename_all = "camelCase")]
 struct Named {
     name: String,
+    #[serde(default = "rest::unsaid", deserialize_with = "rest::word")]
     status: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::lenient")]
     vcpus: Option<f64>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::lenient")]
     memory: Option<f64>,
-    created_at: i64,
+    #[serde(default, deserialize_with = "rest::lenient")]
+    created_at: Option<i64>,
     #[serde(default)]
     tags: BTreeMap<String, String>,
 }
@@ -504,7 +507,7 @@ impl Named {
             reason: None,
             exit_code: None,
             size,
-            created: Timestamp::from_millisecond(self.created_at).ok(),
+            created: self.created_at.and_then(|at| Timestamp::from_millisecond(at).ok()),
             deadline: deadline.filter(|_| state == State::Running),
             state,
             labels: unpack(self.tags),
@@ -517,15 +520,17 @@ impl Named {
 struct Session {
     id: String,
     /// In milliseconds, as all here.
-    timeout: i64,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "rest::lenient")]
+    timeout: Option<i64>,
+    #[serde(default, deserialize_with = "rest::lenient")]
     started_at: Option<i64>,
-    requested_at: i64,
+    #[serde(default, deserialize_with = "rest::lenient")]
+    requested_at: Option<i64>,
 }
 
 impl Session {
     fn deadline(&self) -> Option<Timestamp> {
-        Timestamp::from_millisecond(self.started_at.unwrap_or(self.requested_at).checked_add(self.timeout)?).ok()
+        Timestamp::from_millisecond(self.started_at.or(self.requested_at)?.checked_add(self.timeout?)?).ok()
     }
 }
 
@@ -538,7 +543,7 @@ struct Route {
 #[derive(Deserialize)]
 struct Listed {
     #[serde(default)]
-    sandboxes: Vec<Named>,
+    sandboxes: Vec<Value>,
     #[serde(default)]
     pagination: Pagination,
 }

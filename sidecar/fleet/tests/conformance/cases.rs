@@ -18,10 +18,14 @@ pub(super) const ALL: &[Case] = cases! {
     "created by one who gave up half-way it is one" => given_up,
     "a server's mistake once is passing" => mistake_once,
     "who is asked too often says when to come again" => asked_too_often,
+    "who is told a date comes at that time" => told_a_date,
     "what is not there is missing" => missing,
     "it is what was asked for" => as_asked,
     "a list has all pages and nothing else" => pages,
     "a list that breaks off is no list" => list_broken,
+    "what cannot be read of a list hides no other, and is not gone" => list_garbled,
+    "what cannot be read of a list is not made again" => made_while_garbled,
+    "what cannot be read of a container is not gone" => state_garbled,
     "a state that nobody knows is told" => unknown_state,
     "a field that nobody knows is no matter" => unknown_field,
     "a command has its code, its output and its errors" => executed,
@@ -144,6 +148,19 @@ async fn asked_too_often(suite: &Suite<'_>) -> Outcome {
     Outcome::Kept
 }
 
+async fn told_a_date(suite: &Suite<'_>) -> Outcome {
+    let spec = spec!(suite, Does::Wait);
+    let hour = Duration::from_secs(3600);
+    arm!(suite, Call::Create, Fault::LimitUntil(hour));
+    match suite.provider.create(&spec).await {
+        // A date has no parts of a second.
+        Err(Error::Busy { after: Some(after), .. }) => assert!(after.abs_diff(hour) < Duration::from_secs(60), "{after:?}"),
+        done => panic!("nobody waits for that long: {done:?}"),
+    }
+    assert_eq!(suite.world.count(&spec.key).await, 0);
+    Outcome::Kept
+}
+
 async fn missing(suite: &Suite<'_>) -> Outcome {
     let spec = spec!(suite, Does::Wait);
     let native = suite.created(&spec).await.native;
@@ -241,6 +258,71 @@ async fn list_broken(suite: &Suite<'_>) -> Outcome {
         let (all, _) = suite.listed(&suite.label(&spec)).await.expect("list");
         assert_eq!(all.len(), 1, "{fault:?}");
     }
+    Outcome::Kept
+}
+
+/// More than any of them has fields: some come up twice.
+const GARBLES: std::ops::Range<usize> = 0..60;
+
+async fn list_garbled(suite: &Suite<'_>) -> Outcome {
+    if !suite.can.list {
+        return Outcome::LeftOut("it does not list");
+    }
+    let one = spec!(suite, Does::Wait);
+    let mut other = spec!(suite, Does::Wait);
+    other.labels.extend(suite.label(&one));
+    let made = BTreeSet::from([suite.up(&one).await.native, suite.up(&other).await.native]);
+    for n in GARBLES {
+        arm!(suite, Call::List, Fault::Garbled(n));
+        let (mut found, mut unread, mut next) = (BTreeSet::new(), 0, None);
+        loop {
+            let page = suite.provider.list(&suite.label(&one), next.as_deref()).await.expect("list");
+            unread += page.unread;
+            for sandbox in page.sandboxes {
+                assert!(sandbox.key.is_some() && !sandbox.state.is_gone(), "{n}: {sandbox:?}");
+                found.insert(sandbox.native);
+            }
+            next = page.next;
+            if next.is_none() {
+                break;
+            }
+        }
+        assert!(!found.is_empty() && found.is_subset(&made), "{n}: {found:?}");
+        assert!(found.len() + unread >= 2, "{n}: one is neither there nor said to be unread");
+    }
+    Outcome::Kept
+}
+
+async fn made_while_garbled(suite: &Suite<'_>) -> Outcome {
+    let spec = spec!(suite, Does::Wait);
+    let native = suite.up(&spec).await.native;
+    for n in GARBLES {
+        arm!(suite, Call::List, Fault::Garbled(n));
+        match suite.provider.create(&spec).await {
+            Ok(again) => assert_eq!(again.native, native, "{n}"),
+            Err(error) => assert!(error.is_passing(), "{n}: {error:?}"),
+        }
+        assert_eq!(suite.world.count(&spec.key).await, 1, "{n}");
+        if suite.world.armed() > 0 {
+            // It finds what it has made without a list, and will the next time.
+            suite.listed(&suite.label(&spec)).await.expect("list");
+            break;
+        }
+    }
+    Outcome::Kept
+}
+
+async fn state_garbled(suite: &Suite<'_>) -> Outcome {
+    let spec = spec!(suite, Does::Wait);
+    let native = suite.up(&spec).await.native;
+    for n in GARBLES {
+        arm!(suite, Call::State, Fault::Garbled(n));
+        match suite.provider.state(&native).await {
+            Ok(now) => assert!(!now.state.is_gone(), "{n}: {now:?}"),
+            Err(error) => assert!(error.is_passing(), "{n}: {error:?}"),
+        }
+    }
+    assert_eq!(suite.provider.state(&native).await.expect("state").state, State::Running);
     Outcome::Kept
 }
 

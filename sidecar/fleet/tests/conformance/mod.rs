@@ -56,12 +56,16 @@ pub(crate) enum Fault {
     Status(u16),
     /// It is not done: 429, with `Retry-After`.
     Limit(Duration),
+    /// The same, with the date that is so much later.
+    LimitUntil(Duration),
     /// It is done, and the answer comes that much later.
     Slow(Duration),
     /// The answer says a state that nobody knows.
     UnknownState,
     /// The answer has a field more.
     UnknownField,
+    /// One container in the answer is of another shape: no object, an empty one, or one of its fields, whichever comes as the so manyeth.
+    Garbled(usize),
 }
 
 /// A provider's surroundings: the fake that it talks to, or the proxy before the real one.

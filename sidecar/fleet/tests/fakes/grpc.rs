@@ -286,7 +286,7 @@ async fn handle<A: Api>(
         Ok(reply) => reply,
         Err(no) => return refuse(&no, &[]),
     };
-    let mut more = Vec::new();
+    let (mut more, mut garbled) = (Vec::new(), false);
     match (fault, &mut reply) {
         // What unwinds takes its connection along, and prints nothing.
         (Some(Fault::LoseAnswer), _) => std::panic::resume_unwind(Box::new("told to")),
@@ -306,13 +306,17 @@ async fn handle<A: Api>(
             put(&mut more, 1000 << 3 | 2);
             more.extend_from_slice(b"\x05newer");
         }
+        (Some(Fault::Garbled(_)), Reply::One(_)) => garbled = true,
         (Some(Fault::Slow(late)), _) => tokio::time::sleep(late).await,
         (None, _) => {}
         (Some(other), _) => panic!("{other:?} cannot be done to {method}"),
     }
     let messages = match reply {
         Reply::One(body) => {
-            let body = [contract.write(&answered, &body), more].concat();
+            let mut body = [contract.write(&answered, &body), more].concat();
+            if garbled {
+                garble(&mut body);
+            }
             futures_util::stream::iter([body]).boxed()
         }
         Reply::Many(pieces) => futures_util::stream::unfold(pieces, move |mut pieces| {
@@ -328,6 +332,13 @@ async fn handle<A: Api>(
     });
     let pieces = messages.map(|message| Ok(Frame::data(Bytes::from(frame(&message))))).chain(end);
     respond(Body::new(StreamBody::new(Box::pin(pieces))))
+}
+
+/// In the first message of a list the first field: of a type that there is none of.
+fn garble(list: &mut [u8]) {
+    let inside = 1 + list.iter().skip(1).position(|byte| *byte < 0x80).expect("a length") + 1;
+    assert_eq!(list[0], 0x0a, "its list does not begin with a message");
+    list[inside] |= 7;
 }
 
 fn message(body: &[u8]) -> Result<&[u8], String> {

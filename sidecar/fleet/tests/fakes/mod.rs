@@ -205,6 +205,12 @@ async fn handle<A: Api>(api: &A, shared: &Shared, request: Request, upgrade: Upg
             reply.headers.push(("retry-after", after.as_secs().to_string()));
             return respond(reply);
         }
+        Some(Fault::LimitUntil(after)) => {
+            let mut reply = Reply::json(429, api.refuse(429, "too often"));
+            let at = std::time::SystemTime::now() + after;
+            reply.headers.push(("retry-after", httpdate::fmt_http_date(at)));
+            return respond(reply);
+        }
         _ => {}
     }
     let mut reply = api.answer(&request).await;
@@ -229,6 +235,7 @@ async fn handle<A: Api>(api: &A, shared: &Shared, request: Request, upgrade: Upg
         (Some(Fault::UnknownField), Content::Json(body)) => {
             drop(body.as_object_mut().map(|body| body.insert("newer".into(), Value::from([1]))))
         }
+        (Some(Fault::Garbled(n)), Content::Json(body)) => garble(one_of(body), n),
         (Some(Fault::Slow(late)), _) => tokio::time::sleep(late).await,
         (None, _) => {}
         (Some(other), _) => panic!("{other:?} cannot be done to {what}"),
@@ -239,6 +246,51 @@ async fn handle<A: Api>(api: &A, shared: &Shared, request: Request, upgrade: Upg
         return answer;
     }
     respond(reply)
+}
+
+/// The container in an answer; of a list the first.
+fn one_of(body: &mut Value) -> &mut Value {
+    let list = ["", "/items", "/sandboxes"].into_iter().find(|at| body.pointer(at).is_some_and(Value::is_array));
+    match list {
+        Some(at) => &mut body.pointer_mut(at).expect("it is there")[0],
+        None => body,
+    }
+}
+
+/// Makes something else of it, or of one of all that is in it.
+fn garble(item: &mut Value, n: usize) {
+    match n {
+        0 => *item = Value::from("?"),
+        1 => *item = serde_json::json!({}),
+        n => {
+            let mut left = (n - 2) % count(item);
+            let changed = change(item, &mut left);
+            assert!(changed, "it has fewer fields");
+        }
+    }
+}
+
+fn members(value: &mut Value) -> Box<dyn Iterator<Item = &mut Value> + '_> {
+    match value {
+        Value::Object(fields) => Box::new(fields.values_mut()),
+        Value::Array(items) => Box::new(items.iter_mut()),
+        _ => Box::new(std::iter::empty()),
+    }
+}
+
+fn count(value: &mut Value) -> usize {
+    members(value).map(|member| 1 + count(member)).sum()
+}
+
+fn change(value: &mut Value, left: &mut usize) -> bool {
+    members(value).any(|member| {
+        if *left == 0 {
+            *member = if member.is_string() { Value::from(7) } else { Value::from("?") };
+            return true;
+        }
+        *left -= 1;
+        change(member, left)
+    })
 }
 
 fn respond(reply: Reply) -> Response {

@@ -65,6 +65,10 @@ impl World for Hosted {
     }
 
     fn arm(&self, call: Call, fault: Fault) -> bool {
+        // It tells no dates, and of what it says of one container nothing is there while it runs.
+        if matches!(fault, Fault::LimitUntil(_)) || matches!((call, fault), (Call::State, Fault::Garbled(_))) {
+            return false;
+        }
         self.fake.arm(call, fault);
         true
     }
@@ -112,7 +116,8 @@ fn our_messages_are_theirs() {
             let (theirs, theirs_kind, _, many) = &published[&number];
             let kind_of = kind.split([',', ' ']).next().unwrap();
             let wanted = match (kind_of, theirs_kind.as_str()) {
-                ("map", "message") | ("int32", "enum") => true,
+                // A message that is read by itself is bytes until then.
+                ("map" | "bytes", "message") | ("int32", "enum") => true,
                 (ours, theirs) => ours == theirs,
             };
             let repeated = kind.contains("repeated") || kind.starts_with("map");

@@ -182,6 +182,41 @@ async fn what_no_session_holds_is_removed_when_it_is_old_enough() {
     assert_eq!(left, [held.key(), String::from("of-another"), String::from("of-another-store"), String::from("young")]);
 }
 
+/// It is on the provider's list, and nobody can read it there: it is not gone, and not an orphan that nobody finds again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_read_of_a_list_is_neither_lost_nor_forgotten() {
+    let mut town = Town::new(0).await;
+    town.policy.tries = 3;
+    let fleet = town.fleet();
+    // Its creation was not heard of again: it is found by its key alone.
+    let mut ending = session("a", Pattern::LongRunning);
+    (ending.holds, ending.phase, ending.hooked, ending.wanted) = (true, Phase::Stopping, true, Wanted::Gone);
+    fleet.create(ending).await.unwrap();
+    let (key, labels) = (town.get("a").await.key(), town.get("a").await.spec.labels);
+    let created = Some(Timestamp::now() - Duration::from_secs(1000));
+    let sandbox =
+        Sandbox { key: Some(key.clone()), native: key.clone(), state: State::Running, created, labels, ..Cloud::gone() };
+    town.cloud.sandboxes.lock().unwrap().insert(key.clone(), sandbox);
+    town.cloud.unread.lock().unwrap().insert(key.clone());
+    assert_eq!(fleet.reconcile().await.unwrap(), 0);
+    let running = run(&fleet);
+    // As often as it is asked about, and then it is to be removed: still nobody says that it is gone.
+    let why = loop {
+        let now = town.get("a").await;
+        assert!(now.holds, "it is taken for gone: {:?}", now.reason);
+        if now.phase == Phase::Stopped && now.failures > 0 {
+            break now.reason.unwrap();
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    assert!(why.contains("cannot be read"), "{why}");
+    assert_eq!(town.cloud.alive(), 1);
+    town.cloud.unread.lock().unwrap().clear();
+    town.reaches_end("a").await;
+    assert_eq!(town.cloud.alive(), 0);
+    running.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fleets_die_and_the_line_is_cut_and_nothing_is_left_or_created_twice() {
     let dir = std::env::temp_dir().join(format!("agent-fleet-{}-deaths", std::process::id()));

@@ -1,6 +1,6 @@
 //! A provider, sidecars and hooks in memory, and fleets that drive sessions between them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -37,6 +37,8 @@ pub(crate) struct Cloud {
     pub(crate) paused: Mutex<f64>,
     /// Where every container's port leads to, and what has to be sent with each request; nowhere, if it is empty.
     pub(crate) app: Mutex<String>,
+    /// Keys of those that are on the list, and nobody can read.
+    pub(crate) unread: Mutex<BTreeSet<String>>,
     /// Nothing is ever answered.
     pub(crate) hangs: Mutex<bool>,
 }
@@ -45,8 +47,8 @@ impl Cloud {
     pub(crate) fn new(every: u64) -> Arc<Self> {
         let (calls, every) = (AtomicU64::new(0), AtomicU64::new(every));
         let (sandboxes, created, panics, paused) = (Mutex::default(), Mutex::default(), AtomicBool::default(), Mutex::default());
-        let (app, hangs) = (Mutex::default(), Mutex::default());
-        Arc::new(Self { sandboxes, created, calls, every, panics, paused, app, hangs })
+        let (app, hangs, unread) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Arc::new(Self { sandboxes, created, calls, every, panics, paused, app, hangs, unread })
     }
 
     /// Whether this call is done, and what is answered.
@@ -170,9 +172,11 @@ impl Provider for Cloud {
         let sandboxes = self.sandboxes.lock().unwrap();
         let after = page.unwrap_or_default();
         let matching = sandboxes.values().filter(|one| labels.iter().all(|(name, value)| one.labels.get(name) == Some(value)));
-        let page: Vec<Sandbox> = matching.filter(|one| one.native.as_str() > after).take(7).cloned().collect();
+        let mut page: Vec<Sandbox> = matching.filter(|one| one.native.as_str() > after).take(7).cloned().collect();
         let next = (page.len() == 7).then(|| page[6].native.clone());
-        error.map_or(Ok(Page { sandboxes: page, next }), Err)
+        let (all, unread) = (page.len(), self.unread.lock().unwrap());
+        page.retain(|one| !unread.contains(&one.native));
+        error.map_or(Ok(Page { unread: all - page.len(), sandboxes: page, next }), Err)
     }
 
     async fn exec(&self, _: &str, _: &Exec) -> Result<Executed> {

@@ -70,22 +70,21 @@ impl Home {
         Machine(self.0.join(key))
     }
 
-    /// All that have a record.
-    pub(super) fn all(&self) -> io::Result<Vec<Record>> {
+    /// All that have a record, by key: it, or why it cannot be read.
+    pub(super) fn all(&self) -> io::Result<BTreeMap<String, io::Result<Record>>> {
         let entries = match fs::read_dir(&self.0) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
             entries => entries?,
         };
-        let mut all = Vec::new();
+        let mut all = BTreeMap::new();
         for entry in entries {
             let Ok(key) = entry?.file_name().into_string() else { continue };
             if super::is_key(&key)
-                && let Some(record) = self.of(&key).record()?
+                && let Some(record) = self.of(&key).record().transpose()
             {
-                all.push(record);
+                all.insert(key, record);
             }
         }
-        all.sort_by(|one, other| one.key.cmp(&other.key));
         Ok(all)
     }
 
@@ -108,7 +107,8 @@ impl Home {
     pub(super) async fn enter(&self, record: impl FnOnce(u32) -> Record, taps: u32) -> io::Result<Option<Record>> {
         let file = OpenOptions::new().create(true).append(true).mode(0o600).open(self.0.join("taps"))?;
         let _lock = held(file).await?;
-        let taken: BTreeSet<u32> = self.all()?.into_iter().map(|record| record.tap).collect();
+        // Whose record cannot be read has a network, too: as long as nobody can say which, none is free.
+        let taken: BTreeSet<u32> = self.all()?.into_values().map(|record| Ok(record?.tap)).collect::<io::Result<_>>()?;
         let Some(free) = (0..taps).find(|tap| !taken.contains(tap)) else { return Ok(None) };
         let record = record(free);
         self.of(&record.key).write("spec.json", &record)?;

@@ -920,14 +920,27 @@ impl Provider for Firecracker {
     }
 
     async fn list(&self, labels: &BTreeMap<String, String>, _page: Option<&str>) -> Result<Page> {
-        let mut sandboxes = Vec::new();
-        for record in self.home.all().map_err(|error| self.broken(&error))? {
+        let (mut sandboxes, mut unread) = (Vec::new(), 0);
+        for (key, record) in self.home.all().map_err(|error| self.broken(&error))? {
+            let record = match record {
+                Ok(record) => record,
+                // Its labels are in what cannot be read: it may be any.
+                Err(error) => {
+                    super::tell_unread(NAME, &key, &error);
+                    unread += 1;
+                    continue;
+                }
+            };
             if !labels.iter().all(|(name, value)| record.labels.get(name) == Some(value)) {
                 continue;
             }
-            let Some(found) = self.find(&record.key)? else { continue };
-            let (machine, labels) = (found.machine.clone(), record.labels.clone());
-            sandboxes.push(match self.seen(found).await {
+            let (machine, labels) = (self.home.of(&key), record.labels.clone());
+            let seen = match self.find(&key) {
+                Ok(Some(found)) => self.seen(found).await,
+                Ok(None) => continue,
+                Err(error) => Err(error),
+            };
+            sandboxes.push(match seen {
                 Ok(seen) => seen,
                 // One that does not answer is there all the same, and the others are no worse for it.
                 Err(error) if error.is_passing() && machine.has("spec.json") => Sandbox {
@@ -945,7 +958,7 @@ impl Provider for Firecracker {
                 Err(error) => return Err(error),
             });
         }
-        Ok(Page { sandboxes, next: None })
+        Ok(Page { sandboxes, unread, next: None })
     }
 
     async fn exec(&self, _native: &str, _command: &Exec) -> Result<Executed> {

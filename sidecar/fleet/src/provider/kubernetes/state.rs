@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::api::{ListMeta, cut};
 use super::pod::{AGENT, labels_of};
-use crate::provider::{KEY_LABEL, Sandbox, Size, State};
+use crate::provider::{KEY_LABEL, Sandbox, Size, State, rest};
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
@@ -41,6 +41,7 @@ pub(super) struct Meta {
     pub(super) resource_version: String,
     pub(super) labels: BTreeMap<String, String>,
     pub(super) annotations: BTreeMap<String, String>,
+    #[serde(deserialize_with = "rest::time")]
     creation_timestamp: Option<Timestamp>,
     deletion_timestamp: Option<Timestamp>,
     owner_references: Vec<Owner>,

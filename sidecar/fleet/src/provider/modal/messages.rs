@@ -255,8 +255,9 @@ pub(super) struct SandboxListRequest {
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct SandboxListResponse {
-    #[prost(message, repeated, tag = "1")]
-    pub(super) sandboxes: Vec<SandboxInfo>,
+    /// Each a [`SandboxInfo`], read by itself: one that cannot be read hides no other.
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub(super) sandboxes: Vec<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
