@@ -3,8 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use rusty_s3::Credentials;
-
 use crate::config::{self, Config, Machine, Place, ProviderConfig, TEMPLATE_LABEL, Template};
 use crate::conversation::directory::Directory;
 use crate::conversation::postgres::Postgres;
@@ -160,13 +158,8 @@ pub fn conversations(fleet: &str, config: &config::Conversations) -> Result<Conv
         Place::Directory(path) => Arc::new(Directory::new(path.clone())),
         Place::Postgres(url) => Arc::new(Postgres::new(url.reveal())?),
         Place::S3(s3) => {
-            let (key, secret) = (s3.access_key.reveal(), s3.secret_key.reveal());
-            let credentials = match &s3.session_token {
-                Some(token) => Credentials::new_with_token(key, secret, token.reveal()),
-                None => Credentials::new(key, secret),
-            };
             let bucket = (s3.bucket.as_str(), s3.prefix.as_str());
-            Arc::new(S3::new(&s3.endpoint, s3.path_style, bucket, &s3.region, credentials, client.clone())?)
+            Arc::new(S3::new(&s3.endpoint, s3.path_style, bucket, &s3.region, s3.keys.clone(), client.clone())?)
         }
     };
     let (keep, keep_for, max_size, spool) = (config.keep, config.keep_for, config.max_size, config.spool.clone());

@@ -12,6 +12,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
+use crate::conversation::credentials::Keys;
 use crate::hook::Hook;
 use crate::place::Share;
 use crate::plan::Recycle;
@@ -95,9 +96,7 @@ pub struct S3 {
     pub endpoint: String,
     pub region: String,
     pub path_style: bool,
-    pub access_key: Hidden,
-    pub secret_key: Hidden,
-    pub session_token: Option<Hidden>,
+    pub keys: Keys,
 }
 
 /// Somebody with a token.
@@ -375,10 +374,23 @@ impl Conversations {
         writeln!(out, "max_size = \"{max_size}B\"\nspool = {spool:?}")?;
         if let Place::S3(s3) = place {
             let S3 { endpoint, region, path_style, .. } = s3;
-            writeln!(
-                out,
-                "endpoint = {endpoint:?}\nregion = {region:?}\npath_style = {path_style}\n# access_key and secret_key are set"
-            )?;
+            writeln!(out, "endpoint = {endpoint:?}\nregion = {region:?}\npath_style = {path_style}")?;
+            match &s3.keys {
+                Keys::Kept { access_key, secret_key, session_token } => {
+                    let all = [
+                        ("access_key", Some(access_key)),
+                        ("secret_key", Some(secret_key)),
+                        ("session_token", session_token.as_ref()),
+                    ];
+                    for (name, secret) in all.into_iter().filter_map(|(name, secret)| Some((name, secret?))) {
+                        writeln!(out, "{name} = {}", secret::reference(secret))?;
+                    }
+                }
+                Keys::WebIdentity { role, .. } => {
+                    writeln!(out, "# the keys are those of {role}, for the token of the environment")?
+                }
+                Keys::Container { .. } => writeln!(out, "# the keys are those of who runs the container")?,
+            }
         }
         Ok(())
     }

@@ -3,19 +3,21 @@
 
 #![expect(clippy::unwrap_used, reason = "what fails here is a test")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use agent_fleet::build;
+use agent_fleet::conversation::credentials::Keys;
 use agent_fleet::conversation::directory::Directory;
 use agent_fleet::conversation::postgres::Postgres;
 use agent_fleet::conversation::s3::S3;
 use agent_fleet::conversation::{Conversations, Error, Shelf};
 use agent_fleet::lifecycle::Phase;
-use agent_fleet::provider::{Endpoint, Spec};
+use agent_fleet::provider::secret::Value;
+use agent_fleet::provider::{Endpoint, Secret, Spec};
 use agent_fleet::session::{Pattern, Session};
 use agent_fleet::store;
 use axum::Router;
@@ -25,7 +27,6 @@ use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use ring::{digest, hmac};
-use rusty_s3::Credentials;
 
 const KEY: &str = "AKIDEXAMPLE";
 const SECRET: &str = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY";
@@ -62,6 +63,37 @@ struct Bucket {
     /// The next part is refused.
     breaks: Mutex<bool>,
     gone: Mutex<bool>,
+    /// Who is known, by key: with which secret and token.
+    known: Mutex<BTreeMap<String, (String, Option<String>)>>,
+    /// Tokens that hold no longer.
+    over: Mutex<BTreeSet<String>>,
+    refused: AtomicUsize,
+}
+
+impl Bucket {
+    fn new() -> Arc<Self> {
+        let known = Mutex::new(BTreeMap::from([(KEY.to_owned(), (SECRET.to_owned(), None))]));
+        Arc::new(Self { known, ..Self::default() })
+    }
+
+    /// Whether this request was signed with a key that is known and holds: what is said if not.
+    fn judge(&self, method: &Method, path: &str, query: &str, host: &str) -> Result<(), &'static str> {
+        let get = |name: &str| {
+            let pair = query.split('&').filter_map(|pair| pair.split_once('=')).find(|(key, _)| *key == name);
+            pair.map(|(_, value)| decoded(value))
+        };
+        let key = get("X-Amz-Credential").unwrap_or_default().split('/').next().unwrap_or_default().to_owned();
+        let known = self.known.lock().unwrap();
+        let Some((secret, token)) = known.get(&key) else { return Err("InvalidAccessKeyId") };
+        if !is_signed(method, path, query, host, (&key, secret)) {
+            return Err("SignatureDoesNotMatch");
+        }
+        let given = get("X-Amz-Security-Token");
+        if given.as_ref().is_some_and(|given| self.over.lock().unwrap().contains(given)) {
+            return Err("ExpiredToken");
+        }
+        if given == *token { Ok(()) } else { Err("InvalidToken") }
+    }
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -73,11 +105,11 @@ fn sign(key: &[u8], text: &str) -> Vec<u8> {
 }
 
 /// Signature version 4 in a query, as its specification says it: whether this request was signed with the key, and when it ends.
-fn is_signed(method: &Method, path: &str, query: &str, host: &str) -> bool {
+fn is_signed(method: &Method, path: &str, query: &str, host: &str, (key, secret): (&str, &str)) -> bool {
     let mut pairs: Vec<(&str, &str)> = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, ""))).collect();
     let get = |name: &str| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()).unwrap_or_default();
     let (given, date, scope) = (get("X-Amz-Signature"), get("X-Amz-Date"), get("X-Amz-Credential").replace("%2F", "/"));
-    let Some(scope) = scope.strip_prefix(&format!("{KEY}/")).map(str::to_owned) else { return false };
+    let Some(scope) = scope.strip_prefix(&format!("{key}/")).map(str::to_owned) else { return false };
     let parts: Vec<&str> = scope.split('/').collect();
     let [day, region, "s3", "aws4_request"] = parts[..] else { return false };
     if get("X-Amz-SignedHeaders") != "host" || region != "eu-north-7" || !date.starts_with(day) {
@@ -89,7 +121,7 @@ fn is_signed(method: &Method, path: &str, query: &str, host: &str) -> bool {
     let canonical = format!("{method}\n{path}\n{}\nhost:{host}\n\nhost\nUNSIGNED-PAYLOAD", query.join("&"));
     let hash = hex(digest::digest(&digest::SHA256, canonical.as_bytes()).as_ref());
     let text = format!("AWS4-HMAC-SHA256\n{date}\n{scope}\n{hash}");
-    let key = [day, region, "s3", "aws4_request"].iter().fold(format!("AWS4{SECRET}").into_bytes(), |key, part| sign(&key, part));
+    let key = [day, region, "s3", "aws4_request"].iter().fold(format!("AWS4{secret}").into_bytes(), |key, part| sign(&key, part));
     hex(&sign(&key, &text)) == given
 }
 
@@ -111,9 +143,9 @@ async fn s3(State(bucket): State<Arc<Bucket>>, request: Request) -> Response {
         return (StatusCode::NOT_FOUND, "<Error><Code>NoSuchBucket</Code></Error>").into_response();
     }
     let body = axum::body::to_bytes(body, 64 << 20).await.unwrap();
-    if !is_signed(&parts.method, &path, &query, host) {
-        let code = "<Error><Code>SignatureDoesNotMatch</Code></Error>";
-        return (StatusCode::FORBIDDEN, code).into_response();
+    if let Err(code) = bucket.judge(&parts.method, &path, &query, host) {
+        bucket.refused.fetch_add(1, Relaxed);
+        return (StatusCode::FORBIDDEN, format!("<Error><Code>{code}</Code></Error>")).into_response();
     }
     let key = decoded(path.strip_prefix("/bucket").unwrap().trim_start_matches('/'));
     let asked: BTreeMap<String, String> = query
@@ -211,9 +243,13 @@ async fn served(router: Router) -> String {
 }
 
 async fn bucket(bucket: &Arc<Bucket>, secret: &str) -> S3 {
+    let given = |text: &str| Secret::Given(Value::new(text.to_owned()));
+    with(bucket, Keys::Kept { access_key: given(KEY), secret_key: given(secret), session_token: None }).await
+}
+
+async fn with(bucket: &Arc<Bucket>, keys: Keys) -> S3 {
     let url = served(Router::new().fallback(s3).with_state(Arc::clone(bucket))).await;
-    let credentials = Credentials::new(KEY, secret);
-    S3::new(&url, true, ("bucket", "some/where"), "eu-north-7", credentials, build::client().unwrap()).unwrap()
+    S3::new(&url, true, ("bucket", "some/where"), "eu-north-7", keys, build::client().unwrap()).unwrap()
 }
 
 /// What every one of them does.
@@ -285,7 +321,7 @@ async fn nothing_is_put_where_what_was_put_away_is_not_seen() {
 
 #[tokio::test]
 async fn a_bucket_keeps_conversations_for_who_signs_with_its_key() {
-    let (scratch, kept) = (Scratch::new(), Arc::new(Bucket::default()));
+    let (scratch, kept) = (Scratch::new(), Bucket::new());
     let shelf = bucket(&kept, SECRET).await;
     keeps(&shelf, &scratch, "fleet").await;
     assert!(kept.uploads.lock().unwrap().is_empty());
@@ -306,9 +342,169 @@ async fn a_bucket_keeps_conversations_for_who_signs_with_its_key() {
     assert!(refused.contains("403 SignatureDoesNotMatch") && !refused.contains("another"), "{refused}");
 }
 
+/// Gives credentials, each time others, to who has the token of the file: as STS does, or as who runs a container.
+struct Giver {
+    bucket: Arc<Bucket>,
+    given: AtomicUsize,
+    /// What is to be said of how long they hold.
+    seconds: Mutex<i64>,
+    token: Mutex<String>,
+    away: AtomicBool,
+}
+
+impl Giver {
+    async fn start(bucket: &Arc<Bucket>) -> (Arc<Self>, String) {
+        let (given, away) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let (seconds, token) = (Mutex::new(3600), Mutex::new(String::from("first&token")));
+        let giver = Arc::new(Self { bucket: Arc::clone(bucket), given, seconds, token, away });
+        let url = served(Router::new().fallback(give).with_state(Arc::clone(&giver))).await;
+        (giver, url)
+    }
+
+    fn given(&self) -> usize {
+        self.given.load(Relaxed)
+    }
+
+    /// Those that were given last do not hold any more, whatever was said of them.
+    fn ends(&self) {
+        self.bucket.over.lock().unwrap().insert(format!("token-{}=/+", self.given()));
+    }
+}
+
+async fn give(State(giver): State<Arc<Giver>>, method: Method, headers: HeaderMap, body: String) -> Response {
+    let token = giver.token.lock().unwrap().clone();
+    let sts = method == Method::POST;
+    let form: BTreeMap<String, String> =
+        body.split('&').filter_map(|pair| pair.split_once('=')).map(|(k, v)| (k.to_owned(), decoded(v))).collect();
+    let right = match sts {
+        true => {
+            let asked = |name: &str| form.get(name).map(String::as_str);
+            let wanted = [
+                ("Action", "AssumeRoleWithWebIdentity"),
+                ("Version", "2011-06-15"),
+                ("RoleArn", "arn:aws:iam::1:role/a"),
+                ("RoleSessionName", "fleet"),
+            ];
+            wanted.iter().all(|(name, value)| asked(name) == Some(value)) && asked("WebIdentityToken") == Some(&token)
+        }
+        false => headers.get("authorization").is_some_and(|said| said.as_bytes() == token.as_bytes()),
+    };
+    if giver.away.load(Relaxed) {
+        return StatusCode::SERVICE_UNAVAILABLE.into_response();
+    }
+    if !right {
+        return (StatusCode::BAD_REQUEST, "<ErrorResponse><Error><Code>InvalidIdentityToken</Code></Error></ErrorResponse>")
+            .into_response();
+    }
+    let n = giver.given.fetch_add(1, Relaxed) + 1;
+    let (key, secret, token) = (format!("ASIA{n}"), format!("secret/{n}"), format!("token-{n}=/+"));
+    giver.bucket.known.lock().unwrap().insert(key.clone(), (secret.clone(), Some(token.clone())));
+    let ends = Timestamp::now() + jiff::SignedDuration::from_secs(*giver.seconds.lock().unwrap());
+    if sts {
+        return format!(
+            "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials><SessionToken>{token}</SessionToken>\
+             <SecretAccessKey>{secret}</SecretAccessKey><Expiration>{ends}</Expiration><AccessKeyId>{key}</AccessKeyId></Credentials>\
+             </AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+        )
+        .into_response();
+    }
+    let given =
+        serde_json::json!({ "AccessKeyId": key, "SecretAccessKey": secret, "Token": token, "Expiration": ends.to_string() });
+    axum::Json(given).into_response()
+}
+
+#[tokio::test]
+async fn credentials_of_a_role_are_fetched_before_they_end_and_once_more_when_they_have() {
+    for sts in [true, false] {
+        let (scratch, kept) = (Scratch::new(), Bucket::new());
+        let (giver, url) = Giver::start(&kept).await;
+        let file = scratch.file("token", b"first&token\n");
+        let keys = match sts {
+            true => {
+                let (role, session) = (String::from("arn:aws:iam::1:role/a"), String::from("fleet"));
+                Keys::WebIdentity { role, session, token: file.clone(), sts: url }
+            }
+            false => Keys::Container { url: format!("{url}/v1/credentials"), token: Some(Secret::File(file.clone())) },
+        };
+        let shelf = with(&kept, keys).await;
+        keeps(&shelf, &scratch, "fleet").await;
+        assert_eq!((giver.given(), kept.refused.load(Relaxed)), (1, 0), "what holds is not fetched again");
+        // They have ended before it was said that they would; the token in the file is another by now.
+        giver.ends();
+        giver.token.lock().unwrap().push('2');
+        scratch.file("token", b"first&token2");
+        keeps(&shelf, &scratch, "fleet").await;
+        assert_eq!((giver.given(), kept.refused.load(Relaxed)), (2, 1));
+        // Many find that out at once: it is asked for once.
+        giver.ends();
+        let many = (0..20).map(|_| shelf.list("fleet/"));
+        assert!(futures_util::future::join_all(many).await.into_iter().all(|listed| listed.is_ok()));
+        assert_eq!(giver.given(), 3);
+        // If the next are no better, that is said, and not tried for ever.
+        kept.known.lock().unwrap().clear();
+        kept.over.lock().unwrap().extend((3..9).map(|n| format!("token-{n}=/+")));
+        let refused = shelf.list("fleet/").await.unwrap_err();
+        assert!(matches!(&refused, Error::Passing(what) if what.contains("403 ExpiredToken")), "{refused:?}");
+        assert_eq!(giver.given(), 4);
+        kept.over.lock().unwrap().clear();
+        shelf.list("fleet/").await.unwrap();
+
+        // What ends within five minutes is fetched anew before anybody refuses it; where that cannot be done now, it is used until its end.
+        *giver.seconds.lock().unwrap() = 120;
+        giver.ends();
+        shelf.list("fleet/").await.unwrap();
+        let (given, refused) = (giver.given(), kept.refused.load(Relaxed));
+        shelf.list("fleet/").await.unwrap();
+        assert_eq!((giver.given(), kept.refused.load(Relaxed)), (given + 1, refused));
+        giver.away.store(true, Relaxed);
+        for _ in 0..3 {
+            shelf.list("fleet/").await.unwrap();
+        }
+        giver.ends();
+        let away = shelf.list("fleet/").await.unwrap_err();
+        assert!(matches!(&away, Error::Passing(_)), "{away:?}");
+        giver.away.store(false, Relaxed);
+        *giver.token.lock().unwrap() = String::from("another");
+        let unknown = shelf.list("fleet/").await.unwrap_err().to_string();
+        assert!(unknown.contains("400") && !unknown.contains("first"), "{unknown}");
+    }
+}
+
+#[tokio::test]
+async fn keys_that_are_kept_in_files_are_read_when_they_are_needed() {
+    let (scratch, kept) = (Scratch::new(), Bucket::new());
+    let file = |name: &str, text: &str| Secret::File(scratch.file(name, text.as_bytes()));
+    let (access_key, secret_key) = (file("key", KEY), file("secret", SECRET));
+    let shelf = with(&kept, Keys::Kept { access_key, secret_key, session_token: None }).await;
+    shelf.list("fleet/").await.unwrap();
+    kept.known.lock().unwrap().clear();
+    kept.known.lock().unwrap().insert(String::from("NEW"), (String::from("new"), None));
+    let refused = shelf.list("fleet/").await.unwrap_err().to_string();
+    assert!(refused.contains("InvalidAccessKeyId"), "{refused}");
+    scratch.file("key", b"NEW\n");
+    scratch.file("secret", b"new\n");
+    shelf.list("fleet/").await.unwrap();
+    std::fs::remove_file(scratch.0.join("secret")).unwrap();
+    let none = shelf.list("fleet/").await.unwrap_err();
+    assert!(matches!(&none, Error::Passing(what) if what.contains("no credentials for S3")), "{none:?}");
+}
+
+#[tokio::test]
+async fn a_session_token_is_part_of_what_is_signed() {
+    let (scratch, kept) = (Scratch::new(), Bucket::new());
+    kept.known.lock().unwrap().insert(KEY.to_owned(), (SECRET.to_owned(), Some(String::from("a+token/="))));
+    let given = |text: &str| Secret::Given(Value::new(text.to_owned()));
+    let token = Secret::File(scratch.file("token", b"a+token/="));
+    let keys = Keys::Kept { access_key: given(KEY), secret_key: given(SECRET), session_token: Some(token) };
+    let shelf = with(&kept, keys).await;
+    keeps(&shelf, &scratch, "fleet").await;
+    scratch.file("token", b"another");
+    assert!(shelf.list("fleet/").await.unwrap_err().to_string().contains("InvalidToken"));
+}
+
 #[tokio::test]
 async fn uploads_that_a_kill_has_left_are_given_up_after_a_day() {
-    let kept = Arc::new(Bucket::default());
+    let kept = Bucket::new();
     let shelf = bucket(&kept, SECRET).await;
     let now = Timestamp::now();
     let begin = |id: &str, key: &str, hours: u64| {

@@ -9,6 +9,7 @@ use toml::de::DeValue;
 use super::read::{Reader, Section, Span, count, size, switch, text, time_or_off, web_url};
 use super::secret::is_key;
 use super::{Conversations, Hidden, Place, S3, Template};
+use crate::conversation::credentials::Keys;
 use crate::provider::{Pause, Secret};
 
 /// The one before the last is for whoever finds the last wrong.
@@ -85,15 +86,47 @@ impl<'a> Reader<'a> {
         // Of those that have none of their own, each bucket has a name.
         let path_style = self.get(s, "path_style", switch).unwrap_or(endpoint.is_some());
         let endpoint = endpoint.unwrap_or_else(|| format!("https://s3.{region}.amazonaws.com"));
-        let access_key = self.key(s, "access_key", "conversations.access_key", true);
-        let secret_key = self.key(s, "secret_key", "conversations.secret_key", true);
-        let session_token = self.key(s, "session_token", "conversations.session_token", false);
+        let keys = self.keys(s, &region);
         let (bucket, prefix) = (bucket.to_owned(), prefix.trim_matches('/').to_owned());
         (!bucket.is_empty()).then_some(())?;
-        Some(S3 { bucket, prefix, endpoint, region, path_style, access_key: access_key?, secret_key: secret_key?, session_token })
+        Some(S3 { bucket, prefix, endpoint, region, path_style, keys: keys? })
     }
 
-    fn key(&mut self, s: &mut Section<'a>, key: &'static str, name: &str, needed: bool) -> Option<Hidden> {
+    /// As they are named; where none is, as AWS's own tools would find them.
+    fn keys(&mut self, s: &mut Section<'a>, region: &str) -> Option<Keys> {
+        if ["access_key", "secret_key", "session_token"].into_iter().any(|key| s.has(key).is_some()) {
+            let access_key = self.key(s, "access_key", "conversations.access_key", true);
+            let secret_key = self.key(s, "secret_key", "conversations.secret_key", true);
+            let session_token = self.key(s, "session_token", "conversations.session_token", false);
+            return Some(Keys::Kept { access_key: access_key?, secret_key: secret_key?, session_token });
+        }
+        let env = |name: &str| Secret::Env(name.to_owned());
+        let from = self.outside;
+        let outside = |name: &str| from.secret(&env(name));
+        if matches!(outside("AWS_ACCESS_KEY_ID"), Ok(None)) {
+            // Of another machine's environment nothing is known.
+            let (access_key, secret_key) = (env("AWS_ACCESS_KEY_ID"), env("AWS_SECRET_ACCESS_KEY"));
+            return Some(Keys::Kept { access_key, secret_key, session_token: None });
+        }
+        let found = Keys::of_environment(|name| Some(outside(name).ok()??.reveal().to_owned()), region);
+        let remedy =
+            "add access_key and secret_key, each as { env = \"…\" } or { file = \"…\" }, or run it where AWS gives it a role";
+        match found {
+            Ok(Some(keys)) => return Some(keys),
+            Ok(None) => self.wrong(
+                s.at.clone(),
+                "`conversations.access_key` is missing, and the environment names no credentials",
+                remedy,
+            ),
+            Err(what) => {
+                self.wrong(s.at.clone(), format!("[conversations] has no `access_key`, and of the environment {what}"), remedy)
+            }
+        }
+        None
+    }
+
+    /// Where it is, if it can be read: it may be another later.
+    fn key(&mut self, s: &mut Section<'a>, key: &'static str, name: &str, needed: bool) -> Option<Secret> {
         let at = s.at_key(key);
         if needed && s.has(key).is_none() {
             self.wrong(
@@ -103,7 +136,8 @@ impl<'a> Reader<'a> {
             );
         }
         let secret = self.secret(s, key)?;
-        self.needed(&secret, name, at)
+        self.needed(&secret, name, at);
+        Some(secret)
     }
 
     /// A secret that the fleet itself needs. On another machine it is there, whatever it is.

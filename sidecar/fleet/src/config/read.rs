@@ -37,7 +37,7 @@ fn wrong<T>(what: impl Into<String>, remedy: impl Into<String>) -> Result<T, Wro
 pub(super) struct Reader<'a> {
     path: &'a Path,
     text: &'a str,
-    outside: &'a dyn Outside,
+    pub(super) outside: &'a dyn Outside,
     mistakes: Vec<Mistake>,
     /// What the providers can do whose settings are right.
     pub(super) can: BTreeMap<String, Capabilities>,

@@ -26,7 +26,7 @@ struct Fake;
 impl Outside for Fake {
     fn secret(&self, secret: &Secret) -> Result<Option<Hidden>, String> {
         match secret {
-            Secret::Env(name) if name == "MISSING" => Err(String::from("there is no variable `MISSING`")),
+            Secret::Env(name) if name == "MISSING" || name.starts_with("AWS_") => Err(format!("there is no variable `{name}`")),
             Secret::Env(name) if name == "SHORT" => Ok(Some(Hidden::new(name.clone()))),
             Secret::Env(name) if name == "WHSEC" => Ok(Some(Hidden::new(String::from("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")))),
             Secret::Env(name) => Ok(Some(Hidden::new(name.repeat(40)))),
@@ -360,12 +360,37 @@ fn where_conversations_are_put_is_read() {
     assert_eq!((own.endpoint.as_str(), own.path_style), ("http://minio:9000", true));
     assert!(matches!(of("store = \"postgres://fleet@db/fleet\"").place, Place::Postgres(_)));
     let config = parse(&away(&format!("store = \"s3://bucket\"\n{keys}"))).unwrap();
-    assert!(config.templates["task"].archive);
+    assert!(config.templates["task"].archive && config.print().contains("access_key = { env = \"A\" }"));
     for said in [config.print(), format!("{config:?}")] {
         assert!(!said.contains("SSSS") && !said.contains("KKKK") && !said.contains("AAAA"), "{said}");
     }
     // Of a machine that this is not, nothing is known of its secrets, and nothing is wrong with them.
     assert!(Config::parse(Path::new("f.toml"), &away(&format!("store = \"s3://bucket\"\n{keys}")), &Elsewhere).is_ok());
+    assert!(Config::parse(Path::new("f.toml"), &away("store = \"s3://bucket\""), &Elsewhere).is_ok());
+}
+
+/// Surroundings in which a cluster gives a role.
+struct Role;
+
+impl Outside for Role {
+    fn secret(&self, secret: &Secret) -> Result<Option<Hidden>, String> {
+        match secret {
+            Secret::Env(name) if name == "AWS_ROLE_ARN" => Ok(Some(Hidden::new(String::from("arn:aws:iam::1:role/fleet")))),
+            Secret::Env(name) if name == "AWS_WEB_IDENTITY_TOKEN_FILE" => Ok(Some(Hidden::new(String::from("/var/token")))),
+            other => Fake.secret(other),
+        }
+    }
+}
+
+#[test]
+fn where_no_keys_are_named_the_environment_names_them() {
+    let text = away("store = \"s3://bucket\"\nregion = \"eu-north-1\"");
+    let config = Config::parse(Path::new("f.toml"), &text, &Role).unwrap();
+    let Place::S3(s3) = &config.conversations.as_ref().unwrap().place else { panic!() };
+    let Keys::WebIdentity { role, token, sts, .. } = &s3.keys else { panic!("{:?}", s3.keys) };
+    assert_eq!((role.as_str(), token.as_path()), ("arn:aws:iam::1:role/fleet", Path::new("/var/token")));
+    assert_eq!(sts, "https://sts.eu-north-1.amazonaws.com");
+    assert!(config.print().contains("# the keys are those of arn:aws:iam::1:role/fleet"));
 }
 
 #[test]
@@ -374,7 +399,12 @@ fn what_is_wrong_with_putting_away_is_said() {
         ("", "[conversations] has no store"),
         ("store = \"/var/c\"", "is the URL of a directory, of a bucket or of PostgreSQL"),
         ("store = \"s3:///x\"", "names no bucket"),
-        ("store = \"s3://b\"", "`conversations.access_key` is missing"),
+        ("store = \"s3://b\"", "`conversations.access_key` is missing, and the environment names no credentials"),
+        ("store = \"s3://b\"\nsecret_key = { env = \"K\" }", "`conversations.access_key` is missing"),
+        (
+            "store = \"s3://b\"\nsecret_key = { env = \"K\" }\naccess_key = { env = \"MISSING\" }",
+            "there is no variable `MISSING`",
+        ),
         ("store = \"file:///c\"\nregion = \"x\"", "`conversations.region` is for S3 alone"),
         ("store = \"postgres://fleet:hunter2hunter2@db/fleet\"", "has a password in it"),
         ("store = \"file:///c\"\nkeep = 0", "is zero"),

@@ -8,6 +8,7 @@
 //! What it is called says all that is known of it: whose it is, which one, and its digest. So nothing is kept beside it, and what was damaged is
 //! known before it is used. Where it is kept is a [`Shelf`].
 
+pub mod credentials;
 pub mod directory;
 pub mod postgres;
 pub mod s3;

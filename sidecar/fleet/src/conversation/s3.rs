@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
+use axum::body::Bytes;
 use futures_util::StreamExt;
 use jiff::Timestamp;
 use reqwest::{Method, Response, StatusCode, Url};
@@ -12,6 +13,7 @@ use rusty_s3::actions::{CreateMultipartUpload, ListObjectsV2};
 use rusty_s3::{Bucket, Credentials, S3Action, UrlStyle};
 use tokio::io::AsyncWriteExt;
 
+use super::credentials::{Keys, Source};
 use super::directory::gone;
 use super::{Error, Result, Shelf, passing};
 
@@ -19,12 +21,14 @@ use super::{Error, Result, Shelf, passing};
 const PART: u64 = 16 << 20;
 /// A request has so long, and its signature holds no longer.
 const REQUEST: Duration = Duration::from_secs(300);
+/// What is said of credentials that have ended, or were replaced: a second try with others may do better.
+const OVER: [&str; 5] = ["ExpiredToken", "TokenRefreshRequired", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"];
 /// Pages of a list: one that never ends must not keep us for ever.
 const PAGES: usize = 10_000;
 
 pub struct S3 {
     bucket: Bucket,
-    credentials: Credentials,
+    credentials: Source,
     /// Before every name, with a `/` at its end; or nothing.
     prefix: String,
     client: reqwest::Client,
@@ -38,7 +42,7 @@ impl S3 {
         path_style: bool,
         (bucket, prefix): (&str, &str),
         region: &str,
-        credentials: Credentials,
+        keys: Keys,
         client: reqwest::Client,
     ) -> std::result::Result<Self, String> {
         let style = if path_style { UrlStyle::Path } else { UrlStyle::VirtualHost };
@@ -47,40 +51,65 @@ impl S3 {
         let bucket = bucket.map_err(|error| format!("there can be no such bucket: {error}"))?;
         let prefix = prefix.trim_matches('/');
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
+        let credentials = Source::new(keys, client.clone());
         Ok(Self { bucket, credentials, prefix, client })
     }
 
-    async fn send(&self, method: Method, url: Url, body: Vec<u8>) -> Result<Response> {
+    /// What the credentials sign, with those that hold now; once more, if they do not and others can be had.
+    async fn send(&self, method: Method, sign: impl Fn(&Credentials) -> Url, body: impl Into<Bytes>) -> Result<Response> {
+        let (credentials, body) = (self.credentials.now().await?, body.into());
+        let (code, error) = match self.once(method.clone(), sign(&credentials), body.clone()).await? {
+            Ok(answer) => return Ok(answer),
+            Err(said) => said,
+        };
+        if !OVER.contains(&code.as_str()) {
+            return Err(error);
+        }
+        let Some(other) = self.credentials.other(&credentials).await? else { return Err(error) };
+        self.once(method, sign(&other), body).await?.map_err(|(_, error)| error)
+    }
+
+    /// An answer, or its code and what that means.
+    async fn once(&self, method: Method, url: Url, body: Bytes) -> Result<std::result::Result<Response, (String, Error)>> {
         let asked = self.client.request(method, url).timeout(REQUEST).body(body);
         let answer = asked.send().await.map_err(|error| passing("S3 does not answer", &error))?;
         let status = answer.status();
         if status.is_success() {
-            return Ok(answer);
+            return Ok(Ok(answer));
         }
         // A code in the XML says more than the status; the rest may repeat the request.
         let said = answer.text().await.unwrap_or_default();
-        let code = said.split_once("<Code>").and_then(|(_, rest)| rest.split_once("</Code>")).map_or("", |(code, _)| code);
+        let code: String = word(&said, "Code").unwrap_or_default().chars().take(60).collect();
         // That a bucket is not there, or the wrong one is asked, can be mended.
-        if status == StatusCode::NOT_FOUND && code == "NoSuchKey" {
-            return Err(gone());
-        }
-        Err(Error::Passing(format!("S3 says {} {}", status.as_u16(), code.chars().take(60).collect::<String>())))
+        let error = match status == StatusCode::NOT_FOUND && code == "NoSuchKey" {
+            true => gone(),
+            false => Error::Passing(format!("S3 says {} {code}", status.as_u16())),
+        };
+        Ok(Err((code, error)))
     }
 
-    async fn text(&self, method: Method, url: Url, body: Vec<u8>) -> Result<String> {
-        self.send(method, url, body).await?.text().await.map_err(|error| passing("S3 breaks off", &error))
+    async fn text(&self, method: Method, sign: impl Fn(&Credentials) -> Url, body: impl Into<Bytes>) -> Result<String> {
+        self.send(method, sign, body).await?.text().await.map_err(|error| passing("S3 breaks off", &error))
     }
 
     /// A page of the uploads of several parts that were begun and are neither put together nor given up.
     async fn begun(&self, prefix: &str, (key, id): &(String, String)) -> Result<String> {
-        let mut list = self.bucket.get_object(Some(&self.credentials), "");
-        list.query_mut().insert("uploads", "");
-        list.query_mut().insert("prefix", prefix.to_owned());
-        if !key.is_empty() {
-            list.query_mut().insert("key-marker", key.clone());
-            list.query_mut().insert("upload-id-marker", id.clone());
-        }
-        self.text(Method::GET, list.sign(REQUEST), Vec::new()).await
+        let sign = |credentials: &Credentials| {
+            let mut list = self.bucket.get_object(Some(credentials), "");
+            list.query_mut().insert("uploads", "");
+            list.query_mut().insert("prefix", prefix.to_owned());
+            if !key.is_empty() {
+                list.query_mut().insert("key-marker", key.clone());
+                list.query_mut().insert("upload-id-marker", id.clone());
+            }
+            list.sign(REQUEST)
+        };
+        self.text(Method::GET, sign, Vec::new()).await
+    }
+
+    async fn abort(&self, key: &str, id: &str) -> Result<Response> {
+        let sign = |credentials: &Credentials| self.bucket.abort_multipart_upload(Some(credentials), key, id).sign(REQUEST);
+        self.send(Method::DELETE, sign, Vec::new()).await
     }
 
     async fn put_parts(&self, key: &str, upload: &str, mut file: std::fs::File) -> Result<()> {
@@ -91,15 +120,17 @@ impl S3 {
             if bytes.is_empty() {
                 break;
             }
-            let url = self.bucket.upload_part(Some(&self.credentials), key, number, upload).sign(REQUEST);
-            let answer = self.send(Method::PUT, url, bytes).await?;
+            let sign = |credentials: &Credentials| self.bucket.upload_part(Some(credentials), key, number, upload).sign(REQUEST);
+            let answer = self.send(Method::PUT, sign, bytes).await?;
             let etag = answer.headers().get("etag").and_then(|etag| etag.to_str().ok());
             etags.push(etag.ok_or_else(|| Error::Passing(String::from("S3 gives a part no ETag")))?.to_owned());
         }
-        let complete =
-            self.bucket.complete_multipart_upload(Some(&self.credentials), key, upload, etags.iter().map(String::as_str));
-        let url = complete.sign(REQUEST);
-        let said = self.text(Method::POST, url, complete.body().into_bytes()).await?;
+        let tags = || etags.iter().map(String::as_str);
+        let sign = |credentials: &Credentials| {
+            self.bucket.complete_multipart_upload(Some(credentials), key, upload, tags()).sign(REQUEST)
+        };
+        let body = self.bucket.complete_multipart_upload(None, key, upload, tags()).body();
+        let said = self.text(Method::POST, sign, body).await?;
         // What goes wrong after the answer has begun is said in it.
         if said.contains("<Error>") { Err(Error::Passing(String::from("S3 has not put the parts together"))) } else { Ok(()) }
     }
@@ -113,26 +144,25 @@ impl Shelf for S3 {
         if file.metadata()?.len() <= PART {
             let mut bytes = Vec::new();
             file.read_to_end(&mut bytes)?;
-            let url = self.bucket.put_object(Some(&self.credentials), &key).sign(REQUEST);
-            return self.send(Method::PUT, url, bytes).await.map(drop);
+            let sign = |credentials: &Credentials| self.bucket.put_object(Some(credentials), &key).sign(REQUEST);
+            return self.send(Method::PUT, sign, bytes).await.map(drop);
         }
-        let create = self.bucket.create_multipart_upload(Some(&self.credentials), &key);
-        let said = self.text(Method::POST, create.sign(REQUEST), Vec::new()).await?;
+        let sign = |credentials: &Credentials| self.bucket.create_multipart_upload(Some(credentials), &key).sign(REQUEST);
+        let said = self.text(Method::POST, sign, Vec::new()).await?;
         let upload = CreateMultipartUpload::parse_response(&said);
         let upload = upload.map_err(|_| Error::Passing(String::from("S3 begins an upload without saying which")))?;
         let put = self.put_parts(&key, upload.upload_id(), file).await;
         if put.is_err() {
             // What is not put together is paid for.
-            let url = self.bucket.abort_multipart_upload(Some(&self.credentials), &key, upload.upload_id()).sign(REQUEST);
-            self.send(Method::DELETE, url, Vec::new()).await.ok();
+            self.abort(&key, upload.upload_id()).await.ok();
         }
         put
     }
 
     async fn get(&self, name: &str, to: &Path) -> Result<()> {
         let key = format!("{}{name}", self.prefix);
-        let url = self.bucket.get_object(Some(&self.credentials), &key).sign(REQUEST);
-        let mut parts = self.send(Method::GET, url, Vec::new()).await?.bytes_stream();
+        let sign = |credentials: &Credentials| self.bucket.get_object(Some(credentials), &key).sign(REQUEST);
+        let mut parts = self.send(Method::GET, sign, Vec::new()).await?.bytes_stream();
         let mut to = tokio::fs::File::from_std(super::private(to)?);
         while let Some(part) = parts.next().await {
             to.write_all(&part.map_err(|error| passing("S3 breaks off", &error))?).await?;
@@ -143,12 +173,15 @@ impl Shelf for S3 {
     async fn list(&self, beginning: &str) -> Result<Vec<String>> {
         let (mut found, mut next) = (Vec::new(), None::<String>);
         for _ in 0..PAGES {
-            let mut list = self.bucket.list_objects_v2(Some(&self.credentials));
-            list.with_prefix(format!("{}{beginning}", self.prefix));
-            if let Some(next) = next {
-                list.with_continuation_token(next);
-            }
-            let said = self.text(Method::GET, list.sign(REQUEST), Vec::new()).await?;
+            let sign = |credentials: &Credentials| {
+                let mut list = self.bucket.list_objects_v2(Some(credentials));
+                list.with_prefix(format!("{}{beginning}", self.prefix));
+                if let Some(next) = &next {
+                    list.with_continuation_token(next.clone());
+                }
+                list.sign(REQUEST)
+            };
+            let said = self.text(Method::GET, sign, Vec::new()).await?;
             let page =
                 ListObjectsV2::parse_response(&said).map_err(|_| Error::Passing(String::from("S3's list cannot be read")))?;
             found.extend(page.contents.into_iter().filter_map(|one| one.key.strip_prefix(&self.prefix).map(str::to_owned)));
@@ -164,8 +197,8 @@ impl Shelf for S3 {
 
     async fn delete(&self, name: &str) -> Result<()> {
         let key = format!("{}{name}", self.prefix);
-        let url = self.bucket.delete_object(Some(&self.credentials), &key).sign(REQUEST);
-        match self.send(Method::DELETE, url, Vec::new()).await {
+        let sign = |credentials: &Credentials| self.bucket.delete_object(Some(credentials), &key).sign(REQUEST);
+        match self.send(Method::DELETE, sign, Vec::new()).await {
             Err(Error::Lasting(_)) | Ok(_) => Ok(()),
             Err(error) => Err(error),
         }
@@ -183,8 +216,7 @@ impl Shelf for S3 {
                 // Whose age nobody says may be somebody's.
                 let begun = word(upload, "Initiated").and_then(|at| at.parse::<Timestamp>().ok());
                 if key.starts_with(&prefix) && begun.is_some_and(|begun| begun < before) {
-                    let url = self.bucket.abort_multipart_upload(Some(&self.credentials), &key, &id).sign(REQUEST);
-                    match self.send(Method::DELETE, url, Vec::new()).await {
+                    match self.abort(&key, &id).await {
                         Ok(_) => aborted += 1,
                         // Somebody was quicker.
                         Err(Error::Passing(said)) if said.contains("NoSuchUpload") => {}
@@ -206,7 +238,7 @@ impl Shelf for S3 {
 }
 
 /// What is in the first element of that name, which has none in it.
-fn word(xml: &str, name: &str) -> Option<String> {
+pub(super) fn word(xml: &str, name: &str) -> Option<String> {
     let (_, rest) = xml.split_once(&format!("<{name}>"))?;
     let (text, _) = rest.split_once(&format!("</{name}>"))?;
     let plain = [("&lt;", "<"), ("&gt;", ">"), ("&quot;", "\""), ("&apos;", "'"), ("&amp;", "&")];
