@@ -8,24 +8,25 @@
 //! Neither side sees the other's token. A session has one container, so the same id is always the same agent.
 
 use std::collections::BTreeMap;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::{Extension, FromRequestParts, Request, State};
 use axum::http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use axum::http::{Method, StatusCode};
 use axum::response::Response;
 use axum::routing::{any, get, post};
 use axum::{Router, http};
-use futures_util::StreamExt;
+use futures_util::{Stream, StreamExt};
 use http_body_util::BodyExt;
 use hyper::body::Body as _;
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 use utoipa::ToSchema;
 
@@ -33,6 +34,7 @@ use crate::api::{Answer, Api, Asked, Failure, Named, NewSession, Who, Wrong, no_
 use crate::config::{TEMPLATE_LABEL, Template};
 use crate::lifecycle::Phase;
 use crate::provider::Endpoint;
+use crate::serve::Stays;
 use crate::service::moved;
 use crate::session::{Session, SessionId, Wanted};
 use crate::websocket::{Frames, close};
@@ -56,6 +58,11 @@ const LISTENS: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(100);
 /// How long a caller may take to hear that its socket is closed.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// How long events that are on their way may go on when the fleet ends: the end of a turn is near, mostly. The fleet itself has a little longer.
+const ENDS_ITSELF: Duration = Duration::from_secs(15);
+const EVENTS: &[u8] = b"text/event-stream";
+/// After that, to who listens to a message's answer.
+const LAST_WORDS: &str = "event: error\ndata: {\"message\": \"the fleet ends here: the agent works on, ask again\"}\n\n";
 /// How soon an app is tried again that does not listen yet: it is about to.
 const LISTENS_SOON: Duration = Duration::from_millis(5);
 /// What a wake-up may take beside the container's own start.
@@ -455,6 +462,7 @@ impl Proxy {
         let mut response = Response::new(Body::empty());
         *response.status_mut() = answer.status();
         *response.headers_mut() = passed_back(answer.headers());
+        let events = answer.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(EVENTS));
         let stream = answer.bytes_stream().inspect(move |_| {
             // And held until the stream is over.
             if flows == Flows::Both {
@@ -463,7 +471,13 @@ impl Proxy {
                 let _held = &touch;
             }
         });
-        *response.body_mut() = Body::from_stream(stream);
+        *response.body_mut() = if events {
+            // An app's own events have words that nobody knows here.
+            let last = if flows == Flows::Both { LAST_WORDS } else { "" };
+            Body::from_stream(until_the_end(stream, api.fleet.ended(), last))
+        } else {
+            Body::from_stream(stream)
+        };
         Ok(response)
     }
 
@@ -478,6 +492,8 @@ impl Proxy {
         headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(header::UPGRADE, to.clone());
         let theirs = hyper::upgrade::on(&mut request);
+        // A fleet that ends waits for it as for an answer.
+        let stays = request.extensions().get::<Stays>().cloned();
         let answer = self.send(&at, template, request.method(), path, &headers, Whole::default()).await?;
         let mut response = Response::new(Body::empty());
         *response.status_mut() = answer.status();
@@ -492,10 +508,66 @@ impl Proxy {
         tokio::spawn(async move {
             let (Ok(theirs), Ok(app)) = (theirs.await, answer.upgrade().await) else { return };
             // What a caller says is work; that either says it is still there is none.
+            let ended = api.fleet.ended();
             let ends = Ends { moves: api.fleet.moves(), api, session, generation };
-            through(TokioIo::new(theirs), app, || touch.flows(), ends).await;
+            through(TokioIo::new(theirs), app, || touch.flows(), ends, ended).await;
+            drop(stays);
         });
         Ok(response)
+    }
+}
+
+/// Events as they come. When the fleet ends they may end by themselves for a while; then they are ended, in between two of them, with last words.
+fn until_the_end<E: Send>(
+    events: impl Stream<Item = Result<Bytes, E>> + Send,
+    ended: watch::Receiver<bool>,
+    last: &'static str,
+) -> impl Stream<Item = Result<Bytes, E>> + Send {
+    let over = async {
+        going(ended).await;
+        tokio::time::sleep(ENDS_ITSELF).await;
+    };
+    let ending = Ending { events: Box::pin(events), over: Some(Box::pin(over)), last, end: *b"\n\n", is_over: false };
+    futures_util::stream::unfold(ending, |mut ending| async move {
+        let piece = ending.next().await?;
+        Some((piece, ending))
+    })
+}
+
+struct Ending<S, F> {
+    events: Pin<Box<S>>,
+    /// Until it is.
+    over: Option<Pin<Box<F>>>,
+    last: &'static str,
+    /// The last two letters, without carriage returns: an empty line is the end of an event.
+    end: [u8; 2],
+    is_over: bool,
+}
+
+impl<E, S: Stream<Item = Result<Bytes, E>>, F: Future<Output = ()>> Ending<S, F> {
+    async fn next(&mut self) -> Option<Result<Bytes, E>> {
+        loop {
+            if self.is_over && self.end == *b"\n\n" {
+                let last = std::mem::take(&mut self.last);
+                return (!last.is_empty()).then(|| Ok(Bytes::from_static(last.as_bytes())));
+            }
+            let piece = match &mut self.over {
+                Some(over) => tokio::select! {
+                    piece = self.events.next() => piece,
+                    () = over => {
+                        (self.over, self.is_over) = (None, true);
+                        continue;
+                    }
+                },
+                None => self.events.next().await,
+            };
+            if let Some(Ok(piece)) = &piece {
+                for byte in piece.iter().filter(|byte| **byte != b'\r') {
+                    self.end = [self.end[1], *byte];
+                }
+            }
+            return piece;
+        }
     }
 }
 
@@ -506,6 +578,9 @@ fn named(mut headers: HeaderMap, session: &Session) -> HeaderMap {
     }
     headers
 }
+
+/// What a WebSocket is told whose fleet ends: its session goes on, and is reached through the next one.
+const GOING: &str = "going away: the fleet ends here, connect again";
 
 /// When a WebSocket's container is no longer there to talk to.
 trait Ended: Send {
@@ -545,6 +620,14 @@ impl Ended for Ends {
     }
 }
 
+async fn going(mut ended: watch::Receiver<bool>) -> &'static str {
+    if ended.wait_for(|ended| *ended).await.is_err() {
+        // Nobody is there who could end.
+        std::future::pending::<()>().await;
+    }
+    GOING
+}
+
 fn why(session: Option<&Session>) -> &'static str {
     let over = |session: &Session| {
         session.wanted == Wanted::Gone || session.phase.is_last() || matches!(session.phase, Phase::Stopping | Phase::Stopped)
@@ -552,12 +635,14 @@ fn why(session: Option<&Session>) -> &'static str {
     if session.is_none_or(over) { "the session has ended" } else { "the session sleeps: connect again, and it is woken" }
 }
 
-/// Until one of the two has had enough, or neither says anything any more, or the container is put away. A caller whose socket the app has not closed is told why.
+/// Until one of the two has had enough, or neither says anything any more, or the container is put away, or the fleet ends: then each that is not in
+/// the middle of something is told why.
 async fn through(
     caller: impl AsyncRead + AsyncWrite + Unpin,
     app: impl AsyncRead + AsyncWrite + Unpin,
     said: impl Fn(),
     mut ends: impl Ended,
+    ended: watch::Receiver<bool>,
 ) {
     let (mut from_caller, mut to_caller) = tokio::io::split(caller);
     let (mut from_app, mut to_app) = tokio::io::split(app);
@@ -573,30 +658,59 @@ async fn through(
         }
     };
     let (mut asked, mut answered) = (Frames::default(), Frames::default());
-    let heard = |chunk: &[u8]| {
+    let heard = |frames: &mut Frames, chunk: &[u8]| {
         flowed();
-        if asked.read(chunk) {
+        if frames.read(chunk) {
             said();
         }
     };
-    let answer = |chunk: &[u8]| {
+    let answer = |frames: &mut Frames, chunk: &[u8]| {
         flowed();
-        answered.read(chunk);
+        frames.read(chunk);
     };
-    let why = tokio::select! {
-        _ = pump(&mut from_caller, &mut to_app, heard, std::future::pending()) => {
-            // Its neighbour may be told that no more comes.
-            to_app.shutdown().await.ok();
-            return;
+    let why = {
+        let over = async {
+            tokio::select! {
+                why = ends.wait() => why,
+                why = going(ended.clone()) => why,
+            }
+        };
+        let mut asks = pin!(pump(&mut from_caller, &mut to_app, (&mut asked, heard), going(ended.clone())));
+        let mut answers = pin!(pump(&mut from_app, &mut to_caller, (&mut answered, answer), over));
+        // Of a fleet that ends, what either is in the middle of saying is passed on.
+        tokio::select! {
+            why = &mut asks => match why {
+                None => None,
+                why => {
+                    drop(tokio::time::timeout(FAREWELL, answers).await);
+                    Some(why)
+                }
+            },
+            why = &mut answers => {
+                if why == Some(GOING) {
+                    drop(tokio::time::timeout(FAREWELL, asks).await);
+                }
+                Some(why)
+            }
+            () = quiet => Some(Some("nothing was said for an hour")),
         }
-        why = pump(&mut from_app, &mut to_caller, answer, ends.wait()) => match why {
-            None => ends.now().await,
-            why => why,
-        },
-        () = quiet => Some("nothing was said for an hour"),
     };
+    let Some(why) = why else {
+        // Its neighbour may be told that no more comes.
+        to_app.shutdown().await.ok();
+        return;
+    };
+    let why = match why {
+        None => ends.now().await,
+        why => why,
+    };
+    if why == Some(GOING) && asked.is_between() {
+        let mask = uuid::Uuid::now_v7().into_bytes();
+        to_app.write_all(&close(GOING, mask.last_chunk().copied())).await.ok();
+        to_app.shutdown().await.ok();
+    }
     if let Some(why) = why.filter(|_| answered.is_between()) {
-        to_caller.write_all(&close(why)).await.ok();
+        to_caller.write_all(&close(why, None)).await.ok();
     }
     to_caller.shutdown().await.ok();
     // What comes now would take away what it has not read yet.
@@ -604,22 +718,33 @@ async fn through(
     drop(tokio::time::timeout(FAREWELL, tokio::io::copy(&mut from_caller, &mut rest)).await);
 }
 
-/// Until one of the two has had enough: `None`; or until then, and why: in between two pieces.
+/// Until one of the two has had enough: `None`; or until then, and why: in between two frames, unless the rest of one is too long in coming.
 async fn pump(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWrite + Unpin),
-    mut flowed: impl FnMut(&[u8]),
+    (frames, flowed): (&mut Frames, impl Fn(&mut Frames, &[u8])),
     until: impl Future<Output = &'static str>,
 ) -> Option<&'static str> {
     let mut chunk = vec![0; 16 << 10];
-    let mut until = std::pin::pin!(until);
+    let mut until = pin!(until);
+    let mut over: Option<(&'static str, Instant)> = None;
     loop {
+        if let Some((why, by)) = over
+            && (frames.is_between() || by <= Instant::now())
+        {
+            return Some(why);
+        }
+        let by = over.map_or_else(Instant::now, |(_, by)| by);
         let read = tokio::select! {
             read = from.read(&mut chunk) => read,
-            why = &mut until => return Some(why),
+            why = &mut until, if over.is_none() => {
+                over = Some((why, Instant::now() + FAREWELL));
+                continue;
+            }
+            () = tokio::time::sleep_until(by), if over.is_some() => continue,
         };
         let Ok(n @ 1..) = read else { return None };
-        flowed(&chunk[..n]);
+        flowed(frames, &chunk[..n]);
         if to.write_all(&chunk[..n]).await.is_err() || to.flush().await.is_err() {
             return None;
         }
@@ -745,7 +870,7 @@ mod tests {
     async fn a_tunnel_ends_when_nothing_has_flowed_either_way_for_long() {
         let ((mut caller, ours), (theirs, mut app)) = (tokio::io::duplex(64), tokio::io::duplex(64));
         let began = Instant::now();
-        let tunnel = tokio::spawn(async move { through(ours, theirs, || {}, Never).await });
+        let tunnel = tokio::spawn(async move { through(ours, theirs, || {}, Never, watch::channel(false).1).await });
         let mut byte = [0];
         // Either keeps it.
         for _ in 0..3 {
@@ -759,6 +884,30 @@ mod tests {
         tunnel.await.unwrap();
         let took = began.elapsed();
         assert!(took >= QUIET * 11 / 2 && took < QUIET * 6, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn events_end_by_themselves_or_after_a_while_in_between_two() {
+        let began = Instant::now();
+        let (end, ended) = watch::channel(false);
+        // One every second, in two pieces; the fleet ends in the middle of the third.
+        let pieces = futures_util::stream::unfold(0_u32, |n| async move {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let piece = if n.is_multiple_of(2) { "data: " } else { "x\r\n\r\n" };
+            Some((Ok::<_, std::io::Error>(Bytes::from_static(piece.as_bytes())), n + 1))
+        });
+        let heard = tokio::spawn(until_the_end(pieces, ended.clone(), LAST_WORDS).map(Result::unwrap).collect::<Vec<Bytes>>());
+        tokio::time::sleep(Duration::from_millis(2750)).await;
+        end.send(true).unwrap();
+        let heard = String::from_utf8(heard.await.unwrap().concat()).unwrap();
+        let events = heard.strip_suffix(LAST_WORDS).unwrap();
+        assert_eq!(events, "data: x\r\n\r\n".repeat(18), "the one that was begun is whole");
+        assert_eq!(began.elapsed().as_secs(), 18);
+        // One that ends before that has its own end.
+        let short = futures_util::stream::iter(["data: x\n\n", "data: y\n\n"]);
+        let short = short.map(|piece| Ok::<_, std::io::Error>(Bytes::from_static(piece.as_bytes())));
+        let heard: Vec<Bytes> = until_the_end(short, ended, LAST_WORDS).map(Result::unwrap).collect().await;
+        assert_eq!(heard.concat(), b"data: x\n\ndata: y\n\n");
     }
 
     #[test]

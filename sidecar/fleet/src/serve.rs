@@ -84,6 +84,7 @@ impl Connections {
             self.make_room().await;
         }
         let Ok(place) = Arc::clone(&self.room).try_acquire_owned() else { return };
+        let place = Stays(Arc::new(place));
         let within = u32::try_from(TAKES.as_millis()).unwrap_or(u32::MAX);
         rustix::net::sockopt::set_tcp_user_timeout(&stream, within).ok();
         stream.set_nodelay(true).ok();
@@ -108,15 +109,10 @@ impl Connections {
     }
 }
 
-async fn talk(
-    stream: TcpStream,
-    router: Router,
-    mut ended: watch::Receiver<bool>,
-    asks: Arc<AtomicBool>,
-    _place: OwnedSemaphorePermit,
-) {
-    let service = hyper::service::service_fn(|request: Request<Incoming>| {
+async fn talk(stream: TcpStream, router: Router, mut ended: watch::Receiver<bool>, asks: Arc<AtomicBool>, place: Stays) {
+    let service = hyper::service::service_fn(|mut request: Request<Incoming>| {
         let router = router.clone();
+        request.extensions_mut().insert(place.clone());
         asks.store(true, Relaxed);
         let asks = Asks(Arc::clone(&asks));
         async move {
@@ -139,6 +135,10 @@ async fn talk(
         }
     }
 }
+
+/// A connection's place, with each of its requests: who makes something else of the connection is waited for as long as this is held.
+#[derive(Clone)]
+pub(crate) struct Stays(#[expect(dead_code, reason = "it is held")] Arc<OwnedSemaphorePermit>);
 
 /// A request that is being answered.
 struct Asks(Arc<AtomicBool>);

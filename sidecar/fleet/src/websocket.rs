@@ -61,14 +61,14 @@ fn head(head: &[u8]) -> Option<(u8, u64)> {
     Some((first & 0x0f, if extended == 0 { u64::from(second & 0x7f) } else { length }))
 }
 
-/// A server's last frame.
-pub(crate) fn close(why: &str) -> Vec<u8> {
+/// The last frame: of a server, or of a client, who masks what it says.
+pub(crate) fn close(why: &str, mask: Option<[u8; 4]>) -> Vec<u8> {
     // A control frame has at most 125 bytes.
-    let why = &why.as_bytes()[..why.len().min(123)];
-    let mut frame = vec![0x80 | CLOSE, 2];
-    frame[1] += u8::try_from(why.len()).unwrap_or_default();
-    frame.extend(CODE.to_be_bytes());
-    frame.extend(why);
+    let said = [&CODE.to_be_bytes()[..], &why.as_bytes()[..why.len().min(123)]].concat();
+    let length = u8::try_from(said.len()).unwrap_or_default();
+    let mut frame = vec![0x80 | CLOSE, length | if mask.is_some() { 0x80 } else { 0 }];
+    frame.extend(mask.iter().flatten());
+    frame.extend(said.iter().zip(mask.unwrap_or_default().iter().cycle()).map(|(byte, mask)| byte ^ mask));
     frame
 }
 
@@ -116,9 +116,13 @@ mod tests {
     #[test]
     fn what_is_closed_is_not_closed_again() {
         let mut frames = Frames::default();
-        let bytes = close("enough");
+        let bytes = close("enough", None);
         assert_eq!(bytes, b"\x88\x08\x03\xe9enough");
         assert!(!frames.read(&bytes) && !frames.is_between());
-        assert_eq!(close(&"x".repeat(200)).len(), 127);
+        assert_eq!(close(&"x".repeat(200), None).len(), 127);
+        let masked = close("ab", Some([1, 2, 3, 4]));
+        assert_eq!(masked, [0x88, 0x84, 1, 2, 3, 4, 0x03 ^ 1, 0xe9 ^ 2, b'a' ^ 3, b'b' ^ 4]);
+        let mut frames = Frames::default();
+        assert!(!frames.read(&masked) && !frames.is_between());
     }
 }

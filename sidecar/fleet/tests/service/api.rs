@@ -69,6 +69,8 @@ pub(crate) struct Served {
     pub(crate) url: String,
     pub(crate) client: reqwest::Client,
     running: Running,
+    end: tokio::sync::watch::Sender<bool>,
+    serving: Option<tokio::task::JoinHandle<()>>,
     dir: std::path::PathBuf,
 }
 
@@ -87,8 +89,16 @@ impl Served {
         let running = run(&fleet);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        tokio::spawn(axum::serve(listener, api::router(Api { fleet, config })).into_future());
-        Served { town, url, client: agent_fleet::build::client().unwrap(), running, dir }
+        let (end, ended) = tokio::sync::watch::channel(false);
+        let serving = Some(tokio::spawn(agent_fleet::serve::serve(listener, api::router(Api { fleet, config }), ended)));
+        Served { town, url, client: agent_fleet::build::client().unwrap(), running, end, serving, dir }
+    }
+
+    /// As `agent-fleet serve` ends; waits until nobody is talked to any more.
+    pub(crate) async fn ends(&mut self) {
+        self.running.end.send(true).unwrap();
+        self.end.send(true).unwrap();
+        self.serving.take().unwrap().await.unwrap();
     }
 
     pub(crate) async fn ask(&self, who: &str, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {

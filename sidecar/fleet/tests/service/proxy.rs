@@ -17,6 +17,8 @@ struct App {
     url: String,
     asked: Arc<Mutex<Vec<String>>>,
     go: Arc<Semaphore>,
+    /// What came last through a WebSocket.
+    closed: Arc<Mutex<Vec<u8>>>,
 }
 
 impl App {
@@ -24,10 +26,11 @@ impl App {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (asked, go) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Semaphore::new(0)));
-        let app = App { url, asked: Arc::clone(&asked), go: Arc::clone(&go) };
+        let closed = Arc::default();
+        let app = App { url, asked: Arc::clone(&asked), go: Arc::clone(&go), closed: Arc::clone(&closed) };
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(answer(stream, Arc::clone(&asked), Arc::clone(&go)));
+                tokio::spawn(answer(stream, Arc::clone(&asked), Arc::clone(&go), Arc::clone(&closed)));
             }
         });
         app
@@ -38,7 +41,7 @@ impl App {
     }
 }
 
-async fn answer(mut stream: TcpStream, asked: Arc<Mutex<Vec<String>>>, go: Arc<Semaphore>) {
+async fn answer(mut stream: TcpStream, asked: Arc<Mutex<Vec<String>>>, go: Arc<Semaphore>, closed: Arc<Mutex<Vec<u8>>>) {
     let mut said = Vec::new();
     let (head, length) = loop {
         let mut chunk = [0; 1024];
@@ -62,6 +65,10 @@ async fn answer(mut stream: TcpStream, asked: Arc<Mutex<Vec<String>>>, go: Arc<S
         stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: x\r\n\r\n").await.unwrap();
         let mut chunk = [0; 1024];
         while let Ok(n @ 1..) = stream.read(&mut chunk).await {
+            if text.starts_with("GET /ws/listen") && chunk[0] == 0x88 {
+                chunk[..n].clone_into(&mut closed.lock().unwrap());
+                return;
+            }
             stream.write_all(&chunk[..n]).await.unwrap();
         }
         return;
@@ -269,6 +276,37 @@ async fn a_websocket_on_which_nobody_says_anything_keeps_nobody_awake_and_is_clo
     assert_eq!(served.ask("shop", "DELETE", "/v1/sessions/a", None).await.0, 202);
     assert_eq!(rest(&mut other).await[4..], *b"the session has ended");
     assert!(rest(&mut stream).await.is_empty());
+}
+
+/// The end of a fleet is told to both ends of a WebSocket, and to who listens to events.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fleet_that_ends_takes_leave() {
+    let (mut served, app) = served("leave").await;
+    assert_eq!(served.create("shop", json!({"template": "chat", "id": "a"})).await.0, 201);
+    let (mut stream, answer) = served.socket("shop", "a/ws/listen").await;
+    assert!(answer.starts_with("http/1.1 101"), "{answer}");
+    // Something is on its way in both directions, and is whole before the last frame.
+    stream.write_all(&frame(0x81, b"half of it")[..8]).await.unwrap();
+    stream.read_exact(&mut [0; 8]).await.unwrap();
+    let events = served.client.get(format!("{}/v1/events", served.url)).bearer_auth("shop".repeat(12)).send().await.unwrap();
+    assert_eq!(events.status().as_u16(), 200);
+    let talk = async {
+        stream.write_all(&frame(0x81, b"half of it")[8..]).await.unwrap();
+        let mut whole = [0; 8];
+        stream.read_exact(&mut whole).await.unwrap();
+        rest(&mut stream).await
+    };
+    let (closed, events, ()) = tokio::join!(talk, events.text(), served.ends());
+    assert_eq!(closed[..4], [0x88, u8::try_from(closed.len() - 2).unwrap(), 0x03, 0xe9], "1001");
+    assert_eq!(closed[4..], *b"going away: the fleet ends here, connect again");
+    events.unwrap();
+    // The app hears what a client would have said.
+    let heard = app.closed.lock().unwrap().clone();
+    let mask: [u8; 4] = heard[2..6].try_into().unwrap();
+    assert_eq!((heard[0], heard[1] & 0x80), (0x88, 0x80), "{heard:?}");
+    let said: Vec<u8> = heard[6..].iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask).collect();
+    assert_eq!(said, closed[2..]);
+    assert_eq!(served.town.get("a").await.wanted, Wanted::Running);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
