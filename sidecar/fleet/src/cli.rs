@@ -178,6 +178,9 @@ fn check(asked: &ArgMatches) -> Result<ExitCode> {
         say(config.print().trim_end())?;
     } else {
         say("no mistake was found")?;
+        for warning in config.warnings() {
+            say(&format!("but {warning}"))?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -235,6 +238,9 @@ async fn probe(url: &str) -> Result<ExitCode> {
 
 fn serve(config: &Config) -> Result<ExitCode> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(false).init();
+    for warning in config.warnings() {
+        tracing::warn!("{warning}");
+    }
     runtime()?.block_on(async {
         let store = store::open(config.fleet.store.reveal()).await?;
         let metrics = Arc::new(Metrics::of(config));

@@ -267,6 +267,12 @@ pub fn check(path: &Path) -> Vec<Mistake> {
 }
 
 impl Config {
+    /// What is no mistake, and may not be meant: each with what to do.
+    pub fn warnings(&self) -> Vec<String> {
+        let none = "there is no [templates.NAME]: nobody can ask for a session; add one with pattern, provider and image";
+        self.templates.is_empty().then(|| String::from(none)).into_iter().collect()
+    }
+
     /// Reads the file, and the secrets it names from where they are.
     ///
     /// # Errors

@@ -341,6 +341,12 @@ impl<'a> Reader<'a> {
             self.wrong(s.at_key("archive"), what, "make it hybrid, or leave `archive` out");
         }
         let (pool, recycle) = (self.pool(s, ttl), self.recycle(s));
+        if pattern == Pattern::Ephemeral && s.has("pool").is_some() && app_port.is_none() {
+            let what =
+                format!("`{}.pool`: a task begins when its container is made, and is done before anybody asks for it", s.name);
+            let remedy = "leave the pool out, or name the `app_port` of an app that waits for a message";
+            self.wrong(s.at_key("pool"), what, remedy);
+        }
         for (key, beyond) in [
             ("age", recycle.age.is_some_and(|age| age >= ttl)),
             ("memory", recycle.memory_bytes.is_some_and(|bytes| bytes > u64::from(size.memory_mib) << 20)),

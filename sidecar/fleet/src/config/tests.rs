@@ -427,7 +427,8 @@ fn what_is_wrong_with_putting_away_is_said() {
 
 #[test]
 fn a_pool_has_a_size_and_an_age_that_leaves_something_of_a_life() {
-    let text = format!("{HEAD}ttl = \"1h\"\npool = {{ size = 3 }}\nrecycle = {{ age = \"30m\", memory = \"900MiB\" }}\n");
+    let head = HEAD.replace("ephemeral", "long-running");
+    let text = format!("{head}ttl = \"1h\"\npool = {{ size = 3 }}\nrecycle = {{ age = \"30m\", memory = \"900MiB\" }}\n");
     let config = parse(&text).unwrap();
     let task = &config.templates["task"];
     assert_eq!(task.pool, Some(Pool { size: 3, max_age: Duration::from_secs(1800), per_minute: 30 }));
@@ -444,9 +445,21 @@ fn a_pool_has_a_size_and_an_age_that_leaves_something_of_a_life() {
         ("recycle = { age = \"1h\" }", "`templates.task.recycle.age` never comes"),
         ("recycle = { memory = \"2GiB\" }", "`templates.task.recycle.memory` never comes"),
     ] {
-        let found = of_template(line);
+        let found = mistakes(&format!("{head}{line}\n"));
         assert!(found.contains(what) && found.lines().count() == 1, "{line}: {found}");
     }
+    // Of tasks only those can be made ahead that are told what to do.
+    let done = of_template("pool = { size = 3 }");
+    assert!(done.contains("a task begins when its container is made") && done.contains("leave the pool out"), "{done}");
+    assert_eq!(of_template("pool = { size = 3 }\napp_port = 8000"), "");
+}
+
+#[test]
+fn a_fleet_that_nobody_can_ask_for_anything_says_so() {
+    assert_eq!(parse(HEAD).unwrap().warnings(), Vec::<String>::new());
+    let empty = HEAD.split_once("[templates.task]").unwrap().0;
+    let warnings = parse(empty).unwrap().warnings();
+    assert!(warnings.len() == 1 && warnings[0].contains("[templates.NAME]") && warnings[0].contains("add one"), "{warnings:?}");
 }
 
 #[test]
