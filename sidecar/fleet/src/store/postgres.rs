@@ -61,6 +61,14 @@ impl Dialect for Postgres {
             spare = put.spare, changed = (SELECT now FROM clock), document = put.document
         FROM put JOIN locked ON locked.id = put.id
         WHERE sessions.id = put.id AND sessions.version = put.version RETURNING sessions.id";
+    const BOTH: &'static str = "
+        WITH locked AS MATERIALIZED (
+            SELECT id FROM sessions WHERE id = $1 AND version = $2 OR id = $3 AND version = $4 ORDER BY id FOR UPDATE)
+        UPDATE sessions
+        SET version = version + 1, changed = (SELECT now FROM clock),
+            phase = CASE id WHEN $1 THEN $5 ELSE $6 END, over = CASE id WHEN $1 THEN $7 ELSE $8 END,
+            spare = CASE id WHEN $1 THEN $9 ELSE $10 END, document = CASE id WHEN $1 THEN $11 ELSE $12 END
+        WHERE id = ANY (ARRAY(SELECT id FROM locked)) AND 2 = (SELECT count(*) FROM locked)";
     const RELEASE: &'static str = "
         WITH released AS MATERIALIZED (
             SELECT * FROM json_to_recordset(CAST($1 AS json)) AS released (id TEXT, fleet TEXT, wake BIGINT)),

@@ -47,6 +47,8 @@ pub(super) trait Dialect: Database {
     /// Writes sessions ([`Put`] in an array of JSON) whose version is the one that was read. Which these are. Those that are written, released or renewed
     /// together are locked in the order of their ids, and who claims waits for no lock: these do not wait for each other in a circle.
     const PUT: &'static str;
+    /// Writes two whose versions are those that were read, or neither, locked in the same order: their ids and versions, and by turns what is written of them.
+    const BOTH: &'static str;
     /// Lets go of what is held ([`Release`] in an array of JSON).
     const RELEASE: &'static str;
     /// Of amounts ([`Amount`] in an array of JSON): what is there in their place, in all, by tenant and period; writes them; and the sums of those tenants
@@ -521,43 +523,20 @@ where
     async fn update_both(&self, one: &mut Session, other: &mut Session) -> Result<()> {
         let next = |session: &Session| Session { version: session.version + 1, ..session.clone() };
         let (this, that) = (next(one), next(other));
-        let write = sqlx::query::<DB>(
-            "UPDATE sessions
-             SET version = version + 1, changed = (SELECT now FROM clock),
-                 phase = CASE id WHEN $1 THEN $5 ELSE $6 END, over = CASE id WHEN $1 THEN $7 ELSE $8 END,
-                 spare = CASE id WHEN $1 THEN $9 ELSE $10 END, document = CASE id WHEN $1 THEN $11 ELSE $12 END
-             WHERE (id = $1 AND version = $2 OR id = $3 AND version = $4)
-               AND 2 = (SELECT count(*) FROM sessions WHERE id = $1 AND version = $2 OR id = $3 AND version = $4)",
-        )
-        .bind(one.id.as_str())
-        .bind(one.version)
-        .bind(other.id.as_str())
-        .bind(other.version)
-        .bind(this.phase.as_str())
-        .bind(that.phase.as_str())
-        .bind(this.is_over())
-        .bind(that.is_over())
-        .bind(this.spare())
-        .bind(that.spare())
-        .bind(document(&this)?)
-        .bind(document(&that)?);
-        let rows = match DB::LOCK {
-            None => self.durably(write).await?,
-            // It may have counted two, and waited for who was writing one of them.
-            Some(_) => {
-                let whole = async {
-                    let mut transaction = self.write.begin().await?;
-                    let rows = DB::rows(&write.execute(&mut *transaction).await?);
-                    if rows == 2 {
-                        transaction.commit().await?
-                    } else {
-                        transaction.rollback().await?
-                    }
-                    Ok(rows)
-                };
-                bounded(whole).await?
-            }
-        };
+        let write = sqlx::query::<DB>(DB::BOTH)
+            .bind(one.id.as_str())
+            .bind(one.version)
+            .bind(other.id.as_str())
+            .bind(other.version)
+            .bind(this.phase.as_str())
+            .bind(that.phase.as_str())
+            .bind(this.is_over())
+            .bind(that.is_over())
+            .bind(this.spare())
+            .bind(that.spare())
+            .bind(document(&this)?)
+            .bind(document(&that)?);
+        let rows = self.durably(write).await?;
         if rows != 2 {
             return Err(Error::Conflict(one.id.clone()));
         }

@@ -37,6 +37,13 @@ impl Dialect for Sqlite {
         SET version = put.version + 1, phase = put.phase, tenant = put.tenant, owner = put.owner, provider = put.provider, over = put.over,
             spare = put.spare, changed = (SELECT now FROM clock), document = put.document
         FROM put WHERE sessions.id = put.id AND sessions.version = put.version RETURNING id";
+    const BOTH: &'static str = "
+        UPDATE sessions
+        SET version = version + 1, changed = (SELECT now FROM clock),
+            phase = CASE id WHEN $1 THEN $5 ELSE $6 END, over = CASE id WHEN $1 THEN $7 ELSE $8 END,
+            spare = CASE id WHEN $1 THEN $9 ELSE $10 END, document = CASE id WHEN $1 THEN $11 ELSE $12 END
+        WHERE (id = $1 AND version = $2 OR id = $3 AND version = $4)
+          AND 2 = (SELECT count(*) FROM sessions WHERE id = $1 AND version = $2 OR id = $3 AND version = $4)";
     const RELEASE: &'static str = "
         WITH released AS MATERIALIZED (
             SELECT value->>'id' AS id, value->>'fleet' AS fleet, value->>'wake' AS wake FROM json_each($1))

@@ -396,3 +396,43 @@ async fn a_row_that_somebody_locks_keeps_only_who_wants_it_waiting() {
     store.wake(&id("a")).await.unwrap();
     assert_eq!(claimed(&**store, "two", LONG).await, ["a"]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_writes_two_takes_them_in_the_order_of_all_others() {
+    let Some(Fresh { store, url, .. }) = &postgres().await else { return };
+    let mut other = sqlx::PgConnection::connect(url).await.unwrap();
+    let mut watch = sqlx::PgConnection::connect(url).await.unwrap();
+    // Whichever lies before the other, and is named before it.
+    for (n, turned) in [(0, false), (1, true), (2, false), (3, true)] {
+        let mut names = [format!("a{n}"), format!("b{n}")];
+        let [first, last] = names.clone();
+        if n < 2 {
+            names.reverse();
+        }
+        insert(&**store, &[&names[0], &names[1]]).await;
+        let take = |name: &str| AssertSqlSafe(format!("SELECT id FROM sessions WHERE id = '{name}' FOR UPDATE"));
+        loop {
+            other.execute("BEGIN").await.unwrap();
+            other.execute(take(&first)).await.unwrap();
+            let (store, [one, two]) =
+                (store.clone(), if turned { [&last, &first] } else { [&first, &last] }.map(|name| id(name)));
+            let writes = tokio::spawn(async move {
+                let (mut one, mut two) = (store.get(&one).await?.unwrap(), store.get(&two).await?.unwrap());
+                store.update_both(&mut one, &mut two).await
+            });
+            // Up to where it waits for us, or has given up.
+            let waits = "SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE $1 = ANY (pg_blocking_pids(pid)))";
+            let (us,): (i32,) = sqlx::query_as("SELECT pg_backend_pid()").fetch_one(&mut other).await.unwrap();
+            while !writes.is_finished() && !sqlx::query_as::<_, (bool,)>(waits).bind(us).fetch_one(&mut watch).await.unwrap().0 {}
+            other.execute(take(&last)).await.expect("nobody who waits for the first has the last");
+            other.execute("COMMIT").await.unwrap();
+            match writes.await.unwrap() {
+                Ok(()) => break,
+                // Where all is slow nobody waits for us so long.
+                Err(Error::Store(error)) if error.contains("lock timeout") => {}
+                Err(error) => panic!("{n}: {error}"),
+            }
+        }
+        assert_eq!(store.get(&id(&first)).await.unwrap().unwrap().version, 1);
+    }
+}
