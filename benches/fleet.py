@@ -167,7 +167,9 @@ def on_one_core(bench: str, stores: bool = True) -> None:
     shell = 'exec "$@" "$AGENT_FLEET_TEST_POSTGRES"'
     ways = {"SQLite": pinned, "PostgreSQL": [ROOT / "tests/fleet/postgres", "sh", "-c", shell, "sh", *pinned]}
     for name, argv in ways.items():
-        out = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
+        # As servers are: what is to last is on the disk.
+        env = os.environ | {"AGENT_FLEET_TEST_POSTGRES_FSYNC": "on"}
+        out = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
         print(*(f"fleet            {name:<10} {line}" for line in out.splitlines()), sep="\n", flush=True)
 
 

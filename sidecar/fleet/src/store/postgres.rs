@@ -1,13 +1,18 @@
 //! PostgreSQL: for several fleets, which share its sessions by leases.
 
+use std::time::Duration;
+
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgQueryResult};
-use sqlx::{ConnectOptions, Executor, Postgres};
+use sqlx::{ConnectOptions, Connection, Executor, Postgres};
 
 use super::sql::{self, CONNECTION, Dialect, Sql};
 use super::{Error, Result};
 
 /// Of the hundred that a server gives by default; fleets share them.
 const CONNECTIONS: u32 = 8;
+
+/// How long after it was used a connection is taken for granted.
+const TRUSTED: Duration = Duration::from_secs(1);
 
 /// What a parameter of the URL may be called. The driver would log what it does not know, with its value.
 const PARAMETERS: [&str; 15] = [
@@ -34,33 +39,42 @@ const SETTINGS: &str = "SET statement_timeout = '10s'; SET lock_timeout = '5s'; 
      SET default_transaction_isolation = 'read committed'; SET client_min_messages = 'warning'";
 
 impl Dialect for Postgres {
-    const SCHEMA: &'static [&'static str] = &[include_str!("schema/postgres-1.sql"), include_str!("schema/postgres-2.sql")];
+    const SCHEMA: &'static [&'static str] =
+        &[include_str!("schema/postgres-1.sql"), include_str!("schema/postgres-2.sql"), include_str!("schema/postgres-3.sql")];
+    // Arrays and subqueries where a join would do: a planner that knows nothing yet of a table, or what it was an hour ago, reads all of it to join some rows.
     const CLAIM: &'static str = "
         WITH free AS MATERIALIZED (
-            SELECT id FROM sessions
+            SELECT id FROM leases
             WHERE due <= (SELECT now FROM clock) AND leased_until <= (SELECT now FROM clock)
             ORDER BY due, id LIMIT $3 FOR UPDATE SKIP LOCKED)
-        UPDATE sessions SET leased_by = $1, leased_until = (SELECT now FROM clock) + $2, woken = FALSE
-        WHERE id IN (SELECT id FROM free) RETURNING version, document";
+        UPDATE leases SET leased_by = $1, leased_until = (SELECT now FROM clock) + $2, woken = FALSE
+        WHERE id = ANY (ARRAY(SELECT id FROM free)) RETURNING id";
+    const READ: &'static str = "
+        SELECT version, document FROM sessions WHERE id = ANY (ARRAY(SELECT json_array_elements_text(CAST($1 AS json))))";
     const LOCK: Option<&'static str> = Some("SELECT pg_advisory_xact_lock(hashtextextended($1, hashtextextended($2, 0)))");
     const RENEW: &'static str = "
         WITH held AS MATERIALIZED (
-            SELECT id FROM sessions WHERE leased_by = $1 AND id IN (SELECT json_array_elements_text(CAST($3 AS json)))
+            SELECT id FROM leases WHERE leased_by = $1 AND id = ANY (ARRAY(SELECT json_array_elements_text(CAST($3 AS json))))
             ORDER BY id FOR UPDATE)
-        UPDATE sessions SET leased_until = (SELECT now FROM clock) + $2
-        WHERE leased_by = $1 AND id IN (SELECT id FROM held)";
+        UPDATE leases SET leased_until = (SELECT now FROM clock) + $2
+        WHERE leased_by = $1 AND id = ANY (ARRAY(SELECT id FROM held))";
 
     const PUT: &'static str = "
         WITH put AS MATERIALIZED (
             SELECT * FROM json_to_recordset(CAST($1 AS json)) AS put (
-                id TEXT, version BIGINT, phase TEXT, tenant TEXT, owner TEXT, provider TEXT, over BOOLEAN, spare TEXT, document TEXT)),
+                id TEXT, version BIGINT, phase TEXT, tenant TEXT, owner TEXT, provider TEXT, over BOOLEAN, spare TEXT, document TEXT,
+                durably BOOLEAN)),
         locked AS MATERIALIZED (
-            SELECT id FROM sessions WHERE id IN (SELECT id FROM put) ORDER BY id FOR UPDATE)
+            SELECT id FROM sessions
+            WHERE id = ANY (ARRAY(SELECT id FROM put))
+              AND ((SELECT bool_or(durably) FROM put) OR (SELECT set_config('synchronous_commit', 'off', TRUE)) IS NOT NULL)
+            ORDER BY id FOR UPDATE)
         UPDATE sessions
         SET version = put.version + 1, phase = put.phase, tenant = put.tenant, owner = put.owner, provider = put.provider, over = put.over,
             spare = put.spare, changed = (SELECT now FROM clock), document = put.document
-        FROM put JOIN locked ON locked.id = put.id
-        WHERE sessions.id = put.id AND sessions.version = put.version RETURNING sessions.id";
+        FROM put
+        WHERE sessions.id = ANY (ARRAY(SELECT id FROM locked)) AND sessions.id = put.id AND sessions.version = put.version
+        RETURNING sessions.id";
     const BOTH: &'static str = "
         WITH locked AS MATERIALIZED (
             SELECT id FROM sessions WHERE id = $1 AND version = $2 OR id = $3 AND version = $4 ORDER BY id FOR UPDATE)
@@ -73,28 +87,39 @@ impl Dialect for Postgres {
         WITH released AS MATERIALIZED (
             SELECT * FROM json_to_recordset(CAST($1 AS json)) AS released (id TEXT, fleet TEXT, wake BIGINT)),
         locked AS MATERIALIZED (
-            SELECT id FROM sessions WHERE id IN (SELECT id FROM released) ORDER BY id FOR UPDATE)
-        UPDATE sessions
+            SELECT id FROM leases
+            WHERE id = ANY (ARRAY(SELECT id FROM released)) AND (SELECT set_config('synchronous_commit', 'off', TRUE)) IS NOT NULL
+            ORDER BY id FOR UPDATE)
+        UPDATE leases
         SET leased_by = NULL, leased_until = 0, woken = FALSE,
             due = CASE WHEN woken THEN (SELECT now FROM clock) ELSE (SELECT now FROM clock) + released.wake END
-        FROM released JOIN locked ON locked.id = released.id
-        WHERE sessions.id = released.id AND sessions.leased_by = released.fleet";
+        FROM released
+        WHERE leases.id = ANY (ARRAY(SELECT id FROM locked)) AND leases.id = released.id AND leases.leased_by = released.fleet";
     const BOOKED: &'static str = "
-        SELECT tenant, period, CAST(SUM(amounts.nanos) AS BIGINT)
+        SELECT tenant, period, CAST(SUM(was.nanos) AS BIGINT)
         FROM json_to_recordset(CAST($1 AS json)) AS booked (tenant TEXT, period TEXT, session TEXT)
-        JOIN amounts USING (tenant, period, session) GROUP BY tenant, period";
+        CROSS JOIN LATERAL (
+            SELECT nanos FROM amounts
+            WHERE amounts.tenant = booked.tenant AND amounts.period = booked.period AND amounts.session = booked.session LIMIT 1) AS was
+        GROUP BY tenant, period";
+    // For a minute it stays as old as it was: who writes it again then touches no index.
     const BOOK: &'static str = "
         INSERT INTO amounts (tenant, period, session, nanos, changed)
         SELECT tenant, period, session, nanos, (SELECT now FROM clock)
         FROM json_to_recordset(CAST($1 AS json)) AS booked (tenant TEXT, period TEXT, session TEXT, nanos BIGINT)
+        WHERE (SELECT set_config('synchronous_commit', 'off', TRUE)) IS NOT NULL
         ORDER BY tenant, period, session
-        ON CONFLICT (tenant, period, session) DO UPDATE SET nanos = excluded.nanos, changed = excluded.changed";
+        ON CONFLICT (tenant, period, session) DO UPDATE SET nanos = excluded.nanos,
+            changed = CASE WHEN excluded.changed < amounts.changed + 60000 THEN amounts.changed ELSE excluded.changed END";
     const SUMS: &'static str = "
-        SELECT tenant, period, CAST(SUM(nanos) AS BIGINT)
+        SELECT tenant, period, CAST(sum.nanos AS BIGINT)
         FROM json_to_recordset(CAST($1 AS json)) AS wanted (tenant TEXT, period TEXT)
-        JOIN amounts USING (tenant, period) GROUP BY tenant, period";
+        CROSS JOIN LATERAL (
+            SELECT SUM(nanos) AS nanos FROM amounts WHERE amounts.tenant = wanted.tenant AND amounts.period = wanted.period) AS sum
+        WHERE sum.nanos IS NOT NULL";
 
-    // It waits for the disk once for all who write at the same time.
+    // It waits for the disk once for all who write at the same time. What is written by and by, and is not a lease, says so itself, for its own transaction:
+    // said of a connection it would stay with one that is pooled.
     const DURABLY: Option<&'static str> = None;
     const BY_AND_BY: Option<&'static str> = None;
 
@@ -133,6 +158,16 @@ pub(super) async fn connect(url: &str) -> Result<Sql<Postgres>> {
     let pool = PgPoolOptions::new()
         .max_connections(CONNECTIONS)
         .acquire_timeout(CONNECTION)
+        // Not before each statement: one that was just used is there.
+        .test_before_acquire(false)
+        .before_acquire(|connection, used| {
+            Box::pin(async move {
+                if used.idle_for >= TRUSTED {
+                    connection.ping().await?;
+                }
+                Ok(true)
+            })
+        })
         .after_connect(|connection, _| Box::pin(async move { connection.execute(SETTINGS).await.map(drop) }));
     let pool = pool
         .connect_with(options)

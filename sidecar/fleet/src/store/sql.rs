@@ -38,8 +38,10 @@ const LONGEST: i64 = 1 << 52;
 pub(super) trait Dialect: Database {
     /// By version, from 1.
     const SCHEMA: &'static [&'static str];
-    /// Leases what is free and due: by whom, for how many milliseconds, at most how many.
+    /// Leases what is free and due: by whom, for how many milliseconds, at most how many. Which these are.
     const CLAIM: &'static str;
+    /// The sessions in an array of JSON.
+    const READ: &'static str;
     /// Makes who reserves for a tenant in a period wait for who does, to the end of the transaction. `None`: one statement sees what all others have done.
     const LOCK: Option<&'static str>;
     /// Renews the leases of one, for so many milliseconds, of the sessions in an array of JSON.
@@ -95,7 +97,6 @@ pub(super) struct Put {
     over: bool,
     spare: Option<String>,
     document: String,
-    #[serde(skip)]
     durably: bool,
 }
 
@@ -146,8 +147,9 @@ impl<DB: Database> Sql<DB> {
         bounded(async { Ok(DB::rows(&write.execute(&mut *self.so(DB::DURABLY).await?).await?)) }).await
     }
 
-    /// Writes what is found out again if it is lost: leases, what was seen, sums of what is kept elsewhere. A machine that loses its power may lose the last of
-    /// it, and never what is older than something that was kept durably; a process that dies loses nothing.
+    /// Writes what is found out again if it is lost: leases, what was seen, sums of what is kept elsewhere. A machine that loses its power, or a server that
+    /// crashes, may lose the last of it, and never what is older than something that was kept durably; a process of ours that dies loses nothing. With a server
+    /// leases last: it may come back while who has them lives.
     async fn by_and_by<'q>(&self, write: Query<'q, DB, DB::Arguments>) -> Result<u64>
     where
         DB: Dialect,
@@ -438,8 +440,8 @@ where
 {
     async fn insert(&self, session: &Session) -> Result<Inserted> {
         let write = written(
-            "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, spare, changed, due, document)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, (SELECT now FROM clock), (SELECT now FROM clock), $9)
+            "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, spare, changed, document)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, (SELECT now FROM clock), $9)
              ON CONFLICT (id) DO NOTHING",
             session,
         )?;
@@ -456,8 +458,8 @@ where
         let (write, of) = match within {
             Within::Tenant(most) => {
                 let write = written(
-                    "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, spare, changed, due, document)
-                     SELECT $1, $2, $3, $4, $5, $6, $7, $8, (SELECT now FROM clock), (SELECT now FROM clock), $9
+                    "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, spare, changed, document)
+                     SELECT $1, $2, $3, $4, $5, $6, $7, $8, (SELECT now FROM clock), $9
                      WHERE $10 > (SELECT count(*) FROM sessions
                                   WHERE tenant = $4 AND over = FALSE AND owner <> '' AND phase NOT IN ('destroyed', 'failed'))
                      ON CONFLICT (id) DO NOTHING",
@@ -467,8 +469,8 @@ where
             }
             Within::Beside(known) => {
                 let write = written(
-                    "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, spare, changed, due, document)
-                     SELECT $1, $2, $3, $4, $5, $6, $7, $8, (SELECT now FROM clock), (SELECT now FROM clock), $9
+                    "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, spare, changed, document)
+                     SELECT $1, $2, $3, $4, $5, $6, $7, $8, (SELECT now FROM clock), $9
                      WHERE NOT EXISTS (SELECT 1 FROM sessions WHERE spare = $8 AND $10 NOT LIKE '%,' || id || ',%')
                      ON CONFLICT (id) DO NOTHING",
                     session,
@@ -586,11 +588,20 @@ where
     }
 
     async fn claim(&self, fleet: &str, lease: Duration, most: usize) -> Result<Vec<Session>> {
-        let found = sqlx::query_as::<DB, (i64, String)>(DB::CLAIM)
+        let free = sqlx::query_as::<DB, (String,)>(DB::CLAIM)
             .bind(fleet)
             .bind(millis(lease))
             .bind(i64::try_from(most).unwrap_or(i64::MAX));
-        let claimed = bounded(async { found.fetch_all(&mut *self.so(DB::BY_AND_BY).await?).await }).await?;
+        let claimed = bounded(async {
+            let mut connection = self.so(DB::BY_AND_BY).await?;
+            let claimed: Vec<String> = free.fetch_all(&mut *connection).await?.into_iter().map(|(id,)| id).collect();
+            if claimed.is_empty() {
+                return Ok(Vec::new());
+            }
+            // Read when they are ours: whoever was woken before that is seen as who woke it has left it.
+            sqlx::query_as::<DB, (i64, String)>(DB::READ).bind(array(&claimed)).fetch_all(&mut *connection).await
+        });
+        let claimed = claimed.await?;
         // One that a newer fleet has written, and we cannot read, is left to it: the others are driven.
         let read = |row| read_session(row).inspect_err(|error| error!(%error, "a session is not driven")).ok();
         let claimed: Vec<Session> = claimed.into_iter().filter_map(read).collect();
@@ -615,7 +626,7 @@ where
     async fn wake(&self, id: &SessionId) -> Result<()> {
         // What is due already keeps its place among the others.
         let write = sqlx::query::<DB>(
-            "UPDATE sessions
+            "UPDATE leases
              SET woken = TRUE, due = CASE WHEN due <= (SELECT now FROM clock) THEN due ELSE (SELECT now FROM clock) END
              WHERE id = $1",
         )

@@ -15,17 +15,19 @@ use super::{Error, Result};
 const READERS: u32 = 4;
 
 impl Dialect for Sqlite {
-    const SCHEMA: &'static [&'static str] = &[include_str!("schema/sqlite-1.sql"), include_str!("schema/sqlite-2.sql")];
+    const SCHEMA: &'static [&'static str] =
+        &[include_str!("schema/sqlite-1.sql"), include_str!("schema/sqlite-2.sql"), include_str!("schema/sqlite-3.sql")];
     const CLAIM: &'static str = "
         WITH free AS MATERIALIZED (
-            SELECT id FROM sessions
+            SELECT id FROM leases
             WHERE due <= (SELECT now FROM clock) AND leased_until <= (SELECT now FROM clock)
             ORDER BY due, id LIMIT $3)
-        UPDATE sessions SET leased_by = $1, leased_until = (SELECT now FROM clock) + $2, woken = FALSE
-        WHERE id IN (SELECT id FROM free) RETURNING version, document";
+        UPDATE leases SET leased_by = $1, leased_until = (SELECT now FROM clock) + $2, woken = FALSE
+        WHERE id IN (SELECT id FROM free) RETURNING id";
+    const READ: &'static str = "SELECT version, document FROM sessions WHERE id IN (SELECT value FROM json_each($1))";
     const LOCK: Option<&'static str> = None;
     const RENEW: &'static str = "
-        UPDATE sessions SET leased_until = (SELECT now FROM clock) + $2
+        UPDATE leases SET leased_until = (SELECT now FROM clock) + $2
         WHERE leased_by = $1 AND id IN (SELECT value FROM json_each($3))";
 
     const PUT: &'static str = "
@@ -47,10 +49,10 @@ impl Dialect for Sqlite {
     const RELEASE: &'static str = "
         WITH released AS MATERIALIZED (
             SELECT value->>'id' AS id, value->>'fleet' AS fleet, value->>'wake' AS wake FROM json_each($1))
-        UPDATE sessions
+        UPDATE leases
         SET leased_by = NULL, leased_until = 0, woken = FALSE,
             due = CASE WHEN woken THEN (SELECT now FROM clock) ELSE (SELECT now FROM clock) + released.wake END
-        FROM released WHERE sessions.id = released.id AND sessions.leased_by = released.fleet";
+        FROM released WHERE leases.id = released.id AND leases.leased_by = released.fleet";
     const BOOKED: &'static str = "
         SELECT amounts.tenant, amounts.period, SUM(amounts.nanos) FROM json_each($1) AS booked
         CROSS JOIN amounts ON amounts.tenant = booked.value->>'tenant' AND amounts.period = booked.value->>'period'

@@ -46,6 +46,8 @@ impl<T, R> Together<T, R> {
             answer = &mut told => return answer.ok(),
             turn = self.turn.lock() => turn,
         };
+        // Who has come to it in the same moment goes along.
+        tokio::task::yield_now().await;
         loop {
             match told.try_recv() {
                 Ok(answer) => return Some(answer),

@@ -7,9 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use agent_fleet::store::{self, Error, Filter, Store};
+use agent_fleet::lifecycle::Phase;
+use agent_fleet::session::{Session, Wanted};
+use agent_fleet::store::{self, Error, Filter, Store, Within};
+use jiff::{SignedDuration, Timestamp};
+use sqlx::migrate::{Migrate, Migration, MigrationType, Migrator};
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{AssertSqlSafe, Connection, Executor};
+use sqlx::{AssertSqlSafe, Connection, Executor, SqlSafeStr};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
@@ -230,6 +234,72 @@ async fn a_newer_postgres_is_refused() {
     }
 }
 
+/// Made by the migrations of version 2, as it was left by a fleet of its time.
+async fn an_older_schema_goes_on<C>(url: &str, versions: [&'static str; 2])
+where
+    C: Connection + Migrate,
+    for<'c> &'c mut C: Executor<'c, Database = C::Database>,
+{
+    let mut connection = C::connect(url).await.unwrap();
+    let made = |(sql, version): (&'static str, i64)| {
+        Migration::new(version, "agent-fleet".into(), MigrationType::Simple, sql.into_sql_str(), false)
+    };
+    let migrations = versions.into_iter().zip(1..).map(made).collect();
+    Migrator::with_migrations(migrations).run_direct(None, &mut connection, false).await.unwrap();
+    for (name, due, woken, by, until) in [
+        ("asleep", "NULL", false, "NULL", "0"),
+        ("dropped", "1", true, "'dead'", "1"),
+        ("due", "1", false, "NULL", "0"),
+        ("held", "1", false, "'other'", "now + 3600000"),
+        ("later", "now + 3600000", false, "NULL", "0"),
+    ] {
+        let document = serde_json::to_string(&session(name)).unwrap();
+        let insert = format!(
+            "INSERT INTO sessions (id, version, phase, tenant, owner, provider, over, changed, due, woken, leased_by, leased_until, document)
+             SELECT '{name}', 0, 'requested', 'blue', 'ada', 'docker', FALSE, now, {due}, {woken}, {by}, {until}, '{document}' FROM clock"
+        );
+        connection.execute(AssertSqlSafe(insert)).await.unwrap();
+    }
+    connection.execute("INSERT INTO amounts SELECT 'blue', '2026', 'due', 1500000000, now FROM clock").await.unwrap();
+    connection.close().await.unwrap();
+
+    let store = store::open(url).await.unwrap();
+    assert_eq!(claimed(&*store, "one", LONG).await, ["dropped", "due"]);
+    assert_eq!(store.get(&id("asleep")).await.unwrap().unwrap(), session("asleep"));
+    for name in ["dropped", "due"] {
+        store.release("one", &id(name), None).await.unwrap();
+    }
+    store.wake(&id("asleep")).await.unwrap();
+    // It is held, and due when it is not.
+    store.wake(&id("held")).await.unwrap();
+    insert(&*store, &["new"]).await;
+    assert_eq!(claimed(&*store, "one", LONG).await, ["asleep", "new"]);
+    assert_eq!(store.spent("blue", "2026").await.unwrap(), 1.5);
+    assert_eq!(store.insert_within(&session("sixth"), Within::Tenant(6)).await.unwrap(), None);
+    let mut over = Session { phase: Phase::Destroyed, ..session("new") };
+    store.update(&mut over).await.unwrap();
+    assert_eq!(store.prune(Timestamp::now() + SignedDuration::from_hours(1)).await.unwrap(), 1);
+    insert(&*store, &["new"]).await;
+    assert_eq!(claimed(&*store, "one", LONG).await, ["new"], "who is called the same is another");
+}
+
+#[tokio::test]
+async fn an_older_file_goes_on() {
+    let directory = Directory::new();
+    let url = format!("sqlite:{}/fleet.db", directory.0.display());
+    std::fs::write(directory.0.join("fleet.db"), "").unwrap();
+    let schema = [include_str!("../../src/store/schema/sqlite-1.sql"), include_str!("../../src/store/schema/sqlite-2.sql")];
+    an_older_schema_goes_on::<sqlx::SqliteConnection>(&url, schema).await;
+}
+
+#[tokio::test]
+async fn an_older_postgres_goes_on() {
+    let Ok(server) = std::env::var("AGENT_FLEET_TEST_POSTGRES") else { return };
+    let _guard = SERVER.read().await;
+    let schema = [include_str!("../../src/store/schema/postgres-1.sql"), include_str!("../../src/store/schema/postgres-2.sql")];
+    an_older_schema_goes_on::<sqlx::PgConnection>(&schema_of_its_own(&server).await, schema).await;
+}
+
 /// A document that is not ours to read stops neither the others nor the list.
 #[tokio::test]
 async fn one_that_cannot_be_read_keeps_nobody_from_the_others() {
@@ -388,7 +458,7 @@ async fn a_row_that_somebody_locks_keeps_only_who_wants_it_waiting() {
     let Some(Fresh { store, url, .. }) = &postgres().await else { return };
     insert(&**store, &["a", "b"]).await;
     let mut other = sqlx::PgConnection::connect(url).await.unwrap();
-    other.execute("BEGIN; SELECT * FROM sessions WHERE id = 'a' FOR UPDATE").await.unwrap();
+    other.execute("BEGIN; SELECT * FROM leases WHERE id = 'a' FOR UPDATE").await.unwrap();
     assert_eq!(claimed(&**store, "one", LONG).await, ["b"]);
     let woken = tokio::time::timeout(AT_LAST, store.wake(&id("a"))).await.expect("an answer, or an error");
     assert!(matches!(woken, Err(Error::Store(_))), "{woken:?}");
@@ -435,4 +505,43 @@ async fn who_writes_two_takes_them_in_the_order_of_all_others() {
         }
         assert_eq!(store.get(&id(&first)).await.unwrap().unwrap().version, 1);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_promised_and_who_leases_waits_for_the_disk_of_postgres() {
+    let Some(Fresh { store, url, .. }) = &postgres().await else { return };
+    let mut connection = sqlx::PgConnection::connect(url).await.unwrap();
+    connection
+        .execute(
+            "CREATE TABLE seen (seq BIGINT GENERATED ALWAYS AS IDENTITY, mode TEXT);
+             CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN INSERT INTO seen (mode) VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$;
+             CREATE TRIGGER see AFTER INSERT OR UPDATE ON sessions FOR EACH ROW EXECUTE FUNCTION see();
+             CREATE TRIGGER see AFTER UPDATE ON leases FOR EACH ROW EXECUTE FUNCTION see();
+             CREATE TRIGGER see AFTER INSERT OR UPDATE ON amounts FOR EACH ROW EXECUTE FUNCTION see()",
+        )
+        .await
+        .unwrap();
+    let waited = async |connection: &mut sqlx::PgConnection| {
+        let (mode,): (String,) =
+            sqlx::query_as("SELECT mode FROM seen ORDER BY seq DESC LIMIT 1").fetch_one(connection).await.unwrap();
+        mode == "on"
+    };
+    let mut one = session("a");
+    store.insert(&one).await.unwrap();
+    assert!(waited(&mut connection).await);
+    assert_eq!(claimed(&**store, "one", LONG).await, ["a"]);
+    assert!(waited(&mut connection).await, "two fleets would drive it");
+    store.note(&mut one).await.unwrap();
+    assert!(!waited(&mut connection).await);
+    store.update(&mut one).await.unwrap();
+    assert!(waited(&mut connection).await, "also after one that did not");
+    store.spend("blue", "2026", &one.id, 1.0).await.unwrap();
+    assert!(!waited(&mut connection).await);
+    assert!(store.reserve("blue", "2026", &one.id, 1.0, 2.0).await.unwrap());
+    assert!(waited(&mut connection).await);
+    store.release("one", &one.id, None).await.unwrap();
+    assert!(!waited(&mut connection).await);
+    assert!(store.want(&one.id, Wanted::Gone, "enough", one.created).await.unwrap());
+    assert!(waited(&mut connection).await);
 }
