@@ -223,6 +223,7 @@ def test_selectors_select(overlay: str):
 # ---- what the fleet asks of a cluster
 
 FLEET = ROOT / "deploy/fleet/kubernetes/rbac.yaml"
+DISRUPTION = ROOT / "deploy/fleet/kubernetes/disruption.yaml"
 # Written by the fleet's own tests, which hold them against what it sends.
 MANIFESTS = ROOT / "sidecar/fleet/tests/manifests"
 
@@ -242,9 +243,9 @@ def test_what_the_fleet_makes_is_as_kubernetes_has_it(release: str, tmp_path: Pa
     made = manifests()
     assert {each["kind"] for each in made} == {"Job", "Pod", "Secret"} and len(made) == 5
     (tmp_path / "made.yaml").write_text(yaml.safe_dump_all(made))
-    done = said(release, tmp_path / "made.yaml", FLEET)
-    rights = list(yaml.safe_load_all(FLEET.read_text()))
-    assert done.returncode == 0 and "WARN" not in done.stdout and done.stdout.count("passed") == len(made) + len(rights), done.stdout
+    done = said(release, tmp_path / "made.yaml", FLEET, DISRUPTION)
+    theirs = [each for path in [FLEET, DISRUPTION] for each in yaml.safe_load_all(path.read_text())]
+    assert done.returncode == 0 and "WARN" not in done.stdout and done.stdout.count("passed") == len(made) + len(theirs), done.stdout
 
 
 def test_a_strict_cluster_lets_the_fleets_pods_in():
@@ -252,6 +253,13 @@ def test_a_strict_cluster_lets_the_fleets_pods_in():
     assert len(specs) == 4
     for spec in specs:
         assert [*policies.restricted(spec)] == []
+
+
+def test_who_evicts_waits_for_the_pods_of_the_fleet_that_is_set_up_here():
+    budget = yaml.safe_load(DISRUPTION.read_text())
+    example = tomllib.loads((ROOT / "deploy/fleet/agent-fleet.toml").read_text())
+    assert budget["spec"]["selector"]["matchLabels"] == {"agent-fleet.fleet": example["fleet"]["name"]}
+    assert budget["metadata"]["namespace"] == example["providers"]["cluster"]["namespace"]
 
 
 def test_the_fleet_reads_no_secrets():

@@ -58,6 +58,8 @@ impl World {
             created: None,
             deadline: None,
             labels: session.spec.labels.clone(),
+            node: None,
+            disrupted: None,
         }
     }
 

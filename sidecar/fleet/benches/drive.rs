@@ -51,6 +51,8 @@ fn sandbox(key: &str) -> Sandbox {
         created: None,
         deadline: None,
         labels: labels.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
+        node: None,
+        disrupted: None,
     }
 }
 
@@ -77,6 +79,7 @@ impl Provider for Simulated {
             events: true,
             endpoint: true,
             traffic_keeps_awake: false,
+            nodes: false,
         }
     }
 
@@ -117,7 +120,7 @@ impl Provider for Simulated {
         Ok(())
     }
 
-    async fn resume(&self, _: &str) -> provider::Result<()> {
+    async fn resume(&self, _: &str, _: &[String]) -> provider::Result<()> {
         Ok(())
     }
 

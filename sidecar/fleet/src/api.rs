@@ -88,6 +88,8 @@ pub struct View {
     pub generation: u32,
     /// What the provider calls the container.
     pub container: Option<String>,
+    /// The node that it is on, where its provider has nodes.
+    pub node: Option<String>,
     /// Until when its agents work, by the sidecar's word.
     #[schema(value_type = Option<String>, format = DateTime)]
     pub busy_until: Option<Timestamp>,
@@ -115,6 +117,7 @@ impl View {
             ends: session.ends,
             generation: session.generation,
             container: session.native.clone(),
+            node: session.node.clone(),
             busy_until: session.report.as_ref().and_then(|report| report.busy_until),
             agent_usd: session.cost_usd(),
             container_usd: session.container_usd,
@@ -181,7 +184,9 @@ impl IntoResponse for Failure {
 impl From<service::Error> for Failure {
     fn from(error: service::Error) -> Self {
         let status = match &error {
-            service::Error::Unable { .. } | service::Error::NoProvider(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            service::Error::Unable { .. } | service::Error::NoProvider(_) | service::Error::NoNodes { .. } => {
+                StatusCode::UNPROCESSABLE_ENTITY
+            }
             service::Error::Full { .. } | service::Error::OverBudget(_) => StatusCode::TOO_MANY_REQUESTS,
             service::Error::Store(store::Error::Missing(_)) => StatusCode::NOT_FOUND,
             service::Error::Store(_) | service::Error::Circle(_) | service::Error::Drained { .. } => {
@@ -509,7 +514,7 @@ impl Modify for Token {
     info(title = "agent-fleet", description = "Containers for agents: created, watched, put to sleep, woken and destroyed."),
     paths(
         create, list, show, destroy, pause, resume, logs, hooks, proxy::messages, events::events, letters::list, letters::redeliver,
-        report, drain::show, drain::begin, drain::end, livez, readyz, metrics
+        report, drain::show, drain::begin, drain::end, drain::show_node, drain::begin_node, drain::end_node, livez, readyz, metrics
     ),
     components(schemas(
         NewSession, View, Views, Wrong, letters::Which, proxy::Message, Told, Lease, drain::Drain, drain::Drained
@@ -546,6 +551,7 @@ pub fn router(api: Api) -> Router {
         .merge(proxy::routes())
         .route("/v1/containers/{key}/report", post(report))
         .route("/v1/providers/{name}/drain", get(drain::show).post(drain::begin).delete(drain::end))
+        .route("/v1/providers/{name}/nodes/{node}/drain", get(drain::show_node).post(drain::begin_node).delete(drain::end_node))
         .route("/v1/sessions/{id}/redeliver", post(letters::redeliver))
         .route("/v1/dead-letters", get(letters::list))
         .route("/v1/events", get(events::events))

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use agent_fleet::api::{self, Api, View, Views, Wrong};
 use agent_fleet::config::{Config, Elsewhere};
+use agent_fleet::drain::is_node;
 use agent_fleet::hook::plan_hooks;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::metric::{self, Counted, Metrics};
@@ -107,19 +108,27 @@ fn command() -> Command {
                 .arg(flag("wait", "Until it is gone")),
         )
         .subcommand(
-            asking(Command::new("drain").about("Empties a provider: nothing new is made there, and what is idle goes"))
-                .arg(Arg::new("provider").value_name("PROVIDER").required(true))
-                .arg(
-                    Arg::new("within")
-                        .long("within")
-                        .value_name("SECONDS")
-                        .value_parser(value_parser!(u64))
-                        .default_value("600")
-                        .help("What works may go on for so long"),
-                )
-                .arg(flag("status", "Says how far it is, and changes nothing"))
-                .arg(flag("end", "It may be used again"))
-                .arg(flag("wait", "Until nothing is left there but what sleeps")),
+            asking(
+                Command::new("drain")
+                    .about("Empties a provider, or a node of it: nothing new is made there, and what is idle goes"),
+            )
+            .arg(
+                Arg::new("provider")
+                    .value_name("PROVIDER[/NODE]")
+                    .required(true)
+                    .help("As the configuration calls it, and, of a cluster, as the cluster calls the node"),
+            )
+            .arg(
+                Arg::new("within")
+                    .long("within")
+                    .value_name("SECONDS")
+                    .value_parser(value_parser!(u64))
+                    .default_value("600")
+                    .help("What works may go on for so long"),
+            )
+            .arg(flag("status", "Says how far it is, and changes nothing"))
+            .arg(flag("end", "It may be used again"))
+            .arg(flag("wait", "Until nothing is left there but what sleeps")),
         )
         .subcommand(one("logs", "Prints the last of what its container has said"))
         .subcommand(one("hooks", "Prints what hooks have done for it, as JSON"))
@@ -423,13 +432,21 @@ async fn ask(name: &str, asked: &ArgMatches) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn drain(remote: &Remote, asked: &ArgMatches) -> Result<ExitCode> {
-    let name = text(asked, "provider").unwrap_or_default();
-    // It becomes part of a path.
+/// Names become part of it.
+fn drain_path(of: &str) -> Result<String> {
+    let (name, node) = of.split_once('/').map_or((of, None), |(name, node)| (name, Some(node)));
     if name.is_empty() || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
         return Err(format!("`{name}` is no name of a provider").into());
     }
-    let path = format!("/v1/providers/{name}/drain");
+    match node {
+        None => Ok(format!("/v1/providers/{name}/drain")),
+        Some(node) if is_node(node) => Ok(format!("/v1/providers/{name}/nodes/{node}/drain")),
+        Some(node) => Err(format!("`{node}` is no name of a node: write it as the cluster does (`kubectl get nodes`)").into()),
+    }
+}
+
+async fn drain(remote: &Remote, asked: &ArgMatches) -> Result<ExitCode> {
+    let path = drain_path(text(asked, "provider").unwrap_or_default())?;
     let (method, body) = if is(asked, "status") {
         (Method::GET, None)
     } else if is(asked, "end") {
@@ -556,6 +573,31 @@ async fn list(remote: &Remote, asked: &ArgMatches) -> Result<ExitCode> {
         match page.next {
             Some(next) => after = next,
             None => return Ok(ExitCode::SUCCESS),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_drained_is_a_provider_or_a_node_of_one() {
+        let given = |of: &str| {
+            let asked = command().get_matches_from(["agent-fleet", "drain", of]);
+            let (_, asked) = asked.subcommand().unwrap();
+            drain_path(text(asked, "provider").unwrap()).map_err(|error| error.to_string())
+        };
+        assert_eq!(given("local").unwrap(), "/v1/providers/local/drain");
+        assert_eq!(given("cluster/node-1.example").unwrap(), "/v1/providers/cluster/nodes/node-1.example/drain");
+        for (wrong, says) in [
+            ("", "no name of a provider"),
+            ("/n", "no name of a provider"),
+            ("a/", "kubectl get nodes"),
+            ("a/b/c", "kubectl get nodes"),
+            ("a/..", "`..`"),
+        ] {
+            assert!(given(wrong).unwrap_err().contains(says), "{wrong}");
         }
     }
 }

@@ -204,6 +204,7 @@ impl Template {
             labels,
             ttl: self.ttl,
             idle: self.provider_idle,
+            avoid: Vec::new(),
         }
     }
 }

@@ -128,7 +128,10 @@ fn hex(parts: &[&str]) -> String {
 
 /// Whether a container has a place for somebody who comes now: one that is old would soon be gone.
 pub fn may_seat(house: &Session, now: Timestamp) -> bool {
-    house.spare().is_some() && house.places.as_ref().is_some_and(|places| places.free() > 0) && is_young(house, now)
+    house.disrupted.is_none()
+        && house.spare().is_some()
+        && house.places.as_ref().is_some_and(|places| places.free() > 0)
+        && is_young(house, now)
 }
 
 fn is_young(house: &Session, now: Timestamp) -> bool {
@@ -235,7 +238,21 @@ impl Provider for Shared {
         };
         let created = house.as_ref().map(|house| house.created);
         let (key, native, labels) = (Some(guest.to_string()), native.to_owned(), BTreeMap::new());
-        Ok(Sandbox { key, native, state, reason, exit_code: None, size: None, created, deadline: None, labels })
+        // That its container is taken away is told by that.
+        let node = house.and_then(|house| house.node);
+        Ok(Sandbox {
+            key,
+            native,
+            state,
+            reason,
+            exit_code: None,
+            size: None,
+            created,
+            deadline: None,
+            labels,
+            node,
+            disrupted: None,
+        })
     }
 
     async fn list(&self, _: &BTreeMap<String, String>, _: Option<&str>) -> Done<Page> {
@@ -259,7 +276,7 @@ impl Provider for Shared {
         Self::cannot("pause", "stop it instead: its container has others in it")
     }
 
-    async fn resume(&self, _: &str) -> Done<()> {
+    async fn resume(&self, _: &str, _: &[String]) -> Done<()> {
         Ok(())
     }
 
@@ -362,7 +379,7 @@ impl Fleet {
             let mut full = false;
             for house in houses {
                 // Of those that are full only one of a number is found.
-                full |= is_young(&house, self.now());
+                full |= is_young(&house, self.now()) && !self.is_leaving(&house);
                 if let Some(found) = self.sit(session, house, grace).await? {
                     return Ok(Some(Found::Session(Box::new(found))));
                 }
@@ -384,11 +401,16 @@ impl Fleet {
         Ok(None)
     }
 
+    /// Nobody new comes into one whose node is to be empty, or that is taken away.
+    fn is_leaving(&self, house: &Session) -> bool {
+        house.disrupted.is_some() || self.node_drained_until(house).is_some()
+    }
+
     /// `None`: there is no place.
     async fn sit(&self, session: &Session, mut house: Session, grace: Duration) -> Result<Option<Session>, Error> {
         for _ in 0..CONFLICTS {
             let now = self.now();
-            if !may_seat(&house, now) {
+            if !may_seat(&house, now) || self.is_leaving(&house) {
                 return Ok(None);
             }
             let (mut guest, mut with) = (session.clone(), house.clone());

@@ -24,6 +24,8 @@ pub struct Policy {
     pub recycle: Recycle,
     /// Nothing new is made at its provider, and until then what works there may go on.
     pub drained: Option<Timestamp>,
+    /// The same of the node that its container is on: others are made elsewhere.
+    pub node_drained: Option<Timestamp>,
     /// How long a container may take to end.
     pub stop_grace: Duration,
     pub pause_by: PauseBy,
@@ -45,6 +47,7 @@ impl Default for Policy {
             idle_after: None,
             recycle: Recycle::default(),
             drained: None,
+            node_drained: None,
             stop_grace: Duration::from_secs(20),
             pause_by: PauseBy::Nothing,
             keep_alive: None,
@@ -145,7 +148,11 @@ const DRAINED_AGAIN: Duration = Duration::from_secs(10);
 const BACK: Duration = Duration::from_secs(300);
 /// How long a container of several stays that has nobody in it, unless somebody says otherwise.
 const EMPTY: Duration = Duration::from_secs(300);
+/// How long it is tried to put away what one has that is taken away: no cluster gives it longer.
+const LAST_WORDS: Duration = Duration::from_secs(600);
 const DRAINED: &str = "its provider is being drained";
+const LIVED: &str = "its container's time is over";
+pub(crate) const NODE_DRAINED: &str = "its node is being drained";
 
 /// Sums of the same in another order differ by less, in USD.
 const ROUNDED: f64 = 1e-6;
@@ -354,6 +361,9 @@ impl Planner<'_> {
             Ok(container) => container,
             Err(step) => return Some(self.later().unwrap_or(step)),
         };
+        if let Some(step) = self.disrupted(container) {
+            return Some(step);
+        }
         match container.state {
             State::Running | State::Unknown(_) => {}
             // It has come and gone with a provider that forgets for a moment.
@@ -375,28 +385,51 @@ impl Planner<'_> {
         let look_again = self.seen.map_or(self.now, |seen| seen.at + self.policy.look_every);
         let back = self.back();
         // The provider, or the reconciler, ends it then anyway.
-        if self.session.metered_since.is_some() && self.session.made.is_some_and(|made| made + self.session.spec.ttl <= self.now)
-        {
+        if self.session.metered_since.is_some() && self.has_lived() {
             let kept = self.policy.pause_by == PauseBy::Archive && self.session.pattern == Pattern::Hybrid;
             if let Some(again) = back.filter(|_| kept) {
                 return Some(self.wait(vec![self.session.ends, look_again, again]));
             }
-            return Some(enter(if kept { Phase::Pausing } else { Phase::Stopping }, "its container's time is over"));
+            return Some(enter(if kept { Phase::Pausing } else { Phase::Stopping }, LIVED));
         }
         // It waits to be somebody's, and is nobody's until it is too old.
         if self.session.pool.is_some() {
             return Some(self.wait(vec![self.session.ends, look_again]));
         }
-        if self.policy.drained.is_some_and(|until| until <= self.now) {
+        if let Some((_, why)) = self.drained().filter(|(until, _)| *until <= self.now) {
             if let Some(again) = back.filter(|_| self.quiet() == Phase::Pausing) {
                 return Some(self.wait(vec![self.session.ends, look_again, again]));
             }
-            return Some(self.later().unwrap_or_else(|| enter(self.quiet(), DRAINED)));
+            return Some(self.later().unwrap_or_else(|| enter(self.quiet(), why)));
         }
         if self.session.wanted == Wanted::Paused && self.policy.pause_by != PauseBy::Nothing {
             return Some(enter(Phase::Pausing, "somebody asked for it"));
         }
         self.work()
+    }
+
+    fn has_lived(&self) -> bool {
+        self.session.made.is_some_and(|made| made + self.session.spec.ttl <= self.now)
+    }
+
+    /// Until when what works may go on where its container is, and why no longer.
+    fn drained(&self) -> Option<(Timestamp, &'static str)> {
+        let all = self.policy.drained.map(|until| (until, DRAINED));
+        let node = self.policy.node_drained.map(|until| (until, NODE_DRAINED));
+        all.into_iter().chain(node).min()
+    }
+
+    /// What becomes of one whose container is taken away: what it has is put away while there is time, and nobody calls it a failure.
+    fn disrupted(&self, container: &Sandbox) -> Option<Step> {
+        let why = self.session.disrupted.as_ref()?;
+        if self.session.pool.is_some() {
+            return Some(enter(Phase::Stopping, why));
+        }
+        // What a provider ends when it was told to is not taken away.
+        let why = if self.has_lived() { LIVED } else { why };
+        let there = !matches!(container.state, State::Stopped | State::Failed | State::Missing | State::Destroyed);
+        let kept = there || self.session.archive.is_some();
+        Some(enter(if kept { self.quiet() } else { Phase::Stopping }, why))
     }
 
     /// One that is back because it could not be put away: that is not tried all the time, but again then.
@@ -409,7 +442,7 @@ impl Planner<'_> {
     fn work(&self) -> Maybe {
         let look_again = self.seen.map_or(self.now, |seen| seen.at + self.policy.look_every);
         let mut wake = vec![self.session.ends, look_again];
-        wake.extend(self.policy.drained);
+        wake.extend(self.drained().map(|(until, _)| until));
         let busy_until = self.session.report.as_ref().and_then(|report| report.busy_until).filter(|until| *until > self.now);
         if let Some(until) = busy_until {
             if self.session.phase != Phase::Active {
@@ -444,7 +477,7 @@ impl Planner<'_> {
                 let why = if self.session.places.is_some() { "nobody is in it" } else { "its agent is idle" };
                 return Some(self.later().unwrap_or_else(|| enter(quiet, why)));
             }
-            let drained = self.policy.drained.map(|_| DRAINED.to_owned());
+            let drained = self.drained().map(|(_, why)| why.to_owned());
             // Who was woken, or has just begun, is first to do what it was wanted for.
             let calm = since + self.policy.look_every;
             let worked = self.session.phase == Phase::Idle && calm <= self.now;
@@ -474,11 +507,21 @@ impl Planner<'_> {
         if let Some(step) = self.unwanted().or_else(|| self.hooks()) {
             return Some(step);
         }
+        let disrupted = self.session.disrupted.as_ref();
         if !self.session.holds {
-            return Some(Step::Enter(Phase::Paused, None));
+            return Some(Step::Enter(Phase::Paused, disrupted.cloned()));
         }
-        if self.session.failures >= self.policy.tries && !self.session.persisted {
-            return Some(enter(Phase::Idle, format!("it could not be put away: {}", self.reason())));
+        let in_vain = !self.session.persisted
+            && match disrupted {
+                None => self.session.failures >= self.policy.tries,
+                Some(_) => self.session.since + LAST_WORDS <= self.now,
+            };
+        match disrupted {
+            None if in_vain => return Some(enter(Phase::Idle, format!("it could not be put away: {}", self.reason()))),
+            Some(why) if in_vain && self.session.archive.is_none() => {
+                return Some(enter(Phase::Stopping, format!("{why}; it could not be put away: {}", self.reason())));
+            }
+            _ => {}
         }
         if let Some(step) = self.later() {
             return Some(step);
@@ -490,9 +533,10 @@ impl Planner<'_> {
         let ended = matches!(container.state, State::Stopped | State::Failed | State::Missing | State::Destroyed);
         let by_provider = self.policy.pause_by == PauseBy::Provider;
         let busy = self.session.report.as_ref().and_then(|report| report.busy_until).is_some_and(|until| until > self.now);
-        let lives = self.session.made.is_none_or(|made| made + self.session.spec.ttl > self.now);
+        // There is no waiting for it any more.
+        let late = disrupted.is_some() || self.drained().is_some_and(|(until, _)| until <= self.now);
         // What was put away is not all of it any more.
-        if busy && lives && container.state == State::Running && self.policy.pause_by == PauseBy::Archive {
+        if busy && !self.has_lived() && !late && container.state == State::Running && self.policy.pause_by == PauseBy::Archive {
             return Some(Step::Enter(Phase::Idle, None));
         }
         Some(match &container.state {
@@ -500,11 +544,16 @@ impl Planner<'_> {
             State::Running if by_provider => Step::Do(Action::Pause),
             // What was put away before is what there is.
             _ if ended && (self.session.persisted || self.session.archive.is_some()) => Step::Do(Action::Delete),
+            _ if ended && let Some(why) = disrupted => enter(Phase::Stopping, format!("{why}; it ended before it was put away")),
             _ if ended => enter(Phase::Failed, format!("it ended before it was put away{}", why(container))),
             _ if by_provider => self.soon(),
+            // What was put away before is what there is.
+            _ if in_vain => Step::Do(Action::Delete),
             _ if self.session.persisted && self.session.failures >= self.policy.tries => Step::Do(Action::Delete),
             _ if self.session.persisted => Step::Do(Action::Stop),
             State::Running => Step::Do(Action::Persist),
+            // Its sidecar may still answer.
+            State::Stopping if disrupted.is_some() => Step::Do(Action::Persist),
             _ => self.soon(),
         })
     }
@@ -708,6 +757,7 @@ pub fn enter_phase(session: &mut Session, phase: Phase, reason: Option<String>, 
     if phase == Phase::Creating && session.phase == Phase::Resuming {
         session.generation += 1;
         session.native = None;
+        session.node = None;
         session.taken = None;
         session.warm = None;
         session.hydrated = false;
@@ -715,7 +765,8 @@ pub fn enter_phase(session: &mut Session, phase: Phase, reason: Option<String>, 
     session.idle_since = matches!(phase, Phase::Ready | Phase::Idle).then_some(now);
     match phase {
         Phase::Pausing => session.persisted = false,
-        Phase::Starting | Phase::Resuming => session.kept_until = None,
+        Phase::Starting => session.kept_until = None,
+        Phase::Resuming => (session.kept_until, session.disrupted) = (None, None),
         _ => {}
     }
     session.wanted = match (session.wanted, phase) {
@@ -766,7 +817,10 @@ pub fn record(session: &mut Session, action: &Action, outcome: &Outcome, policy:
             session.retry_at = Some(*at);
             return;
         }
-        Outcome::Made(sandbox) => session.native = Some(sandbox.native.clone()),
+        Outcome::Made(sandbox) => {
+            session.native = Some(sandbox.native.clone());
+            session.node.clone_from(&sandbox.node);
+        }
         Outcome::Answered(true) => enter_phase(session, Phase::Ready, None, price, now),
         Outcome::Answered(false) => {
             session.retry_at = Some(now + LOOK_SOON / 4);
@@ -797,8 +851,15 @@ pub fn record(session: &mut Session, action: &Action, outcome: &Outcome, policy:
 
 /// What a container was seen to do: one that is to be gone, and is, is held no longer.
 pub fn saw(session: &mut Session, sandbox: &Sandbox, policy: &Policy, price: &Price, now: Timestamp) {
+    // A list may say less of it than who asks for it alone is told.
+    if session.native.is_some() || sandbox.node.is_some() {
+        session.node.clone_from(&sandbox.node);
+    }
     if session.native.is_none() && !sandbox.state.is_gone() {
         session.native = Some(sandbox.native.clone());
+    }
+    if session.disrupted.is_none() && !asked_to_end(session, policy) {
+        session.disrupted.clone_from(&sandbox.disrupted);
     }
     // What holds it up is all that is known when it is gone. Why somebody wants its end is not lost for that.
     if session.phase == Phase::Starting && session.wanted == Wanted::Running && sandbox.reason.is_some() {
@@ -812,10 +873,21 @@ pub fn saw(session: &mut Session, sandbox: &Sandbox, policy: &Policy, price: &Pr
     if to_be_gone && sandbox.state.is_gone() && !settling(session, policy, now) {
         meter(session, price, now);
         session.holds = false;
+        session.node = None;
         session.metered_since = None;
         session.made = None;
         session.cost_before_usd = session.cost_usd();
         session.report = None;
+    }
+}
+
+/// Whether its container ends because we want it to.
+fn asked_to_end(session: &Session, policy: &Policy) -> bool {
+    match session.phase {
+        Phase::Requested | Phase::Creating | Phase::Starting | Phase::Ready | Phase::Active | Phase::Idle => false,
+        // Before what it has was put away nobody has ended it.
+        Phase::Pausing => session.persisted || policy.pause_by != PauseBy::Archive,
+        Phase::Paused | Phase::Resuming | Phase::Stopping | Phase::Stopped | Phase::Destroyed | Phase::Failed => true,
     }
 }
 
@@ -857,7 +929,10 @@ fn failed(session: &mut Session, action: &Action, error: &provider::Error, polic
         }
     }
     session.failures = session.failures.saturating_add(1);
-    let doubled = policy.backoff.saturating_mul(1 << (session.failures - 1).min(10)).min(BACKOFF_MOST);
+    // Of one that is taken away there is soon nothing left to ask for.
+    let hurries = *action == Action::Persist && session.disrupted.is_some();
+    let failures = if hurries { 1 } else { session.failures };
+    let doubled = policy.backoff.saturating_mul(1 << (failures - 1).min(10)).min(BACKOFF_MOST);
     let asked = match error {
         provider::Error::Busy { after: Some(after), .. } => (*after).min(BACKOFF_MOST),
         _ => Duration::ZERO,

@@ -21,9 +21,10 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use crate::config::{TENANT_LABEL, Template};
+use crate::drain::node_of;
 use crate::lifecycle::Phase;
 use crate::metric::{POOL_CLAIMS, POOL_FAILURES};
-use crate::plan;
+use crate::plan::{self, NODE_DRAINED};
 use crate::provider::{FLEET_LABEL, KEY_LABEL, Price, SESSION_LABEL, Spec};
 use crate::service::{Error, Fleet};
 use crate::session::{Pattern, Session, SessionId, Wanted};
@@ -125,7 +126,7 @@ pub fn may_take(session: &Session) -> bool {
 /// Whether a spare may be given away now.
 pub fn may_give(spare: &Session, now: Timestamp) -> bool {
     let works = spare.report.as_ref().and_then(|report| report.busy_until).is_some_and(|until| until > now);
-    spare.spare().is_some() && spare.ends > now && !works
+    spare.spare().is_some() && spare.ends > now && !works && spare.disrupted.is_none()
 }
 
 /// The container goes over. What it has cost until now is nobody's, and from now on the session's.
@@ -133,6 +134,7 @@ pub fn hand_over(spare: &mut Session, session: &mut Session, price: &Price, now:
     let why = Some(format!("its container is session {}'s", session.id));
     session.taken = Some(spare.key());
     session.native = spare.native.take();
+    session.node = spare.node.take();
     session.made = spare.made.take();
     // Who comes into it later is to end before it does: its life began when it was made.
     if let (Some(_), Some(made)) = (&session.places, session.made) {
@@ -254,7 +256,7 @@ fn fate(session: &Session, up: Option<Timestamp>, now: Timestamp) -> Fate {
     };
     match spare.phase {
         Phase::Failed => Fate::Failed,
-        _ if spare.wanted != Wanted::Running => Fate::Neither,
+        _ if spare.wanted != Wanted::Running || spare.disrupted.is_some() => Fate::Neither,
         Phase::Requested | Phase::Creating | Phase::Starting => Fate::Open,
         Phase::Ready | Phase::Active | Phase::Idle if !lived(spare, up, now) => Fate::Open,
         Phase::Ready | Phase::Active | Phase::Idle => Fate::Works,
@@ -283,7 +285,7 @@ impl Fleet {
             let mut contended = false;
             for spare in self.store().spares(&kind, TRIES).await? {
                 let now = self.now();
-                if !may_give(&spare, now) {
+                if !may_give(&spare, now) || self.node_drained_until(&spare).is_some() {
                     continue;
                 }
                 let before = spare.clone();
@@ -376,7 +378,13 @@ impl Fleet {
                     );
                 }
             }
-            for step in refill.next(&ahead.pool, &stock.remove(&kind).unwrap_or_default(), now) {
+            let there = stock.remove(&kind).unwrap_or_default();
+            let node_drained = |spare: &Session| node_of(spare).is_some_and(|at| drained.contains_key(&at));
+            let (leave, stay): (Vec<Session>, Vec<Session>) = there.into_iter().partition(node_drained);
+            for spare in leave.iter().filter(|spare| spare.given.is_none() && spare.wanted != Wanted::Gone) {
+                self.want(&spare.id, Wanted::Gone, NODE_DRAINED).await?;
+            }
+            for step in refill.next(&ahead.pool, &stay, now) {
                 match step {
                     Step::Make => {
                         let mut spare = ahead.spare(now);

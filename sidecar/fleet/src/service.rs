@@ -157,6 +157,10 @@ pub enum Error {
     OverBudget(String),
     #[error("provider `{provider}` is being drained: nothing new is made there")]
     Drained { provider: String },
+    #[error(
+        "provider `{provider}` does not put containers on nodes of its choice, so none of them can be drained: `agent-fleet drain {provider}` empties all of it"
+    )]
+    NoNodes { provider: String },
     #[error("session {0} goes round in a circle")]
     Circle(SessionId),
 }
@@ -528,11 +532,21 @@ impl Fleet {
         let mut seen: Option<Seen> = None;
         // Until when a sidecar may say its first word.
         let mut patience = None;
+        // It was told to end, or removed, and may take a while.
+        let mut told_to_end = None;
         for _ in 0..STEPS {
             if *end.borrow() {
                 return Ok(Some(self.now()));
             }
-            match plan::next(&session, seen.as_ref(), &policy, self.now()) {
+            // Where it is may have been seen a moment ago.
+            policy.node_drained = self.node_drained_until(&session);
+            let step = match plan::next(&session, seen.as_ref(), &policy, self.now()) {
+                Step::Do(action) if told_to_end.as_ref() == Some(&action) && is_ending(seen.as_ref()) => {
+                    Step::Wait(Some(self.now() + POLL))
+                }
+                step => step,
+            };
+            match step {
                 Step::Wait(until) => {
                     // While it sleeps nobody looks at it, and when it is over nobody will.
                     let wanted = session.wanted;
@@ -603,6 +617,9 @@ impl Fleet {
                     let (began, began_at) = (std::time::Instant::now(), self.now());
                     let before = session.clone();
                     let (outcome, looked, report) = self.perform(&action, &session, &provider, patience).await;
+                    if matches!((&action, &outcome), (Action::Stop | Action::Delete, Outcome::Done)) {
+                        told_to_end = Some(action.clone());
+                    }
                     if matches!(action, Action::Create | Action::Start | Action::Resume) {
                         patience = Some(Instant::now() + FIRST_WORD);
                     }
@@ -625,6 +642,10 @@ impl Fleet {
                         }
                     })
                     .await?;
+                    if let (None, Some(why)) = (&before.disrupted, &session.disrupted) {
+                        self.metrics.add(&metric::DISRUPTIONS, &[&session.provider], 1.0);
+                        tracing::warn!(session = %session.id, node = session.node, why, "its container is taken away");
+                    }
                     if session.phase != before.phase {
                         self.entered(&before, &session);
                         self.tell_guests(&session).await;
@@ -772,7 +793,7 @@ impl Fleet {
             Action::Start => done(provider.start(native(session)).await),
             Action::KeepAlive(until) => done(provider.keep_alive(native(session), *until).await),
             Action::Pause => done(provider.pause(native(session)).await),
-            Action::Resume => done(provider.resume(native(session)).await),
+            Action::Resume => done(provider.resume(native(session), &self.drained_nodes(&session.provider)).await),
             Action::Stop => done(provider.stop(native(session), self.policies.policy(session).stop_grace).await),
             Action::Delete => done(provider.delete(native(session)).await),
         };
@@ -782,6 +803,7 @@ impl Fleet {
     /// What the container is made of, with what it is told of us: that is kept nowhere.
     fn told(&self, session: &Session) -> provider::Spec {
         let mut spec = session.spec.clone();
+        spec.avoid = self.drained_nodes(&session.provider);
         let Some(tokens) = &self.tokens else { return spec };
         // Who gives no environment is told nothing: its sidecar is asked.
         if !self.provider(&session.provider).is_ok_and(|provider| provider.capabilities().env) {
@@ -827,7 +849,11 @@ impl Fleet {
         let (Some(away), Some(tokens)) = (&self.away, &self.tokens) else {
             return Err(conversation::Error::Lasting(String::from("there is no [conversations] any more")));
         };
-        let endpoint = provider.endpoint(native(session), self.policies.port(session)).await;
+        let (at, port) = (native(session), self.policies.port(session));
+        let endpoint = match session.disrupted {
+            Some(_) => provider.last_endpoint(at, port).await,
+            None => provider.endpoint(at, port).await,
+        };
         let endpoint = endpoint.map_err(|error| match error.is_passing() {
             true => conversation::Error::Passing(error.to_string()),
             false => conversation::Error::Lasting(error.to_string()),
@@ -1059,6 +1085,10 @@ fn away(provider: &Arc<dyn Provider>, error: conversation::Error) -> provider::E
     }
 }
 
+fn is_ending(seen: Option<&Seen>) -> bool {
+    seen.is_some_and(|seen| seen.sandbox.state == State::Stopping)
+}
+
 fn native(session: &Session) -> &str {
     session.native.as_deref().unwrap_or_default()
 }
@@ -1074,6 +1104,8 @@ fn missing(key: &str) -> Sandbox {
         created: None,
         deadline: None,
         labels: BTreeMap::new(),
+        node: None,
+        disrupted: None,
     }
 }
 

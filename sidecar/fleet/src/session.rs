@@ -171,6 +171,12 @@ pub struct Session {
     /// What the provider calls the container, once it has said so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub native: Option<String>,
+    /// The node that its container is on, where its provider has nodes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Its container is taken away, or was, without our doing, and why: see [`crate::provider::Sandbox::disrupted`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disrupted: Option<String>,
     /// What was put away has been brought into this container.
     #[serde(default)]
     pub hydrated: bool,
@@ -256,6 +262,8 @@ impl Session {
             place: None,
             places: None,
             native: None,
+            node: None,
+            disrupted: None,
             hydrated: false,
             persisted: false,
             kept_until: None,

@@ -69,6 +69,7 @@ impl Daemon {
             labels: BTreeMap::from([(String::from(FLEET_LABEL), String::from("test"))]),
             ttl: Duration::from_secs(3600),
             idle: None,
+            avoid: vec![],
         }
     }
 

@@ -111,6 +111,7 @@ exec "$program" --id "$id" --start-time-us 1 --start-time-cpu-us 1 --parent-cpu-
             labels: BTreeMap::from([(FLEET_LABEL.to_owned(), String::from("tests"))]),
             ttl: Duration::from_secs(3600),
             idle: None,
+            avoid: vec![],
         }
     }
 
@@ -338,7 +339,7 @@ async fn in_a_jail_and_over_vsock_it_does_the_same() {
     for _ in 0..2 {
         provider.pause("agent-jail-1").await.unwrap();
         assert_eq!((state(&provider, "agent-jail-1").await, machines.alive("").len()), (State::Paused, 0));
-        provider.resume("agent-jail-1").await.unwrap();
+        provider.resume("agent-jail-1", &[]).await.unwrap();
         assert_eq!(state(&provider, "agent-jail-1").await, State::Running);
     }
     let again: Endpoint = provider.endpoint("agent-jail-1", 8080).await.unwrap();
@@ -486,7 +487,7 @@ async fn what_sleeps_has_no_process_and_what_woke_up_sleeps_again() {
     for _ in 0..3 {
         provider.pause("agent-nap-1").await.unwrap();
         assert_eq!((machines.alive("").len(), machines.files("agent-nap-1", ".memory")), (0, 1));
-        provider.resume("agent-nap-1").await.unwrap();
+        provider.resume("agent-nap-1", &[]).await.unwrap();
         assert_eq!(machines.alive("").len(), 1);
     }
     assert!(!machines.console("agent-nap-1").contains("Running Firecracker"), "the console is the machine's");
@@ -507,7 +508,7 @@ async fn what_sleeps_has_no_process_and_what_woke_up_sleeps_again() {
     let memory = fs::read_dir(at.join("files")).unwrap().flatten().map(|file| file.path());
     let memory = memory.filter(|path| path.extension().is_some_and(|kind| kind == "memory")).collect::<Vec<_>>();
     fs::rename(&memory[0], at.join("elsewhere")).unwrap();
-    let lost = provider.resume("agent-nap-1").await;
+    let lost = provider.resume("agent-nap-1", &[]).await;
     assert!(matches!(&lost, Err(Error::Failed { what, .. }) if what.contains("Failed to restore from snapshot")), "{lost:?}");
     assert_eq!((state(&provider, "agent-nap-1").await, machines.alive("").len()), (State::Paused, 0));
     fs::rename(at.join("elsewhere"), &memory[0]).unwrap();
@@ -517,13 +518,13 @@ async fn what_sleeps_has_no_process_and_what_woke_up_sleeps_again() {
     let mut left = left.args(["--id", "agent-nap-1", "--api-sock"]).arg(at.join("files/api.sock")).env_clear().spawn().unwrap();
     soon(|| at.join("files/api.sock").exists()).await;
     assert_eq!(state(&provider, "agent-nap-1").await, State::Paused);
-    provider.resume("agent-nap-1").await.unwrap();
+    provider.resume("agent-nap-1", &[]).await.unwrap();
     left.wait().unwrap();
     assert_eq!(machines.alive("").len(), 1);
     // Killed when it had woken up, before it went on: what was put away is not its memory any more.
     patch(&at.join("files/api.sock"), r#"{"state": "Paused"}"#);
     assert_eq!(state(&provider, "agent-nap-1").await, State::Paused);
-    provider.resume("agent-nap-1").await.unwrap();
+    provider.resume("agent-nap-1", &[]).await.unwrap();
     becomes(&provider, "agent-nap-1", State::Running).await;
     provider.pause("agent-nap-1").await.unwrap();
     provider.stop("agent-nap-1", SOON).await.unwrap();

@@ -93,6 +93,7 @@ fn spec(key: &str) -> Spec {
         labels: BTreeMap::from([(String::from("team"), String::from("a&b=c d"))]),
         ttl: Duration::from_secs(3600),
         idle: None,
+        avoid: vec![],
     }
 }
 
@@ -158,6 +159,7 @@ fn tables() -> [(&'static str, String); 2] {
         "events",
         "endpoint",
         "traffic wakes",
+        "nodes",
     ];
     let mut can = format!("| | {} |\n|---{}|\n", heads.join(" | "), "|---".repeat(heads.len()));
     let mut prices = String::from("| | running | paused | stopped | from |\n|---|---|---|---|---|\n");
@@ -187,6 +189,7 @@ fn tables() -> [(&'static str, String); 2] {
             word(c.events),
             word(c.endpoint),
             word(c.traffic_keeps_awake),
+            word(c.nodes),
         ];
         can += &format!("| `{}` | {} |\n", provider.name(), row.join(" | "));
         let price = provider.price(Size::default());

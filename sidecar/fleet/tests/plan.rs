@@ -28,8 +28,11 @@ fn spec() -> Spec {
         labels: BTreeMap::new(),
         ttl: Duration::from_secs(3600),
         idle: None,
+        avoid: vec![],
     }
 }
+
+const TAKEN: &str = "the cluster takes its pod away";
 
 fn start() -> Timestamp {
     Timestamp::from_second(1_800_000_000).unwrap()
@@ -51,6 +54,8 @@ struct World {
     policy: Policy,
     /// By key: what they do, and since when they can be found.
     containers: BTreeMap<String, (State, Timestamp)>,
+    /// By key: those that somebody takes away, and when they are gone.
+    leaving: BTreeMap<String, Timestamp>,
     most: usize,
     /// What else happens, one for each moment that something could: none when it is used up.
     fate: Vec<u8>,
@@ -69,8 +74,21 @@ impl World {
             ..Policy::default()
         };
         let kept = session(pattern);
-        let (containers, trail) = (BTreeMap::new(), vec![Phase::Requested]);
-        World { now: start(), kept, seen: None, policy, containers, most: 0, fate, ready: true, lag, trail, hooked: vec![] }
+        let (containers, leaving, trail) = (BTreeMap::new(), BTreeMap::new(), vec![Phase::Requested]);
+        World {
+            now: start(),
+            kept,
+            seen: None,
+            policy,
+            containers,
+            leaving,
+            most: 0,
+            fate,
+            ready: true,
+            lag,
+            trail,
+            hooked: vec![],
+        }
     }
 
     fn happens(&mut self) -> u8 {
@@ -94,6 +112,16 @@ impl World {
             created: None,
             deadline: None,
             labels: BTreeMap::new(),
+            node: known.and(Some(String::from("n"))),
+            disrupted: known.filter(|_| self.leaving.contains_key(&key)).map(|_| String::from(TAKEN)),
+        }
+    }
+
+    fn take_away(&mut self, within: Duration) {
+        let key = self.kept.key();
+        if let Some(found) = self.containers.get_mut(&key) {
+            found.0 = State::Stopping;
+            self.leaving.insert(key, self.now + within);
         }
     }
 
@@ -126,6 +154,8 @@ impl World {
 
     /// One step; false when there is nothing more to do.
     fn step(&mut self) -> bool {
+        let (now, leaving) = (self.now, &self.leaving);
+        self.containers.retain(|key, _| leaving.get(key).is_none_or(|at| *at > now));
         match next(&self.kept, self.seen.as_ref(), &self.policy, self.now) {
             Step::Enter(phase, why) => {
                 assert!(self.kept.phase.leads_to(phase), "{} -> {phase}", self.kept.phase);
@@ -196,6 +226,7 @@ impl World {
             70..75 => self.ready = !self.ready,
             75..120 => self.kept.report = Some(report(Some(now + Duration::from_secs(30)))),
             120..220 => self.kept.report = Some(report(None)),
+            220..225 => self.take_away(Duration::from_secs(30)),
             _ => {}
         }
     }
@@ -381,6 +412,167 @@ fn what_cannot_be_put_away_when_its_time_is_over_is_not_tried_all_the_time() {
     assert_eq!(world.kept.phase, Phase::Idle, "it is there, until its own end");
 }
 
+/// What works is put away as it is when there is no more waiting for it.
+#[test]
+fn what_works_at_the_deadline_of_a_drain_is_put_away_and_does_not_go_round_in_a_circle() {
+    for node in [false, true] {
+        let mut world = World::new(Pattern::Hybrid, PauseBy::Archive, vec![], Duration::ZERO);
+        while world.kept.phase != Phase::Ready {
+            assert!(world.step());
+        }
+        let deadline = world.now + Duration::from_secs(60);
+        match node {
+            true => world.policy.node_drained = Some(deadline),
+            false => world.policy.drained = Some(deadline),
+        }
+        while world.now < deadline {
+            world.kept.report = Some(report(world.now, Some(world.now + Duration::from_secs(600))));
+            assert!(world.step());
+        }
+        assert_eq!(world.kept.phase, Phase::Active, "it was waited for");
+        for _ in 0..20 {
+            world.step();
+            if world.kept.phase == Phase::Paused {
+                break;
+            }
+        }
+        use Phase::*;
+        assert_eq!(world.trail, [Requested, Creating, Starting, Ready, Active, Pausing, Paused]);
+        assert_eq!(world.kept.archive.as_deref(), Some("kept"));
+        // One of them has others.
+        world.kept.wanted = Wanted::Running;
+        let next = next(&world.kept, None, &Policy { node_drained: None, ..world.policy.clone() }, world.now);
+        assert!(matches!(next, Step::Do(Action::Hooks)), "{next:?}");
+        world.kept.hooked = true;
+        world.policy.node_drained = None;
+        assert_eq!(world.step() && world.kept.phase == Phase::Resuming, node);
+    }
+}
+
+#[test]
+fn what_is_idle_on_a_node_that_is_drained_goes_at_once() {
+    for (pattern, pause_by, to) in [
+        (Pattern::Hybrid, PauseBy::Archive, Phase::Pausing),
+        (Pattern::Hybrid, PauseBy::Provider, Phase::Pausing),
+        (Pattern::Hybrid, PauseBy::Nothing, Phase::Stopping),
+        (Pattern::LongRunning, PauseBy::Provider, Phase::Stopping),
+    ] {
+        let mut world = World::new(pattern, pause_by, vec![], Duration::ZERO);
+        world.policy.idle_after = None;
+        while world.kept.phase != Phase::Ready {
+            assert!(world.step());
+        }
+        assert_eq!(world.kept.node.as_deref(), Some("n"));
+        world.kept.report = Some(report(world.now, None));
+        world.policy.node_drained = Some(world.now + Duration::from_secs(3600));
+        while world.kept.phase == Phase::Ready {
+            assert!(world.step());
+        }
+        assert_eq!((world.kept.phase, world.kept.reason.as_deref()), (to, Some("its node is being drained")));
+    }
+}
+
+#[test]
+fn what_is_taken_away_is_put_away_in_time_where_it_can_be_and_has_not_failed() {
+    use Phase::*;
+    for (pattern, pause_by, archive, seconds, ends) in [
+        (Pattern::Ephemeral, PauseBy::Nothing, None, 30, vec![Stopping, Stopped, Destroyed]),
+        (Pattern::LongRunning, PauseBy::Provider, None, 30, vec![Stopping, Stopped, Destroyed]),
+        (Pattern::Hybrid, PauseBy::Archive, None, 30, vec![Pausing, Paused]),
+        // It was gone before anybody looked, but not before it was known.
+        (Pattern::Hybrid, PauseBy::Archive, Some("before"), 0, vec![Pausing, Paused]),
+        (Pattern::Hybrid, PauseBy::Archive, None, 0, vec![Stopping, Stopped, Destroyed]),
+        (Pattern::Hybrid, PauseBy::Provider, None, 0, vec![Stopping, Stopped, Destroyed]),
+    ] {
+        let mut world = World::new(pattern, pause_by, vec![], Duration::ZERO);
+        while world.kept.phase != Ready {
+            assert!(world.step());
+        }
+        world.kept.archive = archive.map(String::from);
+        // It works, and is not waited for.
+        world.kept.report = Some(report(world.now, Some(world.now + Duration::from_secs(600))));
+        world.policy.keep_alive = None;
+        while world.kept.phase != Active {
+            assert!(world.step());
+        }
+        world.now += world.policy.settle;
+        world.take_away(Duration::from_secs(seconds));
+        let going = world.find();
+        saw(&mut world.kept, &going, &world.policy, &price(), world.now);
+        world.seen = None;
+        let last = *ends.last().unwrap();
+        for _ in 0..100 {
+            if world.kept.phase == last {
+                break;
+            }
+            world.step();
+        }
+        assert_eq!(world.trail[5..], ends, "{pattern:?} {pause_by:?} {archive:?}");
+        assert_eq!(world.kept.reason.as_deref(), Some(TAKEN), "{pattern:?}");
+        if last == Paused {
+            let kept = if seconds > 0 { "kept" } else { "before" };
+            assert_eq!((world.kept.archive.as_deref(), world.kept.holds), (Some(kept), false));
+            // The next one is another.
+            world.kept.wanted = Wanted::Running;
+            while world.kept.phase != Ready {
+                assert!(world.step());
+            }
+            assert_eq!((world.kept.disrupted.as_deref(), world.alive()), (None, 1));
+        }
+    }
+}
+
+/// Its sidecar does not give it: that is tried until it is gone, and it is said.
+#[test]
+fn what_could_not_be_put_away_in_time_says_so() {
+    let mut world = World::new(Pattern::Hybrid, PauseBy::Archive, vec![], Duration::ZERO);
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    world.now += world.policy.settle;
+    world.take_away(Duration::from_secs(30));
+    let mut tried = 0;
+    while !world.kept.phase.is_last() {
+        match next(&world.kept, world.seen.as_ref(), &world.policy, world.now) {
+            Step::Do(Action::Persist) => {
+                tried += 1;
+                let works = Outcome::Failed(Error::Failed { provider: "test", what: String::from("an agent works") });
+                record(&mut world.kept, &Action::Persist, &works, &world.policy, &price(), world.now);
+            }
+            _ => assert!(world.step()),
+        }
+    }
+    assert!((30..=62).contains(&tried), "{tried}: as long as it is there, and not ever more seldom");
+    assert_eq!(world.kept.phase, Phase::Destroyed);
+    assert_eq!(world.kept.reason, Some(format!("{TAKEN}; it ended before it was put away")));
+}
+
+/// Our own wish is no disruption, and what a provider ends when it was told to is none.
+#[test]
+fn what_we_end_is_not_taken_away() {
+    for phase in Phase::ALL {
+        let mut kept = session(Pattern::Hybrid);
+        (kept.phase, kept.holds, kept.native) = (phase, true, Some(String::from("c")));
+        let policy = Policy { pause_by: PauseBy::Archive, ..Policy::default() };
+        let world = World::new(Pattern::Hybrid, PauseBy::Archive, vec![], Duration::ZERO);
+        let going = Sandbox { state: State::Stopping, disrupted: Some(String::from(TAKEN)), ..world.find() };
+        saw(&mut kept, &going, &policy, &price(), start());
+        let theirs = phase.is_up() || matches!(phase, Phase::Requested | Phase::Creating | Phase::Starting | Phase::Pausing);
+        assert_eq!(kept.disrupted.is_some(), theirs, "{phase}");
+    }
+    let mut world = World::new(Pattern::LongRunning, PauseBy::Nothing, vec![], Duration::ZERO);
+    world.kept.ends = start() + Duration::from_secs(7200);
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    world.now += Duration::from_secs(3600);
+    world.take_away(Duration::from_secs(30));
+    while world.kept.phase != Phase::Stopping {
+        assert!(world.step());
+    }
+    assert_eq!(world.kept.reason.as_deref(), Some("its container's time is over"));
+}
+
 #[test]
 fn who_begins_to_work_while_it_is_put_away_is_left_where_it_is() {
     let mut world = World::new(Pattern::Hybrid, PauseBy::Archive, vec![], Duration::ZERO);
@@ -523,6 +715,8 @@ fn what_nobody_holds_is_an_orphan_when_it_is_not_just_being_made() {
         created: Some(now - Duration::from_secs(age)),
         deadline: None,
         labels: BTreeMap::from([(SESSION_LABEL.to_owned(), String::from("s")), (KEY_LABEL.to_owned(), key.to_owned())]),
+        node: None,
+        disrupted: None,
     };
     let mut held = session(Pattern::Ephemeral);
     held.holds = true;

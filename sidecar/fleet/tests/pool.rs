@@ -21,7 +21,19 @@ fn spec() -> Spec {
     let (env, secrets, labels) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let (key, image) = (String::new(), String::from("i"));
     let ttl = Duration::from_secs(3600);
-    Spec { key, image, command: vec![], env, secrets, size: Size::default(), ports: vec![], labels, ttl, idle: None }
+    Spec {
+        key,
+        image,
+        command: vec![],
+        env,
+        secrets,
+        size: Size::default(),
+        ports: vec![],
+        labels,
+        ttl,
+        idle: None,
+        avoid: vec![],
+    }
 }
 
 fn start() -> Timestamp {
@@ -108,7 +120,19 @@ impl World {
         let state = self.containers.get(&key).cloned().unwrap_or(State::Missing);
         let (native, key, exit_code) = (key.clone(), Some(key), (state == State::Stopped).then_some(0));
         let labels = BTreeMap::new();
-        Sandbox { key, native, state, reason: None, exit_code, size: None, created: None, deadline: None, labels }
+        Sandbox {
+            key,
+            native,
+            state,
+            reason: None,
+            exit_code,
+            size: None,
+            created: None,
+            deadline: None,
+            labels,
+            node: None,
+            disrupted: None,
+        }
     }
 
     fn perform(&mut self, action: &Action, session: &Session) -> Outcome {

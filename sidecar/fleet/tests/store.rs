@@ -181,6 +181,8 @@ async fn a_session_comes_back_as_it_was_written(Fresh { store, .. }: &Fresh) {
     let mut full = session("full");
     full.spec.env.insert(String::from("GREETING"), String::from("a\n\"b\" \u{0} ünd 🦀"));
     full.native = Some(String::from("f00"));
+    full.node = Some(String::from("node-1"));
+    full.disrupted = Some(String::from("evicted"));
     full.retry_at = Some(Timestamp::MAX);
     full.report = Some(Report {
         at: Timestamp::MIN,
@@ -913,4 +915,14 @@ async fn what_is_drained_is_known_until_it_is_no_longer(Fresh { store, .. }: &Fr
     assert_eq!(store.drains().await.unwrap(), [("docker", until), ("fly", until)].map(|(name, at)| (name.to_owned(), at)).into());
     store.drain("docker", None).await.unwrap();
     assert_eq!(store.drains().await.unwrap().into_keys().collect::<Vec<_>>(), ["fly"]);
+    // A node of it is another matter than all of it.
+    store.drain("fly/ip-10-0-0-1.internal", Some(Timestamp::MAX)).await.unwrap();
+    assert_eq!(
+        store.drains().await.unwrap(),
+        [("fly", until), ("fly/ip-10-0-0-1.internal", Timestamp::MAX)].map(|(name, at)| (name.to_owned(), at)).into()
+    );
+    store.drain("fly", None).await.unwrap();
+    assert_eq!(store.drains().await.unwrap().into_keys().collect::<Vec<_>>(), ["fly/ip-10-0-0-1.internal"]);
+    store.drain("fly/ip-10-0-0-1.internal", None).await.unwrap();
+    assert!(store.drains().await.unwrap().is_empty());
 }

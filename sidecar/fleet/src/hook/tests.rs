@@ -193,6 +193,7 @@ fn session(phase: Phase) -> Session {
         labels: BTreeMap::from([(String::from(TEMPLATE_LABEL), String::from("task"))]),
         ttl: Duration::from_secs(7_200),
         idle: None,
+        avoid: vec![],
     };
     let mut session = Session::new("s-1".parse().unwrap(), ("acme", "shop"), Pattern::Ephemeral, "local", spec, start());
     session.phase = phase;

@@ -55,6 +55,9 @@ catalog! {
     POOL_CLAIMS = counter("agent_fleet_pool_claims_total", Plain, &["outcome"], "Sessions of a template with a pool: `taken`, they had a container made ahead; `missed`, none was left.");
     POOL_FAILURES = counter("agent_fleet_pool_failures_total", Plain, &["template"], "Containers that were made ahead and did not come up, or ended within a minute: after each, nothing is made for longer, up to ten minutes.");
 
+    DISRUPTIONS = counter("agent_fleet_disruptions_total", Plain, &["provider"], "Containers that were taken away by their provider, or by somebody there, before they were to end: evicted, preempted, deleted. No failures of their agents.");
+    DRAINS = gauge(Max, "agent_fleet_drains", Plain, &["provider", "scope"], "What is being drained until somebody says otherwise: the `provider`, or so many of its `node`s.");
+
     // What is done for them, and by whom.
     ACTIONS_DONE = counter("agent_fleet_actions_total", Plain, &["action", "provider", "outcome"], "What was done for sessions. `busy` is a rate limit, `unsure` no answer, `refused` a no that stays one.");
     ACTION_DURATION = histogram("agent_fleet_action_duration_seconds", &["action", "provider"], ACTION_SECONDS, "How long that took, whatever came of it.");

@@ -84,6 +84,7 @@ impl Metrics {
                 metrics.add(&RECONCILES, &[provider, outcome], 0.0);
             }
             metrics.add(&ORPHANS_REMOVED, &[provider], 0.0);
+            metrics.add(&DISRUPTIONS, &[provider], 0.0);
             metrics.touch(&READY, &[provider]);
             for tenant in &tenants {
                 for metric in [&AGENT_COST, &CONTAINER_COST, &CONTAINER_SECONDS] {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{BUDGET_LIMIT, BUDGET_USED, Metric, PHASE_OLDEST, REFUSALS, SESSIONS};
+use super::{BUDGET_LIMIT, BUDGET_USED, DRAINS, Metric, PHASE_OLDEST, REFUSALS, SESSIONS};
 use crate::lifecycle::Phase;
 use crate::service::{self, Fleet};
 use crate::session::SessionId;
@@ -34,6 +34,7 @@ pub async fn now(fleet: &Fleet) -> store::Result<String> {
     sessions(fleet, &mut told).await?;
     oldest(fleet, &mut told).await?;
     budgets(fleet, &mut told).await?;
+    drains(fleet, &mut told).await?;
     Ok(fleet.metrics().exposition(told))
 }
 
@@ -72,6 +73,18 @@ async fn oldest(fleet: &Fleet, told: &mut Told) -> store::Result<()> {
     Ok(())
 }
 
+async fn drains(fleet: &Fleet, told: &mut Told) -> store::Result<()> {
+    let drains = fleet.store().drains().await?;
+    for (provider, scope) in fleet.providers().keys().flat_map(|name| [(name, "provider"), (name, "node")]) {
+        let of = |key: &String| {
+            key.strip_prefix(provider).is_some_and(|rest| if scope == "node" { rest.starts_with('/') } else { rest.is_empty() })
+        };
+        let count = drains.keys().filter(|key| of(key)).count();
+        told.push((&DRAINS, vec![provider.clone(), scope.to_owned()], count as f64));
+    }
+    Ok(())
+}
+
 async fn budgets(fleet: &Fleet, told: &mut Told) -> store::Result<()> {
     // What is made ahead is nobody's, and has no bound.
     for tenant in fleet.budgets().tenants().values().filter(|tenant| !tenant.name.is_empty()) {
@@ -92,7 +105,9 @@ pub fn refused(fleet: &Fleet, tenant: &str, error: &service::Error) {
         service::Error::Drained { .. } => "drained",
         service::Error::Full { .. } => "full",
         service::Error::Unable { .. } => "unable",
-        service::Error::Store(_) | service::Error::NoProvider(_) | service::Error::Circle(_) => return,
+        service::Error::Store(_) | service::Error::NoProvider(_) | service::Error::NoNodes { .. } | service::Error::Circle(_) => {
+            return;
+        }
     };
     fleet.metrics().add(&REFUSALS, &[reason, fleet.metrics().tenant(tenant)], 1.0);
 }

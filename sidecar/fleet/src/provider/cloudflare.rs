@@ -154,6 +154,7 @@ impl Provider for Cloudflare {
             endpoint: true,
             // The Worker's timer is moved by its word alone.
             traffic_keeps_awake: false,
+            nodes: false,
         }
     }
 
@@ -236,7 +237,7 @@ impl Provider for Cloudflare {
         unsupported("pause a container", "end the session, or let it run")
     }
 
-    async fn resume(&self, _native: &str) -> Result<()> {
+    async fn resume(&self, _native: &str, _: &[String]) -> Result<()> {
         unsupported("resume a container", "create another")
     }
 
@@ -314,6 +315,8 @@ impl Told {
             created: self.created,
             deadline: self.idle_ends.or(self.ends),
             labels: self.labels,
+            node: None,
+            disrupted: None,
         }
     }
 }

@@ -270,6 +270,7 @@ impl Provider for Daytona {
             events: false,
             endpoint: true,
             traffic_keeps_awake: true,
+            nodes: false,
         }
     }
 
@@ -385,7 +386,7 @@ impl Provider for Daytona {
         self.order("pause", &["sandbox", native, verb]).send().await?.ok().map(drop)
     }
 
-    async fn resume(&self, native: &str) -> Result<()> {
+    async fn resume(&self, native: &str, _: &[String]) -> Result<()> {
         self.start(native).await
     }
 
@@ -486,6 +487,8 @@ impl Item {
             created: self.created_at,
             deadline: self.auto_destroy_at,
             labels: self.labels,
+            node: None,
+            disrupted: None,
         }
     }
 }

@@ -336,7 +336,7 @@ impl Docker {
     /// What is killed while it stands still is a zombie for a while, of which the daemon says that it cannot be removed: gVisor's do.
     async fn thaw(&self, native: &str) -> Result<()> {
         if self.state(native).await?.state == State::Paused {
-            self.resume(native).await?;
+            self.resume(native, &[]).await?;
         }
         Ok(())
     }
@@ -381,6 +381,7 @@ impl Provider for Docker {
             events: true,
             endpoint: true,
             traffic_keeps_awake: false,
+            nodes: false,
         }
     }
 
@@ -557,7 +558,7 @@ impl Provider for Docker {
         self.unless(native, State::Paused, done).await
     }
 
-    async fn resume(&self, native: &str) -> Result<()> {
+    async fn resume(&self, native: &str, _: &[String]) -> Result<()> {
         let done = self.tell(self.client().await?.unpause_container(native)).await;
         self.unless(native, State::Running, done).await
     }
@@ -658,6 +659,8 @@ fn bare(native: &str, state: State) -> Sandbox {
         created: None,
         deadline: None,
         labels: BTreeMap::new(),
+        node: None,
+        disrupted: None,
     }
 }
 
@@ -769,6 +772,8 @@ fn inspected(found: ContainerInspectResponse) -> Sandbox {
         created: found.created.and_then(|time| time.parse().ok()),
         deadline: None,
         labels,
+        node: None,
+        disrupted: None,
     }
 }
 
@@ -830,6 +835,8 @@ fn summed(found: Listed) -> Sandbox {
         created: found.created.and_then(|second| Timestamp::from_second(second).ok()),
         deadline: None,
         labels,
+        node: None,
+        disrupted: None,
     }
 }
 

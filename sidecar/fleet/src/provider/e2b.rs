@@ -148,6 +148,8 @@ impl E2b {
             created: Some(now),
             deadline: Some(now + life),
             labels,
+            node: None,
+            disrupted: None,
         })
     }
 
@@ -378,6 +380,7 @@ impl Provider for E2b {
             events: false,
             endpoint: true,
             traffic_keeps_awake: false,
+            nodes: false,
         }
     }
 
@@ -404,7 +407,7 @@ impl Provider for E2b {
     async fn start(&self, native: &str) -> Result<()> {
         // What is there runs, or is paused.
         match self.present(native).await?.state() {
-            State::Paused => self.resume(native).await,
+            State::Paused => self.resume(native, &[]).await,
             _ => Ok(()),
         }
     }
@@ -477,7 +480,7 @@ impl Provider for E2b {
         answer.ok().map(drop)
     }
 
-    async fn resume(&self, native: &str) -> Result<()> {
+    async fn resume(&self, native: &str, _: &[String]) -> Result<()> {
         let left = Self::left(&self.present(native).await?);
         if left.is_zero() {
             return Err(Error::Refused { provider: NAME, what: String::from("its time is over") });
@@ -578,6 +581,8 @@ impl Detail {
             deadline: self.end_at.filter(|_| state != State::Paused),
             state,
             labels: self.metadata,
+            node: None,
+            disrupted: None,
         }
     }
 }

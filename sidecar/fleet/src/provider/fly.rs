@@ -188,6 +188,7 @@ impl Provider for Fly {
             events: false,
             endpoint: true,
             traffic_keeps_awake: false,
+            nodes: false,
         }
     }
 
@@ -342,7 +343,7 @@ impl Provider for Fly {
         self.order(native, "suspend", &json!({})).await?.ok().map(drop)
     }
 
-    async fn resume(&self, native: &str) -> Result<()> {
+    async fn resume(&self, native: &str, _: &[String]) -> Result<()> {
         self.start(native).await
     }
 
@@ -474,6 +475,8 @@ impl Machine {
             deadline: None,
             state,
             labels: metadata,
+            node: None,
+            disrupted: None,
         }
     }
 }

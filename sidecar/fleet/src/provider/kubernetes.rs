@@ -72,6 +72,8 @@ pub struct Settings {
     pub runtime_class: Option<String>,
     pub priority_class: Option<String>,
     pub node_selector: BTreeMap<String, String>,
+    /// Of the pods, as Kubernetes writes it.
+    pub affinity: Option<Value>,
     pub tolerations: Vec<Toleration>,
     /// Names of secrets of the namespace that images are pulled with.
     pub pull_secrets: Vec<String>,
@@ -111,6 +113,7 @@ impl Default for Settings {
             runtime_class: None,
             priority_class: None,
             node_selector: BTreeMap::new(),
+            affinity: None,
             tolerations: Vec::new(),
             pull_secrets: Vec::new(),
             pull: None,
@@ -227,6 +230,15 @@ impl Settings {
         }
         if self.user == Some(0) && self.non_root {
             return Some(String::from("`user` is 0, and `non_root` is on"));
+        }
+        if let Some(affinity) = &self.affinity {
+            let required = affinity.pointer("/nodeAffinity/requiredDuringSchedulingIgnoredDuringExecution");
+            let terms = |required: &Value| required["nodeSelectorTerms"].as_array().is_some_and(|terms| !terms.is_empty());
+            if !affinity.is_object() || required.is_some_and(|required| !terms(required)) {
+                return Some(String::from(
+                    "`affinity` is a table as a pod has it, and what it requires of nodes has `nodeSelectorTerms`",
+                ));
+            }
         }
         for bears in &self.tolerations {
             if bears.seconds.is_some() && bears.effect != Some(Effect::NoExecute) {
@@ -408,6 +420,17 @@ impl Kubernetes {
         }
     }
 
+    async fn at(&self, native: &str, pod: &Pod, port: u16) -> Result<Endpoint> {
+        let at = match self.reach() {
+            Reach::Forward => self.forwards.open(&self.api, native, &pod.metadata.name, port).await?,
+            Reach::Pod => {
+                let ip = pod.status.pod_ip.parse().map_err(|_| self.failed("it has no address yet"))?;
+                std::net::SocketAddr::new(ip, port)
+            }
+        };
+        Ok(Endpoint { url: format!("http://{at}"), headers: Vec::new() })
+    }
+
     /// What was made, or was there before, if it is ours.
     async fn made(&self, spec: &Spec, answer: Answer, values: &BTreeMap<String, Open>) -> Result<Sandbox> {
         #[derive(Default, Deserialize)]
@@ -524,7 +547,11 @@ impl Kubernetes {
     }
 
     async fn operate(&self, native: &str, mode: &str) -> Result<()> {
-        let body = json!({ "spec": { "operatingMode": mode } });
+        self.change(native, &json!({ "operatingMode": mode })).await
+    }
+
+    async fn change(&self, native: &str, spec: &Value) -> Result<()> {
+        let body = json!({ "spec": spec });
         let ask = self.api.ask(Method::PATCH, Kind::Sandboxes, &[native]).query("fieldManager", "agent-fleet");
         ask.body(MERGE_PATCH, &body).send().await?.ok().map(drop)
     }
@@ -573,6 +600,7 @@ impl Provider for Kubernetes {
             events: true,
             endpoint: true,
             traffic_keeps_awake: false,
+            nodes: ours,
         }
     }
 
@@ -746,11 +774,15 @@ impl Provider for Kubernetes {
         self.operate(native, "Suspended").await
     }
 
-    async fn resume(&self, native: &str) -> Result<()> {
+    async fn resume(&self, native: &str, avoid: &[String]) -> Result<()> {
         if !self.can_pause() {
             return self.no_pause("resume a pod");
         }
-        self.operate(native, "Running").await
+        // Its next pod is made of the template, which knows the nodes that were not to be used when it was made.
+        let required = pod::required(self.settings.affinity.as_ref(), avoid);
+        let affinity = json!({ "nodeAffinity": { pod::REQUIRED: required } });
+        let template = json!({ "spec": { "affinity": affinity } });
+        self.change(native, &json!({ "operatingMode": "Running", "podTemplate": template })).await
     }
 
     async fn stop(&self, native: &str, grace: Duration) -> Result<()> {
@@ -770,15 +802,17 @@ impl Provider for Kubernetes {
     }
 
     async fn endpoint(&self, native: &str, port: u16) -> Result<Endpoint> {
-        let pod = self.running(native).await?;
-        let at = match self.reach() {
-            Reach::Forward => self.forwards.open(&self.api, native, &pod.metadata.name, port).await?,
-            Reach::Pod => {
-                let ip = pod.status.pod_ip.parse().map_err(|_| self.failed("it has no address yet"))?;
-                std::net::SocketAddr::new(ip, port)
+        self.at(native, &self.running(native).await?, port).await
+    }
+
+    async fn last_endpoint(&self, native: &str, port: u16) -> Result<Endpoint> {
+        match self.present(native).await? {
+            // Its agent may have ended: a sidecar beside it ends after it.
+            (Sandbox { state: State::Running | State::Stopping, .. }, Some(pod)) if pod.runs() => {
+                self.at(native, &pod, port).await
             }
-        };
-        Ok(Endpoint { url: format!("http://{at}"), headers: Vec::new() })
+            _ => Err(self.failed("it has ended")),
+        }
     }
 
     async fn events(&self, labels: &BTreeMap<String, String>) -> Result<BoxStream<'static, Result<Happened>>> {

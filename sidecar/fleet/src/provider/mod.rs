@@ -60,6 +60,9 @@ pub struct Spec {
     /// The provider's own idle timer, behind the sidecar's word. `None`: switched off, explicitly, where there is one.
     #[serde(default)]
     pub idle: Option<Duration>,
+    /// Nodes that it is not to be put on: said when it is created, and kept nowhere. Only where there are some, see [`Capabilities::nodes`].
+    #[serde(skip)]
+    pub avoid: Vec<String>,
 }
 
 /// Where a secret is found. Its value is in no store, log, label or message.
@@ -110,6 +113,10 @@ pub struct Sandbox {
     /// When the provider itself will end it.
     pub deadline: Option<Timestamp>,
     pub labels: BTreeMap<String, String>,
+    /// The machine that it is on, where the provider has several and says so.
+    pub node: Option<String>,
+    /// It is taken away, or was, by the provider or whoever has a say there, and why: not by us, and not for what its agent does.
+    pub disrupted: Option<String>,
 }
 
 /// What a container is doing. Every provider's words are mapped to these.
@@ -168,6 +175,8 @@ pub struct Capabilities {
     pub endpoint: bool,
     /// Who asks a port keeps the container awake, and pays for it: then telemetry is pushed, never pulled.
     pub traffic_keeps_awake: bool,
+    /// It says which of its machines a container is on, and is told which ones not to use.
+    pub nodes: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -327,12 +336,17 @@ pub trait Provider: Send + Sync {
     /// It is needed until then: moves the provider's timers, where there are some; never beyond its hard end.
     async fn keep_alive(&self, native: &str, until: Timestamp) -> Result<()>;
     async fn pause(&self, native: &str) -> Result<()>;
-    async fn resume(&self, native: &str) -> Result<()>;
+    /// Not on these nodes, where it is placed anew.
+    async fn resume(&self, native: &str, avoid: &[String]) -> Result<()>;
     /// Asks it to end, and kills it after the grace.
     async fn stop(&self, native: &str, grace: Duration) -> Result<()>;
     /// It is gone, or will be. It is no mistake if it is.
     async fn delete(&self, native: &str) -> Result<()>;
     async fn endpoint(&self, native: &str, port: u16) -> Result<Endpoint>;
+    /// The same of one that is taken away, as long as it answers: for its last words, and no new work.
+    async fn last_endpoint(&self, native: &str, port: u16) -> Result<Endpoint> {
+        self.endpoint(native, port).await
+    }
     /// What happens to the containers with this label, from now on. It may end at any time: then everything is listed again.
     async fn events(&self, labels: &BTreeMap<String, String>) -> Result<BoxStream<'static, Result<Happened>>>;
 }

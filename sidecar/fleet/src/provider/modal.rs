@@ -418,6 +418,8 @@ impl Modal {
             created: None,
             deadline: labels.get(ENDS_LABEL).and_then(|ends| ends.parse().ok()),
             labels,
+            node: None,
+            disrupted: None,
         }
     }
 
@@ -518,6 +520,8 @@ impl Modal {
             created: None,
             deadline: labels.get(ENDS_LABEL).and_then(|ends| ends.parse().ok()),
             labels,
+            node: None,
+            disrupted: None,
         })
     }
 
@@ -805,6 +809,7 @@ impl Provider for Modal {
             events: false,
             endpoint: true,
             traffic_keeps_awake: true,
+            nodes: false,
         }
     }
 
@@ -911,7 +916,7 @@ impl Provider for Modal {
         Err(Error::Unsupported { provider: NAME, verb: "pause", hint: Some("end it, and go on in another") })
     }
 
-    async fn resume(&self, _native: &str) -> Result<()> {
+    async fn resume(&self, _native: &str, _: &[String]) -> Result<()> {
         Err(Error::Unsupported { provider: NAME, verb: "resume", hint: Some("end it, and go on in another") })
     }
 

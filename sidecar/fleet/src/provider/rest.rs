@@ -547,6 +547,8 @@ pub(super) fn missing(native: &str) -> Sandbox {
         created: None,
         deadline: None,
         labels: BTreeMap::new(),
+        node: None,
+        disrupted: None,
     }
 }
 

@@ -290,6 +290,7 @@ impl Provider for Vercel {
             events: false,
             endpoint: true,
             traffic_keeps_awake: false,
+            nodes: false,
         }
     }
 
@@ -408,7 +409,7 @@ impl Provider for Vercel {
         }
     }
 
-    async fn resume(&self, native: &str) -> Result<()> {
+    async fn resume(&self, native: &str, _: &[String]) -> Result<()> {
         self.start(native).await
     }
 
@@ -511,6 +512,8 @@ impl Named {
             deadline: deadline.filter(|_| state == State::Running),
             state,
             labels: unpack(self.tags),
+            node: None,
+            disrupted: None,
         }
     }
 }

@@ -172,7 +172,7 @@ async fn missing(suite: &Suite<'_>) -> Outcome {
     missing("start", suite.provider.start(&native).await);
     if suite.can.pause != Pause::No {
         missing("pause", suite.provider.pause(&native).await);
-        missing("resume", suite.provider.resume(&native).await);
+        missing("resume", suite.provider.resume(&native, &[]).await);
     }
     if suite.can.exec {
         missing("exec", suite.shell(&native, "true").await);
@@ -506,7 +506,7 @@ async fn paused(suite: &Suite<'_>) -> Outcome {
     let native = suite.up(&spec).await.native;
     if suite.can.pause == Pause::No {
         unsupported(suite.provider.pause(&native).await);
-        unsupported(suite.provider.resume(&native).await);
+        unsupported(suite.provider.resume(&native, &[]).await);
         return Outcome::Kept;
     }
     // Each twice: it is no mistake if it is so already.
@@ -515,7 +515,7 @@ async fn paused(suite: &Suite<'_>) -> Outcome {
         suite.becomes(&native, "paused", |now| matches!(now.state, State::Paused | State::Stopped)).await;
     }
     for _ in 0..2 {
-        suite.provider.resume(&native).await.expect("resume");
+        suite.provider.resume(&native, &[]).await.expect("resume");
         suite.becomes(&native, "running", |now| now.state == State::Running).await;
     }
     assert_eq!(suite.world.count(&spec.key).await, 1);

@@ -1,4 +1,4 @@
-//! A cluster of one namespace: an API server with its rules, a kubelet that runs pods as processes of this machine, the garbage collector, and the
+//! A cluster of one namespace and two nodes: an API server with its rules, a scheduler, a kubelet that runs pods as processes of this machine, the garbage collector, and the
 //! controllers of Jobs and of agent-sandbox.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -26,6 +26,7 @@ use crate::conformance::Call;
 /// However many are asked for: the API server may give fewer.
 pub(crate) const PAGE: usize = 2;
 pub(crate) const NAMESPACE: &str = "agents";
+pub(crate) const NODES: [&str; 2] = ["node-1", "node-2"];
 
 type Sockets = WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
 
@@ -552,6 +553,29 @@ impl Cluster {
         }
     }
 
+    /// The scheduler: on the node with the fewest pods of those that fit.
+    fn place(&self, pod: &Value) -> Option<&'static str> {
+        let required = &pod["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"];
+        let terms = required["nodeSelectorTerms"].as_array();
+        let fits = |node: &&&str| terms.is_none_or(|terms| terms.iter().any(|term| meets(term, node)));
+        let on = |node: &&&str| {
+            let pods = self.objects.iter().filter(|((kind, _), _)| kind == "pods");
+            pods.filter(|(_, pod)| pod["spec"]["nodeName"] == **node).count()
+        };
+        NODES.iter().filter(fits).min_by_key(on).copied()
+    }
+
+    /// Of a pod: somebody with a say takes it away, as this word for it.
+    fn disrupt(&mut self, name: &str, reason: &str, message: &str) {
+        let condition = json!({"type": "DisruptionTarget", "status": "True", "reason": reason, "message": message, "lastTransitionTime": now()});
+        self.change("pods", name, |pod| {
+            if pod["status"]["conditions"].is_null() {
+                pod["status"]["conditions"] = json!([]);
+            }
+            pod["status"]["conditions"].as_array_mut().unwrap().push(condition);
+        });
+    }
+
     /// It was counted, and may go.
     fn release(&mut self, pod: &str) {
         if self.get("pods", pod).is_some_and(|pod| !pod["metadata"]["finalizers"].is_null()) {
@@ -609,6 +633,22 @@ impl Cluster {
             return;
         }
         if phase != "Pending" {
+            return;
+        }
+        if pod["spec"]["nodeName"].is_null() {
+            let placed = self.place(&pod);
+            let unplaced = json!([{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+                "message": format!("0/{} nodes are available", NODES.len())}]);
+            match placed {
+                Some(node) => drop(self.change("pods", name, |pod| {
+                    pod["spec"]["nodeName"] = json!(node);
+                    pod["status"]["conditions"] = json!([]);
+                })),
+                None if pod["status"]["conditions"] != unplaced => {
+                    drop(self.change("pods", name, |pod| pod["status"]["conditions"] = unplaced));
+                }
+                None => {}
+            }
             return;
         }
         let agent = &pod["spec"]["containers"][0];
@@ -734,6 +774,20 @@ impl Kubernetes {
     /// Somebody removes it.
     pub(crate) fn lose(&self, kind: &str, name: &str) {
         self.cluster.lock().unwrap().delete(kind, name, &json!({}));
+    }
+
+    /// It is evicted, as `kubectl drain` does it.
+    pub(crate) fn evict(&self, pod: &str) {
+        let mut cluster = self.cluster.lock().unwrap();
+        cluster.disrupt(pod, "EvictionByEvictionAPI", "Eviction API: evicting");
+        cluster.delete("pods", pod, &json!({}));
+    }
+
+    /// Its node has no room, or ends: kubelet says so, and ends it at once.
+    pub(crate) fn kill(&self, pod: &str) {
+        let mut cluster = self.cluster.lock().unwrap();
+        cluster.disrupt(pod, "TerminationByKubelet", "The node was low on resource: memory");
+        kill("-KILL", &format!("-{}", cluster.running[pod].pid));
     }
 
     /// Somebody else's object.
@@ -935,10 +989,47 @@ fn words(conditions: &Value) -> Vec<(Value, Value, Value)> {
 }
 
 fn merge(into: &mut Value, patch: &Value) {
-    match patch.as_object() {
-        Some(members) => members.iter().for_each(|(name, value)| merge(&mut into[name], value)),
-        None => *into = patch.clone(),
+    let Some(members) = patch.as_object() else {
+        *into = patch.clone();
+        return;
+    };
+    if !into.is_object() {
+        *into = json!({});
     }
+    for (name, value) in members {
+        match value {
+            Value::Null => drop(into.as_object_mut().expect("it is one").remove(name)),
+            value => merge(&mut into[name], value),
+        }
+    }
+}
+
+/// Whether a node meets a term of what is required: one that asks for nothing is met by none.
+fn meets(term: &Value, node: &str) -> bool {
+    // Of labels, our nodes have none.
+    let asked = |what: &str| term[what].as_array().cloned().unwrap_or_default();
+    let (labels, fields) = (asked("matchExpressions"), asked("matchFields"));
+    let is = |field: &Value| (field["operator"] == "In") == (field["values"][0] == node);
+    labels.is_empty() && !fields.is_empty() && fields.iter().all(is)
+}
+
+/// The API's rules for what a pod requires of nodes.
+fn affinity_is_legal(pod: &Value) -> Result<(), String> {
+    let required = &pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"];
+    if required.is_null() {
+        return Ok(());
+    }
+    let terms =
+        required["nodeSelectorTerms"].as_array().filter(|terms| !terms.is_empty()).ok_or("nodeSelectorTerms: Required value")?;
+    for field in terms.iter().flat_map(|term| term["matchFields"].as_array().into_iter().flatten()) {
+        if field["key"] != "metadata.name" || !["In", "NotIn"].iter().any(|one| field["operator"] == *one) {
+            return Err(format!("matchFields: {field} is not a valid field selector"));
+        }
+        if field["values"].as_array().is_none_or(|values| values.len() != 1) {
+            return Err(format!("{field}: must be only one value when `operator` is 'In' or 'NotIn' for node field selector"));
+        }
+    }
+    Ok(())
 }
 
 /// The kind, and what is below it.
@@ -1149,6 +1240,12 @@ impl Api for Kubernetes {
                 return Err(format!("this is no {version} {word}"));
             }
             labels_are_legal(&object)?;
+            let pod = match kind {
+                "pods" => &object["spec"],
+                "jobs" => &object["spec"]["template"]["spec"],
+                _ => &object["spec"]["podTemplate"]["spec"],
+            };
+            affinity_is_legal(pod)?;
             if kind == "jobs" {
                 labels_are_legal(&object["spec"]["template"])?;
             }
@@ -1160,6 +1257,9 @@ impl Api for Kubernetes {
                 let path = ["sandboxes"].map(String::from);
                 self.sandboxes.request("POST", &path, &[], &request.body)?;
             }
+        }
+        if request.method == "PATCH" {
+            affinity_is_legal(&object["spec"]["podTemplate"]["spec"])?;
         }
         if request.method == "DELETE" && (object["kind"] != "DeleteOptions" || object["apiVersion"] != "v1") {
             return Err(String::from("these are no DeleteOptions"));

@@ -71,7 +71,7 @@ async fn its_timer_is_moved_on_and_never_beyond_its_end_and_never_back() {
     }
     // Nor does it live longer for having slept.
     provider.pause(&native).await.unwrap();
-    provider.resume(&native).await.unwrap();
+    provider.resume(&native, &[]).await.unwrap();
     assert!((590..=600).contains(&life()), "{}", life());
 }
 

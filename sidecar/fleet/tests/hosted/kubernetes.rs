@@ -395,7 +395,11 @@ async fn what_is_made_is_written_down_and_safe() {
     is_kept("secret", held);
     assert_eq!(world.fake.wrong(), Vec::<String>::new());
 
+    // In a cluster where a node is drained.
+    let asked = Spec { avoid: vec![String::from("node-9")], ..asked };
     let every = json!({
+        "affinity": { "nodeAffinity": { "requiredDuringSchedulingIgnoredDuringExecution": { "nodeSelectorTerms": [
+            { "matchExpressions": [{ "key": "topology.kubernetes.io/zone", "operator": "In", "values": ["a"] }] } ] } } },
         "service_account": "agent", "runtime_class": "gvisor", "priority_class": "batch", "node_selector": { "pool": "agents" },
         "tolerations": [{ "key": "agents", "value": "yes", "effect": "NoSchedule" }, { "key": "spot", "effect": "NoExecute", "seconds": 60 }],
         "pull_secrets": ["registry"], "pull": "IfNotPresent", "annotations": { "example.com/owner": "somebody" }, "user": 1000, "group": 1000,
@@ -404,6 +408,7 @@ async fn what_is_made_is_written_down_and_safe() {
     let world = Cluster::new(every).await;
     world.provider.create(&asked).await.unwrap();
     is_kept("pod-with-everything", sent(&world, pods));
+    let asked = Spec { avoid: vec![], ..asked };
     let price = world.provider.price(Size::default());
     assert!((price.running - (1.1 * 0.031611 + 1.0625 * 0.004237)).abs() < 1e-9, "the sidecar has its price: {price:?}");
 
@@ -743,6 +748,117 @@ async fn a_port_is_forwarded_at_one_place_until_the_pod_is_gone() {
     assert_eq!(direct.provider.endpoint(&native, 9477).await.unwrap().url, "http://127.0.0.1:9477");
 }
 
+#[tokio::test]
+async fn nothing_is_put_on_a_node_that_is_to_be_empty() {
+    let [one, two] = fakes::kubernetes::NODES.map(String::from);
+    for more in [json!({}), json!({ "backend": "job" }), sandboxes(), json!({ "backend": "sandbox" })] {
+        let world = Cluster::new(more).await;
+        assert!(world.provider.capabilities().nodes);
+        // By turns, if nobody says otherwise.
+        for (n, avoid) in [vec![], vec![], vec![one.clone()], vec![one.clone()], vec![two.clone()]].into_iter().enumerate() {
+            let native =
+                world.provider.create(&Spec { avoid: avoid.clone(), ..fleets(&format!("agent-{n}")) }).await.unwrap().native;
+            let up = world.becomes(&native, |now| now.state == State::Running).await;
+            let on = up.node.expect("it says where it is");
+            assert!(!avoid.contains(&on), "{on} of {avoid:?}");
+            assert!(n > 1 || on == fakes::kubernetes::NODES[n], "{on}");
+        }
+        // Where there is none left it waits, and says so.
+        let native =
+            world.provider.create(&Spec { avoid: vec![one.clone(), two.clone()], ..fleets("agent-9") }).await.unwrap().native;
+        let waits = world.becomes(&native, |now| now.reason.is_some()).await;
+        assert_eq!((waits.state, waits.node), (State::Creating, None));
+        assert_eq!(waits.reason.as_deref(), Some("Unschedulable: 0/2 nodes are available"));
+        assert_eq!(world.fake.wrong(), Vec::<String>::new());
+    }
+    // Of what is claimed its template says where it goes.
+    assert!(!Cluster::new(json!({ "backend": "claim" })).await.provider.capabilities().nodes);
+}
+
+#[tokio::test]
+async fn what_sleeps_wakes_where_it_may_by_then() {
+    let [one, two] = fakes::kubernetes::NODES.map(String::from);
+    let world = Cluster::new(sandboxes()).await;
+    let native = world.provider.create(&fleets("agent-1")).await.unwrap().native;
+    let up = world.becomes(&native, |now| now.state == State::Running).await;
+    assert_eq!((up.node, up.disrupted), (Some(one.clone()), None));
+    for (avoid, on) in [(vec![one.clone()], &two), (vec![two.clone()], &one), (vec![], &one)] {
+        world.provider.pause(&native).await.unwrap();
+        let asleep = world.becomes(&native, |now| now.state == State::Paused).await;
+        assert_eq!((asleep.node, asleep.disrupted), (None, None), "it is nowhere, and by our own wish");
+        world.provider.resume(&native, &avoid).await.unwrap();
+        let up = world.becomes(&native, |now| now.state == State::Running).await;
+        assert_eq!(up.node.as_ref(), Some(on), "not on {avoid:?}");
+    }
+    // What was not to be used is not held against it for ever.
+    let template = world.fake.api.object("sandboxes", &native).unwrap()["spec"]["podTemplate"].clone();
+    assert!(!template.to_string().contains("metadata.name"), "{template}");
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn what_the_cluster_takes_away_is_told_and_answers_to_the_last() {
+    const EVICTED: &str = "the cluster takes its pod away (EvictionByEvictionAPI: Eviction API: evicting)";
+    let ignores = Spec { command: crate::command(Does::Ignore).unwrap(), ..fleets("agent-1") };
+    for more in [json!({}), json!({ "backend": "job" }), json!({ "backend": "sandbox" })] {
+        let kind = more["backend"].as_str().unwrap_or("pod").to_owned();
+        let world = Cluster::new(more).await;
+        let native = world.provider.create(&ignores).await.unwrap().native;
+        let up = world.becomes(&native, |now| now.state == State::Running).await;
+        assert_eq!(up.disrupted, None, "{kind}");
+        let pod = world.fake.api.names("pods").remove(0);
+        world.fake.api.evict(&pod);
+        let going = world.becomes(&native, |now| now.disrupted.is_some()).await;
+        assert_eq!((going.state, going.disrupted.as_deref()), (State::Stopping, Some(EVICTED)), "{kind}");
+        let refused = world.provider.endpoint(&native, 8080).await;
+        assert!(matches!(refused, Err(Error::Failed { .. })), "{kind}: it gets no new work: {refused:?}");
+        conformance::serves(&world.provider.last_endpoint(&native, 8080).await.unwrap()).await;
+        world.provider.delete(&native).await.unwrap();
+        world.becomes(&native, |now| now.state.is_gone()).await;
+        assert!(world.provider.last_endpoint(&native, 8080).await.is_err(), "{kind}");
+        assert_eq!(world.fake.wrong(), Vec::<String>::new());
+    }
+
+    // Somebody removes it, who is not the fleet.
+    let world = Cluster::new(json!({})).await;
+    let native = world.provider.create(&ignores).await.unwrap().native;
+    world.becomes(&native, |now| now.state == State::Running).await;
+    world.fake.api.lose("pods", &native);
+    let going = world.becomes(&native, |now| now.disrupted.is_some()).await;
+    assert_eq!(going.disrupted.as_deref(), Some("it is being deleted, and not by the fleet"));
+
+    // Kubelet has no room for it: it has failed, and is still there.
+    let native = world.provider.create(&fleets("agent-2")).await.unwrap().native;
+    world.becomes(&native, |now| now.state == State::Running).await;
+    world.fake.api.kill(&native);
+    let over = world.becomes(&native, |now| now.state == State::Stopped).await;
+    let low = "the cluster takes its pod away (TerminationByKubelet: The node was low on resource: memory)";
+    assert_eq!((over.exit_code, over.disrupted.as_deref()), (Some(137), Some(low)));
+
+    // What is claimed is told of by its pod.
+    let world = Cluster::new(json!({ "backend": "claim" })).await;
+    install(&world);
+    let native = world.provider.create(&claimed("agent-1", "ignores")).await.unwrap().native;
+    world.becomes(&native, |now| now.state == State::Running).await;
+    world.fake.api.evict("agent-1");
+    let going = world.becomes(&native, |now| now.disrupted.is_some()).await;
+    assert_eq!((going.state, going.disrupted.as_deref()), (State::Stopping, Some(EVICTED)));
+
+    // With what it keeps its controller makes it anew, and nothing is lost.
+    let world = Cluster::new(sandboxes()).await;
+    let hears = Spec { command: crate::command(Does::Wait).unwrap(), ..fleets("agent-1") };
+    let native = world.provider.create(&hears).await.unwrap().native;
+    world.becomes(&native, |now| now.state == State::Running).await;
+    let first = world.fake.api.object("pods", &native).unwrap()["metadata"]["uid"].clone();
+    world.fake.api.evict(&native);
+    let another = |now: &Sandbox| {
+        assert_eq!(now.disrupted, None);
+        now.state == State::Running && world.fake.api.object("pods", &native).is_some_and(|pod| pod["metadata"]["uid"] != first)
+    };
+    world.becomes(&native, another).await;
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+}
+
 #[test]
 fn settings_that_cannot_be_meant_are_said() {
     let wrong = |text: &str| Kubernetes::new(toml::from_str(text).unwrap()).err().unwrap_or_default();
@@ -761,6 +877,12 @@ fn settings_that_cannot_be_meant_are_said() {
         ("tolerations = [{ key = 'gpu', effect = 'NoSchedule', seconds = 5 }]", "NoExecute"),
         ("tolerations = [{ key = 'gpu', seconds = 5 }]", "NoExecute"),
         ("tolerations = [{ value = 'gpu' }]", "`key`"),
+        ("affinity = 'zone'", "`affinity`"),
+        (
+            "affinity = { nodeAffinity = { requiredDuringSchedulingIgnoredDuringExecution = { nodeSelectorTerms = [] } } }",
+            "`nodeSelectorTerms`",
+        ),
+        ("backend = 'claim'\naffinity = {}", "SandboxTemplate"),
         ("backend = 'sandbox'\ngroup = 1\nwritable = ['/a']\nkeep = { '/a' = '1Gi' }", "`/a`"),
     ] {
         assert!(wrong(text).contains(says), "{text}: {}", wrong(text));

@@ -59,7 +59,7 @@ async fn its_timer_is_moved_on_and_never_beyond_its_end() {
     // The next session has what is left, not the whole.
     world.provider.pause("agent-idle-1").await.unwrap();
     world.becomes("agent-idle-1", State::Stopped).await;
-    world.provider.resume("agent-idle-1").await.unwrap();
+    world.provider.resume("agent-idle-1", &[]).await.unwrap();
     assert!((500..=600).contains(&life()), "{}", life());
 }
 
@@ -86,7 +86,7 @@ async fn what_sleeps_is_not_woken_by_being_looked_at() {
     assert_eq!(world.fake.api.sessions(&native).0, 1);
     // Its disk is what it was, and its command begins anew, once.
     for _ in 0..2 {
-        world.provider.resume(&native).await.unwrap();
+        world.provider.resume(&native, &[]).await.unwrap();
         began(2).await;
     }
     assert_eq!(world.fake.api.sessions(&native).0, 2);

@@ -271,6 +271,68 @@ async fn it_tells_what_it_is_and_what_it_counts() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_is_drained_by_its_name() {
+    let served = Served::new("drain").await;
+    let (all, one) = ("/v1/providers/cloud/drain", "/v1/providers/cloud/nodes/n1/drain");
+    let seconds = |n: u64| Some(json!({ "seconds": n }));
+    // This provider has none yet.
+    let (status, said) = served.ask("ops", "POST", one, seconds(60)).await;
+    assert!(status == 422 && said["error"].as_str().unwrap().contains("`agent-fleet drain cloud` empties all of it"), "{said}");
+    assert_eq!(served.ask("ops", "GET", one, None).await.0, 422);
+    *served.town.cloud.nodes.lock().unwrap() = vec![String::from("n1"), String::from("n2")];
+    for (who, path, method, body, status) in [
+        ("", one, "GET", None, 401),
+        ("shop", one, "GET", None, 403),
+        ("shop", one, "POST", seconds(60), 403),
+        ("shop", one, "DELETE", None, 403),
+        ("ops", "/v1/providers/nowhere/nodes/n1/drain", "POST", seconds(60), 404),
+        ("ops", "/v1/providers/cloud/nodes/N1/drain", "POST", seconds(60), 400),
+        ("ops", "/v1/providers/cloud/nodes/n1%2fx/drain", "GET", None, 400),
+        ("ops", "/v1/providers/cloud/nodes/%ff/drain", "GET", None, 404),
+        ("ops", one, "POST", seconds(604_801), 400),
+        ("ops", one, "POST", Some(json!({ "hours": 1 })), 400),
+    ] {
+        let (is, said) = served.ask(who, method, path, body).await;
+        assert!(is == status && said["error"].is_string(), "{who} {method} {path}: {is} {said}");
+    }
+    *served.town.words.0.lock().unwrap() = Some((true, 0.0));
+    for id in ["a", "b"] {
+        served.create("shop", json!({ "template": "chat", "id": id })).await;
+        served.town.reaches(id, Phase::Active).await;
+    }
+    let node = async |id: &str| served.ask("shop", "GET", &format!("/v1/sessions/{id}"), None).await.1["node"].clone();
+    let here = if node("a").await == "n1" { "a" } else { "b" };
+    let (status, begun) = served.ask("ops", "POST", one, seconds(3600)).await;
+    assert_eq!(
+        (status, &begun["left"], &begun["asleep"], &begun["sessions"]),
+        (202, &json!(1), &json!(0), &json!([here])),
+        "{begun}"
+    );
+    assert!(begun["until"].is_string());
+    assert_eq!(served.ask("ops", "GET", one, None).await.1, begun);
+    let (_, whole) = served.ask("ops", "GET", all, None).await;
+    assert_eq!((&whole["until"], &whole["left"]), (&Value::Null, &json!(2)), "the other goes on, and sessions are made");
+    assert_eq!(served.create("shop", json!({ "template": "chat", "id": "c" })).await.0, 201);
+    served.town.reaches("c", Phase::Active).await;
+    assert_eq!(node("c").await, "n2");
+    let (_, metrics) = served.ask("", "GET", "/metrics", None).await;
+    for line in [
+        "agent_fleet_drains{provider=\"cloud\",scope=\"node\"} 1",
+        "agent_fleet_drains{provider=\"cloud\",scope=\"provider\"} 0",
+        "agent_fleet_disruptions_total{provider=\"cloud\"} 0",
+    ] {
+        assert!(metrics.as_str().unwrap().lines().any(|found| found == line), "{line}\n{metrics}");
+    }
+    let (status, ended) = served.ask("ops", "DELETE", one, None).await;
+    assert_eq!((status, &ended["until"]), (200, &Value::Null));
+    let (_, document) = served.ask("", "GET", "/openapi.json", None).await;
+    let path = &document["paths"]["/v1/providers/{name}/nodes/{node}/drain"];
+    assert!(["get", "post", "delete"].iter().all(|method| path[*method].is_object()), "{path}");
+    let names: Vec<&Value> = path["post"]["parameters"].as_array().unwrap().iter().map(|one| &one["name"]).collect();
+    assert_eq!(names, ["name", "node"]);
+}
+
 /// What comes in an answer that does not end, until it has come.
 async fn read_until(answer: &mut reqwest::Response, so: impl Fn(&str) -> bool) -> String {
     let mut text = String::new();

@@ -5,6 +5,7 @@
 mod api;
 mod chaos;
 mod money;
+mod nodes;
 mod places;
 mod pools;
 mod proxy;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use agent_fleet::config::Tenant;
+use agent_fleet::drain::Where;
 use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::place::{Place, Share, order};
@@ -418,4 +419,34 @@ async fn no_container_is_overfilled_or_left_while_fleets_die_and_a_provider_fail
         one.stop().await;
     }
     std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_comes_into_a_container_whose_node_is_drained_and_it_ends_when_it_is_quiet() {
+    let (town, rooms) = town(0).await;
+    *town.cloud.nodes.lock().unwrap() = vec![String::from("n1"), String::from("n2")];
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    rooms.works.lock().unwrap().insert("a".parse().unwrap());
+    // There is to be one container of them.
+    fleet.create(guest("a", 3, Some(1))).await.unwrap();
+    town.reaches("a", Phase::Active).await;
+    until("it is known where it is", || async { town.get("a").await.node.is_some() }).await;
+    let first = house_of(&town, "a").await;
+    let place = Where::node("cloud", first.node.as_deref().unwrap());
+    let begun = fleet.drain(&place, Some(fleet.now() + Duration::from_secs(3600))).await.unwrap();
+    assert_eq!(begun.left, 2, "the container, and who is in it");
+    fleet.create(guest("b", 3, Some(1))).await.unwrap();
+    town.reaches("b", Phase::Ready).await;
+    let second = house_of(&town, "b").await;
+    assert!(second.id != first.id && second.node != first.node);
+    assert_eq!(town.get("a").await.phase, Phase::Active, "it works");
+    rooms.works.lock().unwrap().clear();
+    // Whichever of both was looked at first.
+    let why = town.reaches("a", Phase::Destroyed).await.reason.unwrap();
+    assert!(why.ends_with("its node is being drained"), "{why}");
+    town.reaches_end(first.id.as_str()).await;
+    assert_eq!(fleet.progress(&place).await.unwrap().left, 0);
+    assert_eq!(town.get("b").await.phase, Phase::Ready);
+    running.stop().await;
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use agent_fleet::drain::Where;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::plan::PauseBy;
 use agent_fleet::pool::{Ahead, Pool};
@@ -187,29 +188,29 @@ async fn a_provider_that_is_drained_is_empty_in_the_end_and_gets_nothing_new() {
     town.reaches("idle", Phase::Ready).await;
     until("its place is filled", || async { waiting(&town).await.len() == 1 }).await;
     let ends = fleet.now() + Duration::from_secs(3600);
-    assert!(fleet.drain("nowhere", Some(ends)).await.is_err());
-    fleet.drain("cloud", Some(ends)).await.unwrap();
+    assert!(fleet.drain(&Where::all("nowhere"), Some(ends)).await.is_err());
+    fleet.drain(&Where::all("cloud"), Some(ends)).await.unwrap();
     let refused = fleet.create(session("new", Pattern::LongRunning)).await.unwrap_err();
     assert!(matches!(refused, service::Error::Drained { .. }), "{refused}");
     let gone = town.reaches("idle", Phase::Destroyed).await;
     assert_eq!(gone.reason.as_deref(), Some("its provider is being drained"));
     // Gone at the provider is not yet known to be gone.
     until("nothing is left, also of what was made ahead", || async {
-        town.cloud.alive() == 0 && fleet.progress("cloud").await.unwrap().left == 0
+        town.cloud.alive() == 0 && fleet.progress(&Where::all("cloud")).await.unwrap().left == 0
     })
     .await;
 
     // Used again; and what works then goes on until the deadline and no longer.
-    fleet.drain("cloud", None).await.unwrap();
+    fleet.drain(&Where::all("cloud"), None).await.unwrap();
     *town.words.0.lock().unwrap() = Some((true, 0.0));
     fleet.create(session("works", Pattern::LongRunning)).await.unwrap();
     town.reaches("works", Phase::Active).await;
-    fleet.drain("cloud", Some(ends)).await.unwrap();
+    fleet.drain(&Where::all("cloud"), Some(ends)).await.unwrap();
     let looks = town.cloud.calls.load(std::sync::atomic::Ordering::SeqCst);
     until("it was looked at a few times", || async { town.cloud.calls.load(std::sync::atomic::Ordering::SeqCst) > looks + 5 })
         .await;
     assert_eq!(town.get("works").await.phase, Phase::Active);
-    fleet.drain("cloud", Some(fleet.now())).await.unwrap();
+    fleet.drain(&Where::all("cloud"), Some(fleet.now())).await.unwrap();
     town.reaches("works", Phase::Destroyed).await;
     running.stop().await;
 }

@@ -41,6 +41,10 @@ pub(crate) struct Cloud {
     pub(crate) unread: Mutex<BTreeSet<String>>,
     /// Nothing is ever answered.
     pub(crate) hangs: Mutex<bool>,
+    /// Its machines, if it says which of them a container is on: that with the fewest, of those that it is not to be on.
+    pub(crate) nodes: Mutex<Vec<String>>,
+    /// What is told to end takes until the test says so.
+    pub(crate) slow: AtomicBool,
 }
 
 impl Cloud {
@@ -48,7 +52,21 @@ impl Cloud {
         let (calls, every) = (AtomicU64::new(0), AtomicU64::new(every));
         let (sandboxes, created, panics, paused) = (Mutex::default(), Mutex::default(), AtomicBool::default(), Mutex::default());
         let (app, hangs, unread) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Arc::new(Self { sandboxes, created, calls, every, panics, paused, app, hangs, unread })
+        let (nodes, slow) = (Mutex::default(), AtomicBool::default());
+        Arc::new(Self { sandboxes, created, calls, every, panics, paused, app, unread, hangs, nodes, slow })
+    }
+
+    fn node(&self, sandboxes: &BTreeMap<String, Sandbox>, avoid: &[String]) -> Option<String> {
+        let nodes = self.nodes.lock().unwrap();
+        let on = |node: &String| sandboxes.values().filter(|one| one.node.as_ref() == Some(node)).count();
+        nodes.iter().filter(|node| !avoid.contains(*node)).min_by_key(|node| on(node)).cloned()
+    }
+
+    /// Somebody there takes it away: it is told to end, and has a while.
+    pub(crate) fn take_away(&self, native: &str, why: &str) {
+        let mut sandboxes = self.sandboxes.lock().unwrap();
+        let sandbox = sandboxes.get_mut(native).unwrap();
+        (sandbox.state, sandbox.disrupted) = (State::Stopping, Some(why.to_owned()));
     }
 
     /// Whether this call is done, and what is answered.
@@ -102,6 +120,8 @@ impl Cloud {
             created: None,
             deadline: None,
             labels,
+            node: None,
+            disrupted: None,
         }
     }
 }
@@ -128,6 +148,7 @@ impl Provider for Cloud {
             events: false,
             endpoint: true,
             traffic_keeps_awake: false,
+            nodes: !self.nodes.lock().unwrap().is_empty(),
         }
     }
 
@@ -140,7 +161,9 @@ impl Provider for Cloud {
         let mut sandboxes = self.sandboxes.lock().unwrap();
         if done && !sandboxes.contains_key(&spec.key) {
             *self.created.lock().unwrap().entry(spec.key.clone()).or_default() += 1;
+            let node = self.node(&sandboxes, &spec.avoid);
             let sandbox = Sandbox {
+                node,
                 key: Some(spec.key.clone()),
                 native: spec.key.clone(),
                 state: State::Created,
@@ -192,15 +215,23 @@ impl Provider for Cloud {
     }
 
     async fn pause(&self, native: &str) -> Result<()> {
-        self.set(native, State::Paused).await
+        self.set(native, State::Paused).await?;
+        // Where it is one of several, it leaves it.
+        self.sandboxes.lock().unwrap().get_mut(native).into_iter().for_each(|one| one.node = None);
+        Ok(())
     }
 
-    async fn resume(&self, native: &str) -> Result<()> {
-        self.set(native, State::Running).await
+    async fn resume(&self, native: &str, avoid: &[String]) -> Result<()> {
+        self.set(native, State::Running).await?;
+        let mut sandboxes = self.sandboxes.lock().unwrap();
+        let node = self.node(&sandboxes, avoid);
+        sandboxes.get_mut(native).into_iter().for_each(|one| one.node.clone_from(&node));
+        Ok(())
     }
 
     async fn stop(&self, native: &str, _: Duration) -> Result<()> {
-        self.set(native, State::Stopped).await
+        let state = if self.slow.load(Ordering::SeqCst) { State::Stopping } else { State::Stopped };
+        self.set(native, state).await
     }
 
     async fn delete(&self, native: &str) -> Result<()> {
@@ -390,6 +421,7 @@ pub(crate) fn session(id: &str, pattern: Pattern) -> Session {
         labels: BTreeMap::new(),
         ttl: Duration::from_secs(3600),
         idle: None,
+        avoid: vec![],
     };
     Session::new(id.parse().unwrap(), ("t", "o"), pattern, "cloud", spec, now)
 }

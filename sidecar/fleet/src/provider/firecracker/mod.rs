@@ -391,6 +391,8 @@ impl Firecracker {
             created: Some(record.created),
             deadline: None,
             labels: record.labels,
+            node: None,
+            disrupted: None,
         })
     }
 
@@ -845,6 +847,7 @@ impl Provider for Firecracker {
             events: false,
             endpoint: true,
             traffic_keeps_awake: false,
+            nodes: false,
         }
     }
 
@@ -915,6 +918,8 @@ impl Provider for Firecracker {
                 created: None,
                 deadline: None,
                 labels: BTreeMap::new(),
+                node: None,
+                disrupted: None,
             }),
         }
     }
@@ -953,6 +958,8 @@ impl Provider for Firecracker {
                     created: Some(record.created),
                     deadline: None,
                     labels,
+                    node: None,
+                    disrupted: None,
                 },
                 Err(error) if error.is_passing() => continue,
                 Err(error) => return Err(error),
@@ -995,7 +1002,7 @@ impl Provider for Firecracker {
         self.put_away(native, &machine).await
     }
 
-    async fn resume(&self, native: &str) -> Result<()> {
+    async fn resume(&self, native: &str, _: &[String]) -> Result<()> {
         let (_lock, Found { machine, process, .. }) = self.held(native).await?;
         let broken = |error: io::Error| self.broken(&error);
         if process.is_some() {

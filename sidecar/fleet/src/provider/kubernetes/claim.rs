@@ -120,6 +120,7 @@ impl Claim {
         Sandbox {
             reason: why.and_then(|one| words(&one.reason, &one.message)),
             deadline: self.spec.lifecycle.shutdown_time,
+            disrupted: self.metadata.deleted(),
             ..self.metadata.sandbox(state)
         }
     }
@@ -139,6 +140,8 @@ impl Claim {
             exit_code: inner.exit_code,
             size: inner.size,
             deadline: [own.deadline, inner.deadline].into_iter().flatten().min(),
+            node: inner.node,
+            disrupted: own.disrupted.clone().or(inner.disrupted),
             ..own
         }
     }

@@ -112,6 +112,7 @@ impl Job {
             reason: failed.or(queued).and_then(|one| words(&one.reason, &one.message)),
             size: self.agent_spec().and_then(Container::size),
             deadline,
+            disrupted: self.metadata.deleted(),
             ..self.metadata.sandbox(state)
         }
     }
@@ -147,7 +148,17 @@ impl Job {
         };
         let own = self.told(state);
         let deadline = [own.deadline, inner.deadline].into_iter().flatten().min();
-        Sandbox { reason: own.reason.or(inner.reason), exit_code: inner.exit_code, deadline, ..own }
+        // By its controller: its time is over, or it waits for its turn again.
+        let by_its_own = self.failed().or(self.condition("FailureTarget")).is_some_and(|one| one.reason == "DeadlineExceeded");
+        let disrupted = inner.disrupted.filter(|_| !by_its_own && !self.spec.suspend);
+        Sandbox {
+            reason: own.reason.or(inner.reason),
+            exit_code: inner.exit_code,
+            deadline,
+            node: inner.node,
+            disrupted: own.disrupted.clone().or(disrupted),
+            ..own
+        }
     }
 }
 

@@ -146,6 +146,40 @@ fn life_seconds(spec: &Spec) -> u64 {
     spec.ttl.as_secs().clamp(1, super::TTL_MOST.as_secs())
 }
 
+/// Where a pod's `nodeAffinity` has what must be.
+pub(super) const REQUIRED: &str = "requiredDuringSchedulingIgnoredDuringExecution";
+
+/// What must be of the node: what is asked for, and that it is none of these. Of several terms one has to hold, so each of them leaves them out.
+pub(super) fn required(asked: Option<&Value>, avoid: &[String]) -> Value {
+    let mut required = asked.map_or(Value::Null, |affinity| affinity["nodeAffinity"][REQUIRED].clone());
+    // A field is compared with one value.
+    let not = |node: &String| json!({ "key": "metadata.name", "operator": "NotIn", "values": [node] });
+    let not: Vec<Value> = avoid.iter().map(not).collect();
+    if not.is_empty() {
+        return required;
+    }
+    let Some(terms) = required["nodeSelectorTerms"].as_array_mut() else {
+        return json!({ "nodeSelectorTerms": [{ "matchFields": not }] });
+    };
+    let has = |term: &Value, what: &str| term[what].as_array().is_some_and(|all| !all.is_empty());
+    // A term that asks for nothing is no node's, and would be many's.
+    for term in terms.iter_mut().filter(|term| has(term, "matchExpressions") || has(term, "matchFields")) {
+        let mut fields = term["matchFields"].as_array().cloned().unwrap_or_default();
+        fields.extend(not.iter().cloned());
+        term["matchFields"] = json!(fields);
+    }
+    required
+}
+
+fn affinity(asked: Option<&Value>, avoid: &[String]) -> Option<Value> {
+    let required = required(asked, avoid);
+    let mut affinity = asked.cloned();
+    if !required.is_null() {
+        affinity.get_or_insert_with(|| json!({}))["nodeAffinity"][REQUIRED] = required;
+    }
+    affinity
+}
+
 fn template(settings: &Settings, spec: &Spec, secret: &str) -> Result<Value> {
     let mut mounts = Vec::new();
     let mut volumes = Vec::new();
@@ -211,6 +245,9 @@ fn template(settings: &Settings, spec: &Spec, secret: &str) -> Result<Value> {
     }
     if !settings.node_selector.is_empty() {
         pod["nodeSelector"] = json!(settings.node_selector);
+    }
+    if let Some(affinity) = affinity(settings.affinity.as_ref(), &spec.avoid) {
+        pod["affinity"] = affinity;
     }
     if !settings.tolerations.is_empty() {
         pod["tolerations"] = settings.tolerations.iter().map(super::Toleration::object).collect();
@@ -357,6 +394,39 @@ mod tests {
         assert_eq!(read, asked);
         // What somebody has written there that is no such list is no label.
         assert_eq!(labels_of(&pairs(&[("a", "b")]), &pairs(&[(LABELS_ANNOTATION, "[1")])), pairs(&[("a", "b")]));
+    }
+
+    #[test]
+    fn a_node_that_is_not_to_be_used_is_left_out_of_all_that_is_asked_for() {
+        let not = |node: &str| json!({"key": "metadata.name", "operator": "NotIn", "values": [node]});
+        let (one, two) = (vec![String::from("a")], ["a", "b"].map(String::from).to_vec());
+        let wants = |terms: Value| json!({"nodeAffinity": {REQUIRED: {"nodeSelectorTerms": terms}}});
+        let (zone, name) = (
+            json!([{"key": "zone", "operator": "In", "values": ["x"]}]),
+            json!({"key": "metadata.name", "operator": "In", "values": ["c"]}),
+        );
+        let prefers = json!({"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1, "preference": {"matchExpressions": zone}}]},
+            "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": []}});
+        let mut both = prefers.clone();
+        both["nodeAffinity"][REQUIRED] = json!({"nodeSelectorTerms": [{"matchFields": [not("a")]}]});
+        for (asked, avoid, expected) in [
+            (None, vec![], None),
+            (Some(prefers.clone()), vec![], Some(prefers.clone())),
+            (None, one.clone(), Some(wants(json!([{"matchFields": [not("a")]}])))),
+            // Each has its own requirement: the API takes one value in each.
+            (None, two.clone(), Some(wants(json!([{"matchFields": [not("a"), not("b")]}])))),
+            (Some(prefers), one.clone(), Some(both)),
+            // Of these one has to hold: each leaves them out, and one that no node meets is still such a one.
+            (
+                Some(wants(json!([{"matchExpressions": zone}, {"matchFields": [name]}, {}, {"matchExpressions": []}]))),
+                two,
+                Some(wants(json!([
+                    {"matchExpressions": zone, "matchFields": [not("a"), not("b")]}, {"matchFields": [name, not("a"), not("b")]}, {},
+                    {"matchExpressions": []}]))),
+            ),
+        ] {
+            assert_eq!(affinity(asked.as_ref(), &avoid), expected, "{asked:?} without {avoid:?}");
+        }
     }
 
     #[test]

@@ -72,6 +72,11 @@ impl Meta {
         self.deletion_timestamp.is_some()
     }
 
+    /// That somebody removes it: whether that is us is for who asks.
+    pub(super) fn deleted(&self) -> Option<String> {
+        self.is_leaving().then(|| String::from("it is being deleted, and not by the fleet"))
+    }
+
     pub(super) fn created(&self) -> Option<Timestamp> {
         self.creation_timestamp
     }
@@ -88,6 +93,8 @@ impl Meta {
             created: self.creation_timestamp,
             deadline: None,
             labels,
+            node: None,
+            disrupted: None,
         }
     }
 }
@@ -104,6 +111,7 @@ pub(super) struct Pod {
 #[serde(default, rename_all = "camelCase")]
 pub(super) struct PodSpec {
     active_deadline_seconds: Option<u64>,
+    node_name: Option<String>,
     pub(super) containers: Vec<Container>,
 }
 
@@ -174,12 +182,13 @@ pub(super) struct PodStatus {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, rename_all = "camelCase")]
 pub(super) struct Condition {
     pub(super) r#type: String,
     pub(super) status: String,
     pub(super) reason: String,
     pub(super) message: String,
+    last_transition_time: Option<Timestamp>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -209,6 +218,7 @@ struct Terminated {
     exit_code: i32,
     reason: String,
     message: String,
+    finished_at: Option<Timestamp>,
 }
 
 pub(super) fn words(reason: &str, message: &str) -> Option<String> {
@@ -255,6 +265,11 @@ impl Pod {
 
     pub(super) fn is_over(&self) -> bool {
         matches!(self.status.phase.as_str(), "Succeeded" | "Failed")
+    }
+
+    /// Somebody may still answer in there.
+    pub(super) fn runs(&self) -> bool {
+        self.status.phase == "Running"
     }
 
     fn ended(&self) -> Option<&Terminated> {
@@ -304,6 +319,21 @@ impl Pod {
         })
     }
 
+    /// Why it is taken away, or was, other than by its own end: an eviction, a taint, a pod that comes first, a node that ends, or somebody's word.
+    fn disrupted(&self) -> Option<String> {
+        let target = self.status.conditions.iter().find(|one| one.r#type == "DisruptionTarget" && one.status == "True");
+        let Some(target) = target.filter(|_| self.status.phase != "Succeeded") else {
+            return self.metadata.deleted().filter(|_| !self.is_over());
+        };
+        // What had ended by then has ended by itself.
+        let ended = self.ended().and_then(|ended| ended.finished_at);
+        if ended.zip(target.last_transition_time).is_some_and(|(ended, at)| ended < at) {
+            return None;
+        }
+        let said = words(&target.reason, &target.message).map_or_else(String::new, |said| format!(" ({said})"));
+        Some(format!("the cluster takes its pod away{said}"))
+    }
+
     /// By kubelet's count, which begins when it has taken the pod.
     fn deadline(&self) -> Option<Timestamp> {
         let seconds = Duration::from_secs(self.spec.active_deadline_seconds?);
@@ -319,6 +349,8 @@ impl Pod {
             reason,
             size: self.agent_spec().and_then(Container::size),
             deadline: self.deadline(),
+            node: self.spec.node_name.clone(),
+            disrupted: self.disrupted(),
             ..self.metadata.sandbox(state)
         }
     }
@@ -362,6 +394,7 @@ struct CustomSpec {
     operating_mode: String,
     shutdown_time: Option<Timestamp>,
     pod_template: Template,
+    volume_claim_templates: Vec<serde::de::IgnoredAny>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -385,6 +418,11 @@ impl Custom {
 
     pub(super) fn agent_spec(&self) -> Option<&Container> {
         self.spec.pod_template.spec.agent()
+    }
+
+    /// Its volumes are there when its pod is another.
+    fn keeps(&self) -> bool {
+        !self.spec.volume_claim_templates.is_empty()
     }
 
     fn is_suspended(&self) -> bool {
@@ -422,6 +460,7 @@ impl Custom {
             reason: why.and_then(|one| words(&one.reason, &one.message)),
             size: self.agent_spec().and_then(Container::size),
             deadline: self.spec.shutdown_time,
+            disrupted: self.metadata.deleted(),
             ..self.metadata.sandbox(state)
         }
     }
@@ -444,16 +483,24 @@ impl Custom {
         let state = match (state, inner.state) {
             (State::Stopping, _) => State::Stopping,
             _ if self.is_suspended() => State::Pausing,
-            // The one of before: another is made when it is gone.
-            (_, State::Stopping) if pod.metadata.is_leaving() => State::Creating,
+            // The one of before: another is made when it is gone, with what was kept.
+            (_, State::Stopping) if pod.metadata.is_leaving() && self.keeps() => State::Creating,
             (_, of_pod) => of_pod,
         };
+        let disrupted = inner.disrupted.filter(|_| !self.keeps() && !self.is_suspended());
         let own = self.told(state);
         let deadline = match (own.deadline, inner.deadline) {
             (Some(one), Some(other)) => Some(one.min(other)),
             (one, other) => one.or(other),
         };
-        Sandbox { reason: inner.reason.or(own.reason.clone()), exit_code: inner.exit_code, deadline, ..own }
+        Sandbox {
+            reason: inner.reason.or(own.reason.clone()),
+            exit_code: inner.exit_code,
+            deadline,
+            node: inner.node,
+            disrupted: own.disrupted.clone().or(disrupted),
+            ..own
+        }
     }
 }
 
@@ -577,6 +624,52 @@ mod tests {
     }
 
     #[test]
+    fn what_takes_a_pod_away_is_no_end_of_its_own() {
+        let target = |status: &str, reason: &str| json!([{"type": "DisruptionTarget", "status": status, "reason": reason, "message": "m", "lastTransitionTime": "2026-11-27T00:00:05Z"}]);
+        let ended = |at: &str| json!([{"name": "agent", "state": {"terminated": {"exitCode": 137, "finishedAt": at}}}]);
+        let told = |leaving: bool, status: Value| -> Option<String> {
+            let at = leaving.then_some("2026-11-27T00:00:35Z");
+            let pod: Pod =
+                serde_json::from_value(json!({"metadata": {"name": "a", "deletionTimestamp": at}, "status": status})).unwrap();
+            pod.sandbox().disrupted
+        };
+        for reason in [
+            "EvictionByEvictionAPI",
+            "DeletionByTaintManager",
+            "TerminationByKubelet",
+            "PreemptionByScheduler",
+            "DeletionByPodGC",
+        ] {
+            let said = told(reason != "TerminationByKubelet", json!({"phase": "Running", "conditions": target("True", reason)}));
+            assert_eq!(said, Some(format!("the cluster takes its pod away ({reason}: m)")));
+        }
+        let deleted = Some(String::from("it is being deleted, and not by the fleet"));
+        for (leaving, status, expected) in [
+            (false, json!({"phase": "Running"}), None),
+            (false, json!({"phase": "Running", "conditions": target("False", "PreemptionByScheduler")}), None),
+            (true, json!({"phase": "Running"}), deleted.clone()),
+            (true, json!({"phase": "Pending"}), deleted),
+            // It had come to its end before somebody removed what was left of it.
+            (true, json!({"phase": "Failed", "containerStatuses": ended("2026-11-27T00:00:01Z")}), None),
+            (true, json!({"phase": "Succeeded", "conditions": target("True", "EvictionByEvictionAPI")}), None),
+            (
+                true,
+                json!({"phase": "Failed", "conditions": target("True", "EvictionByEvictionAPI"), "containerStatuses": ended("2026-11-27T00:00:01Z")}),
+                None,
+            ),
+            (
+                false,
+                json!({"phase": "Failed", "conditions": target("True", "TerminationByKubelet"), "containerStatuses": ended("2026-11-27T00:00:05Z")}),
+                Some(String::from("the cluster takes its pod away (TerminationByKubelet: m)")),
+            ),
+            // Beyond what it may have itself.
+            (false, json!({"phase": "Failed", "reason": "Evicted", "message": "exceeds its limit"}), None),
+        ] {
+            assert_eq!(told(leaving, status.clone()), expected, "{status}");
+        }
+    }
+
+    #[test]
     fn its_size_is_what_it_was_given_however_that_is_written() {
         for (text, expected) in [
             ("500m", 0.5),
@@ -606,10 +699,12 @@ mod tests {
 
     #[test]
     fn a_sandbox_is_what_its_pod_is_and_what_it_is_told_to_be() {
-        let custom = |mode: &str, conditions: Value| -> Custom {
-            serde_json::from_value(json!({"metadata": {"name": "a"}, "spec": {"operatingMode": mode, "podTemplate": {"spec": {}}}, "status": {"conditions": conditions}}))
-                .unwrap()
+        let kept = |mode: &str, conditions: Value, volumes: Value| -> Custom {
+            serde_json::from_value(json!({"metadata": {"name": "a"}, "spec": {"operatingMode": mode, "podTemplate": {"spec": {}}, "volumeClaimTemplates": volumes},
+                "status": {"conditions": conditions}}))
+            .unwrap()
         };
+        let custom = |mode: &str, conditions: Value| kept(mode, conditions, json!([{}]));
         let pod = |text: Value| -> Pod { serde_json::from_value(text).unwrap() };
         let running = || pod(json!({"metadata": {"name": "a"}, "status": {"phase": "Running"}}));
         let leaving = || {
@@ -653,5 +748,10 @@ mod tests {
             assert_eq!((custom.sandbox().state, custom.with(pod.as_ref()).state), (by_itself, with_pod), "{what}");
         }
         assert_eq!(custom("Running", json!([])).with(Some(&over())).exit_code, Some(3));
+        // What comes after it has nothing of it: it is this one that ends.
+        let without = kept("Running", ready.clone(), json!([])).with(Some(&leaving()));
+        assert!(without.state == State::Stopping && without.disrupted.is_some(), "{without:?}");
+        assert_eq!(custom("Running", ready.clone()).with(Some(&leaving())).disrupted, None);
+        assert_eq!(kept("Suspended", ready, json!([])).with(Some(&leaving())).disrupted, None, "it was told to sleep");
     }
 }
