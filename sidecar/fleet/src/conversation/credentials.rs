@@ -4,7 +4,7 @@
 //! Where nothing is said they are looked for as AWS's own tools do: in the environment, for a cluster's token (IRSA), from who runs the container (ECS,
 //! EKS Pod Identity). Not asked are a machine's metadata service and files in a home.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -160,8 +160,8 @@ impl Source {
         tokio::time::timeout(FETCH, fetched).await.map_err(slow)?
     }
 
-    async fn assume(&self, role: &str, session: &str, token: &PathBuf, sts: &str) -> Result<Held> {
-        let token = read(&Secret::File(token.clone()))?;
+    async fn assume(&self, role: &str, session: &str, token: &Path, sts: &str) -> Result<Held> {
+        let token = read(&Secret::File(token.to_owned()))?;
         let mut form = Url::parse("form:").expect("it is one");
         form.query_pairs_mut()
             .append_pair("Action", "AssumeRoleWithWebIdentity")
