@@ -101,7 +101,7 @@ impl Provider for Simulated {
     }
 
     async fn list(&self, _: &BTreeMap<String, String>, _: Option<&str>) -> provider::Result<Page> {
-        Ok(Page { sandboxes: (0..SESSIONS).map(|n| sandbox(&name(n))).collect(), next: None })
+        Ok(Page { sandboxes: (0..SESSIONS).map(|n| sandbox(&name(n))).collect(), unread: 0, next: None })
     }
 
     async fn exec(&self, _: &str, _: &Exec) -> provider::Result<Executed> {
