@@ -116,9 +116,10 @@ mod tests {
     async fn it_is_found_by_its_arguments() {
         let socket = format!("/nowhere/{}", uuid::Uuid::now_v7());
         let at = Path::new(&socket);
-        // A shell whose arguments are these.
-        let script = ["-c", "sleep 600; true", "x", "--id", "k", "--api-sock", &socket];
-        let mut shell = tokio::process::Command::new("sh").args(script).kill_on_drop(true).spawn().unwrap();
+        // A shell whose arguments are these, and which waits for itself: a child of it would outlive it.
+        let script = ["-c", "read word", "x", "--id", "k", "--api-sock", &socket];
+        let stdin = std::process::Stdio::piped();
+        let mut shell = tokio::process::Command::new("sh").args(script).stdin(stdin).kill_on_drop(true).spawn().unwrap();
         let began = Instant::now();
         while find("k", at).is_empty() {
             assert!(began.elapsed() < Duration::from_secs(60));
