@@ -18,7 +18,7 @@ use axum::routing::get;
 use tokio::sync::watch;
 
 use crate::pools::{ahead, waiting};
-use crate::town::{Town, run, session};
+use crate::town::{Town, run, session, until};
 
 const AWAY: &str = "the cluster takes its pod away (EvictionByEvictionAPI: Eviction API: evicting)";
 
@@ -27,16 +27,6 @@ async fn town() -> Town {
     *town.words.0.lock().unwrap() = Some((false, 0.0));
     *town.cloud.nodes.lock().unwrap() = vec![String::from("n1"), String::from("n2")];
     town
-}
-
-async fn until<F: Future<Output = bool>>(what: &str, so: impl Fn() -> F) {
-    for _ in 0..6000 {
-        if so().await {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("waited in vain until {what}");
 }
 
 fn node_of(session: &Session) -> &str {

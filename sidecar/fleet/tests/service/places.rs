@@ -19,7 +19,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use crate::pools::{ahead, waiting};
-use crate::town::{Cloud, Town, run, session};
+use crate::town::{Cloud, Town, run, session, until};
 
 /// What containers say while they run, and what each session in them does.
 struct Rooms {
@@ -95,16 +95,6 @@ async fn houses(town: &Town) -> BTreeMap<SessionId, BTreeSet<String>> {
 async fn house_of(town: &Town, id: &str) -> Session {
     let native = town.get(id).await.native.unwrap();
     town.get(native.split_once('/').unwrap().0).await
-}
-
-async fn until<F: Future<Output = bool>>(what: &str, so: impl Fn() -> F) {
-    for _ in 0..6000 {
-        if so().await {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("waited in vain until {what}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -13,7 +13,7 @@ use agent_fleet::service;
 use agent_fleet::session::{Pattern, Session, Wanted};
 use agent_fleet::store::Filter;
 
-use crate::town::{Cloud, Town, run, session};
+use crate::town::{Cloud, Town, run, session, until};
 
 pub(crate) fn ahead(size: usize) -> Ahead {
     let pool = Pool { size, max_age: Duration::from_secs(1800), per_minute: 100_000 };
@@ -26,16 +26,6 @@ pub(crate) async fn waiting(town: &Town) -> Vec<Session> {
     let nobodys = Filter { tenant: Some(String::new()), ..Filter::default() };
     let all = town.store.list(&nobodys, None, 1000).await.unwrap();
     all.into_iter().filter(|spare| spare.spare().is_some()).collect()
-}
-
-async fn until<F: Future<Output = bool>>(what: &str, so: impl Fn() -> F) {
-    for _ in 0..6000 {
-        if so().await {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("waited in vain until {what}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

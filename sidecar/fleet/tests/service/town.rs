@@ -392,20 +392,24 @@ impl Town {
 
     /// Its phases so far, when the hooks of that one have been run: the store has a phase before they are.
     pub(crate) async fn phases_to(&self, id: &str, phase: Phase) -> Vec<Phase> {
-        for _ in 0..3000 {
-            let phases = self.phases(id);
-            if phases.contains(&phase) {
-                return phases;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        panic!("waited in vain for the hooks of {phase}; of {id} were run {:?}", self.phases(id));
+        until(&format!("the hooks of {phase} are run for {id}"), || async { self.phases(id).contains(&phase) }).await;
+        self.phases(id)
     }
 
     pub(crate) fn phases(&self, id: &str) -> Vec<Phase> {
         let trail = self.trail.0.lock().unwrap();
         trail.iter().filter(|(of, _)| of.as_str() == id).map(|(_, phase)| *phase).collect()
     }
+}
+
+pub(crate) async fn until<F: Future<Output = bool>>(what: &str, so: impl Fn() -> F) {
+    for _ in 0..6000 {
+        if so().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("waited in vain until {what}");
 }
 
 pub(crate) fn session(id: &str, pattern: Pattern) -> Session {
