@@ -299,13 +299,21 @@ impl Error {
 
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// As much of what is wrong with an item as is told: it may repeat what stands there.
+/// As much of what is wrong with an item as is told.
 const WRONG_MOST: usize = 200;
 
 /// Says of an item of a list that it is left out.
 fn tell_unread(provider: &'static str, item: &str, wrong: &dyn fmt::Display) {
-    let wrong: String = wrong.to_string().chars().take(WRONG_MOST).collect();
+    let wrong: String = unquoted(&wrong.to_string()).chars().take(WRONG_MOST).collect();
     tracing::warn!(provider, item, wrong, "a container on the list cannot be read: it is left out, and not taken for gone");
+}
+
+/// Without the text that stands there, which may be anything: also a secret in the wrong place.
+fn unquoted(wrong: &str) -> String {
+    match wrong.split_once('"').zip(wrong.rsplit_once('"')) {
+        Some(((before, _), (_, after))) => format!("{before}\"…\"{after}"),
+        None => wrong.to_owned(),
+    }
 }
 
 /// What is looked for is not on the list, and might be what could not be read of it.
@@ -387,4 +395,17 @@ pub fn refusals(can: &Capabilities, spec: &Spec) -> Vec<String> {
     }
     say(spec.ttl.is_zero(), String::from("`ttl` is nothing: every container has an end"));
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    #[test]
+    fn what_cannot_be_read_is_not_repeated() {
+        let said = serde_json::json!("sk-\"secret\"");
+        let wrong = super::unquoted(&Vec::<u8>::deserialize(&said).unwrap_err().to_string());
+        assert_eq!(wrong, "invalid type: string \"…\", expected a sequence");
+        assert_eq!(super::unquoted("missing field `id`"), "missing field `id`");
+    }
 }
