@@ -1,8 +1,9 @@
 //! Tells a fleet whether the agents of this container work and what they spend, and hears from it how long the container may live.
 //!
 //! ```text
-//!   every ten seconds, when work begins or ends, and at the end ──► POST /v1/containers/NAME/report ──► so long you may live
-//!                                                  nothing heard, and that and a grace are over ──► the agents are ended
+//!   every ten seconds, when work begins or ends or was done meanwhile, and at the end
+//!                                     ──► POST /v1/containers/NAME/report ──► so long you may live
+//!     nothing heard, and that and a grace are over ──► the agents are ended
 //! ```
 //!
 //! A platform whose sandboxes stay awake for whoever asks them is not asked, but told; and one that ends nothing by itself has somebody here who
@@ -53,12 +54,29 @@ pub(crate) struct Said {
     pub(crate) sessions: Vec<String>,
 }
 
+/// What is looked at often.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Glance {
+    /// Whether the agents work.
+    pub(crate) busy: bool,
+    /// What they have cost, in USD.
+    pub(crate) cost_usd: f64,
+}
+
+impl Glance {
+    /// Whether somebody who knows what was seen before wants to hear of it at once. What costs while it works is told from time to time; one that came and went
+    /// between two looks is known by its cost alone.
+    fn is_news_after(self, before: Glance) -> bool {
+        self.busy != before.busy || !self.busy && self.cost_usd.to_bits() != before.cost_usd.to_bits()
+    }
+}
+
 /// Who knows it, and can end the agents.
 pub(crate) trait Agents: Send + 'static {
     /// `None`: nobody knows just now.
     fn say(&self) -> Option<Said>;
-    /// Whether the agents work, which is looked at often. `None`: nobody will know any more.
-    fn busy(&self) -> Option<bool>;
+    /// `None`: nobody will know any more.
+    fn glance(&self) -> Option<Glance>;
     fn end(&self);
 }
 
@@ -162,7 +180,7 @@ impl Voice {
 fn speak(options: &Options, agents: &impl Agents, asked: &mpsc::Receiver<mpsc::Sender<()>>) {
     let run = format!("{:016x}", crate::supervise::random());
     let mut lease = Lease::new(options.lease, options.grace, Instant::now());
-    let (mut told, mut seq, mut failing, mut over) = (None::<(Instant, bool)>, 0, false, None::<Instant>);
+    let (mut told, mut seq, mut failing, mut over) = (None::<(Instant, Glance)>, 0, false, None::<Instant>);
     loop {
         let asking = match asked.recv_timeout(if told.is_none() { Duration::ZERO } else { LOOK.min(options.every) }) {
             Ok(asking) => Some(asking),
@@ -170,9 +188,9 @@ fn speak(options: &Options, agents: &impl Agents, asked: &mpsc::Receiver<mpsc::S
             // The last was said.
             Err(RecvTimeoutError::Disconnected) => return,
         };
-        let Some(busy) = agents.busy() else { return };
+        let Some(glance) = agents.glance() else { return };
         let every = if failing { options.every.min(AGAIN) } else { options.every };
-        let due = told.is_none_or(|(at, before)| at.elapsed() >= every || before != busy);
+        let due = told.is_none_or(|(at, before)| at.elapsed() >= every || glance.is_news_after(before));
         if due || asking.is_some() {
             let Some(said) = agents.say() else {
                 std::thread::sleep(LOOK);
@@ -201,7 +219,7 @@ fn speak(options: &Options, agents: &impl Agents, asked: &mpsc::Receiver<mpsc::S
             }
             failing = answer.is_err();
             // What was not heard is said again, too, but not each second.
-            told = Some((Instant::now(), busy));
+            told = Some((Instant::now(), glance));
             if let Some(asking) = asking {
                 // Who asked may be gone.
                 asking.send(()).ok();
@@ -242,6 +260,15 @@ mod tests {
         let mut ended = Lease::new(None, second * 60, start);
         (0..=60).for_each(|n| ended.renew(Some(0.0), start + second * n));
         assert!(ended.is_over(start + second * 60), "told again and again that it is over");
+    }
+
+    #[test]
+    fn what_begins_ends_or_was_done_between_two_looks_is_told_at_once() {
+        let (idle, works) = (Glance { busy: false, cost_usd: 0.5 }, Glance { busy: true, cost_usd: 0.5 });
+        assert!(works.is_news_after(idle) && idle.is_news_after(works));
+        assert!(!idle.is_news_after(idle) && !works.is_news_after(works));
+        assert!(Glance { cost_usd: 0.75, ..idle }.is_news_after(idle), "it came and went");
+        assert!(!Glance { cost_usd: 0.75, ..works }.is_news_after(works), "its end is told");
     }
 
     #[test]

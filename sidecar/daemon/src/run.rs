@@ -28,7 +28,7 @@ use crate::export::otlp::pipeline::Pipeline;
 use crate::export::prometheus;
 use crate::feed::Feed;
 use crate::fence::{self, HoldDir};
-use crate::fleet::{Agents, Said, Voice};
+use crate::fleet::{Agents, Glance, Said, Voice};
 use crate::hang::within;
 use crate::hooks;
 use crate::http::{self, Scrapes, Site};
@@ -468,10 +468,14 @@ impl Agents for Own {
         })
     }
 
-    fn busy(&self) -> Option<bool> {
+    fn glance(&self) -> Option<Glance> {
         let lease = self.lease;
-        let busy = http::visit_blocking(&self.handle, move |monitor, now| busy::Word::of(monitor, now, lease).busy);
-        busy.or_else(|| self.handle.visit(|_, _| {}).then_some(true))
+        let seen = http::visit_blocking(&self.handle, move |monitor, now| Glance {
+            busy: busy::Word::of(monitor, now, lease).busy,
+            cost_usd: monitor.report().totals().cost_usd.to_f64(),
+        });
+        // Too busy to say.
+        seen.or_else(|| self.handle.visit(|_, _| {}).then_some(Glance { busy: true, cost_usd: 0.0 }))
     }
 
     fn end(&self) {

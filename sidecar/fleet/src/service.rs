@@ -570,6 +570,10 @@ impl Fleet {
                             self.entered(&session, &entered);
                             session = entered;
                             self.tell_guests(&session).await;
+                            // Who is to end is looked at, and asked, for the last time.
+                            if is_last_time(session.phase) {
+                                seen = None;
+                            }
                         }
                         Err(store::Error::Conflict(_)) => {
                             session = self.read(&session.id).await?;
@@ -759,8 +763,7 @@ impl Fleet {
             },
             Action::Look => match self.look(session, provider).await {
                 Ok(sandbox) => {
-                    // Also for the last time, before it ends.
-                    let up = session.phase.is_up() || matches!(session.phase, Phase::Pausing | Phase::Stopping);
+                    let up = session.phase.is_up() || is_last_time(session.phase);
                     let up = up && sandbox.state == State::Running;
                     let report = if up { self.ask(session, provider).await.ok() } else { None };
                     return (Outcome::Done, Some(sandbox), report);
@@ -937,8 +940,8 @@ impl Fleet {
     }
 
     async fn ask(&self, session: &Session, provider: &Arc<dyn Provider>) -> Result<Report, String> {
-        // Who tells is not asked.
-        if let Some(report) = reported::fresh(session, self.now()) {
+        // Who tells is not asked, but for the last time: what it has not told by now it may never tell.
+        if let Some(report) = reported::fresh(session, self.now()).filter(|_| !is_last_time(session.phase)) {
             return Ok(report);
         }
         if session.place.is_some() {
@@ -1083,6 +1086,11 @@ fn away(provider: &Arc<dyn Provider>, error: conversation::Error) -> provider::E
         conversation::Error::NotYet(what) | conversation::Error::Passing(what) => provider::Error::Failed { provider, what },
         conversation::Error::Lasting(what) => provider::Error::Refused { provider, what },
     }
+}
+
+/// Whether it is about to end, or to be put away: nobody can ask it later.
+fn is_last_time(phase: Phase) -> bool {
+    matches!(phase, Phase::Pausing | Phase::Stopping)
 }
 
 fn is_ending(seen: Option<&Seen>) -> bool {

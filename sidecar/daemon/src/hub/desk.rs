@@ -28,7 +28,7 @@ use crate::busy::Word;
 use crate::conversation::{self, Conversation};
 use crate::export::prometheus::{self, Exposed};
 use crate::feed::Feed;
-use crate::fleet::{Agents, Said, Voice};
+use crate::fleet::{Agents, Glance, Said, Voice};
 
 /// See the module's head.
 pub(crate) struct Desk {
@@ -369,8 +369,10 @@ impl Agents for All {
         Some(Said { word: self.desk.busy(), metrics: self.desk.exposition().0, sessions })
     }
 
-    fn busy(&self) -> Option<bool> {
-        Some(self.desk.busy().busy)
+    fn glance(&self) -> Option<Glance> {
+        let status = self.desk.status(Sees::All);
+        let cost_usd = status["totals"]["cost_usd"].as_f64().unwrap_or_default();
+        Some(Glance { busy: self.desk.busy_of(&status).busy, cost_usd })
     }
 
     fn end(&self) {

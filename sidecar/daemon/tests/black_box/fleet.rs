@@ -55,6 +55,28 @@ fn a_fleet_is_told_what_is_done_and_spent_to_the_last() {
 }
 
 #[test]
+fn a_fleet_is_told_what_came_and_went_between_two_looks() {
+    let dir = scratch("fleet-between");
+    let answer = "HTTP/1.1 200 OK\r\nContent-Length: 25\r\nConnection: close\r\n\r\n{\"lease_seconds\": 3600.0}\n";
+    let (url, words) = posted("/v1/containers/agent-1-1/report", answer);
+    let mut hub = Command::new(SIDECAR);
+    hub.env("AGENT_SIDECAR_FLEET_TOKEN", TOKEN).current_dir(&dir).args(["hub", "--listen", "off", "--fleet-report-every", "1h"]);
+    hub.args(["--fleet-url", &url, "--fleet-container", "agent-1-1", "--fleet-session", "talk", "--socket"]);
+    hub.arg(dir.join("hub.sock"));
+    let _hub = Running::start(hub);
+    let cost = || words.recv_timeout(PATIENCE).unwrap().1["cost_usd"].clone();
+    assert_eq!(cost(), 0.0);
+    let mut agent = Command::new(SIDECAR);
+    agent.current_dir(&dir).args(["run", "--listen", "off", "--socket"]).arg(dir.join("hub.sock"));
+    let lines = format!("{INIT}\n{RESULT}\n");
+    agent.args(["--", "sh", "-c", "printf %s \"$0\"", &lines]).args(STREAM_JSON);
+    assert!(agent.output().unwrap().status.success());
+    // Where the hub has looked meanwhile it has also told that work had begun.
+    while cost() != 0.01 {}
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
 fn a_lease_that_is_over_ends_the_agent_and_a_fleet_that_is_not_there_does_not() {
     for hub in ["off", "auto"] {
         let dir = scratch(&format!("lease-{hub}"));

@@ -86,3 +86,26 @@ async fn who_tells_by_itself_is_not_asked_and_is_heard_once() {
     assert_eq!((late.lease_seconds, town.get("a").await.cost_usd()), (0.0, 1.25), "its container is gone");
     running.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_to_end_is_asked_for_what_it_has_not_told_yet() {
+    for (pattern, wanted, reached) in
+        [(Pattern::Ephemeral, Wanted::Gone, Phase::Destroyed), (Pattern::Hybrid, Wanted::Paused, Phase::Paused)]
+    {
+        let town = Town::new(0).await;
+        *town.words.0.lock().unwrap() = None;
+        let fleet = town.fleet();
+        let running = run(&fleet);
+        fleet.create(session("a", pattern)).await.unwrap();
+        town.reaches("a", Phase::Starting).await;
+        let key = town.get("a").await.key();
+        let token = Tokens::new(SECRET).of(&key);
+        fleet.reported(&key, &token, &told(1, false, 0.25)).await.unwrap();
+        town.reaches("a", Phase::Ready).await;
+        // What came and went since then is told in a while, or would have been.
+        *town.words.0.lock().unwrap() = Some((false, 0.75));
+        fleet.want(&"a".parse().unwrap(), wanted, "enough").await.unwrap();
+        assert_eq!(town.reaches("a", reached).await.cost_usd(), 0.75, "{pattern:?}");
+        running.stop().await;
+    }
+}
