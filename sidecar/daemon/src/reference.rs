@@ -56,7 +56,7 @@ pub(crate) fn metrics_page(out: &mut impl Write) -> io::Result<()> {
 
 /// The settings, as a page.
 pub(crate) fn settings(out: &mut impl Write) -> io::Result<()> {
-    writeln!(out, "# Settings\n\nMade by `make docs` from the table in `sidecar/daemon/src/config/mod.rs`.\n")?;
+    writeln!(out, "# Settings\n\nMade by `make docs` from the table in `sidecar/daemon/src/config/table.rs`.\n")?;
     writeln!(
         out,
         "A later source wins: default, file, environment, flag. `agent-sidecar check --print` shows what is in force and why."

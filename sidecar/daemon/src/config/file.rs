@@ -5,10 +5,11 @@ use std::path::Path;
 
 use agent_sidecar_core::limit::Mode;
 use agent_sidecar_core::price::{Price, Rates};
+use agent_sidecar_core::written::near;
 use toml::Spanned;
 use toml::de::{DeArray, DeTable, DeValue};
 
-use super::{Config, Kind, Mistake, Origin, RULES, SETTINGS, Value, near, renamed};
+use super::{Config, Kind, Mistake, Origin, RULES, SETTINGS, Value, renamed};
 
 /// What is no single value, and how it is written.
 const TABLES: &[(&str, &str)] = &[

@@ -4,9 +4,11 @@
 //! `check --print` and the reference page are made from it. A setting has one text form wherever it comes from.
 
 mod file;
+mod names;
+mod table;
 mod value;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,12 +17,11 @@ use agent_sidecar_core::budget::Caps;
 use agent_sidecar_core::budget::share::{How, Sharing};
 use agent_sidecar_core::content::Gates;
 use agent_sidecar_core::ladder::Patience;
-use agent_sidecar_core::limit::{Ceiling, Limit, Mode, Rule, SHARED, Scope};
+use agent_sidecar_core::limit::{Ceiling, Mode, Rule, SHARED};
 use agent_sidecar_core::price::PriceTable;
 use agent_sidecar_core::span::Semconv;
 use agent_sidecar_core::tokens::Usd;
 use agent_sidecar_core::who::{self, Name, Who};
-use agent_sidecar_core::written::near;
 
 use crate::busy::{self, Lease};
 use crate::conversation::{self, Root};
@@ -35,6 +36,10 @@ use crate::serve;
 use crate::supervise::{NoUser, User};
 use crate::tenants::{AgentDirs, Places, Workspace};
 
+pub(crate) use names::variable;
+use names::{PREFIX, WITHHELD, is_kubernetes, is_ours, name_of, renamed, slip, stranger};
+use table::{RULES, is_limit};
+pub(crate) use table::{SETTINGS, Setting};
 pub(crate) use value::{Kind, Value};
 
 /// Read if it is there, when no `--config` names another.
@@ -46,216 +51,6 @@ const BUSY_LEASE: Duration = Duration::from_secs(60);
 /// Where these were unset.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
 const LEASE_GRACE: Duration = Duration::from_secs(60);
-
-/// One thing that can be set.
-#[derive(Debug)]
-pub(crate) struct Setting {
-    /// Its place in the file: `table.key`.
-    pub(crate) key: &'static str,
-    /// `--flag`, and `AGENT_SIDECAR_FLAG`.
-    pub(crate) flag: &'static str,
-    pub(crate) kind: Kind,
-    /// As it would be written; empty for unset.
-    pub(crate) default: &'static str,
-    pub(crate) help: &'static str,
-}
-
-const fn setting(key: &'static str, flag: &'static str, kind: Kind, default: &'static str, help: &'static str) -> Setting {
-    Setting { key, flag, kind, default, help }
-}
-
-/// Every setting there is. Limits are unset by default: a ceiling that nobody chose would stop somebody's work. Those on loops are set,
-/// and only say what they would do.
-#[rustfmt::skip]
-pub(crate) static SETTINGS: &[Setting] = &[
-    setting("limits.max_turns", "max-turns", Kind::Count, "", "model round trips of one user turn; also handed to the CLI as its own --max-turns"),
-    setting("limits.session_max_turns", "session-max-turns", Kind::Count, "", "model round trips of the session"),
-    setting("limits.max_cost_usd", "max-cost-usd", Kind::Money, "", "spend of the session, in dollars"),
-    setting("limits.turn_max_cost_usd", "turn-max-cost-usd", Kind::Money, "", "spend of one user turn, in dollars"),
-    setting("limits.max_tokens", "max-tokens", Kind::Count, "", "tokens of the session, cached ones included"),
-    setting("limits.turn_max_tokens", "turn-max-tokens", Kind::Count, "", "tokens of one user turn, cached ones included"),
-    setting("limits.max_duration", "max-duration", Kind::Time, "", "wall clock of the session"),
-    setting("limits.turn_max_duration", "turn-max-duration", Kind::Time, "", "wall clock of one user turn"),
-    setting("limits.tool_max_duration", "tool-max-duration", Kind::Time, "", "wall clock of one tool call, its permission aside"),
-    setting("limits.subagent_max_duration", "subagent-max-duration", Kind::Time, "", "wall clock of one subagent"),
-    setting("limits.idle_timeout", "idle-timeout", Kind::Time, "", "time without any work, judged by the agent's state and never by silence"),
-    setting("limits.startup_timeout", "startup-timeout", Kind::Time, "", "time to the first word, from the first message"),
-    setting("limits.stall_timeout", "stall-timeout", Kind::Time, "", "time without a sign of life while the model is asked; the CLI itself may be silent for six minutes"),
-    setting("limits.result_timeout", "result-timeout", Kind::Time, "", "time to the result after the last answer, and to the exit after the last result"),
-    setting("limits.max_memory", "max-memory", Kind::Size, "", "memory of the container; above it the agent is ended at the next turn boundary"),
-    setting("limits.memory_horizon", "memory-horizon", Kind::Time, "", "end the agent at a turn boundary when its memory, growing as it does, reaches `max_memory` or the container's limit within this time"),
-    setting("limits.max_identical_calls", "max-identical-calls", Kind::Count, "10", "the same call with the same result in a row; warned at half, like each of the next five (docs/detectors.md)"),
-    setting("limits.max_alternations", "max-alternations", Kind::Count, "6", "the same two to four calls in turn, with the same results: how often"),
-    setting("limits.max_same_errors", "max-same-errors", Kind::Count, "8", "different calls that fail with the same error, with no success in between"),
-    setting("limits.max_compactions", "max-compactions", Kind::Count, "5", "compactions of the context in a row, each within eight answers of the one before"),
-    setting("limits.max_subagents", "max-subagents", Kind::Count, "100", "subagents that one user turn starts"),
-    setting("limits.max_stale_answers", "max-stale-answers", Kind::Count, "40", "answers in a row that bring no progress: no call that succeeded and was new, or had a new result; waits aside"),
-    setting("limits.loop_mode", "loop-mode", Kind::Mode, "shadow", "what these six do, where `limits.mode` allows as much: off, shadow or enforce (interrupt the turn); `limits.modes.<limit>` sets one"),
-    setting("limits.container_max_cost_usd", "container-max-cost-usd", Kind::Money, "", "spend of all agents of the container, in dollars, for as long as its state is kept"),
-    setting("limits.container_day_max_cost_usd", "container-day-max-cost-usd", Kind::Money, "", "the same, of each day"),
-    setting("limits.container_month_max_cost_usd", "container-month-max-cost-usd", Kind::Money, "", "the same, of each month"),
-    setting("limits.tenant_max_cost_usd", "tenant-max-cost-usd", Kind::Money, "", "spend of all agents of the container that work for this tenant, in dollars"),
-    setting("limits.tenant_day_max_cost_usd", "tenant-day-max-cost-usd", Kind::Money, "", "the same, of each day"),
-    setting("limits.tenant_month_max_cost_usd", "tenant-month-max-cost-usd", Kind::Money, "", "the same, of each month"),
-    setting("limits.container_max_tokens", "container-max-tokens", Kind::Count, "", "tokens of all agents of the container, cached ones included, for as long as its state is kept"),
-    setting("limits.container_day_max_tokens", "container-day-max-tokens", Kind::Count, "", "the same, of each day"),
-    setting("limits.container_month_max_tokens", "container-month-max-tokens", Kind::Count, "", "the same, of each month"),
-    setting("limits.tenant_max_tokens", "tenant-max-tokens", Kind::Count, "", "tokens of all agents of the container that work for this tenant, cached ones included"),
-    setting("limits.tenant_day_max_tokens", "tenant-day-max-tokens", Kind::Count, "", "the same, of each day"),
-    setting("limits.tenant_month_max_tokens", "tenant-month-max-tokens", Kind::Count, "", "the same, of each month"),
-    setting("limits.max_sessions", "max-sessions", Kind::Count, "", "agents of the container that may run at once; one more waits to be started"),
-    setting("limits.tenant_weight", "tenant-weight", Kind::Count, "1", "what this tenant weighs when agents wait, and where budgets are shared: one that weighs two is given twice as many of the seats, and twice as much money"),
-    setting("limits.queue_timeout", "queue-timeout", Kind::Pause, "30s", "how long it waits; then it is not started, and the exit code is 125"),
-    setting("limits.budget_share", "budget-share", Kind::Choice(&["fair", "tenants", "first-come"]), "tenants", "how a shared budget is divided while several work: tenants (by weight; the agents of one as they come), fair (the agents of each alike, too), first-come (docs/hub.md)"),
-    setting("limits.budget_hooks", "budget-hooks", Kind::Switch, "true", "where agents share a budget, start the CLI with hooks (--settings) that ask for what is left before it asks the model; false: it is interrupted afterwards (docs/hub.md)"),
-    setting("limits.share_kept", "share-kept", Kind::Pause, "60s", "how long an agent's share is kept for it after its last work; then others may have it"),
-    setting("limits.time_zone", "time-zone", Kind::Zone, "UTC", "where days and months of budgets begin, at midnight: a name like Europe/Berlin, or an offset from UTC like +05:30"),
-    setting("limits.mode", "mode", Kind::Mode, "enforce", "what reaching a limit does: off, shadow (only says what it would do) or enforce; `limits.modes.<limit>` sets one"),
-    setting("limits.exit_code", "limit-exit-code", Kind::Code, "", "exit with this code after a stop by a limit, instead of the CLI's own"),
-    setting("stop.interrupt", "stop-interrupt", Kind::Time, "3s", "how long an interrupted turn has to end"),
-    setting("stop.end", "stop-end", Kind::Time, "3s", "how long the CLI has to end after end_session (1.4 s seen, more on a busy machine)"),
-    setting("stop.terminate", "stop-terminate", Kind::Time, "1500ms", "how long it has after SIGTERM, before everything is killed (0.5 s seen)"),
-    setting("stop.platform_grace", "platform-grace", Kind::Time, "30s", "what the platform gives between SIGTERM and SIGKILL (Kubernetes: 30s, Docker: 10s); only checked"),
-    setting("linger", "linger", Kind::Pause, "0s", "keep the metrics up after the agent's end until they were read once, this long at most"),
-    setting("listen", "listen", Kind::Address, ":9477", "where /metrics, /livez, /readyz and /status are served; port 0 picks one, off serves nothing"),
-    setting("patrol", "patrol", Kind::Switch, "true", "look every ten seconds for CLIs that run without a sidecar, count them and say so; false where some are meant to"),
-    setting("page_host", "page-host", Kind::Label, "", "a public name under which the page at `/` is asked for, behind a proxy; addresses, localhost and private names need none"),
-    setting("hub.mode", "hub", Kind::Choice(&["auto", "off"]), "auto", "whether the wrappers of a container that have the same `listen` are served as one, by one of them; off: each for itself"),
-    setting("hub.socket", "socket", Kind::Path, "", "where that one is asked; who names the same socket belongs together, whatever its `listen`; unset, hub.sock (hub-PORT.sock for another port) in /run/agent-sidecar, or in agent-sidecar below $XDG_RUNTIME_DIR, or in /tmp/agent-sidecar-UID"),
-    setting("hub.state_dir", "hub-state-dir", Kind::Path, "", "where the totals of those that ended are kept, and the journals of those that run; unset, beside the socket; name a volume to have counters outlive the container"),
-    setting("hub.control", "hub-control", Kind::Switch, "false", "whether shared budgets can be raised at the socket, by this user and root: an agent that runs under the same user can, too"),
-    setting("hub.control_token_file", "control-token-file", Kind::Path, "", "a file with a token (16 letters or more) that whoever changes something has to say, as `Authorization: Bearer …`; of this user or root, and readable by nobody else; by the group of a file of root's, where we are not root"),
-    setting("hub.control_token", "control-token", Kind::Token, "", "the token itself; never shown; others can read a flag, so better in a file or the environment"),
-    setting("hub.control_tcp", "control-tcp", Kind::Switch, "false", "whether who knows the token may change something over TCP, too"),
-    setting("hub.slots", "hub-slots", Kind::Count, "8", "agents at once that have a `slot` of their own in the metrics; the others share `other`"),
-    setting("hub.users", "hub-users", Kind::Users, "", "users whose wrappers `agent-sidecar hub`, started by root, serves together; `=tenant` behind one says for whom all its agents work (docs/hub.md)"),
-    setting("hub.user", "hub-user", Kind::User, "", "who that hub becomes when root has made the directories of these users: a user with a group of its own"),
-    setting("hub.users_dir", "hub-users-dir", Kind::Path, "/run/agent-sidecar-users", "where these directories are, and where wrappers look for one of theirs"),
-    setting("ledger.path", "ledger", Kind::Path, "", "append one JSON line for each accounting fact to this file"),
-    setting("events.path", "events", Kind::Path, "", "append one JSON line for each event (turns, requests, tools, limits, ends) to this file"),
-    setting("otlp.endpoint", "otlp-endpoint", Kind::Url, "", "where spans, metrics and logs are sent, like http://collector:4318; unset, the OTEL_EXPORTER_OTLP_* variables say it, and without them nothing is sent; off sends nothing whatever they say"),
-    setting("otlp.protocol", "otlp-protocol", Kind::Choice(&["http/protobuf", "http/json", "grpc"]), "", "how; unset, http/protobuf"),
-    setting("otlp.headers", "otlp-headers", Kind::Headers, "", "headers of each request, as name=value,name=value, percent-encoded; never shown; others can read a flag, so better in the file or the environment"),
-    setting("otlp.timeout", "otlp-timeout", Kind::Time, "", "how long one request may take; unset, 10s"),
-    setting("otlp.compression", "otlp-compression", Kind::Choice(&["gzip", "none"]), "", "of each request; unset, none"),
-    setting("otlp.certificate", "otlp-certificate", Kind::Path, "", "the only root certificate that is trusted, instead of those of the web"),
-    setting("otlp.client_certificate", "otlp-client-certificate", Kind::Path, "", "our own certificate, for a collector that asks for one"),
-    setting("otlp.client_key", "otlp-client-key", Kind::Path, "", "its key"),
-    setting("otlp.traces", "otlp-traces", Kind::Switch, "", "whether spans are sent; unset, OTEL_TRACES_EXPORTER says it beside OTEL_EXPORTER_OTLP_*, and yes beside otlp.endpoint"),
-    setting("otlp.metrics", "otlp-metrics", Kind::Switch, "", "the same for metrics"),
-    setting("otlp.logs", "otlp-logs", Kind::Switch, "", "the same for logs"),
-    setting("otlp.semconv", "semconv", Kind::Choice(&["v1.36", "genai-0.1", "both"]), "genai-0.1", "which edition of the GenAI conventions names spans' attributes and the gen_ai.* metrics"),
-    setting("otlp.agent_name", "agent-name", Kind::Label, "claude-code", "gen_ai.agent.name of each turn"),
-    setting("otlp.queue_dir", "otlp-queue-dir", Kind::Path, "", "where what is not sent yet waits, and outlives us: unset, agent-sidecar/otlp below $XDG_STATE_HOME, /var/lib for root or ~/.local/state; wrappers may share it; name a volume to outlive the container"),
-    setting("otlp.queue_max", "otlp-queue-max", Kind::Size, "64MiB", "how much may wait there before the oldest is dropped"),
-    setting("otlp.flush", "otlp-flush", Kind::Time, "3s", "how long the end waits for a collector that hangs; one that is down or asks for patience is not waited for"),
-    setting("content.prompts", "content-prompts", Kind::Switch, "false", "tell in spans what the app says to the agent over stdin (gen_ai.input.messages of turns)"),
-    setting("content.answers", "content-answers", Kind::Switch, "false", "tell in spans what the model writes (gen_ai.output.messages of chats)"),
-    setting("content.tool_inputs", "content-tool-inputs", Kind::Switch, "false", "tell in spans what tools are called with (gen_ai.tool.call.arguments)"),
-    setting("content.tool_outputs", "content-tool-outputs", Kind::Switch, "false", "tell in spans what tools answer (gen_ai.tool.call.result)"),
-    setting("busy.lease", "busy-lease", Kind::Time, "60s", "how long a word that the agent is busy may be believed; it is said again after a third of that"),
-    setting("busy.file", "busy-file", Kind::Path, "", "a file that says whether the agent is busy, replaced with each word"),
-    setting("busy.webhook", "busy-webhook", Kind::Url, "", "where each such word is posted as JSON"),
-    setting("busy.webhook_headers", "busy-webhook-headers", Kind::Headers, "", "headers of each post, as name=value,name=value, percent-encoded; never shown"),
-    setting("log.format", "log-format", Kind::Choice(&["text", "json"]), "text", "format of the log on stderr"),
-    setting("log.level", "log-level", Kind::Choice(&["error", "warn", "info", "debug"]), "warn", "what is logged"),
-    setting("log.quiet", "quiet", Kind::Switch, "false", "log errors only"),
-    setting("relay.spill_dir", "spill-dir", Kind::Path, "", "where output waits that the app does not read; before $TMPDIR, /tmp and /dev/shm"),
-    setting("relay.spill_max", "spill-max", Kind::Size, "1GiB", "how much may wait there"),
-    setting("run.user", "user", Kind::User, "", "start the CLI as this user, NAME or UID and `:GROUP` if it is to be that group alone; the sidecar stays who it is: then the agent can neither end nor change it (docs/security.md)"),
-    setting("policy.environment", "environment-policy", Kind::Choice(&["report", "strip", "refuse"]), "report", "what is done about variables that load code into the CLI (LD_PRELOAD, BUN_OPTIONS, …) and, with `policy.base_urls`, about those that have it ask others: report tells, strip takes them from its environment, refuse starts nothing (exit code 125), also for what settings files say that the agent can write (docs/security.md)"),
-    setting("policy.base_urls", "base-urls", Kind::Urls, "", "whom the CLI may be told to ask, in ANTHROPIC_BASE_URL and others like it, and below these; unset, the app may say anybody, and only what an agent can write is told"),
-    setting("shim.cli", "shim-cli", Kind::Path, "", "the real CLI, for the binary under the name `claude`: unset, what `install` put beside it, or else the next `claude` on PATH"),
-    setting("shim.strict", "shim-strict", Kind::Switch, "false", "whether a mistake in the configuration keeps `claude` from starting; if not, the agent runs without the settings that cannot be read"),
-    setting("serve.listen", "serve-listen", Kind::Address, ":8000", "where `agent-sidecar serve` takes messages (docs/serve.md); the settings `serve.*` are for it alone"),
-    setting("serve.token_file", "serve-token-file", Kind::Path, "", "a file with the token (16 letters or more) that whoever asks has to say, as `Authorization: Bearer …`; of this user or root, and readable by nobody else"),
-    setting("serve.token", "serve-token", Kind::Token, "", "the token itself; never shown; others can read a flag, so better in a file or the environment; AGENT_AUTH_TOKEN says it, too"),
-    setting("serve.open", "serve-open", Kind::Switch, "false", "ask for no token; at loopback alone"),
-    setting("serve.state", "serve-state", Kind::Path, "", "the file that knows which conversation is whose; unset, agent-sidecar-sessions.json in the CLI's config directory"),
-    setting("serve.max_agents", "serve-max-agents", Kind::Count, "8", "agents at once; for one more, the one ends that waits longest, and its conversation is resumed by its next message"),
-    setting("serve.permissions", "serve-permissions", Kind::Choice(&["deny", "allow"]), "deny", "what is answered to tools that ask for permission"),
-    setting("serve.messages", "serve-messages", Kind::Choice(&["sdk", "cli"]), "sdk", "how messages are written: sdk names and flattens them as the Python SDK does, cli passes on the CLI's lines"),
-    setting("serve.interrupt_when_gone", "serve-interrupt-when-gone", Kind::Switch, "false", "interrupt a turn when nobody listens to it any more; unset, it goes on to its end"),
-    setting("usage.poll", "usage-poll", Kind::Switch, "true", "ask the CLI for its running totals between its results"),
-    setting("native.telemetry", "native-telemetry", Kind::Choice(&["auto", "on", "off"]), "auto", "have the CLI export its own telemetry to us too: auto where nothing else tells at once what is spent (text, terminals, and where agents share a budget), on also beside a stream that is read, to be held against it"),
-    setting("metrics.max_series", "max-series", Kind::Count, "1500", "series in the exposition at most"),
-    setting("labels.tenant", "tenant", Kind::Label, "", "who this container works for: the label `tenant` of each claude_agent_* series"),
-    setting("labels.team", "team", Kind::Label, "", "the label `team` of each of them"),
-    setting("labels.cost_center", "cost-center", Kind::Label, "", "the label `cost_center` of each of them"),
-    setting("labels.user", "end-user", Kind::Label, "", "for which person it works: in spans, events, the ledger and /status; no label of a series"),
-    setting("labels.tenant_from", "tenant-from", Kind::Sources, "", "where the tenant is read from, the first that says something: env:VARIABLE, pod:LABEL, annotation:NAME, arg:--FLAG, resource:ATTRIBUTE, message:FIELD.FIELD, cwd:/PATH/{}/ (docs/tenants.md); before `labels.tenant`"),
-    setting("labels.team_from", "team-from", Kind::Sources, "", "the same of the team"),
-    setting("labels.cost_center_from", "cost-center-from", Kind::Sources, "", "the same of the cost centre"),
-    setting("labels.user_from", "end-user-from", Kind::Sources, "", "the same of the user"),
-    setting("labels.pod_labels", "pod-labels", Kind::Path, "/etc/podinfo/labels", "the file of the pod's labels, as the downward API makes it"),
-    setting("labels.pod_annotations", "pod-annotations", Kind::Path, "/etc/podinfo/annotations", "the same of its annotations"),
-    setting("labels.user_hash", "end-user-hash", Kind::Switch, "false", "tell a hash of the user (HMAC-SHA-256, 16 bytes) instead of the user"),
-    setting("labels.user_hash_key", "end-user-hash-key", Kind::Secret, "", "its key: without one, whoever guesses a user can prove it; never shown. `withheld` tells no user: so agents that tools start, who have no key"),
-    setting("tenants.guard", "tenant-guard", Kind::Mode, "shadow", "what is done when agents of different tenants would share a config directory, a working directory, a memory file or a session: off, shadow (tells) or enforce (is not started: exit code 125)"),
-    setting("tenants.agent_dirs", "agent-dirs", Kind::Path, "", "give each agent a directory of its own below this one: config (CLAUDE_CONFIG_DIR), tmp (TMPDIR), workspace (working directory); what the app has set stays"),
-    setting("tenants.agent_from", "agent-from", Kind::Sources, "", "where the name of that directory is read from, as `labels.tenant_from`; unset, the lowest number that is free"),
-    setting("tenants.agent_workspace", "agent-workspace", Kind::Choice(&["auto", "always", "never"]), "auto", "whether the agent works in it: auto where the app gave it no working directory but its own"),
-    setting("tenants.agent_dirs_at_end", "agent-dirs-at-end", Kind::Choice(&["keep", "remove"]), "keep", "what becomes of the directory when the agent has ended"),
-    setting("conversation.serve", "conversation-serve", Kind::Switch, "false", "whether who knows `fleet.token` may take the conversation at /v1/conversation, and bring one: the CLI's config directory and the workspace (docs/fleet-conversations.md)"),
-    setting("conversation.config", "conversation-config", Kind::Path, "", "the CLI's config directory; unset, $CLAUDE_CONFIG_DIR or ~/.claude"),
-    setting("conversation.workspace", "conversation-workspace", Kind::Path, "", "the workspace; unset, the working directory, if that is not `/`"),
-    setting("conversation.exclude", "conversation-exclude", Kind::Names, ".credentials.json", "what is left out: names, wherever they are, or paths below either directory"),
-    setting("conversation.max_size", "conversation-max-size", Kind::Size, "1GiB", "how large it may be, uncompressed; one that is larger is not put away"),
-    setting("conversation.wait", "conversation-wait", Kind::Pause, "0s", "how long the start of the CLI waits for a conversation to be brought; then it is not started, and the exit code is 125"),
-    setting("fleet.url", "fleet-url", Kind::Url, "", "the fleet that is told whether the agents work and what they spend, like http://fleet.internal:9490"),
-    setting("fleet.container", "fleet-container", Kind::Label, "", "what the fleet calls this container"),
-    setting("fleet.session", "fleet-session", Kind::Label, "", "the session that it is for"),
-    setting("fleet.token", "fleet-token", Kind::Token, "", "this container's token, for both ways; never shown; others can read a flag, so better in a file or the environment"),
-    setting("fleet.token_file", "fleet-token-file", Kind::Path, "", "the same in a file, as `hub.control_token_file`"),
-    setting("fleet.report_every", "fleet-report-every", Kind::Time, "10s", "how often the fleet is told, besides when the agents begin or cease to work, and at the end"),
-    setting("fleet.lease", "fleet-lease", Kind::Time, "", "how long the container may live, unless the fleet says otherwise; unset, until it says so"),
-    setting("fleet.grace", "fleet-grace", Kind::Time, "60s", "how long after that the agents are ended"),
-    setting("disk.interval", "disk-interval", Kind::Pause, "60s", "how often the sizes of the working and the config directory are measured; 0 for never"),
-    setting("prices.container_usd_per_hour", "container-usd-per-hour", Kind::Price, "0.05", "what the container costs by the hour, metered beside what the agent spends and part of no limit; agents of one container share its hours; 0 counts none"),
-    setting("prices.discount", "price-discount", Kind::Factor, "", "what is paid of the list price: 0.8 for twenty percent off"),
-];
-
-/// Which limit a key is.
-const RULES: &[(&str, Limit, Scope)] = &[
-    ("max_turns", Limit::Turns, Scope::Turn),
-    ("session_max_turns", Limit::Turns, Scope::Session),
-    ("max_cost_usd", Limit::CostUsd, Scope::Session),
-    ("turn_max_cost_usd", Limit::CostUsd, Scope::Turn),
-    ("max_tokens", Limit::Tokens, Scope::Session),
-    ("turn_max_tokens", Limit::Tokens, Scope::Turn),
-    ("max_duration", Limit::Duration, Scope::Session),
-    ("turn_max_duration", Limit::Duration, Scope::Turn),
-    ("tool_max_duration", Limit::Duration, Scope::Tool),
-    ("subagent_max_duration", Limit::Duration, Scope::Subagent),
-    ("idle_timeout", Limit::Idle, Scope::Session),
-    ("startup_timeout", Limit::Startup, Scope::Session),
-    ("stall_timeout", Limit::Stall, Scope::Session),
-    ("result_timeout", Limit::Result, Scope::Session),
-    ("max_memory", Limit::Memory, Scope::Session),
-    ("memory_horizon", Limit::MemoryForecast, Scope::Session),
-    ("max_identical_calls", Limit::IdenticalCalls, Scope::Turn),
-    ("max_alternations", Limit::AlternatingCalls, Scope::Turn),
-    ("max_same_errors", Limit::SameErrors, Scope::Turn),
-    ("max_compactions", Limit::Compactions, Scope::Turn),
-    ("max_subagents", Limit::FanOut, Scope::Turn),
-    ("max_stale_answers", Limit::NoProgress, Scope::Turn),
-    ("container_max_cost_usd", Limit::CostUsd, Scope::Container),
-    ("container_day_max_cost_usd", Limit::CostUsd, Scope::ContainerDay),
-    ("container_month_max_cost_usd", Limit::CostUsd, Scope::ContainerMonth),
-    ("tenant_max_cost_usd", Limit::CostUsd, Scope::Tenant),
-    ("tenant_day_max_cost_usd", Limit::CostUsd, Scope::TenantDay),
-    ("tenant_month_max_cost_usd", Limit::CostUsd, Scope::TenantMonth),
-    ("container_max_tokens", Limit::Tokens, Scope::Container),
-    ("container_day_max_tokens", Limit::Tokens, Scope::ContainerDay),
-    ("container_month_max_tokens", Limit::Tokens, Scope::ContainerMonth),
-    ("tenant_max_tokens", Limit::Tokens, Scope::Tenant),
-    ("tenant_day_max_tokens", Limit::Tokens, Scope::TenantDay),
-    ("tenant_month_max_tokens", Limit::Tokens, Scope::TenantMonth),
-];
-
-fn is_limit(key: &str) -> bool {
-    RULES.iter().any(|(name, ..)| key.strip_prefix("limits.") == Some(name))
-}
 
 /// Where a value came from, in the order in which they are read.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -370,8 +165,6 @@ impl Sources {
         }
     }
 }
-
-const PREFIX: &str = "AGENT_SIDECAR_";
 
 /// The effective configuration.
 #[derive(Clone, Debug)]
@@ -1198,100 +991,6 @@ impl Config {
             text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         format!("{hash:016x}")
     }
-}
-
-/// A setting's name in the environment.
-pub(crate) fn variable(setting: &Setting) -> String {
-    format!("{PREFIX}{}", setting.flag.replace('-', "_").to_uppercase())
-}
-
-/// Stands for a key that is not told.
-const WITHHELD: &str = "withheld";
-
-fn name_of(key: &str) -> String {
-    SETTINGS.iter().find(|setting| setting.key == key).map(variable).expect("it is a setting")
-}
-
-/// What was called otherwise once, and what is set instead now.
-const RENAMED: &[(&str, &str)] = &[("limits.utc_offset", "limits.time_zone")];
-
-/// The setting that has taken another's place.
-fn renamed(key: &str) -> Option<&'static Setting> {
-    let (_, now) = RENAMED.iter().find(|(before, _)| *before == key)?;
-    SETTINGS.iter().find(|setting| setting.key == *now)
-}
-
-/// What the project itself reads beside settings: the shim, and the tests.
-const OURS: &[&str] =
-    &["BIN", "SHIM_DEPTH", "SPAWNED", "TESTS_NO_DOCKER", "TEST_OTLP_CHILD", "TEST_OTLP_COST", "WRAPS", "WRITE_DOCS"];
-
-fn is_ours(name: &str) -> bool {
-    name.strip_prefix(PREFIX).is_some_and(|name| OURS.contains(&name))
-}
-
-/// What Kubernetes sets for a service that is called like us, or begins so; the first is an address, and no port that somebody chose.
-fn is_kubernetes(name: &str, value: &str) -> bool {
-    let name = format!("_{}", name.strip_prefix(PREFIX).unwrap_or(name));
-    let numbered = |rest: &str| {
-        let mut parts = rest.split('_');
-        parts.next().is_some_and(|port| port.parse::<u16>().is_ok()) && matches!(parts.next(), Some("TCP" | "UDP" | "SCTP"))
-    };
-    name.ends_with("_PORT") && value.contains("://")
-        || ["_SERVICE_HOST", "_SERVICE_PORT"].iter().any(|end| name.ends_with(end))
-        || name.contains("_SERVICE_PORT_")
-        || name.match_indices("_PORT_").any(|(at, port)| numbered(&name[at + port.len()..]))
-}
-
-/// A variable that means nothing, and may have been meant for something: it is said, and refuses nothing, since other programs of a
-/// platform may share the prefix. Its name alone: the value may be a key.
-fn stranger(name: &str) -> Mistake {
-    let words = |name: &str| -> BTreeSet<String> { name.split('_').map(str::to_owned).collect() };
-    let its = words(name.strip_prefix(PREFIX).unwrap_or(name));
-    let shared = |setting: &Setting| words(&setting.flag.replace('-', "_").to_uppercase()).intersection(&its).count();
-    // Of those that have as many words of it the shortest.
-    let nearest = SETTINGS.iter().max_by_key(|setting| (shared(setting), std::cmp::Reverse(setting.flag.len())));
-    let remedy = match nearest.filter(|setting| shared(setting) > 0) {
-        Some(nearest) => format!("the nearest is {}", variable(nearest)),
-        None => String::from("`agent-sidecar check --print` lists what there is"),
-    };
-    // A name may hold anything but `=`.
-    let name = name.chars().take(100).flat_map(char::escape_default).collect();
-    Mistake { origin: Origin::Environment(name), what: String::from("no setting is called so, and nothing reads it"), remedy }
-}
-
-/// A variable that means nothing and was meant for one of ours: a limit that nobody holds costs money.
-fn slip(name: &str) -> Option<Mistake> {
-    let before = RENAMED
-        .iter()
-        .find(|(before, _)| before.rsplit('.').next().map(str::to_uppercase).as_deref() == name.strip_prefix(PREFIX));
-    if let Some(now) = before.and_then(|(before, _)| renamed(before)) {
-        return Some(Mistake {
-            origin: Origin::Environment(name.to_owned()),
-            what: String::from("there is no such variable any more"),
-            remedy: format!("set {} instead; it is {}", variable(now), now.help),
-        });
-    }
-    if name == "AGENT_SIDECAR_CONFIG" {
-        return Some(Mistake {
-            origin: Origin::Environment(name.to_owned()),
-            what: String::from("there is no such variable"),
-            remedy: format!("the file is {DEFAULT_FILE}; only `--config` names another"),
-        });
-    }
-    // The names that somebody would make of the keys are as near as can be.
-    let meant = SETTINGS
-        .iter()
-        .find(|setting| *name == format!("{PREFIX}{}", setting.key.replace('.', "_").to_uppercase()))
-        .map(variable)
-        .or_else(|| {
-            let known: Vec<String> = SETTINGS.iter().map(variable).collect();
-            near(name, known.iter().map(String::as_str), |name| name.strip_prefix(PREFIX).unwrap_or(name)).map(str::to_owned)
-        })?;
-    Some(Mistake {
-        origin: Origin::Environment(name.to_owned()),
-        what: String::from("there is no such variable"),
-        remedy: format!("did you mean {meant}?"),
-    })
 }
 
 #[cfg(test)]
