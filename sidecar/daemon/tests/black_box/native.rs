@@ -47,7 +47,9 @@ fn run(name: &str, program: &str, flags: &[&str], args: &[&str], env: &[(&str, &
     let ledger = dir.join("ledger.jsonl");
     std::fs::remove_file(&ledger).ok();
     let mut command = Command::new(SIDECAR);
-    command.args(["run", "--listen", "off", "--ledger"]).arg(&ledger).args(flags).arg("--").arg(claude(&dir, program)).args(args);
+    // What other tests run on this machine is told of here, too.
+    command.args(["run", "--listen", "off", "--patrol=false", "--ledger"]).arg(&ledger).args(flags);
+    command.arg("--").arg(claude(&dir, program)).args(args);
     for (variable, _) in std::env::vars().filter(|(name, _)| name.starts_with("OTEL_") || name.starts_with("CLAUDE_")) {
         command.env_remove(variable);
     }
