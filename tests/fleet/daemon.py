@@ -20,6 +20,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
+# Each container has another, whatever daemon it is of, and whichever worker of pytest's has that: they share a loopback.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw-1").removeprefix("gw")) + 1
+ADDRESSES = itertools.count()
+
+
+def address() -> str:
+    n = next(ADDRESSES)
+    return f"127.{WORKER + 1}.{n // 250}.{n % 250 + 1}"
+
+
 def stamp(at: float | None = None) -> str:
     at = time.time() if at is None else at
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at)) + f".{int(at % 1 * 1e6):06}Z"
@@ -72,7 +82,6 @@ class Daemon:
         self.directory, self.containers, self.lock = directory, {}, threading.Lock()
         # Calls that change something are answered with 500 while it is set.
         self.broken = False
-        self.addresses = (f"127.0.{n // 250 + 1}.{n % 250 + 1}" for n in itertools.count())
         directory.mkdir(parents=True, exist_ok=True)
         daemon = self
 
@@ -111,7 +120,8 @@ class Daemon:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def find(self, name: str) -> Container | None:
-        return next((one for one in self.containers.values() if name in {one.id, one.name}), None)
+        # Others come and go meanwhile.
+        return next((one for one in list(self.containers.values()) if name in {one.id, one.name}), None)
 
     def asked(self, method: str, path: str, query: dict, body: dict) -> tuple:
         if path == "/version":
@@ -131,7 +141,7 @@ class Daemon:
             with self.lock:
                 if self.find(query["name"]):
                     return 409, {"message": "the name is in use"}
-                one = Container(query["name"], body, next(self.addresses), self.directory / f"{query['name']}.log")
+                one = Container(query["name"], body, address(), self.directory / f"{query['name']}.log")
                 self.containers[one.id] = one
             return 201, {"Id": one.id, "Warnings": []}
         return self.one(method, path, query)
