@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "tests/alerts"), str(ROOT / "dashboards"), str(ROOT / "tests/fleet")]
+sys.path += [str(ROOT / place) for place in ["tests/alerts", "dashboards", "tests/fleet", "tests/live"]]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
 import subprocess
 import time
 import urllib.error
@@ -13,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from daemon import Daemon
+from harness import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 # The largest of what is replayed: it costs something.
@@ -24,12 +24,6 @@ PATIENCE = 120
 def binary() -> Path:
     named = os.environ.get("AGENT_FLEET_BIN")
     return Path(named) if named else next(path for path in [*ROOT.glob("target/*-linux-*/debug/agent-fleet"), ROOT / "target/debug/agent-fleet"] if path.is_file())
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 class Outside:
@@ -46,13 +40,15 @@ class Outside:
         agent.write_text(f"#!/bin/sh\ncat {shlex.quote(str(RECORDING))}\nexec sleep ${{STAYS:-0}}\n")
         agent.chmod(0o755)
         traced = ["--otlp-endpoint", collector] if collector else []
-        work = [str(sidecar), "run", "--hub", "off", "--linger", "3s", *traced, "--", str(agent), "-p", "--output-format", "stream-json", "--verbose"]
+        cli = ["--", str(agent), "-p", "--output-format", "stream-json", "--verbose"]
+        # Whose work is done waits for the fleet, which looks every five seconds; who is told to end has no more than its grace.
+        work, stays = ([str(sidecar), "run", "--hub", "off", "--linger", linger, *traced, *cli] for linger in ("20s", "3s"))
         template = '[templates.{0}]\nprovider = "local"\nimage = "i"\nports = [9477]\nttl = "1h"\n{1}\n'
         templates = {
             "task": f'pattern = "ephemeral"\ncommand = {json.dumps(work)}',
             # Where the daemon is broken it is not waited for.
             "hurries": f'pattern = "ephemeral"\nready_within = "4s"\ncommand = {json.dumps(work)}',
-            "stays": f'pattern = "long-running"\nstop_grace = "5s"\ncommand = {json.dumps(work)}\nenv = {{ STAYS = "600" }}',
+            "stays": f'pattern = "long-running"\nstop_grace = "5s"\ncommand = {json.dumps(stays)}\nenv = {{ STAYS = "600" }}',
             "breaks": 'pattern = "ephemeral"\ncommand = ["false"]',
         }
         self.file = directory / "fleet.toml"
