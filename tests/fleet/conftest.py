@@ -71,9 +71,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     # A test that failed leaves its own.
     if session.config.stash.get(daemon, None) and session.testsfailed == 0:
-        left = engine.docker("ps", "--all", "--format", "{{.Names}} {{.Status}}").stdout
-        if left:
-            pytest.exit(f"containers are left: {left}", returncode=1)
+        left = lambda: engine.docker("ps", "--all", "--format", "{{.Names}} {{.Status}}").stdout  # noqa: E731
+        try:
+            # What was told to go may be on its way.
+            engine.harness.wait_for("containers' end", lambda: not left(), 60)
+        except AssertionError:
+            pytest.exit(f"containers are left: {left()}", returncode=1)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -5,6 +5,7 @@ with it, up to the cent.
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import socket
 import subprocess
@@ -51,7 +52,15 @@ def worker(tmp_path_factory):
 
 
 def begin(worker: Worker, key: str, command: list[str], **more: object) -> dict:
-    status, told = worker.ask("PUT", f"/v1/sandboxes/{key}", {"command": command, "labels": {"key": key}, "ttl_s": 600, **more})
+    answers: list[tuple[int, object]] = []
+
+    def begun() -> bool:
+        answers.append(worker.ask("PUT", f"/v1/sandboxes/{key}", {"command": command, "labels": {"key": key}, "ttl_s": 600, **more}))
+        # One that was not there in time is asked for again, as the fleet does it.
+        return answers[-1][0] not in (0, 503)
+
+    wait_for(f"{key} to begin", begun, PATIENCE)
+    status, told = answers[-1]
     assert status == 200, (told, worker.said()[-3000:])
     return told
 
@@ -61,7 +70,7 @@ def becomes(worker: Worker, key: str, state: str) -> dict:
 
     def there() -> bool:
         told.update(worker.ask("GET", f"/v1/sandboxes/{key}")[1])
-        return told["state"] == state
+        return told.get("state") == state
 
     wait_for(f"{key} to be {state}", there, PATIENCE)
     return told
@@ -105,8 +114,11 @@ def test_only_who_has_the_token_is_let_in(worker, tmp_path):
 
 
 def test_the_sidecar_hears_that_it_shall_end_and_what_does_not_hear_is_killed(worker):
-    begin(worker, "hears", ["agent-sidecar", "run", "--", "sh", "-c", f"trap 'exit 5' TERM; {WAITS}"], env={"A": "b"})
-    wait_for("the sidecar", lambda: worker.ask("GET", "/v1/sandboxes/hears/ports/9477/metrics")[0] == 200, PATIENCE)
+    # It listens when it can hear.
+    hears = f"trap 'exit 5' TERM; cd /app; python3 -m http.server 8080 & {WAITS}"
+    begin(worker, "hears", ["agent-sidecar", "run", "--", "sh", "-c", hears], env={"A": "b"})
+    for page in ("9477/metrics", "8080/service.py"):
+        wait_for(page, lambda page=page: worker.ask("GET", f"/v1/sandboxes/hears/ports/{page}")[0] == 200, PATIENCE)
     status, told = worker.ask("POST", "/v1/sandboxes/hears/stop", {"grace_s": 120})
     assert (status, told["state"]) == (200, "stopping")
     over = becomes(worker, "hears", "stopped")
@@ -122,7 +134,8 @@ def test_the_sidecar_hears_that_it_shall_end_and_what_does_not_hear_is_killed(wo
 
 def test_its_time_is_over_though_nobody_asks(worker):
     before = set(worker.running())
-    begin(worker, "late", ["sh", "-c", f"trap '' TERM; {WAITS}"], ttl_s=8)
+    # Long enough to see it first.
+    begin(worker, "late", ["sh", "-c", f"trap '' TERM; {WAITS}"], ttl_s=20)
     (mine,) = set(worker.running()) - before
     # Not one request until it is gone.
     wait_for("its end", lambda: mine not in worker.running(), PATIENCE)
@@ -131,12 +144,13 @@ def test_its_time_is_over_though_nobody_asks(worker):
 
 
 def test_requests_to_its_port_set_back_no_timer_and_the_fleets_word_does(worker):
-    begin(worker, "idle", ["sh", "-c", "cd /app && exec agent-sidecar run -- python3 -m http.server 8080"], idle_s=12)
-    asked = begin(worker, "busy", ["sh", "-c", f"trap 'exit 0' TERM; {WAITS}"], idle_s=12)
+    # First, and it would be over first.
+    asked = begin(worker, "busy", ["sh", "-c", f"trap 'exit 0' TERM; {WAITS}"], idle_s=20)
     until = "2999-01-01T00:00:00.000Z"
     status, told = worker.ask("POST", "/v1/sandboxes/busy/keepalive", {"until": until})
     # Never beyond its end.
     assert (status, told["idle_ends"]) == (200, asked["ends"])
+    begin(worker, "idle", ["sh", "-c", "cd /app && exec agent-sidecar run -- python3 -m http.server 8080"], idle_s=20)
 
     def ended() -> bool:
         worker.ask("GET", "/v1/sandboxes/idle/ports/8080/service.py")
@@ -151,7 +165,7 @@ def test_a_web_socket_is_passed_on_without_the_token(worker):
     begin(worker, "socket", ["python3", "-c", ECHO])
 
     def said() -> str:
-        with socket.create_connection(("127.0.0.1", worker.port), timeout=20) as connection:
+        with socket.create_connection(("127.0.0.1", worker.port), timeout=PATIENCE) as connection:
             key = base64.b64encode(os.urandom(16)).decode()
             lines = ["GET /talk HTTP/1.1", f"Host: 127.0.0.1:{worker.port}", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
             lines += [f"Sec-WebSocket-Key: {key}", "x-agent-fleet-port: socket:8080", f"x-agent-fleet-authorization: Bearer {TOKEN}", "authorization: Bearer theirs"]
@@ -167,7 +181,9 @@ def test_a_web_socket_is_passed_on_without_the_token(worker):
             connection.sendall(bytes([129, 128 | len(word), 0, 0, 0, 0]) + word)
             frame = head.split(b"\r\n\r\n", 1)[1]
             while len(frame) < 2 or len(frame) < 2 + frame[1]:
-                frame += connection.recv(4096)
+                piece = connection.recv(4096)
+                assert piece, frame
+                frame += piece
             return frame[2 : 2 + frame[1]].decode()
 
     answers: list[str] = []
@@ -181,7 +197,7 @@ def test_a_web_socket_is_passed_on_without_the_token(worker):
 
 
 def test_lists_have_pages_and_what_is_deleted_is_forgotten(worker):
-    keys = [f"page-{n}" for n in range(3)]
+    keys, before = [f"page-{n}" for n in range(3)], set(worker.running())
     for key in keys:
         begin(worker, key, ["sleep", "10000"], labels={"of": "page", "n": key})
     got, cursor = [], ""
@@ -194,12 +210,13 @@ def test_lists_have_pages_and_what_is_deleted_is_forgotten(worker):
         cursor = f"&cursor={page['next']}"
     assert got == keys
     assert [told["key"] for told in worker.ask("GET", "/v1/sandboxes?label.of=page&label.n=page-1")[1]["sandboxes"]] == ["page-1"]
-    running = len(worker.running())
+    mine = set(worker.running()) - before
+    assert len(mine) == 3
     for key in [*keys, *keys]:
         assert worker.ask("DELETE", f"/v1/sandboxes/{key}")[0] == 204
     assert worker.ask("GET", "/v1/sandboxes?label.of=page")[1] == {"sandboxes": []}
     assert worker.ask("GET", "/v1/sandboxes/page-1")[0] == 404
-    wait_for("their end", lambda: len(worker.running()) <= running - 3, PATIENCE)
+    wait_for("their end", lambda: not mine & set(worker.running()), PATIENCE)
 
 
 def test_a_session_of_the_fleet_is_done_and_billed_and_its_key_is_kept_nowhere(worker, tmp_path):
@@ -223,4 +240,6 @@ def test_a_session_of_the_fleet_is_done_and_billed_and_its_key_is_kept_nowhere(w
     kept = [path for path in worker.directory.rglob("*") if path.is_file() and not path.is_symlink()]
     assert any(path.suffix == ".sqlite" for path in kept), "the Worker keeps something"
     for path in kept:
-        assert b"sk-ant-test-of-the-fleet" not in path.read_bytes(), path
+        # Its stores have files that come and go.
+        with contextlib.suppress(FileNotFoundError):
+            assert b"sk-ant-test-of-the-fleet" not in path.read_bytes(), path

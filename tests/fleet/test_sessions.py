@@ -8,6 +8,8 @@ import json
 import os
 import socket
 import subprocess
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import engine
@@ -79,7 +81,7 @@ class Fleet:
             connection.request(method, path, json.dumps(body) if body else None, {**headers, "Content-Type": "application/json"})
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return 0, ""
         finally:
             connection.close()
@@ -94,15 +96,33 @@ class Fleet:
         assert status == 200, body
         return json.loads(body)
 
-    def reaches(self, name: str, *phases: str) -> dict:
+    def reaches(self, name: str, *phases: str, so: Callable[[], bool] = lambda: True) -> dict:
+        """As it was seen there; `so` is asked at the same time: a wish of before may wake who sleeps once more."""
+        seen: dict = {}
+
         def there() -> bool:
-            session = self.show(name)
-            wrong = session["phase"] in ("failed", "destroyed") and session["phase"] not in phases
-            assert not wrong, f"{session}\n{(self.directory / 'log').read_text()}"
-            return session["phase"] in phases
+            seen.update(self.show(name))
+            wrong = seen["phase"] in ("failed", "destroyed") and seen["phase"] not in phases
+            assert not wrong, f"{seen}\n{(self.directory / 'log').read_text()}"
+            return seen["phase"] in phases and so()
 
         wait_for(f"{name} to be {phases}", there, PATIENCE)
-        return self.show(name)
+        return seen
+
+    def wake(self, name: str) -> int:
+        return self.get(f"/v1/sessions/{name}/resume", "POST")[0]
+
+    def knows_what_was_served(self, name: str, api: harness.Api) -> None:
+        """Its app has an answer before its sidecar has counted it; and one that sleeps by then says so when it is awake."""
+
+        def said() -> bool:
+            session = self.show(name)
+            known = session["agent_usd"] == pytest.approx(api.cost_usd(), abs=1e-9)
+            if not known and session["phase"] in ("pausing", "paused"):
+                self.wake(name)
+            return known
+
+        wait_for(f"what {name} has cost", said, PATIENCE)
 
     def containers(self) -> list[str]:
         words = ["ps", "--all", "--quiet", "--filter", f"label=agent-fleet.fleet={self.name}"]
@@ -110,14 +130,15 @@ class Fleet:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def close(self) -> None:
         if self.process and self.process.poll() is None:
             self.process.terminate()
             self.process.wait(60)
         for container in self.containers():
-            engine.docker("rm", "--force", container)
+            # One may be on its way already.
+            engine.docker("rm", "--force", container, check=False)
 
 
 @pytest.fixture
@@ -159,8 +180,9 @@ def test_a_task_is_done_once_billed_to_the_cent_and_leaves_nothing(fleet, api, t
     assert one.containers() == []
     # Another caller has no such session; the key is in none of what is kept or said.
     assert one.get("/v1/sessions/first", who="other")[0] == 404
-    status, metrics = one.get("/metrics", who=None)
-    assert status == 200 and 'agent_fleet_phases_entered_total{phase="destroyed",provider="local"} 1' in metrics
+    # It is counted just after it is kept.
+    counted = 'agent_fleet_phases_entered_total{phase="destroyed",provider="local"} 1\n'
+    wait_for("its end to be counted", lambda: counted in one.get("/metrics", who=None)[1], PATIENCE)
     for path in [tmp_path / "fleet.db", tmp_path / "fleet.db-wal", tmp_path / "log"]:
         assert not path.exists() or b"sk-ant-test-of-the-fleet" not in path.read_bytes(), path
 
@@ -203,13 +225,26 @@ def test_an_agent_that_is_idle_is_put_to_sleep_and_goes_on_when_it_is_woken(flee
     address = engine.docker("inspect", "--format", f"{{{{.NetworkSettings.Networks.{NETWORK}.IPAddress}}}}", up["container"]).stdout.strip()
 
     def say(text: str) -> dict:
-        connection = http.client.HTTPConnection(address, 8080, timeout=PATIENCE)
-        connection.request("POST", "/me", text)
-        return json.loads(connection.getresponse().read())
+        """Past the fleet, which may put it to sleep before it hears of it: who waits for an answer wakes it."""
+        answered = threading.Event()
+
+        def wake() -> None:
+            while not answered.wait(0.5):
+                one.wake("talk")
+
+        waking = threading.Thread(target=wake)
+        waking.start()
+        try:
+            connection = http.client.HTTPConnection(address, 8080, timeout=PATIENCE)
+            connection.request("POST", "/me", text)
+            return json.loads(connection.getresponse().read())
+        finally:
+            answered.set()
+            waking.join()
 
     # The sidecar is there before the app is: it may have been put to sleep before that.
     def listens() -> bool:
-        one.get("/v1/sessions/talk/resume", "POST")
+        one.wake("talk")
         with contextlib.suppress(OSError), socket.create_connection((address, 8080), timeout=1):
             return True
         return False
@@ -217,14 +252,15 @@ def test_an_agent_that_is_idle_is_put_to_sleep_and_goes_on_when_it_is_woken(flee
     wait_for("the app", listens, PATIENCE)
     first = say("hello")
     assert first["subtype"] == "success", first
-    paused = one.reaches("talk", "paused")
-    assert engine.docker("inspect", "--format", "{{.State.Paused}}", up["container"]).stdout.strip() == "true"
+    one.knows_what_was_served("talk", api)
+    paused = one.reaches("talk", "paused", so=lambda: engine.docker("inspect", "--format", "{{.State.Paused}}", up["container"]).stdout.strip() == "true")
     assert paused["agent_usd"] == pytest.approx(api.cost_usd(), abs=1e-9)
-    assert one.get("/v1/sessions/talk/resume", "POST")[0] == 202
+    assert one.wake("talk") == 202
     one.reaches("talk", "ready", "active", "idle")
     # The same container, and the same conversation.
     again = say("and again")
     assert (again["session_id"], again["turns"] > 0) == (first["session_id"], True)
+    one.knows_what_was_served("talk", api)
     one.reaches("talk", "paused")
     assert one.get("/v1/sessions/talk", "DELETE")[0] == 202
     over = one.reaches("talk", "destroyed")

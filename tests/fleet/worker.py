@@ -116,7 +116,7 @@ class Worker:
             answer = connection.getresponse()
             text = answer.read().decode()
             said = json.loads(text) if "json" in (answer.getheader("content-type") or "") else text
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return 0, ""
         finally:
             connection.close()
@@ -137,7 +137,12 @@ class Worker:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(5)
+            self.process.wait(30)
+        # Wrangler has told the daemon to remove some of them, too.
+        harness.wait_for("its containers' end", self._is_empty, PATIENCE)
+
+    def _is_empty(self) -> bool:
         left = engine.docker("ps", "--all", "--quiet", "--filter", f"name=workerd-{self.name}-").stdout.split()
         if left:
-            engine.docker("rm", "--force", *left)
+            engine.docker("rm", "--force", *left, check=False)
+        return not left
