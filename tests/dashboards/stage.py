@@ -115,7 +115,7 @@ class Prometheus:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(60)
         self.log.close()
 
 
@@ -264,14 +264,18 @@ class Stage:
         name = second.ask("go", timeout=PATIENCE)["session_id"]
         third = self.cli("third", served, *TOOLS, wrapper=self.wrapper("third", *place, *budgets, "--tenant", "globex", port=acme.port))
         third.ask("go", timeout=PATIENCE)
-        third.close()
+        third.close(PATIENCE)
         for order in (["raise", "container_day", "--usd", "3"], ["pause", name]):
             argv = [harness.binary(), "control", *order, "--socket", self.directory / "hub.sock", "--control-token-file", token]
-            done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE)
-            assert done.returncode == 0, (order, done.stdout, done.stderr)
+            tried: list[subprocess.CompletedProcess] = []
+            # The hub has to have heard of whom it is told.
+            taken = lambda: tried.append(subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE)) or tried[-1].returncode == 0  # noqa: B023, E731
+            with contextlib.suppress(AssertionError):
+                wait_for("an order to be taken", taken, PATIENCE)
+            assert tried[-1].returncode == 0, (order, tried[-1].stdout, tried[-1].stderr)
         request = urllib.request.Request(f"http://127.0.0.1:{acme.port}/v1/pause", method="POST")
         with contextlib.suppress(urllib.error.HTTPError):
-            urllib.request.urlopen(request, timeout=5).close()
+            urllib.request.urlopen(request, timeout=PATIENCE).close()
 
     def dies(self) -> None:
         """Killed in the middle of a turn, and gone on with by the next."""
@@ -314,6 +318,7 @@ class Stage:
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         self.closing.callback(process.wait)
         self.closing.callback(process.terminate)
+        self.sees(f'sum(last_over_time(claude_agent_process_exits_total{{instance="127.0.0.1:{wrapper.port}"}}[1h])) > 0')
 
     def has_a_subscription(self) -> None:
         """What a real CLI with a subscription's login has said, again: the scripted API has none."""
@@ -369,7 +374,7 @@ class Stage:
         fleet.reaches("in-vain", "failed")
         fleet.daemon.broken = False
         # What the store could not do: what it cannot write while somebody else holds it.
-        with contextlib.closing(sqlite3.connect(fleet.directory / "fleet.db", isolation_level=None)) as store:
+        with contextlib.closing(sqlite3.connect(fleet.directory / "fleet.db", timeout=PATIENCE, isolation_level=None)) as store:
             store.execute("BEGIN IMMEDIATE")
             wait_for("an error", lambda: self.outside.query('sum(agent_fleet_store_errors_total{operation="claim"}) > 0'), PATIENCE)
 
