@@ -278,12 +278,12 @@ class Pod(harness.Api):
         """Asks inside; status 0 if nobody answers."""
 
         def ask() -> tuple[int, str]:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
             try:
                 connection.request("GET" if body is None else "POST", path, body)
                 answer = connection.getresponse()
                 return answer.status, answer.read().decode()
-            except OSError:
+            except (OSError, http.client.HTTPException):
                 return 0, ""
             finally:
                 connection.close()
