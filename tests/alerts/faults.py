@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -103,7 +104,7 @@ def result_missing(pod: Pod) -> None:
     cli = pod.agent(pod.api(on("hang", hang=True)), hub=True)
     pod.scraped()
     cli.send(harness.user("hang"))
-    time.sleep(1)
+    pod.sees('claude_agent_process_state{state="model"} == 1')
     pod.fault()
     os.kill(child(cli), signal.SIGKILL)
     pod.wait()
@@ -164,6 +165,13 @@ def mcp_server_down(pod: Pod) -> None:
     pod.wait()
 
 
+def removed(group: Path) -> bool:
+    """As soon as nobody is in it any more."""
+    with contextlib.suppress(OSError):
+        group.rmdir()
+    return not group.exists()
+
+
 def memory_group(pod: Pod, megabytes: int) -> tuple[Path, list[str]]:
     """A cgroup with a limit, and what starts a program in it that sees it as its container's, whichever version there is."""
     name = f"agent-sidecar-test-{os.getpid()}"
@@ -172,7 +180,7 @@ def memory_group(pod: Pod, megabytes: int) -> tuple[Path, list[str]]:
     second = (root / "cgroup.controllers").exists()
     group = root / name if second else root / "memory" / name
     group.mkdir()
-    pod.closing.callback(group.rmdir)
+    pod.closing.callback(harness.wait_for, "the group's end", lambda: removed(group), PATIENCE)
     if second:
         (group / "memory.max").write_text(f"{megabytes}M")
     else:
@@ -401,7 +409,7 @@ def control_refused(pod: Pod) -> None:
     for n in range(12):
         asked = urllib.request.Request(f"http://127.0.0.1:{pod.port}/v1/pause", method="POST", headers={"Authorization": f"Bearer guess-number-{n:06}"})
         try:
-            urllib.request.urlopen(asked, timeout=10)
+            urllib.request.urlopen(asked, timeout=PATIENCE)
         except urllib.error.HTTPError as error:
             assert error.code in (401, 429), error
     pod.wait()
@@ -426,7 +434,8 @@ def budget_of_a_blind_one(pod: Pod) -> None:
     cli = pod.agent(pod.api(on("dear", usage={"output_tokens": 47_500})), "--model", "claude-opus-5-5", hub=True, flags=flags)
     harness.wait_for("the alert that holds back", lambda: bool(pod.world.receiver.first("fast", "AgentSidecarBlind", pod.namespace)), PATIENCE)
     cli.ask("dear", PATIENCE)
-    held = lambda: [one for one, _ in pod.world.suppressed("fast") if one["namespace"] == pod.namespace]  # noqa: E731
+    by = ("fast", pod.namespace, "ClaudeAgentBudgetNearlyUsed", "AgentSidecarBlind")
+    held = lambda: pod.world.suppressed("fast") and by in pod.world.held_back  # noqa: E731
     harness.wait_for("the alert that is held back", lambda: bool(held()), PATIENCE)
     # Longer than a group waits, compressed.
     pod.world.over.wait(2)

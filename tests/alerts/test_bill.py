@@ -80,7 +80,7 @@ def said(bill: Path) -> dict[str, list[str]]:
     files |= {rule: altered(bill, rule, lambda row, broken=broken: as_it_likes(row) | broken) for rule, broken in BREAKS.items()}
 
     def ask(**files: Path) -> dict[str, list[str]]:
-        done = subprocess.run([PYTHON, Path(__file__).parent / "focus.py", *files.values()], cwd=bill.parent, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([PYTHON, Path(__file__).parent / "focus.py", *files.values()], cwd=bill.parent, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         return dict(zip(files, json.loads(done.stdout).values()))
 
@@ -111,7 +111,7 @@ duckdb.sql(sys.stdin.read())
 types = {name: type for name, type, *_ in duckdb.sql("DESCRIBE FROM 'november.parquet'").fetchall()}
 read = duckdb.sql("FROM 'november.parquet'")
 print(json.dumps([types, [dict(zip(read.columns, map(lambda value: None if value is None else str(value), row))) for row in read.fetchall()]]))"""
-    done = subprocess.run([PYTHON, "-c", ask], cwd=bill.parent, input=sql, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([PYTHON, "-c", ask], cwd=bill.parent, input=sql, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     types, read = json.loads(done.stdout)
     whole = rows(bill)

@@ -9,6 +9,7 @@ import calendar
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,8 @@ LANES = {"fast": ("1s", "1s", "500ms"), "real": ("15s", "10s", "15s")}
 FIRST_PORT = 21_000
 # CLIs that start at once, on two cores; each takes one for a second.
 STARTING = 3
-PATIENCE = 90
+# Seconds for what takes one, on a machine that has much else to do.
+PATIENCE = 240
 
 
 @dataclass
@@ -153,6 +155,11 @@ class Pod:
             asked = f'sum_over_time(up{{namespace="{self.namespace}", pod="{self.name}"}}[{every * 4}s]) >= 2'
             harness.wait_for(f"scrape of {self.name} ({lane})", lambda: bool(self.world.query(lane, asked)), PATIENCE)  # noqa: B023
 
+    def sees(self, expression: str) -> None:
+        """The quicker of both, of what this one is scraped for."""
+        mine = re.sub(r"\{", f'{{namespace="{self.namespace}", pod="{self.name}", ', expression, count=1)
+        harness.wait_for(expression, lambda: bool(self.world.query("fast", mine)), PATIENCE)
+
     # What happens to it.
 
     def fault(self) -> None:
@@ -218,6 +225,8 @@ class World:
     sick: threading.Event = field(default_factory=threading.Event)
     starting: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(STARTING))
     receiver: Receiver = field(default_factory=Receiver)
+    # Lane, namespace, alert, and which other held it back when somebody looked.
+    held_back: set[tuple[str, str, str, str]] = field(default_factory=set)
 
     def add(self, *args, **how) -> Pod:
         self.pods.append(Pod(self, *args, **how))
@@ -257,28 +266,36 @@ class World:
         harness.wait_for(name, lambda: harness.listens(self.port(name, lane)), PATIENCE)
 
     def ask(self, tool: str, lane: str, path: str, **query: str):
+        """As soon as it answers: nobody takes silence for an answer."""
         url = f"http://127.0.0.1:{self.port(tool, lane)}{path}?" + urllib.parse.urlencode(query)
-        with urllib.request.urlopen(url, timeout=20) as answer:
-            return json.load(answer)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                with urllib.request.urlopen(url, timeout=20) as answer:
+                    return json.load(answer)
+            except OSError as error:
+                # It replays its log, or has much else to do.
+                busy = not isinstance(error, urllib.error.HTTPError) or error.code == 503
+                if not busy or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
 
     def query(self, lane: str, expression: str) -> list[dict]:
-        try:
-            return self.ask("prometheus", lane, "/api/v1/query", query=expression)["data"]["result"]
-        except urllib.error.HTTPError as error:
-            if error.code != 503:
-                raise
-            return []  # It replays its log.
+        return self.ask("prometheus", lane, "/api/v1/query", query=expression)["data"]["result"]
 
     def states(self, lane: str, state: str) -> list[dict[str, str]]:
         """What was in this state at any time of the run."""
         return [one["metric"] for one in self.query(lane, f'max_over_time(ALERTS{{alertstate="{state}"}}[30m])')]
 
-    def suppressed(self, lane: str) -> list[tuple[dict, list[str]]]:
-        """What another alert holds back: its labels, and which alerts do."""
+    def suppressed(self, lane: str) -> list[dict[str, str]]:
+        """What another alert holds back; which one does is kept for who asks later."""
         alerts = self.ask("alertmanager", lane, "/api/v2/alerts")
         names = {one["fingerprint"]: one["labels"]["alertname"] for one in alerts}
         held = [one for one in alerts if one["status"]["state"] == "suppressed"]
-        return [(one["labels"], [names.get(other, other) for other in one["status"]["inhibitedBy"]]) for one in held]
+        for one in held:
+            namespace, alert = one["labels"]["namespace"], one["labels"]["alertname"]
+            self.held_back |= {(lane, namespace, alert, names.get(other, other)) for other in one["status"]["inhibitedBy"]}
+        return [one["labels"] for one in held]
 
     def close(self) -> None:
         self.over.set()
