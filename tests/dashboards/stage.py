@@ -190,8 +190,10 @@ class Stage:
 
     def is_held(self) -> None:
         """Limits that are enforced: a tool's time, a circle, the cost of a turn."""
-        again = {"slow": (FOREVER, {"times": 1}), "circle": ("echo nothing new", {}), "dear": ("date +%s%N", {})}
-        rules = [{"when": {"agent": "main", "prompt_contains": word}, "reply": {"blocks": [bash(command)]}} | how for word, (command, how) in again.items()]
+        # One answer is dear enough: on a busy machine each tool is a chance to be held for its time instead.
+        dear = {"usage": {**USAGE, "output_tokens": 30_000}}
+        again = {"slow": (FOREVER, {"times": 1}, {}), "circle": ("echo nothing new", {}, {}), "dear": ("date +%s%N", {}, dear)}
+        rules = [{"when": {"agent": "main", "prompt_contains": word}, "reply": {"blocks": [bash(command)]} | reply} | how for word, (command, how, reply) in again.items()]
         # On a busy machine a tool may take its time, and so may its end: the session is to go on.
         flags = ("--stop-interrupt", "3m", "--loop-mode", "enforce", "--max-identical-calls", "4", "--turn-max-cost-usd", "0.45", "--tool-max-duration", "15s", "--max-turns", "20")
         wrapper = self.wrapper("held", *flags)
