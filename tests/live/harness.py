@@ -5,10 +5,13 @@ Everything runs on loopback, in the network namespace that `tests/live/run` make
 
 from __future__ import annotations
 
+import contextlib
 import http.server
+import itertools
 import json
 import os
 import queue
+import random
 import select
 import socket
 import ssl
@@ -54,17 +57,37 @@ def cli(version: str) -> Path:
     return Path(os.environ.get(f"CLAUDE_{version.upper()}", ROOT / ".cache/cli" / version / package))
 
 
+# Below those that the kernel gives to who asks for any, and to connections; each worker has a thousand of its own, and takes them in turn.
+FIRST_PORT = 10_000 + 1000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 20)
+PORTS = itertools.cycle(random.sample(range(FIRST_PORT, FIRST_PORT + 1000), 1000))
+
+
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    """One that nobody else is given before it is listened at."""
+    for port in PORTS:
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("they have no end")
 
 
-def wait_for(what: str, true: Callable[[], bool], timeout: float = 20) -> None:
+def whole_lines(file: Path) -> list[str]:
+    """Of a file that somebody may be writing to: the last line may be there in part."""
+    return [line for line in file.read_text().splitlines(True) if line.endswith("\n")]
+
+
+def wait_for(what: str, true: Callable[[], bool], timeout: float = 60) -> None:
+    """A minute is for machines that have other things to do."""
     end = time.monotonic() + timeout
     while not true():
         assert time.monotonic() < end, f"no {what} within {timeout} s"
         time.sleep(0.02)
+
+
+def samples(page: str) -> dict[str, float]:
+    """What a page of metrics has, by name and labels as they stand."""
+    lines = (line.rsplit(" ", 1) for line in page.splitlines() if line and not line.startswith("#"))
+    return {name: float(value) for name, value in lines}
 
 
 def listens(port: int) -> bool:
@@ -95,7 +118,7 @@ class Api:
         """What was asked and is over, in the order of asking."""
         if not self.log_file.exists():
             return []
-        return sorted(map(json.loads, self.log_file.read_text().splitlines()), key=lambda line: line["n"])
+        return sorted(map(json.loads, whole_lines(self.log_file)), key=lambda line: line["n"])
 
     def tokens(self) -> dict[str, dict[str, int]]:
         """What was served, by model."""
@@ -131,7 +154,7 @@ class Api:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait(5)
+        self.process.wait(30)
         self.process.stdout.close()
 
 
@@ -154,21 +177,24 @@ class Session:
     """A CLI that speaks stream-json: lines go in, lines come out, with timeouts. `argv` is the CLI, or a wrapper around it."""
 
     def __init__(self, argv: list, api: Api, home: Path, **env: str):
-        work = home / "work"
-        work.mkdir(parents=True, exist_ok=True)
+        self.work = home / "work"
+        self.work.mkdir(parents=True, exist_ok=True)
         self.lines: list[dict] = []
         self.raw = b""
         self.unread: queue.Queue[dict | None] = queue.Queue()
         self.stderr = tempfile.TemporaryFile()
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [str(word) for word in argv], cwd=work, env=environment(api, home, **env), stdin=pipe, stdout=pipe, stderr=self.stderr
+            [str(word) for word in argv], cwd=self.work, env=environment(api, home, **env), stdin=pipe, stdout=pipe, stderr=self.stderr
         )
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         for line in self.process.stdout:
             self.raw += line
+            # Of whoever is killed in the middle of one.
+            if not line.endswith(b"\n"):
+                break
             parsed = json.loads(line)
             self.lines.append(parsed)
             self.unread.put(parsed)
@@ -179,7 +205,7 @@ class Session:
         self.process.stdin.write(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
         self.process.stdin.flush()
 
-    def until(self, wanted: Callable[[dict], bool], timeout: float = 30) -> dict:
+    def until(self, wanted: Callable[[dict], bool], timeout: float = 120) -> dict:
         """The next line that is wanted; those before it are passed over (and kept in `lines`)."""
         end = time.monotonic() + timeout
         while True:
@@ -191,22 +217,22 @@ class Session:
             if wanted(line):
                 return line
 
-    def result(self, timeout: float = 30) -> dict:
+    def result(self, timeout: float = 120) -> dict:
         return self.until(lambda line: line["type"] == "result", timeout)
 
-    def ask(self, text: str, timeout: float = 30) -> dict:
+    def ask(self, text: str, timeout: float = 120) -> dict:
         """A user message and its result."""
         self.send(user(text))
         return self.result(timeout)
 
-    def control(self, subtype: str, timeout: float = 30, **fields) -> dict:
+    def control(self, subtype: str, timeout: float = 120, **fields) -> dict:
         """A control request and its response."""
         name = f"test-{len(self.lines)}"
         self.send(control(name, subtype, **fields))
         answers = lambda line: line["type"] == "control_response" and line["response"]["request_id"] == name
         return self.until(answers, timeout)["response"]
 
-    def close(self, timeout: float = 30) -> int:
+    def close(self, timeout: float = 120) -> int:
         """End of input; the exit code."""
         if not self.process.stdin.closed:
             self.process.stdin.close()
@@ -215,13 +241,14 @@ class Session:
     def kill(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-            self.process.wait(5)
+            self.process.wait(30)
         self.stderr.close()
 
     def tail(self) -> str:
-        self.stderr.seek(0)
+        # Its place in the file is also the CLI's.
+        said = os.pread(self.stderr.fileno(), 1 << 20, 0)
         last = [(line["type"], line.get("subtype")) for line in self.lines[-5:]]
-        return f"last lines {last}, exit code {self.process.poll()}, stderr {self.stderr.read()[-500:]!r}"
+        return f"last lines {last}, exit code {self.process.poll()}, stderr {said[-500:]!r}"
 
 
 class Sidecar:
@@ -234,19 +261,17 @@ class Sidecar:
         self.argv = [binary(), "run", *([] if "--socket" in flags else ["--hub", "off"]), "--listen", f"127.0.0.1:{self.port}", "--ledger", self.ledger_file, *flags, "--"]
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
             return answer.read().decode()
 
     def status(self) -> dict:
         return json.loads(self.get("/status"))
 
     def metrics(self) -> dict[str, float]:
-        """Every sample, by name and labels as they stand."""
-        samples = (line.rsplit(" ", 1) for line in self.get("/metrics").splitlines() if line and not line.startswith("#"))
-        return {name: float(value) for name, value in samples}
+        return samples(self.get("/metrics"))
 
     def ledger(self) -> list[dict]:
-        return [json.loads(line) for line in self.ledger_file.read_text().splitlines()]
+        return list(map(json.loads, whole_lines(self.ledger_file)))
 
 
 def whole(request: http.server.BaseHTTPRequestHandler) -> bytes:
@@ -259,6 +284,17 @@ def whole(request: http.server.BaseHTTPRequestHandler) -> bytes:
         request.rfile.readline()
     request.rfile.readline()
     return body
+
+
+def written(home: Path, *texts: str, session: str = "*") -> bool:
+    """Whether a transcript below a home has each of what was said, and an answer behind it: the CLI writes up to a second after it has answered."""
+    lines = [json.loads(line) for file in home.glob(f"**/projects/*/{session}.jsonl") for line in whole_lines(file)]
+
+    def answered(text: str) -> bool:
+        kinds = ["asked" if line.get("type") == "user" and text in json.dumps(line["message"]) else line.get("type") for line in lines]
+        return "assistant" in kinds[kinds.index("asked") :] if "asked" in kinds else False
+
+    return all(map(answered, texts))
 
 
 class Collector:

@@ -21,7 +21,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 @pytest.fixture
 def fleet(tmp_path):
-    one = outside.Outside(tmp_path, harness.binary())
+    one = outside.Outside(tmp_path, harness.binary(), harness.free_port())
     try:
         yield one.start()
     finally:
@@ -35,7 +35,7 @@ def test_the_api_is_what_its_document_says(fleet, tmp_path):
     argv = [TOOL, "run", f"{fleet.url}/openapi.json", "--checks", CHECKS, "--phases", "examples,coverage,fuzzing", "--max-examples", "15", "--seed", "1",
             # Its answer has no end.
             "--exclude-path", "/v1/events", "--header", f"Authorization: Bearer {outside.TOKENS['ops']}", "--continue-on-failure", "--no-color"]  # fmt: skip
-    done = subprocess.run([str(word) for word in argv], cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "HOME": str(tmp_path)})
+    done = subprocess.run([str(word) for word in argv], cwd=tmp_path, capture_output=True, text=True, timeout=600, env={**os.environ, "HOME": str(tmp_path)})
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) generated, \d+ passed", done.stdout)[1]) > 100, done.stdout[-2000:]
     assert fleet.ask("/readyz")[0] == 200
