@@ -77,7 +77,7 @@ def test_who_is_paused_is_refused_with_a_reason_and_goes_on_in_the_same_session(
             heard.update(cli.ask("go"))
             return words[0] in str(heard["result"]) if words else "agent-sidecar" not in str(heard.get("result")) and heard["num_turns"] > 0
 
-        wait_for(what, hears, 60)
+        wait_for(what, hears, 120)
         return heard
 
     first = cli.ask("go")

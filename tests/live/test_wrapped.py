@@ -17,11 +17,16 @@ from test_bare import CASES, TOOLS, USAGE, bash, main, script
 SLOW = {"first_byte_delay_ms": 100, "chunk": 4, "chunk_delay_ms": 50}
 LONG = "word " * 400
 # For a CLI that is asked to end something, on a machine that does other things besides.
-PATIENT = ["--stop-interrupt", "20s", "--stop-end", "20s", "--platform-grace", "2m"]
+PATIENT = ["--stop-interrupt", "20s", "--stop-end", "20s", "--stop-terminate", "20s", "--platform-grace", "2m"]
 
 
 def steps(n: int, command: str = "echo step") -> list[dict]:
     return [main(i, bash(f"{command} {i}")) for i in range(n)]
+
+
+def until_there(file: str) -> str:
+    """A command that takes as long as there is no such file."""
+    return f"python3 -c 'import os, time; [time.sleep(0.1) for _ in iter(lambda: os.path.exists(\"{file}\"), True)]'"
 
 
 def slow(*blocks, **when) -> dict:
@@ -59,6 +64,11 @@ def counted(sidecar: harness.Sidecar, name: str) -> float:
     return sum(value for series, value in sidecar.metrics().items() if series.split("{")[0] == name)
 
 
+def counts(sidecar: harness.Sidecar, series: str, n: int) -> None:
+    """The app has heard what the CLI says before the sidecar has counted it."""
+    wait_for(f"{series} {n}", lambda: sidecar.metrics()[series] == n)
+
+
 def gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
@@ -83,10 +93,10 @@ def test_everything_that_was_served_is_in_the_books(case, version, api, session,
     result = cli.ask("go")
     if "background" in case:
         result = cli.result()
-    wait_for("cost", lambda: counted(wrapper, "claude_agent_cost_usd_total") == pytest.approx(result["total_cost_usd"], abs=1e-9))
-    live = wrapper.status()
-    assert live["sessions"][0]["state"] == "idle"
-    assert live["sessions"][0]["cost_usd"] == pytest.approx(result["total_cost_usd"], abs=1e-9)
+    cost = pytest.approx(result["total_cost_usd"], abs=1e-9)
+    wait_for("cost", lambda: counted(wrapper, "claude_agent_cost_usd_total") == cost)
+    live = lambda: wrapper.status()["sessions"][0]
+    wait_for("the end of the turn", lambda: (live()["state"], live()["cost_usd"]) == ("idle", cost))
     assert cli.close() == 0
     assert len(served.requests()) == requests
     books = exact(wrapper, served, version)
@@ -128,9 +138,11 @@ def test_a_resume_after_a_kill_starts_new_books(version, api, session, sidecar, 
     name = cli.ask("one")["session_id"]
     cli.send(user("two"))
     cli.until(lambda line: line["type"] == "stream_event" and line["event"]["type"] == "content_block_delta")
+    # What is not in it cannot be resumed.
+    wait_for("the transcript", lambda: harness.written(tmp_path / "home", "one"))
     (pid,) = children(cli.process.pid)
     os.kill(pid, signal.SIGKILL)
-    assert cli.process.wait(20) == 137
+    assert cli.process.wait(60) == 137
     books = replayed(wrapper.ledger_file)
     assert books["totals"]["cost_estimated"]
     assert books["totals"]["turns"] == 2
@@ -159,16 +171,13 @@ def test_a_budget_ends_the_turn_and_the_next_message_is_refused(version, api, se
     cli = session(served, *TOOLS, sidecar=wrapper)
     result = cli.ask("go")
     assert result["is_error"] and result["subtype"] == "error_during_execution"
-    asked = len(served.requests())
-    began = time.monotonic()
-    refused = cli.ask("and now?")
-    assert time.monotonic() - began < 15, "nobody hangs"
+    # Nobody hangs.
+    refused = cli.ask("and now?", 30)
     assert refused["num_turns"] == 0
     assert "limit of this session" in refused["result"]
-    assert len(served.requests()) == asked, "nothing was asked of the model"
-    metrics = wrapper.metrics()
-    assert metrics['claude_agent_enforcements_total{limit="usd",scope="session",action="refuse",mode="enforce"}'] == 1
-    assert metrics['claude_agent_turns_total{outcome="limit_stopped"}'] == 1
+    assert {line["turn"] for line in served.requests()} == {1}, "nothing was asked of the model"
+    counts(wrapper, 'claude_agent_enforcements_total{limit="usd",scope="session",action="refuse",mode="enforce"}', 1)
+    counts(wrapper, 'claude_agent_turns_total{outcome="limit_stopped"}', 1)
     assert cli.close() in (0, 1)
     # At most one answer above the ceiling.
     one = USAGE["input_tokens"] * 4e-6 + 130 * 25e-6 + 5000 * 0.5e-6 + 700 * 6.25e-6 + 90 * 10e-6
@@ -179,7 +188,8 @@ def test_a_session_that_used_up_its_turns_is_refused_without_asking(version, api
     served, wrapper = api(script()), sidecar("--session-max-turns", "2")
     cli = session(served, sidecar=wrapper)
     assert not any(cli.ask("go")["is_error"] for _ in range(2))
-    wait_for("decision", lambda: any(line.get("action") == "refuse" for line in wrapper.ledger()))
+    # In the ledger it is before it is done.
+    counts(wrapper, 'claude_agent_enforcements_total{limit="turns",scope="session",action="refuse",mode="enforce"}', 1)
     refused = cli.ask("go")
     assert (refused["num_turns"], refused["is_error"]) == (0, False)
     assert len(served.requests()) == 2
@@ -213,8 +223,7 @@ def test_a_shadow_budget_only_says_so(version, api, session, sidecar):
     served, wrapper = api(script(*steps(3))), sidecar("--max-cost-usd", "0.001", "--mode", "shadow")
     cli = session(served, *TOOLS, sidecar=wrapper)
     assert not cli.ask("go")["is_error"]
-    metrics = wrapper.metrics()
-    assert metrics['claude_agent_enforcements_total{limit="usd",scope="session",action="refuse",mode="shadow"}'] == 1
+    counts(wrapper, 'claude_agent_enforcements_total{limit="usd",scope="session",action="refuse",mode="shadow"}', 1)
     assert cli.close() == 0
     exact(wrapper, served, version)
 
@@ -245,8 +254,7 @@ def test_a_tool_that_takes_too_long_is_interrupted(version, api, session, sideca
     cli = session(served, *TOOLS, sidecar=wrapper)
     result = cli.ask("go")
     assert result["subtype"] == "error_during_execution"
-    # The app has the result before we have read it.
-    wait_for("the outcome", lambda: wrapper.metrics()['claude_agent_turns_total{outcome="limit_stopped"}'] == 1, 5)
+    counts(wrapper, 'claude_agent_turns_total{outcome="limit_stopped"}', 1)
     cli.close()
 
 
@@ -254,17 +262,17 @@ def test_idle_ends_the_process_cleanly_and_work_does_not(version, api, session, 
     served, wrapper = api(script(main(0, bash("sleep 3; echo done")))), sidecar("--idle-timeout", "1500ms")
     cli = session(served, *TOOLS, sidecar=wrapper)
     assert not cli.ask("go")["is_error"], "three silent seconds of a tool are work"
-    assert cli.process.wait(20) == 0
+    assert cli.process.wait(60) == 0
     books = [line for line in wrapper.ledger() if line["event"] == "process_exited"]
     assert [line["reason"] for line in books] == ["idle"]
     exact(wrapper, served, version)
 
 
 def test_the_wall_clock_ends_the_session_with_a_result(version, api, session, sidecar):
-    served, wrapper = api(script(slow(LONG))), sidecar("--max-duration", "8s", "--limit-exit-code", "77", *PATIENT)
+    served, wrapper = api(script(slow(LONG))), sidecar("--max-duration", "12s", "--limit-exit-code", "77", *PATIENT)
     cli = session(served, sidecar=wrapper)
     assert cli.ask("go")["subtype"] == "error_during_execution"
-    assert cli.process.wait(20) == 77
+    assert cli.process.wait(60) == 77
 
 
 # ---- stops
@@ -274,7 +282,7 @@ STATES = {
     "idle": (script(), "result"),
     "waiting for the API": (script({"reply": {"hang": True}}), "asked"),
     "streaming": (script(slow(LONG)), "delta"),
-    "in a tool": (script(main(0, bash("python3 -c 'import time; time.sleep(60)'"))), "tool"),
+    "in a tool": (script(main(0, bash("touch started; python3 -c 'import time; time.sleep(600)'"))), "tool"),
 }
 
 
@@ -287,12 +295,12 @@ def reach(cli: harness.Session, served: harness.Api, until: str | None) -> None:
         cli.result()
     elif until == "asked":
         cli.until(lambda line: line.get("subtype") == "status" and line["status"] == "requesting")
+        # On its way, most likely: what is not over is in nobody's log.
         time.sleep(0.3)
     elif until == "delta":
         cli.until(lambda line: line["type"] == "stream_event" and line["event"]["type"] == "content_block_delta")
     else:
-        cli.until(lambda line: line["type"] == "assistant" and line["message"]["content"][0]["type"] == "tool_use")
-        time.sleep(0.3)
+        wait_for("the tool", (cli.work / "started").exists)
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -300,18 +308,18 @@ def reach(cli: harness.Session, served: harness.Api, until: str | None) -> None:
 def test_a_signal_ends_everything_and_keeps_the_last_cost(state, number, code, version, api, session, sidecar):
     rules, until = STATES[state]
     # Four tests share two cores: the polite way gets the time that it has on a machine of its own.
-    served, wrapper = api(rules), sidecar("--stop-end", "12s", "--platform-grace", "60s")
+    served, wrapper = api(rules), sidecar("--stop-end", "12s", "--stop-terminate", "12s", "--platform-grace", "60s")
     cli = session(served, *TOOLS, "--include-partial-messages", sidecar=wrapper)
     reach(cli, served, until)
     (pid,) = children(cli.process.pid)
     tools = children(pid)
     cli.process.send_signal(number)
-    assert cli.process.wait(20) == code
+    assert cli.process.wait(90) == code
     wait_for("end of all", lambda: all(map(gone, [pid, *tools])))
     books = replayed(wrapper.ledger_file)
     if until in ("delta", "tool"):
         # The turn has a result, and what was spent is the CLI's own word, where it books answers that were cut.
-        told = cli.until(lambda line: line["type"] == "result", 5)["total_cost_usd"]
+        told = cli.until(lambda line: line["type"] == "result")["total_cost_usd"]
         leaves_out = version == "old" and until == "delta"
         assert books["totals"]["cost_estimated"] == leaves_out
         assert leaves_out or told == pytest.approx(books["totals"]["cost_usd"])
@@ -325,12 +333,12 @@ def test_an_app_that_closes_its_input_gets_the_whole_turn(version, api, session,
     cli = session(served, *TOOLS, sidecar=wrapper)
     cli.send(user("go"))
     assert cli.close() == 0
-    wait_for("the last line", lambda: cli.lines[-1]["type"] == "result")
+    wait_for("the last line", lambda: cli.lines and cli.lines[-1]["type"] == "result")
     exact(wrapper, served, version)
 
 
 def test_an_app_that_is_gone_takes_the_agent_with_it(version, api, session, sidecar):
-    served, wrapper = api(script(*steps(60, "sleep 0.2; echo"))), sidecar()
+    served, wrapper = api(script(*steps(60, "sleep 1; echo"))), sidecar()
     cli = session(served, *TOOLS, sidecar=wrapper)
     cli.send(user("go"))
     cli.until(lambda line: line["type"] == "assistant")
@@ -339,7 +347,7 @@ def test_an_app_that_is_gone_takes_the_agent_with_it(version, api, session, side
     # Both ends, as when the app dies.
     cli.process.stdin.close()
     os.dup2(os.open(os.devnull, os.O_RDONLY), cli.process.stdout.fileno())
-    cli.process.wait(20)
+    cli.process.wait(60)
     wait_for("end of the CLI", lambda: gone(pid))
     asked = len(served.requests())
     assert asked < 20, "it did not go on spending"
@@ -347,7 +355,7 @@ def test_an_app_that_is_gone_takes_the_agent_with_it(version, api, session, side
 
 
 def test_a_killed_wrapper_takes_the_cli_with_it(version, api, session, sidecar):
-    served, wrapper = api(script(slow(LONG))), sidecar()
+    served, wrapper = api(script({"reply": {"hang": True}})), sidecar()
     cli = session(served, sidecar=wrapper)
     cli.send(user("go"))
     cli.until(lambda line: line["type"] == "system")
@@ -362,7 +370,7 @@ def test_daemons_of_a_tool_do_not_outlive_the_stop(version, api, session, sideca
     served, wrapper = api(script(main(0, bash(command)))), sidecar()
     cli = session(served, *TOOLS, sidecar=wrapper)
     cli.ask("go")
-    wait_for("daemon", mark.exists)
+    wait_for("daemon", lambda: mark.exists() and harness.whole_lines(mark))
     daemon = int(mark.read_text())
     assert cli.close() == 0
     wait_for("end of the daemon", lambda: gone(daemon))
@@ -378,17 +386,17 @@ def test_a_reader_that_stalls_loses_nothing(version, api, session, sidecar, tmp_
     process = subprocess.Popen(
         [str(word) for word in argv], cwd=home / "work", env=harness.environment(served, home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
     )
-    wait_for("all requests", lambda: len(served.requests()) == 2, 30)
-    time.sleep(4)
+    wait_for("all requests", lambda: len(served.requests()) == 2)
+    wait_for("the end of the CLI, of which nobody has read a word", lambda: not children(process.pid))
     out = process.stdout.read()
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     lines = [json.loads(line) for line in out.splitlines()]
     assert len(out) > 200_000 and lines[-1]["type"] == "result"
     exact(wrapper, served, version)
 
 
 def test_the_last_numbers_can_be_read_after_the_end(version, api, session, sidecar):
-    served, wrapper = api(script()), sidecar("--linger", "10s")
+    served, wrapper = api(script()), sidecar("--linger", "2m", "--platform-grace", "5m")
     cli = session(served, sidecar=wrapper)
     cost = cli.ask("go")["total_cost_usd"]
     cli.process.stdin.close()
@@ -403,6 +411,7 @@ def test_the_last_numbers_can_be_read_after_the_end(version, api, session, sidec
             pass
         return cli.process.poll() is not None
 
-    wait_for("exit", read, 12)
+    # Far earlier than it would go unread.
+    wait_for("exit", read)
     assert seen[-1] == pytest.approx(cost, abs=1e-9)
     assert cli.process.returncode == 0
