@@ -15,9 +15,9 @@ const options = (more = {}) => ({ pathToClaudeCodeExecutable: executable || unde
 const saw = (message) => process.stdout.write(`${JSON.stringify(message)}\n`);
 
 async function until(what, holds) {
-  const end = Date.now() + 30_000;
+  const end = Date.now() + 60_000;
   while (!holds()) {
-    if (Date.now() > end) throw new Error(`no ${what} within 30 s`);
+    if (Date.now() > end) throw new Error(`no ${what} within 60 s`);
     await sleep(20);
   }
 }
@@ -70,7 +70,7 @@ const scenarios = {
   // Until it was turned away by somebody's pause, and then answered again.
   async patient() {
     const talk = conversation();
-    for (let paused = false, end = Date.now() + 40_000; Date.now() < end; await sleep(100)) {
+    for (let paused = false, end = Date.now() + 100_000; Date.now() < end; await sleep(100)) {
       const { result } = await talk.ask("go");
       if (paused && !result.includes("is paused")) break;
       paused ||= result.includes("is paused");

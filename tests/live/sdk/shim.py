@@ -42,6 +42,8 @@ RULES = {
     "control": [{"when": {"stream": False}, "reply": {"blocks": ["y"], "usage": FREE}}],
     "resume": [main(0, bash("echo a step"), turn=1)],
     "partial": [main(0, {"thinking": "Hm."}, "Well,", bash("echo 1"))],
+    # Whoever is to end it has time for that.
+    "unhurried": [main(n, bash(f"python3 -c 'import time; time.sleep(3)'; echo {n}")) for n in range(2)],
     "spawned": [main(0, bash("echo $OF_THE_APP"))],
     # An answer and its result are lines of more than a megabyte.
     "large": [{"reply": {"blocks": ["wörd " * 300_000], "pace": {"chunk": 100_000}}}],
@@ -54,6 +56,24 @@ RULES = {
 
 def script(scenario: str) -> dict:
     return {"defaults": {"usage": USAGE}, "rules": RULES[scenario], "otherwise": {"blocks": ["done"]}}
+
+
+def processes(home: Path) -> dict[int, str]:
+    """What is alive of a session: whatever was started with its home, in whichever process group."""
+    wanted = f"HOME={home}".encode()
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(process.name) != os.getpid() and wanted in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
+        except OSError:
+            continue  # It ended meanwhile.
+    return found
+
+
+def ended(home: Path) -> None:
+    """Then its books are closed: an SDK lets go of a CLI that has not ended yet."""
+    harness.wait_for("end of all processes", lambda: not processes(home))
 
 
 class Run:
@@ -73,16 +93,7 @@ class Run:
             self.path.chmod(0o755)
 
     def processes(self) -> dict[int, str]:
-        """What is alive of the session: whatever was started with its home, in whichever process group."""
-        wanted = f"HOME={self.home}".encode()
-        found = {}
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if int(process.name) != os.getpid() and wanted in (process / "environ").read_bytes().split(b"\0"):
-                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
-            except OSError:
-                continue  # It ended meanwhile.
-        return found
+        return processes(self.home)
 
     def started(self) -> bool:
         """Whether the endless tool call runs."""
@@ -92,7 +103,7 @@ class Run:
 def totals(sidecar: harness.Sidecar) -> dict:
     """What the ledger file sums to, by the binary's own reading of it."""
     command = [harness.binary(), "replay", "--format", "json", "--ledger", sidecar.ledger_file]
-    return json.loads(subprocess.check_output(command, timeout=10))["totals"]
+    return json.loads(subprocess.check_output(command, timeout=60))["totals"]
 
 
 def spent(sidecar: harness.Sidecar) -> float:
