@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import inspect
 import json
@@ -10,13 +11,12 @@ import pty
 import signal
 import subprocess
 import threading
-import time
 
 import harness
 import pytest
 from harness import wait_for, whole
 from test_bare import CASES, TOOLS, USAGE, bash, main, script, subagent
-from test_wrapped import children, kinds, replayed
+from test_wrapped import PATIENT, children, kinds, replayed
 
 
 def start(argv, api, home, **env) -> subprocess.Popen:
@@ -30,7 +30,7 @@ def start(argv, api, home, **env) -> subprocess.Popen:
 def ask(wrapper, version, api, tmp_path, *args, **env) -> tuple[subprocess.Popen, str]:
     """One question in text mode, to its end; the process and what it said to stderr."""
     process = start([*wrapper.argv, harness.cli(version), "-p", "go", *TOOLS, *args], api, tmp_path / "home", **env)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     return process, said.decode()
 
 
@@ -55,33 +55,32 @@ def test_text_mode_costs_what_was_served(case, version, api, sidecar, tmp_path):
 
 
 def test_a_budget_ends_text_mode(version, api, sidecar, tmp_path):
-    served, wrapper = api(script(*[main(i, bash("sleep 1")) for i in range(30)])), sidecar("--max-cost-usd", "0.02")
-    started = time.monotonic()
+    served, wrapper = api(script(*[main(i, bash("python3 -c 'import time; time.sleep(3)'")) for i in range(30)])), sidecar("--max-cost-usd", "0.02", *PATIENT)
     process, _ = ask(wrapper, version, served, tmp_path)
     assert process.returncode == 143
-    assert time.monotonic() - started < 20
     lines = wrapper.ledger()
     (stop,) = [line for line in lines if line["event"] == "limit_decided" and line["level"] == 1.0]
     assert (stop["limit"], stop["action"]) == ("usd", "stop")
     books = replayed(wrapper.ledger_file)["totals"]
     assert books["cost_usd"] == pytest.approx(served.cost_usd(version), abs=1e-9)
+    # Of thirty answers seven at most: what they cost is told each second.
     assert 0.02 <= books["cost_usd"] < 0.06
 
 
 def test_a_kill_loses_an_interval_at_most(version, api, sidecar, tmp_path):
     served, wrapper = api(script(*[main(i, bash("sleep 0.2")) for i in range(100)])), sidecar()
     process = start([*wrapper.argv, harness.cli(version), "-p", "go", *TOOLS], served, tmp_path / "home")
-    wait_for("some answers", lambda: len(served.requests()) >= 8, 30)
+    wait_for("some answers", lambda: len(served.requests()) >= 8)
     (pid,) = children(process.pid)
-    before = [line["n"] for line in served.requests()]
-    time.sleep(1.5)
+    before = len(served.requests())
+    counted = lambda: replayed(wrapper.ledger_file)["totals"]["tokens"]["output"] // USAGE["output_tokens"]
+    # A second, and what a busy machine takes besides; it works for more than twenty, and is killed while it does.
+    wait_for("all that is older than the interval", lambda: counted() >= before)
     os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 137
-    books = replayed(wrapper.ledger_file)["totals"]
-    counted = books["tokens"]["output"] // USAGE["output_tokens"]
-    print(f"counted {counted} of {len(served.requests())} answers, {len(before)} of them older than the interval")
-    assert len(before) <= counted <= len(served.requests())
+    print(f"counted {counted()} of {len(served.requests())} answers, {before} of them older than the interval")
+    assert before <= counted() <= len(served.requests())
 
 
 def at_a_terminal(served, wrapper, cli, home: Path) -> tuple[int, list[bytes]]:
@@ -111,11 +110,11 @@ def test_a_terminal_costs_what_was_served(version, api, sidecar, tmp_path):
     served, wrapper = api(script(*rules)), sidecar()
     pid, seen = at_a_terminal(served, wrapper, harness.cli(version), tmp_path / "home")
     try:
-        wait_for("the answers", lambda: len(served.requests()) >= requests, 30)
+        wait_for("the answers", lambda: len(served.requests()) >= requests)
         cost = lambda: wrapper.status()["totals"]["cost_usd"]
-        wait_for("the cost, while it runs", lambda: cost() == pytest.approx(served.cost_usd(version), abs=1e-9), 10)
+        wait_for("the cost, while it runs", lambda: cost() == pytest.approx(served.cost_usd(version), abs=1e-9), 30)
         os.kill(pid, signal.SIGTERM)
-        wait_for("the end", lambda: os.waitpid(pid, os.WNOHANG)[0] == pid, 20)
+        wait_for("the end", lambda: os.waitpid(pid, os.WNOHANG)[0] == pid)
     except BaseException:
         print(b"".join(seen)[-2000:])
         os.kill(pid, signal.SIGKILL)
@@ -152,7 +151,7 @@ def drain(terminal: int, seen: list[bytes]) -> None:
 @pytest.mark.parametrize("case", ["three steps", "subagent in the foreground", "web search"])
 def test_both_witnesses_agree(case, version, api, session, sidecar):
     rules, _ = CASES[case]
-    served, wrapper = api(script(*rules)), sidecar("--native-telemetry", "on", "--linger", "20s")
+    served, wrapper = api(script(*rules)), sidecar("--native-telemetry", "on", "--linger", "2m", "--platform-grace", "5m")
     cli = session(served, *TOOLS, sidecar=wrapper)
     result = cli.ask("go")
     cli.process.stdin.close()
@@ -160,11 +159,12 @@ def test_both_witnesses_agree(case, version, api, session, sidecar):
 
     def over() -> bool:
         # Whoever has read the last numbers is the last to read any.
-        metrics.update(wrapper.metrics())
-        return metrics["claude_agent_process_exits_total{reason=\"clean\"}"] == 1
+        with contextlib.suppress(OSError):
+            metrics.update(wrapper.metrics())
+        return cli.process.poll() is not None
 
     wait_for("the end", over)
-    assert cli.close() == 0
+    assert cli.close() == 0 and metrics["claude_agent_process_exits_total{reason=\"clean\"}"] == 1
     assert metrics["agent_sidecar_native_reports_total{signal=\"metrics\",outcome=\"taken\"}"] > 0
     assert sum(n for name, n in metrics.items() if name.startswith("claude_agent_cost_usd_total")) == pytest.approx(result["total_cost_usd"], abs=1e-9)
     for direction in ("over", "under"):
@@ -185,13 +185,15 @@ def test_a_collector_gets_the_same_bytes(protocol, compression, version, api, si
         "OTEL_EXPORTER_OTLP_ENDPOINT": his.url,
         "OTEL_EXPORTER_OTLP_HEADERS": "authorization=secret",
         "OTEL_EXPORTER_OTLP_COMPRESSION": compression,
+        # Two seconds by default, in which a busy machine may not come to it.
+        "CLAUDE_CODE_OTEL_SHUTDOWN_TIMEOUT_MS": "30000",
     }
     # The CLI is started through a tap on what it sends to the wrapper.
     tap = tmp_path / "claude"
     tap.write_text(TAP.format(whole=inspect.getsource(whole), cli=harness.cli(version), log=tmp_path / "tap"))
     tap.chmod(0o755)
     process = start([*wrapper.argv, tap, "-p", "go", *TOOLS], served, tmp_path / "home", **user)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert (process.returncode, said) == (0, b""), said.decode()
     sent = [line.split(" ", 1) for line in (tmp_path / "tap").read_text().splitlines()]
     assert [(path, body.hex()) for path, _, body in his.posts] == [(path, body) for path, body in sent]
@@ -259,7 +261,7 @@ def test_a_collector_behind_tls_is_reached(version, api, sidecar, collector, tmp
 
 
 def test_a_dead_collector_holds_nobody_up(version, api, sidecar, collector, tmp_path):
-    served, wrapper, his = api(script()), sidecar("--otlp-endpoint", "off"), collector(delay=30)
+    served, wrapper, his = api(script()), sidecar("--otlp-endpoint", "off"), collector(delay=600)
     user = {
         "CLAUDE_CODE_ENABLE_TELEMETRY": "1",
         "OTEL_METRICS_EXPORTER": "otlp",
@@ -267,11 +269,9 @@ def test_a_dead_collector_holds_nobody_up(version, api, sidecar, collector, tmp_
         "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
         "OTEL_EXPORTER_OTLP_ENDPOINT": his.url,
     }
-    started = time.monotonic()
+    # Who waited for an answer would be waited for in vain.
     process, said = ask(wrapper, version, served, tmp_path, **user)
     assert process.returncode == 0
-    # Whoever waited for the answer would wait for thirty.
-    assert time.monotonic() - started < 25
     assert "not forwarded in time" in said
     assert replayed(wrapper.ledger_file)["totals"]["cost_usd"] == pytest.approx(served.cost_usd(version), abs=1e-9)
 
