@@ -24,7 +24,7 @@ def collector():
 
 @pytest.fixture
 def fleet(tmp_path, collector):
-    one = outside.Outside(tmp_path, harness.binary(), collector=collector.url)
+    one = outside.Outside(tmp_path, harness.binary(), harness.free_port(), collector=collector.url)
     try:
         yield one.start()
     finally:
@@ -70,7 +70,7 @@ def test_a_sessions_trace_has_its_phases_and_its_agents_turns(fleet, collector):
 
 def test_a_collector_that_is_away_keeps_nobody(tmp_path):
     """What it does not take is lost, and said; sessions go on, and so does the end."""
-    one = outside.Outside(tmp_path, harness.binary(), collector="http://127.0.0.1:9")
+    one = outside.Outside(tmp_path, harness.binary(), harness.free_port(), collector="http://127.0.0.1:9")
     try:
         one.start()
         assert one.create("breaks", "bad") == 201
@@ -78,6 +78,6 @@ def test_a_collector_that_is_away_keeps_nobody(tmp_path):
         lost = lambda: any(line.startswith('agent_fleet_spans_total{outcome="failed"}') and not line.endswith(" 0") for line in one.ask("/metrics")[1].splitlines())  # noqa: E731
         wait_for("lost spans", lost, 60)
         one.process.terminate()
-        assert one.process.wait(30) == 0
+        assert one.process.wait(60) == 0
     finally:
         one.close()
