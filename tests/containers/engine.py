@@ -188,7 +188,7 @@ def import_root(image: str, write: Callable, *changes: str) -> None:
     importing = subprocess.Popen(["docker", "import", *words, "-", image], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     with importing.stdin as out:
         write(out)
-    assert importing.wait(120) == 0, "docker import"
+    assert importing.wait(300) == 0, "docker import"
 
 
 def make_bare() -> None:
@@ -220,7 +220,7 @@ class Container:
     def running(self) -> bool:
         return self.inspect(".State.Running") == "true"
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 120) -> int:
         """Its exit code, when it is over."""
         return int(docker("wait", self.id, timeout=timeout).stdout)
 
@@ -293,8 +293,7 @@ class Pod(harness.Api):
     def metrics(self) -> dict[str, float]:
         status, page = self.get("/metrics")
         assert status == 200, page
-        samples = (line.rsplit(" ", 1) for line in page.splitlines() if line and not line.startswith("#"))
-        return {name: float(value) for name, value in samples}
+        return harness.samples(page)
 
     def counted(self, name: str) -> float:
         return sum(value for series, value in self.metrics().items() if series.split("{")[0] == name)
