@@ -116,6 +116,9 @@ promises! {
     a_lease_is_held_as_long_as_it_is_renewed
     who_does_not_hold_it_does_not_let_go_of_it
     what_is_released_is_due_when_it_was_said
+    what_is_due_is_not_due_before
+    what_is_wanted_while_it_is_driven_is_seen_by_who_drives_it_next
+    what_is_wanted_while_it_is_claimed_is_not_lost
     what_happens_while_it_is_driven_is_not_forgotten
     what_is_reserved_fits_below_the_limit
     what_is_spent_is_in_the_place_of_what_was_reserved
@@ -418,6 +421,75 @@ async fn what_is_released_is_due_when_it_was_said(Fresh { store, .. }: &Fresh) {
     store.release("two", &id("late"), Some(Timestamp::MIN)).await.unwrap();
     store.release("two", &id("now"), Some(Timestamp::MAX)).await.unwrap();
     assert_eq!(claimed(&**store, "two", LONG).await, ["late"]);
+}
+
+async fn what_is_due_is_not_due_before(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["a"]).await;
+    assert_eq!(claimed(&**store, "one", LONG).await, ["a"]);
+    // In every part of a millisecond.
+    for n in 0..50 {
+        let wake = Timestamp::now() + SignedDuration::from_micros(3000 + n * 20);
+        store.release("one", &id("a"), Some(wake)).await.unwrap();
+        while claimed(&**store, "one", LONG).await.is_empty() {}
+        let now = Timestamp::now();
+        assert!(now >= wake, "{n}: {now} is before {wake}");
+    }
+}
+
+/// By itself or by another fleet, of both of which nothing is lost.
+async fn what_is_wanted_while_it_is_driven_is_seen_by_who_drives_it_next(Fresh { store, .. }: &Fresh) {
+    insert(&**store, &["a"]).await;
+    for (n, next) in ["one", "two"].into_iter().enumerate() {
+        let mut driven = store.claim("one", LONG, 1).await.unwrap().remove(0);
+        let why = format!("wish {n}");
+        store.want(&id("a"), if n == 0 { Wanted::Paused } else { Wanted::Gone }, &why, Timestamp::now()).await.unwrap();
+        store.wake(&id("a")).await.unwrap();
+        assert_eq!(claimed(&**store, "one", LONG).await, [""; 0]);
+        assert_eq!(claimed(&**store, "two", LONG).await, [""; 0]);
+        // Who drives it has not read the wish, and does not write over it.
+        assert!(matches!(store.note(&mut driven).await, Err(Error::Conflict(of)) if of == id("a")));
+        assert!(matches!(store.update(&mut driven).await, Err(Error::Conflict(of)) if of == id("a")));
+        store.release("one", &id("a"), Some(Timestamp::MAX)).await.unwrap();
+        let seen = store.claim(next, LONG, 1).await.unwrap().remove(0);
+        assert_eq!(seen.wanted, if n == 0 { Wanted::Paused } else { Wanted::Gone });
+        store.release(next, &id("a"), Some(Timestamp::now())).await.unwrap();
+    }
+}
+
+async fn what_is_wanted_while_it_is_claimed_is_not_lost(fresh: &Fresh) {
+    let [one, two] = twice(fresh).await;
+    insert(&*one, &["a"]).await;
+    // Whichever comes first, whoever's the other is.
+    for n in 0..100 {
+        let wanted = if n % 2 == 0 { Wanted::Paused } else { Wanted::Running };
+        let (claims, wishes) = if n % 4 < 2 { (&one, &one) } else { (&one, &two) };
+        let start = Arc::new(tokio::sync::Barrier::new(2));
+        let claim = tokio::spawn({
+            let (store, start) = (Arc::clone(claims), Arc::clone(&start));
+            async move {
+                start.wait().await;
+                // Who claims waits for no lock, and finds nothing while it is being woken.
+                loop {
+                    if let Some(claimed) = store.claim("one", LONG, 1).await.unwrap().pop() {
+                        return claimed;
+                    }
+                }
+            }
+        });
+        start.wait().await;
+        assert!(wishes.want(&id("a"), wanted, "", Timestamp::now()).await.unwrap());
+        wishes.wake(&id("a")).await.unwrap();
+        let mut driven = claim.await.unwrap();
+        if driven.wanted != wanted {
+            assert!(matches!(claims.update(&mut driven).await, Err(Error::Conflict(of)) if of == id("a")));
+            claims.release("one", &id("a"), Some(Timestamp::MAX)).await.unwrap();
+            driven = claims.claim("two", LONG, 1).await.unwrap().pop().expect("it was woken");
+            assert_eq!(driven.wanted, wanted);
+            claims.release("two", &id("a"), Some(Timestamp::now())).await.unwrap();
+        } else {
+            claims.release("one", &id("a"), Some(Timestamp::now())).await.unwrap();
+        }
+    }
 }
 
 async fn what_happens_while_it_is_driven_is_not_forgotten(Fresh { store, .. }: &Fresh) {

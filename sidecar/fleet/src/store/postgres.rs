@@ -83,6 +83,12 @@ impl Dialect for Postgres {
             phase = CASE id WHEN $1 THEN $5 ELSE $6 END, over = CASE id WHEN $1 THEN $7 ELSE $8 END,
             spare = CASE id WHEN $1 THEN $9 ELSE $10 END, document = CASE id WHEN $1 THEN $11 ELSE $12 END
         WHERE id = ANY (ARRAY(SELECT id FROM locked)) AND 2 = (SELECT count(*) FROM locked)";
+    const PRUNE: &'static str = "
+        WITH old AS MATERIALIZED (
+            SELECT id FROM sessions WHERE over AND changed < (SELECT now FROM clock) + $1 LIMIT $2),
+        locked AS MATERIALIZED (
+            SELECT id FROM sessions WHERE id = ANY (ARRAY(SELECT id FROM old)) ORDER BY id FOR UPDATE)
+        DELETE FROM sessions WHERE id = ANY (ARRAY(SELECT id FROM locked))";
     const RELEASE: &'static str = "
         WITH released AS MATERIALIZED (
             SELECT * FROM json_to_recordset(CAST($1 AS json)) AS released (id TEXT, fleet TEXT, wake BIGINT)),

@@ -51,6 +51,8 @@ pub(super) trait Dialect: Database {
     const PUT: &'static str;
     /// Writes two whose versions are those that were read, or neither, locked in the same order: their ids and versions, and by turns what is written of them.
     const BOTH: &'static str;
+    /// Forgets what is over and has not changed for so many milliseconds (less than nothing), at most how many, locked in the same order.
+    const PRUNE: &'static str;
     /// Lets go of what is held ([`Release`] in an array of JSON).
     const RELEASE: &'static str;
     /// Of amounts ([`Amount`] in an array of JSON): what is there in their place, in all, by tenant and period; writes them; and the sums of those tenants
@@ -257,8 +259,10 @@ fn millis(duration: Duration) -> i64 {
 /// From now, rounded up: what is due then is not due before. Times come by the caller's clock and are kept by the store's; what passes between is the same.
 fn until(at: Timestamp) -> i64 {
     let nanos = at.as_nanosecond() - Timestamp::now().as_nanosecond();
+    // The store's clock tells whole milliseconds, and may be behind by one.
+    let millis = nanos.div_euclid(1_000_000) + i128::from(nanos.rem_euclid(1_000_000) != 0) + i128::from(nanos > 0);
     // More than a thousand years of milliseconds fit many times.
-    i64::try_from(nanos.div_euclid(1_000_000) + i128::from(nanos.rem_euclid(1_000_000) != 0)).unwrap_or(LONGEST)
+    i64::try_from(millis).unwrap_or(LONGEST)
 }
 
 /// Less than nothing, and what is no number, is nothing; more than a billion is a billion, so that sums of some are numbers.
@@ -791,12 +795,7 @@ where
     async fn prune(&self, before: Timestamp) -> Result<u64> {
         let mut pruned = 0;
         loop {
-            let write = sqlx::query::<DB>(
-                "DELETE FROM sessions WHERE id IN
-                 (SELECT id FROM sessions WHERE over AND changed < (SELECT now FROM clock) + $1 LIMIT $2)",
-            )
-            .bind(until(before))
-            .bind(PRUNED_AT_ONCE);
+            let write = sqlx::query::<DB>(DB::PRUNE).bind(until(before)).bind(PRUNED_AT_ONCE);
             let some = self.durably(write).await?;
             pruned += some;
             if some < PRUNED_AT_ONCE.unsigned_abs() {

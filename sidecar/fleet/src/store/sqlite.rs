@@ -46,6 +46,8 @@ impl Dialect for Sqlite {
             spare = CASE id WHEN $1 THEN $9 ELSE $10 END, document = CASE id WHEN $1 THEN $11 ELSE $12 END
         WHERE (id = $1 AND version = $2 OR id = $3 AND version = $4)
           AND 2 = (SELECT count(*) FROM sessions WHERE id = $1 AND version = $2 OR id = $3 AND version = $4)";
+    const PRUNE: &'static str = "
+        DELETE FROM sessions WHERE id IN (SELECT id FROM sessions WHERE over AND changed < (SELECT now FROM clock) + $1 LIMIT $2)";
     const RELEASE: &'static str = "
         WITH released AS MATERIALIZED (
             SELECT value->>'id' AS id, value->>'fleet' AS fleet, value->>'wake' AS wake FROM json_each($1))

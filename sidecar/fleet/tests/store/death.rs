@@ -490,10 +490,7 @@ async fn who_writes_two_takes_them_in_the_order_of_all_others() {
                 let (mut one, mut two) = (store.get(&one).await?.unwrap(), store.get(&two).await?.unwrap());
                 store.update_both(&mut one, &mut two).await
             });
-            // Up to where it waits for us, or has given up.
-            let waits = "SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE $1 = ANY (pg_blocking_pids(pid)))";
-            let (us,): (i32,) = sqlx::query_as("SELECT pg_backend_pid()").fetch_one(&mut other).await.unwrap();
-            while !writes.is_finished() && !sqlx::query_as::<_, (bool,)>(waits).bind(us).fetch_one(&mut watch).await.unwrap().0 {}
+            wait_for_us(&mut other, &mut watch, || writes.is_finished()).await;
             other.execute(take(&last)).await.expect("nobody who waits for the first has the last");
             other.execute("COMMIT").await.unwrap();
             match writes.await.unwrap() {
@@ -504,6 +501,124 @@ async fn who_writes_two_takes_them_in_the_order_of_all_others() {
             }
         }
         assert_eq!(store.get(&id(&first)).await.unwrap().unwrap().version, 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_forgets_takes_them_in_the_order_of_all_others() {
+    let Some(Fresh { store, url, .. }) = &postgres().await else { return };
+    let mut other = sqlx::PgConnection::connect(url).await.unwrap();
+    let mut watch = sqlx::PgConnection::connect(url).await.unwrap();
+    let names = ["a", "b", "c"];
+    loop {
+        // The last lies before the first.
+        for name in names.iter().rev() {
+            store.insert(&Session { phase: Phase::Destroyed, ..session(name) }).await.unwrap();
+        }
+        other.execute("BEGIN").await.unwrap();
+        other.execute("SELECT id FROM sessions WHERE id = 'a' FOR UPDATE").await.unwrap();
+        let forgets = tokio::spawn({
+            let store = store.clone();
+            async move { store.prune(Timestamp::now() + SignedDuration::from_hours(1)).await }
+        });
+        wait_for_us(&mut other, &mut watch, || forgets.is_finished()).await;
+        other
+            .execute("SELECT id FROM sessions WHERE id = 'c' FOR UPDATE")
+            .await
+            .expect("nobody who waits for the first has the last");
+        other.execute("COMMIT").await.unwrap();
+        match forgets.await.unwrap() {
+            Ok(forgotten) => return assert_eq!(forgotten, 3),
+            // Where all is slow nobody waits for us so long.
+            Err(Error::Store(error)) if error.contains("lock timeout") => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// Up to where somebody waits for what a connection has locked, or has given up.
+async fn wait_for_us(us: &mut sqlx::PgConnection, watch: &mut sqlx::PgConnection, over: impl Fn() -> bool) {
+    let waits = "SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE $1 = ANY (pg_blocking_pids(pid)))";
+    let (us,): (i32,) = sqlx::query_as("SELECT pg_backend_pid()").fetch_one(us).await.unwrap();
+    while !over() && !sqlx::query_as::<_, (bool,)>(waits).bind(us).fetch_one(&mut *watch).await.unwrap().0 {}
+}
+
+/// Each of the two stands still in the middle of its writing until the other is through.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wish_in_the_middle_of_a_claim_and_a_claim_in_the_middle_of_a_wish_lose_nothing_in_postgres() {
+    let Some(Fresh { store, url, .. }) = &postgres().await else { return };
+    let mut other = sqlx::PgConnection::connect(url).await.unwrap();
+    let mut watch = sqlx::PgConnection::connect(url).await.unwrap();
+    // As long as somebody has this lock.
+    other
+        .execute(
+            "CREATE FUNCTION stand_still() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN PERFORM pg_advisory_xact_lock_shared(hashtext(current_schema())); RETURN NULL; END $$;
+             CREATE TRIGGER stand_still AFTER UPDATE ON leases FOR EACH ROW
+                 WHEN (OLD.leased_by IS NULL AND NEW.leased_by = 'stands still') EXECUTE FUNCTION stand_still();
+             CREATE TRIGGER stand_still AFTER UPDATE ON sessions FOR EACH ROW
+                 WHEN (NEW.document LIKE '%stands still%') EXECUTE FUNCTION stand_still()",
+        )
+        .await
+        .unwrap();
+    let (lock, take) = ("SELECT pg_advisory_xact_lock(hashtext(current_schema()))", "stands still");
+    let mut wish_stands = false;
+    for n in 0.. {
+        let id = id(&format!("s{n}"));
+        insert(&**store, &[id.as_str()]).await;
+        other.execute("BEGIN").await.unwrap();
+        other.execute(lock).await.unwrap();
+        let (fleet, why) = if wish_stands { ("one", take) } else { (take, "enough") };
+        let claim = {
+            let store = store.clone();
+            async move { store.claim(fleet, LONG, 1).await }
+        };
+        let wish = {
+            let (store, id) = (store.clone(), id.clone());
+            async move {
+                assert!(store.want(&id, Wanted::Gone, why, Timestamp::now()).await?);
+                Ok::<_, Error>(())
+            }
+        };
+        // Where all is slow nobody waits for us so long: then once more, with another.
+        let claimed = if wish_stands {
+            let wishes = tokio::spawn(wish);
+            wait_for_us(&mut other, &mut watch, || wishes.is_finished()).await;
+            let claimed = claim.await.unwrap().remove(0);
+            assert_eq!(claimed.wanted, Wanted::Running, "what is being written is not there yet");
+            other.execute("COMMIT").await.unwrap();
+            wishes.await.unwrap().map(|()| claimed)
+        } else {
+            let claims = tokio::spawn(claim);
+            wait_for_us(&mut other, &mut watch, || claims.is_finished()).await;
+            wish.await.unwrap();
+            other.execute("COMMIT").await.unwrap();
+            claims.await.unwrap().map(|mut claimed| claimed.remove(0))
+        };
+        let mut claimed = match claimed {
+            Ok(claimed) => claimed,
+            Err(Error::Store(error)) if error.contains("lock timeout") => {
+                super::claimed(&**store, "nobody", LONG).await;
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        assert_eq!(claimed.id, id);
+        store.wake(&id).await.unwrap();
+        // Who was claimed before the wish was there is not written over it, and who was claimed after it has it.
+        if wish_stands {
+            assert!(matches!(store.update(&mut claimed).await, Err(Error::Conflict(of)) if of == id));
+        } else {
+            assert_eq!((claimed.wanted, claimed.reason.as_deref()), (Wanted::Gone, Some("enough")));
+        }
+        // Whoever drove it, it is thought over again at once.
+        store.release(fleet, &id, Some(Timestamp::MAX)).await.unwrap();
+        let again = store.claim("two", LONG, 1).await.unwrap().remove(0);
+        assert_eq!((again.id, again.wanted), (id, Wanted::Gone));
+        if wish_stands {
+            return;
+        }
+        wish_stands = true;
     }
 }
 
