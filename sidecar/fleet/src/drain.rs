@@ -145,6 +145,7 @@ impl Fleet {
     }
 
     pub(crate) async fn see_drains(&self) -> Result<(), Error> {
+        let _alone = self.seeing_drains.lock().await;
         let drains: BTreeMap<String, Timestamp> = self.store().drains().await?;
         *self.drained.write().unwrap_or_else(PoisonError::into_inner) = drains;
         Ok(())

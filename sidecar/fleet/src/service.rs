@@ -129,6 +129,8 @@ pub struct Fleet {
     pub(crate) refill: Notify,
     /// Where nothing new is made: as it was a moment ago.
     pub(crate) drained: std::sync::RwLock<BTreeMap<String, Timestamp>>,
+    /// Who asks for that: what was read first is not written last.
+    pub(crate) seeing_drains: tokio::sync::Mutex<()>,
     /// Who asks for a session counts what there is: one at a time.
     admitting: tokio::sync::Mutex<()>,
     /// Who looks for a place in a container: likewise.
@@ -194,6 +196,7 @@ impl Fleet {
             moves: broadcast::Sender::new(MOVES),
             refill,
             drained,
+            seeing_drains: tokio::sync::Mutex::default(),
             admitting,
             placing: tokio::sync::Mutex::default(),
             metrics,
