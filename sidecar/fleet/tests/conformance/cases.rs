@@ -372,11 +372,14 @@ async fn executed(suite: &Suite<'_>) -> Outcome {
         Err(error) => !error.is_passing(),
     };
     assert!(failed, "{none:?}");
-    let detached = Exec { detached: true, ..shell("sleep 1; echo here > /tmp/detached") };
+    // Where a fake has no disk of its own, that of others is this one's, too.
+    let file = format!("/tmp/detached-{}", uuid::Uuid::now_v7().simple());
+    let detached = Exec { detached: true, ..shell(&format!("sleep 1; echo here > {file}")) };
     match suite.provider.exec(&native, &detached).await {
         Ok(done) => {
             assert_eq!(done.stdout, b"");
-            let looked = suite.shell(&native, "until [ -s /tmp/detached ]; do sleep 0.1; done").await.expect("exec");
+            let looked =
+                suite.shell(&native, &format!("until [ -s {file} ]; do sleep 0.1; done; rm {file}")).await.expect("exec");
             assert_eq!(looked.exit_code, Some(0));
         }
         Err(Error::Unsupported { .. }) => {}

@@ -116,7 +116,7 @@ impl Cloudflare {
 impl Sandbox {
     fn start(key: &str, body: &Value) -> Self {
         let env = serde_json::from_value(body["env"].clone()).unwrap_or_default();
-        let machine = Arc::new(Machine::new(key, env));
+        let machine = Arc::new(Machine::new(env));
         let argv: Vec<String> = serde_json::from_value(body["command"].clone()).unwrap_or_default();
         let argv = if argv.is_empty() { ["sleep", "1000"].map(String::from).to_vec() } else { argv };
         let mut child = machine.spawn(&argv, &BTreeMap::new(), false).expect("it is a program");

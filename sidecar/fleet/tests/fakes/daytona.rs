@@ -74,13 +74,10 @@ impl Daytona {
                 if boxes.iter().any(|sandbox| sandbox.asked["name"] == asked["name"]) {
                     return no(409, "Sandbox with this name already exists");
                 }
-                let (env, key) = (
-                    serde_json::from_value(asked["env"].clone()).unwrap_or_default(),
-                    asked["name"].as_str().unwrap_or_default(),
-                );
+                let env = serde_json::from_value(asked["env"].clone()).unwrap_or_default();
                 let sandbox = Sandbox {
                     id: uuid::Uuid::now_v7().to_string(),
-                    machine: Arc::new(Machine::new(key, env)),
+                    machine: Arc::new(Machine::new(env)),
                     asked,
                     created: Timestamp::now(),
                     state: "creating",

@@ -83,7 +83,6 @@ impl E2b {
     fn add(&self, template: &str, metadata: BTreeMap<String, String>, env: BTreeMap<String, String>, timeout: u64) -> String {
         let id = format!("i{}", &uuid::Uuid::now_v7().simple().to_string()[12..]);
         let now = Timestamp::now();
-        let key = metadata.get(KEY_LABEL).cloned().unwrap_or_default();
         self.tidied().push(Box {
             id: id.clone(),
             template: template.to_owned(),
@@ -91,7 +90,7 @@ impl E2b {
             started: now,
             ends: now + Duration::from_secs(timeout),
             paused: false,
-            machine: Arc::new(Machine::new(&key, env)),
+            machine: Arc::new(Machine::new(env)),
             processes: Arc::default(),
         });
         id

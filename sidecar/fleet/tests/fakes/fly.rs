@@ -85,7 +85,7 @@ impl Fly {
                     config: body["config"].clone(),
                     created: Timestamp::now(),
                     state: "started",
-                    machine: Arc::new(Machine::new(name, env)),
+                    machine: Arc::new(Machine::new(env)),
                     pid: None,
                     ended: Arc::default(),
                 };

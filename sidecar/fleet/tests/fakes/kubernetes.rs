@@ -683,7 +683,7 @@ impl Cluster {
         let argv: Vec<String> = argv.iter().map(|word| expanded(word, &env)).collect();
         let argv = if argv.is_empty() { ["sleep", "1000"].map(String::from).to_vec() } else { argv };
         let life = pod["spec"]["activeDeadlineSeconds"].as_u64().map(Duration::from_secs);
-        self.running.insert(name.to_owned(), Process::start(name, env, &argv, life));
+        self.running.insert(name.to_owned(), Process::start(env, &argv, life));
         self.change("pods", name, |pod| {
             pod["status"] = json!({"phase": "Running", "podIP": "127.0.0.1", "startTime": now(),
                 "containerStatuses": [{"name": agent["name"], "state": {"running": {"startedAt": now()}}}]});
@@ -692,8 +692,8 @@ impl Cluster {
 }
 
 impl Process {
-    fn start(name: &str, env: BTreeMap<String, String>, argv: &[String], life: Option<Duration>) -> Self {
-        let machine = Arc::new(Machine::new(name, env));
+    fn start(env: BTreeMap<String, String>, argv: &[String], life: Option<Duration>) -> Self {
+        let machine = Arc::new(Machine::new(env));
         let mut child = machine.spawn(argv, &BTreeMap::new(), false).expect("it is a program");
         let (log, ended) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::<Mutex<Option<i32>>>::default());
         let pid = child.id();

@@ -1,17 +1,19 @@
-//! What a fake runs commands in: processes of this machine, with a home of their own, that end with it.
+//! What a fake runs commands in: processes of this machine, with a home, a `/tmp` and a memory of their own, that end with it.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, mpsc};
 use std::time::Duration;
 
 pub(crate) struct Machine {
-    /// What the begin of its command is marked with, outside of its home.
-    key: String,
+    root: PathBuf,
     home: PathBuf,
+    /// How often it has lost what was in memory.
+    lost: AtomicU32,
     env: BTreeMap<String, String>,
     groups: Mutex<Vec<u32>>,
 }
@@ -27,19 +29,30 @@ pub(crate) struct Done {
 }
 
 impl Machine {
-    pub(crate) fn new(key: &str, env: BTreeMap<String, String>) -> Self {
-        let home = std::env::temp_dir().join(format!("agent-fleet-fake-{}", uuid::Uuid::now_v7().simple()));
-        std::fs::create_dir_all(&home).expect("a home");
-        let machine = Self { key: key.to_owned(), home, env, groups: Mutex::default() };
-        // What a run that was killed has left there is not of this one's life.
-        machine.forget();
+    pub(crate) fn new(env: BTreeMap<String, String>) -> Self {
+        let root = std::env::temp_dir().join(format!("agent-fleet-fake-{}", uuid::Uuid::now_v7().simple()));
+        let machine = Self { home: root.join("home"), root, lost: AtomicU32::new(0), env, groups: Mutex::default() };
+        for place in [machine.home.clone(), machine.root.join("tmp"), machine.memory()] {
+            std::fs::create_dir_all(place).expect("a place of its own");
+        }
         machine
     }
 
-    /// In a group of its own, all of which is killed.
+    /// Another one in each of its lives: what is killed may still write a file there.
+    fn memory(&self) -> PathBuf {
+        self.root.join(format!("memory-{}", self.lost.load(Ordering::SeqCst)))
+    }
+
+    /// In a group of its own, all of which is killed. What it finds in the places that every machine has is this one's alone: others have sessions of the
+    /// same name, also in another run of the tests.
     pub(crate) fn spawn(&self, argv: &[String], env: &BTreeMap<String, String>, stdin: bool) -> std::io::Result<Child> {
+        let (tmp, memory) = (self.root.join("tmp"), self.memory());
+        let own = |word: &String| {
+            let (tmp, memory) = (tmp.to_string_lossy(), memory.to_string_lossy());
+            word.split("/dev/shm").map(|part| part.replace("/tmp", &tmp)).collect::<Vec<_>>().join(&memory)
+        };
         let child = Command::new(argv.first().map_or("", String::as_str))
-            .args(argv.get(1..).unwrap_or_default())
+            .args(argv.iter().skip(1).map(own))
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .envs(&self.env)
@@ -96,21 +109,15 @@ impl Machine {
         for group in self.groups.lock().unwrap().drain(..) {
             kill("-KILL", &format!("-{group}"));
         }
-        self.forget();
-    }
-
-    fn forget(&self) {
-        for memory in ["/dev/shm", "/tmp"] {
-            // It may be in neither.
-            drop(std::fs::remove_dir(PathBuf::from(memory).join(&self.key)));
-        }
+        self.lost.fetch_add(1, Ordering::SeqCst);
+        std::fs::create_dir_all(self.memory()).expect("a memory");
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
         self.halt();
-        drop(std::fs::remove_dir_all(&self.home));
+        drop(std::fs::remove_dir_all(&self.root));
     }
 }
 

@@ -120,13 +120,6 @@ fn pairs(entries: &Value) -> BTreeMap<String, String> {
     entries.map(|entry| (text(entry, "key").to_owned(), text(entry, "value").to_owned())).collect()
 }
 
-impl Drop for Box {
-    fn drop(&mut self) {
-        // What its command has written down, outside of its home.
-        drop(std::fs::remove_file(format!("/tmp/.{}.pid", self.name)));
-    }
-}
-
 impl Box {
     fn result(&self) -> Option<(i32, i32)> {
         let mut ended = self.ended.lock().unwrap();
@@ -352,7 +345,7 @@ impl Modal {
             env.extend(state.secrets[at].clone());
         }
         let argv: Vec<String> = serde_json::from_value(definition["entrypoint_args"].clone()).unwrap_or_default();
-        let machine = Arc::new(Machine::new(&name, env));
+        let machine = Arc::new(Machine::new(env));
         let run = match argv.is_empty() {
             true => None,
             false => Some(Run::begin(machine.spawn(&argv, &BTreeMap::new(), false).map_err(|error| No(3, error.to_string()))?)),

@@ -87,7 +87,7 @@ impl Vercel {
                 let env = serde_json::from_value(body["env"].clone()).unwrap_or_default();
                 let timeout = body["timeout"].as_i64().unwrap_or(300_000);
                 let mut sandbox = Sandbox {
-                    machine: Arc::new(Machine::new(name, env)),
+                    machine: Arc::new(Machine::new(env)),
                     asked: body.clone(),
                     created: now(),
                     timeout,
