@@ -107,7 +107,6 @@ async fn a_tenant_has_what_it_has_and_no_more() {
     town.tenants.insert(String::from("t"), tenant);
     *town.words.0.lock().unwrap() = Some((true, 0.0));
     let fleet = town.fleet();
-    let running = run(&fleet);
     // An hour of a container is 0.05 USD; ten hours of it would be half of what there is.
     let long = |id: &str, hours: u64| {
         let mut long = session(id, Pattern::LongRunning);
@@ -121,7 +120,8 @@ async fn a_tenant_has_what_it_has_and_no_more() {
         "{refused}"
     );
     fleet.create(long("b", 8)).await.unwrap();
-    // What it really costs takes the place of what was set aside.
+    // What it really costs takes the place of what was set aside, as soon as it runs.
+    let running = run(&fleet);
     for id in ["a", "b"] {
         town.reaches(id, Phase::Active).await;
     }

@@ -264,8 +264,9 @@ async fn what_is_ending_is_waited_for() {
     town.cloud.slow.store(true, Ordering::SeqCst);
     let ready = fleet.want(&"a".parse().unwrap(), Wanted::Gone, "enough").await.unwrap().unwrap();
     let calls = town.cloud.calls.load(Ordering::SeqCst);
+    let asked = fleet.now();
     let wake = fleet.drive(ready, &ended).await.unwrap();
-    assert!(wake.is_some_and(|at| at > fleet.now()), "it is looked at again");
+    assert!(wake.is_some_and(|at| at >= asked + Duration::from_secs(1)), "it is looked at again, and not at once: {wake:?}");
     assert_eq!(town.get("a").await.phase, Phase::Stopping);
     assert!(town.cloud.calls.load(Ordering::SeqCst) - calls < 6, "it was asked all the time");
 }

@@ -11,6 +11,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
 use crate::api::Served;
+use crate::town::until;
 
 /// An app in every container, which writes down what it was asked. A message is answered with one event, and with one more for each permit.
 struct App {
@@ -63,12 +64,11 @@ async fn answer(mut stream: TcpStream, asked: Arc<Mutex<Vec<String>>>, go: Arc<S
     asked.lock().unwrap().push(text.clone());
     if text.starts_with("GET /ws") {
         stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: x\r\n\r\n").await.unwrap();
+        if text.starts_with("GET /ws/listen") {
+            return listen(stream, &closed).await;
+        }
         let mut chunk = [0; 1024];
         while let Ok(n @ 1..) = stream.read(&mut chunk).await {
-            if text.starts_with("GET /ws/listen") && chunk[0] == 0x88 {
-                chunk[..n].clone_into(&mut closed.lock().unwrap());
-                return;
-            }
             stream.write_all(&chunk[..n]).await.unwrap();
         }
         return;
@@ -90,6 +90,30 @@ async fn answer(mut stream: TcpStream, asked: Arc<Mutex<Vec<String>>>, go: Arc<S
         go.forget_permits(1);
     }
     stream.write_all(b"0\r\n\r\n").await.ok();
+}
+
+/// Says again what it hears, up to the frame that closes it: wherever the network cuts what comes.
+async fn listen(mut stream: TcpStream, closed: &Mutex<Vec<u8>>) {
+    let (mut heard, mut said, mut at, mut chunk) = (Vec::new(), 0, 0, [0; 1024]);
+    while let Ok(n @ 1..) = stream.read(&mut chunk).await {
+        heard.extend_from_slice(&chunk[..n]);
+        // Where the last frame begins of which something is there.
+        let length = |heard: &[u8], at: usize| Some(6 + usize::from(heard.get(at + 1)? & 0x7f));
+        let closes = loop {
+            match (heard.get(at), length(&heard, at)) {
+                (Some(0x88), length) => break Some(length),
+                (Some(_), Some(length)) => at += length,
+                _ => break None,
+            }
+        };
+        let until = if closes.is_some() { at } else { heard.len() };
+        stream.write_all(&heard[said..until]).await.unwrap();
+        said = until;
+        if closes.flatten().is_some_and(|length| heard.len() >= at + length) {
+            heard[at..].clone_into(&mut closed.lock().unwrap());
+            return;
+        }
+    }
 }
 
 async fn served(name: &str) -> (Served, App) {
@@ -301,6 +325,7 @@ async fn a_fleet_that_ends_takes_leave() {
     assert_eq!(closed[4..], *b"going away: the fleet ends here, connect again");
     events.unwrap();
     // The app hears what a client would have said.
+    until("the app has heard it", || async { !app.closed.lock().unwrap().is_empty() }).await;
     let heard = app.closed.lock().unwrap().clone();
     let mask: [u8; 4] = heard[2..6].try_into().unwrap();
     assert_eq!((heard[0], heard[1] & 0x80), (0x88, 0x80), "{heard:?}");

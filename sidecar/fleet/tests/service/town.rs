@@ -45,6 +45,8 @@ pub(crate) struct Cloud {
     pub(crate) nodes: Mutex<Vec<String>>,
     /// What is told to end takes until the test says so.
     pub(crate) slow: AtomicBool,
+    /// So does what is to be made.
+    pub(crate) full: AtomicBool,
 }
 
 impl Cloud {
@@ -52,8 +54,8 @@ impl Cloud {
         let (calls, every) = (AtomicU64::new(0), AtomicU64::new(every));
         let (sandboxes, created, panics, paused) = (Mutex::default(), Mutex::default(), AtomicBool::default(), Mutex::default());
         let (app, hangs, unread) = (Mutex::default(), Mutex::default(), Mutex::default());
-        let (nodes, slow) = (Mutex::default(), AtomicBool::default());
-        Arc::new(Self { sandboxes, created, calls, every, panics, paused, app, unread, hangs, nodes, slow })
+        let (nodes, slow, full) = (Mutex::default(), AtomicBool::default(), AtomicBool::default());
+        Arc::new(Self { sandboxes, created, calls, every, panics, paused, app, unread, hangs, nodes, slow, full })
     }
 
     fn node(&self, sandboxes: &BTreeMap<String, Sandbox>, avoid: &[String]) -> Option<String> {
@@ -157,6 +159,9 @@ impl Provider for Cloud {
     }
 
     async fn create(&self, spec: &Spec) -> Result<Sandbox> {
+        while self.full.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         let (done, error) = self.fate().await;
         let mut sandboxes = self.sandboxes.lock().unwrap();
         if done && !sandboxes.contains_key(&spec.key) {
