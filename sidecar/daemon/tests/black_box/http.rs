@@ -63,9 +63,12 @@ fn each_page_answers_and_nothing_can_be_changed() {
     ] {
         assert_eq!(status(at, request), code, "{request}");
     }
-    let (head, body) = ask(at, "GET /metrics");
+    // Who asks at once may be answered before there is an agent.
+    let (head, body) = wait_for("the agent to be started", || {
+        let told = ask(at, "GET /metrics");
+        told.1.contains("claude_agent_process_starts_total{tenant=\"acme\"} 1\n").then_some(told)
+    });
     assert!(head.contains("text/plain; version=0.0.4"), "{head}");
-    assert!(body.contains("claude_agent_process_starts_total{tenant=\"acme\"} 1\n"), "{body}");
     assert!(body.contains("agent_sidecar_build_info{version="), "{body}");
     assert!(ask(at, "HEAD /metrics").1.is_empty());
     let (head, body) = ask(at, "GET /status");
@@ -223,7 +226,9 @@ fn a_wrapper_alone_tells_what_changes_and_what_happened() {
     let told: serde_json::Value = serde_json::from_str(&body).unwrap();
     let last = told["entries"].as_array().unwrap().last().unwrap()["n"].as_u64().unwrap();
     let by_pid = ask(served.address, &format!("GET /sessions/{}/timeline?after={}", served.running.pid(), last - 1)).1;
-    assert_eq!(by_pid.matches("\"kind\"").count(), 1, "{by_pid}");
+    // More may have happened since.
+    let told: serde_json::Value = serde_json::from_str(&by_pid).unwrap();
+    assert_eq!(told["entries"][0]["n"].as_u64(), Some(last), "{by_pid}");
     assert_eq!(status(served.address, "GET /sessions/nobody/timeline"), 404);
 }
 
