@@ -889,8 +889,8 @@ impl Lines {
             self.held.extend_from_slice(&piece?);
             while let Some(end) = self.held.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.held.drain(..=end).collect();
-                let event =
-                    serde_json::from_slice(&line).map_err(|error| failed(format!("a watch of another shape: {error}")))?;
+                let event = serde_json::from_slice(&line).map(rest::without_nulls).and_then(serde_json::from_value);
+                let event = event.map_err(|error| failed(format!("a watch of another shape: {error}")))?;
                 self.ready.push_back(event);
             }
             if self.held.len() > LINE_MOST {

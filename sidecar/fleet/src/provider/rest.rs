@@ -459,7 +459,8 @@ impl Answer {
     }
 }
 
-fn without_nulls(value: serde_json::Value) -> serde_json::Value {
+/// Some say that there is none of it, instead of leaving it out.
+pub(super) fn without_nulls(value: serde_json::Value) -> serde_json::Value {
     use serde_json::Value;
     match value {
         Value::Object(fields) => Value::Object(

@@ -26,6 +26,8 @@ use crate::conformance::Call;
 /// However many are asked for: the API server may give fewer.
 pub(crate) const PAGE: usize = 2;
 pub(crate) const NAMESPACE: &str = "agents";
+/// Nobody listens at this port of a pod.
+pub(crate) const CLOSED: u16 = 4242;
 pub(crate) const NODES: [&str; 2] = ["node-1", "node-2"];
 
 type Sockets = WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
@@ -1144,6 +1146,13 @@ async fn forward(socket: Sockets, inside: String, port: u16) {
     let (mut there, mut here) = socket.split();
     for channel in [0, 1] {
         drop(there.send(Message::binary([&[channel], &port.to_le_bytes()[..]].concat())).await);
+    }
+    if port == CLOSED {
+        let said = b"error forwarding port: dial tcp4 127.0.0.1: connect: connection refused";
+        drop(there.send(Message::binary([&[1], &said[..]].concat())).await);
+        // It is left open, by a runtime that does so.
+        while let Some(Ok(_)) = here.next().await {}
+        return;
     }
     let connected = tokio::net::TcpStream::connect(inside).await.unwrap();
     let (mut read, mut write) = connected.into_split();

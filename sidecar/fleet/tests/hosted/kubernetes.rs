@@ -703,6 +703,28 @@ async fn credentials_that_change_are_read_again() {
     assert_eq!(world.provider.state("agent-1").await.unwrap().state, State::Missing);
 }
 
+/// Another address, or another certificate: who does not answer any more does not say 401.
+#[tokio::test]
+async fn a_cluster_that_is_elsewhere_is_found_again() {
+    let (world, other) = (Cluster::new(json!({})).await, Cluster::new(json!({})).await);
+    assert_eq!(world.provider.state("agent-1").await.unwrap().state, State::Missing);
+    other.provider.create(&fleets("agent-1")).await.unwrap();
+    // Nobody is at the first address any more.
+    let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let gone = format!("http://{}", nobody.local_addr().unwrap());
+    drop(nobody);
+    let moved =
+        Kubernetes::new(serde_json::from_value(json!({ "kubeconfig": world.kubeconfig, "context": "here" })).unwrap()).unwrap();
+    write(&world.kubeconfig, &gone, TOKEN);
+    let lost = moved.state("agent-1").await.unwrap_err();
+    assert!(lost.is_passing(), "{lost}");
+    let before = std::fs::metadata(&world.kubeconfig).unwrap().modified().unwrap();
+    while std::fs::metadata(&world.kubeconfig).unwrap().modified().unwrap() == before {
+        write(&world.kubeconfig, &other.fake.address, TOKEN);
+    }
+    assert_ne!(moved.state("agent-1").await.unwrap().state, State::Missing);
+}
+
 /// Each of what goes on for long is the first that is asked with a token that is no longer valid.
 #[tokio::test]
 async fn a_token_that_is_rotated_is_picked_up_by_whatever_is_asked_first() {
@@ -746,6 +768,12 @@ async fn a_port_is_forwarded_at_one_place_until_the_pod_is_gone() {
     for _ in 0..3 {
         conformance::serves(&at).await;
     }
+    // Nobody listens there: that is known at once.
+    let closed = world.provider.endpoint(&native, fakes::kubernetes::CLOSED).await.unwrap();
+    let mut refused = tokio::net::TcpStream::connect(closed.url.trim_start_matches("http://")).await.unwrap();
+    let mut said = Vec::new();
+    let end = tokio::io::AsyncReadExt::read_to_end(&mut refused, &mut said);
+    assert!(tokio::time::timeout(Duration::from_secs(60), end).await.is_ok(), "it is kept waiting");
     world.provider.delete(&native).await.unwrap();
     let began = Instant::now();
     let Endpoint { url, .. } = at;

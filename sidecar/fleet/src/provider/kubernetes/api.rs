@@ -3,7 +3,7 @@
 //! Everything here can be sent twice: what is created has a name of ours, so that the second time finds the first.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use axum::http::header::{ACCEPT, CONTENT_TYPE};
@@ -23,7 +23,7 @@ use tokio::sync::Mutex;
 use tower::{BoxError, ServiceBuilder, ServiceExt};
 
 use super::NAME;
-use crate::provider::{Error, Result};
+use crate::provider::{Error, Result, rest};
 use crate::retry_after;
 
 const TRIES: u32 = 3;
@@ -35,6 +35,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// A page of a hundred pods with all that their managers note is a quarter of this.
 const ANSWER_MOST: usize = 16 << 20;
 const WORDS_MOST: usize = 400;
+/// By whom a pod knows the API server.
+const CLUSTER_CA: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
 
 pub(super) const JSON: &str = "application/json";
 pub(super) const MERGE_PATCH: &str = "application/merge-patch+json";
@@ -81,6 +83,8 @@ pub(super) type Opened<T> = std::result::Result<T, ClientError>;
 pub(super) struct Reached {
     pub(super) client: Client,
     pub(super) namespace: String,
+    /// When what that was read from had been written.
+    written: Option<SystemTime>,
 }
 
 impl Api {
@@ -98,6 +102,18 @@ impl Api {
         Ok(held.insert(made).clone())
     }
 
+    fn written(&self) -> Option<SystemTime> {
+        let at = self.kubeconfig.as_deref().unwrap_or(Path::new(CLUSTER_CA));
+        std::fs::metadata(at).and_then(|file| file.modified()).ok()
+    }
+
+    /// Who cannot be reached may be elsewhere by now, or have another certificate.
+    async fn doubt(&self, reached: &Reached) {
+        if self.written() != reached.written {
+            self.forget().await;
+        }
+    }
+
     /// Who is not known any more may be by what is in the file now.
     async fn forget(&self) {
         *self.held.lock().await = None;
@@ -109,8 +125,11 @@ impl Api {
         F: Future<Output = Result<Opened<T>>>,
     {
         let unknown = |opened: &Opened<T>| matches!(opened, Err(ClientError::Api(said)) if said.code == 401);
-        let first = open(self.reached().await?).await?;
-        if !unknown(&first) {
+        let reached = self.reached().await?;
+        let first = open(reached.clone()).await?;
+        let lost = matches!(&first, Err(error) if !matches!(error, ClientError::Api(_)));
+        let changed = lost && self.written() != reached.written;
+        if !unknown(&first) && !changed {
             return Ok(first);
         }
         self.forget().await;
@@ -122,6 +141,7 @@ impl Api {
     }
 
     async fn connect(&self) -> std::result::Result<Reached, String> {
+        let written = self.written();
         let config = match &self.kubeconfig {
             Some(path) => {
                 let at = path.display();
@@ -140,7 +160,7 @@ impl Api {
         };
         let namespace = self.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
         let client = client(&config, &namespace).map_err(|error| told(&error))?;
-        Ok(Reached { client, namespace })
+        Ok(Reached { client, namespace, written })
     }
 
     pub(super) fn ask<'a>(&'a self, method: Method, kind: Kind, path: &[&'a str]) -> Ask<'a> {
@@ -257,7 +277,13 @@ impl<'a> Ask<'a> {
     async fn open(&self, reached: &Reached) -> Result<axum::http::Response<Body>> {
         let body = self.body.as_ref().map_or_else(Vec::new, |(_, body)| body.clone());
         let request = self.request(&reached.namespace, Body::from(body))?;
-        reached.client.send(request).await.map_err(|error| self.lost(&told(&error)))
+        match reached.client.send(request).await {
+            Ok(answer) => Ok(answer),
+            Err(error) => {
+                self.api.doubt(reached).await;
+                Err(self.lost(&told(&error)))
+            }
+        }
     }
 
     /// Whoever has not heard an answer does not know.
@@ -417,7 +443,8 @@ impl Answer {
     }
 
     pub(super) fn json<T: DeserializeOwned>(&self) -> Result<T> {
-        serde_json::from_slice(&self.body).map_err(|error| {
+        let read = serde_json::from_slice(&self.body).map(rest::without_nulls);
+        read.and_then(serde_json::from_value).map_err(|error| {
             let what = format!("an answer of another shape: {error}");
             if self.asked { Error::Failed { provider: NAME, what } } else { Error::Unsure { provider: NAME, what } }
         })
@@ -425,7 +452,10 @@ impl Answer {
 
     /// What this no means.
     pub(super) fn into_error(self) -> Error {
-        let (provider, what) = (NAME, self.words());
+        let (provider, mut what) = (NAME, self.words());
+        if is_no_right(&self.said.message) {
+            what += RIGHTS;
+        }
         match self.status.as_u16() {
             _ if self.is_missing() => Error::Missing { provider },
             429 => Error::Busy { provider, after: self.after },
@@ -452,6 +482,14 @@ impl Answer {
         let (status, words) = (self.status.as_u16(), cut(&words));
         if words.is_empty() { format!("it answers {status}") } else { format!("it answers {status}: {words}") }
     }
+}
+
+/// What is told to who may not ask for that, beside the API server's words, which name verb and resource.
+pub(super) const RIGHTS: &str = " (deploy/fleet/kubernetes/rbac.yaml has all that the fleet has to be granted)";
+
+/// By the words of whoever grants rights: others who say 403 mean what is asked for.
+pub(super) fn is_no_right(message: &str) -> bool {
+    message.contains(" is forbidden: User ") && message.contains(" cannot ")
 }
 
 #[cfg(test)]
@@ -497,10 +535,23 @@ mod tests {
                 assert!(error.to_string().contains(&message[..10]), "{error}");
             }
         }
+        let right = r#"pods "a" is forbidden: User "x" cannot delete resource "pods" in API group "" in the namespace "agents""#;
+        let said = |message| answer(403, "Forbidden", message, "pods").into_error().to_string();
+        assert!(said(right).contains(right) && said(right).ends_with("rbac.yaml has all that the fleet has to be granted)"));
+        assert!(!said(quota).contains("rbac.yaml"), "{}", said(quota));
         let busy = answer(429, "TooManyRequests", "", "").into_error();
         assert!(matches!(busy, Error::Busy { after: Some(after), .. } if after == Duration::from_secs(7)), "{busy:?}");
         let said = answer(422, "Invalid", "the value s3cret\nis wrong", "secrets").into_error().to_string();
         assert_eq!(said, "kubernetes: it answers 422: the value [secret] is wrong");
+    }
+
+    #[test]
+    fn what_is_null_is_not_there() {
+        let api = Api::new(None, None, None);
+        let said = r#"{"metadata":{"continue":null,"resourceVersion":"7"},"items":null}"#;
+        let answer = api.get(Kind::Pods, &[]).answer(StatusCode::OK, &HeaderMap::new(), said.into());
+        let list: super::super::state::List<Value> = answer.json().unwrap();
+        assert_eq!((list.items.len(), list.metadata.resource_version.as_str()), (0, "7"));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use tokio::sync::Semaphore;
 use tokio_tungstenite::tungstenite::Message;
 
 use super::NAME;
-use super::api::{Api, Ask, Opened, Reached, Status, cut, told};
+use super::api::{Api, Ask, Opened, RIGHTS, Reached, Status, cut, is_no_right, told};
 use crate::provider::{Error, Executed, OUTPUT_MOST, Result};
 
 /// What is given to a command at a time.
@@ -116,7 +116,8 @@ fn ended(said: &[u8]) -> Result<i32> {
 fn not_opened(error: &ClientError) -> Error {
     match error {
         ClientError::Api(status) => {
-            let what = format!("it answers {}: {}", status.code, cut(&status.message));
+            let hint = if is_no_right(&status.message) { RIGHTS } else { "" };
+            let what = format!("it answers {}: {}{hint}", status.code, cut(&status.message));
             match status.code {
                 404 => Error::Missing { provider: NAME },
                 429 => Error::Busy { provider: NAME, after: None },
@@ -203,7 +204,13 @@ async fn forward(mut socket: TcpStream, api: &Api, pod: &str, port: u16) -> std:
     let opened = tokio::time::timeout(OPEN, opened).await.map_err(|_| String::from("no answer in time"))?;
     let mut tunnel = opened.map_err(|error| error.to_string())?.map_err(|error| told(&error))?;
     let mut there = tunnel.take_stream(port).ok_or("it has no such port")?;
-    tokio::io::copy_bidirectional(&mut socket, &mut there).await.map(drop).map_err(|error| error.to_string())
+    let refused = tunnel.take_error(port).ok_or("it has no such port")?;
+    let passed = async { tokio::io::copy_bidirectional(&mut socket, &mut there).await };
+    tokio::select! {
+        passed = passed => passed.map(drop).map_err(|error| error.to_string()),
+        // Nobody listens there, mostly: whoever has come is not kept waiting for the connection's end.
+        Some(error) = refused => Err(cut(&error)),
+    }
 }
 
 #[cfg(test)]
