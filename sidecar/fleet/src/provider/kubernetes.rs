@@ -556,6 +556,12 @@ impl Kubernetes {
         ask.body(MERGE_PATCH, &body).send().await?.ok().map(drop)
     }
 
+    /// What its next pod is made of, which knows the nodes that were not to be used when it was made. The pod that is there is left as it is.
+    fn placed(&self, avoid: &[String]) -> Value {
+        let required = pod::required(self.settings.affinity.as_ref(), avoid);
+        json!({ "spec": { "affinity": { "nodeAffinity": { pod::REQUIRED: required } } } })
+    }
+
     fn can_pause(&self) -> bool {
         self.settings.backend == Backend::Sandbox && !self.settings.keep.is_empty()
     }
@@ -664,7 +670,9 @@ impl Provider for Kubernetes {
         if found.is_none() {
             self.forwards.close(native);
         }
-        Ok(found.map_or_else(|| rest::missing(native), |(sandbox, _)| sandbox))
+        // What has ended is there until somebody removes it: whether that was us is for who asks.
+        let disrupted = Some(String::from("it is gone, and was not removed by the fleet"));
+        Ok(found.map_or_else(|| Sandbox { disrupted, ..rest::missing(native) }, |(sandbox, _)| sandbox))
     }
 
     async fn list(&self, labels: &BTreeMap<String, String>, page: Option<&str>) -> Result<Page> {
@@ -778,19 +786,23 @@ impl Provider for Kubernetes {
         if !self.can_pause() {
             return self.no_pause("resume a pod");
         }
-        // Its next pod is made of the template, which knows the nodes that were not to be used when it was made.
-        let required = pod::required(self.settings.affinity.as_ref(), avoid);
-        let affinity = json!({ "nodeAffinity": { pod::REQUIRED: required } });
-        let template = json!({ "spec": { "affinity": affinity } });
-        self.change(native, &json!({ "operatingMode": "Running", "podTemplate": template })).await
+        self.change(native, &json!({ "operatingMode": "Running", "podTemplate": self.placed(avoid) })).await?;
+        // As long as there is one that kubelet has ended its controller makes no other.
+        if let (_, Some(pod)) = self.present(native).await?
+            && pod.is_over()
+        {
+            self.remove(Kind::Pods, &pod.metadata.name, json!({ "gracePeriodSeconds": AT_ONCE })).await?;
+        }
+        Ok(())
     }
 
     async fn stop(&self, native: &str, grace: Duration) -> Result<()> {
         // In whole seconds, and never less than asked for.
         let seconds = grace.as_secs() + u64::from(grace.subsec_nanos() > 0);
-        // A grace that runs is not made longer.
-        if let Some((sandbox, _)) = self.look(native).await?
+        // A grace that runs is not made longer. One that is longer is another's: its node is drained, or its Sandbox's own.
+        if let Some((sandbox, pod)) = self.look(native).await?
             && sandbox.state == State::Stopping
+            && pod.is_none_or(|pod| pod.metadata.grace_seconds().is_none_or(|runs| runs <= seconds))
         {
             return Ok(());
         }

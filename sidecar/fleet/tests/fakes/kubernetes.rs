@@ -114,6 +114,8 @@ struct Cluster {
     queues: bool,
     /// The controller of agent-sandbox says no more.
     behind: bool,
+    /// Why kubelet does not take the next pod that it is given.
+    full: Option<(&'static str, &'static str)>,
 }
 
 struct Watcher {
@@ -653,6 +655,13 @@ impl Cluster {
             }
             return;
         }
+        if let Some((reason, message)) = self.full.take() {
+            // Nothing of it has run, and it stays until somebody removes it.
+            self.change("pods", name, |pod| {
+                pod["status"] = json!({"phase": "Failed", "reason": reason, "message": message, "startTime": now()});
+            });
+            return;
+        }
         let agent = &pod["spec"]["containers"][0];
         let waits = |cluster: &mut Self, reason: &str, message: String| {
             let state = json!([{"name": agent["name"], "state": {"waiting": {"reason": reason, "message": message}}}]);
@@ -790,6 +799,22 @@ impl Kubernetes {
         let mut cluster = self.cluster.lock().unwrap();
         cluster.disrupt(pod, "TerminationByKubelet", "The node was low on resource: memory");
         kill("-KILL", &format!("-{}", cluster.running[pod].pid));
+    }
+
+    /// Its node is removed from the cluster, and what was there is forgotten, without a grace.
+    pub(crate) fn vanish(&self, pod: &str) {
+        let mut cluster = self.cluster.lock().unwrap();
+        cluster.disrupt(pod, "DeletionByPodGC", "PodGC: node no longer exists");
+        if let Some(process) = cluster.running.remove(pod) {
+            kill("-KILL", &format!("-{}", process.pid));
+        }
+        let gone = cluster.get("pods", pod).expect("it is there").clone();
+        cluster.put("pods", gone, "DELETED");
+    }
+
+    /// Kubelet does not take the next pod, for what it has left.
+    pub(crate) fn refuse_next_pod(&self, reason: &'static str, message: &'static str) {
+        self.cluster.lock().unwrap().full = Some((reason, message));
     }
 
     /// Somebody else's object.

@@ -883,6 +883,14 @@ async fn what_the_cluster_takes_away_is_told_and_answers_to_the_last() {
     let going = world.becomes(&native, |now| now.disrupted.is_some()).await;
     assert_eq!((going.state, going.disrupted.as_deref()), (State::Stopping, Some(EVICTED)));
 
+    // Seen when nothing of it is left: a pod stays until somebody removes it.
+    let world = Cluster::new(json!({})).await;
+    let native = world.provider.create(&ignores).await.unwrap().native;
+    world.becomes(&native, |now| now.state == State::Running).await;
+    world.fake.api.vanish(&native);
+    let gone = world.provider.state(&native).await.unwrap();
+    assert_eq!((gone.state, gone.disrupted.as_deref()), (State::Missing, Some("it is gone, and was not removed by the fleet")));
+
     // With what it keeps its controller makes it anew, and nothing is lost.
     let world = Cluster::new(sandboxes()).await;
     let hears = Spec { command: crate::command(Does::Wait).unwrap(), ..fleets("agent-1") };
@@ -895,6 +903,46 @@ async fn what_the_cluster_takes_away_is_told_and_answers_to_the_last() {
         now.state == State::Running && world.fake.api.object("pods", &native).is_some_and(|pod| pod["metadata"]["uid"] != first)
     };
     world.becomes(&native, another).await;
+    // But not beside one that kubelet has ended, and that is still there.
+    let second = world.fake.api.object("pods", &native).unwrap()["metadata"]["uid"].clone();
+    world.fake.api.kill(&native);
+    let over = world.becomes(&native, |now| now.state == State::Stopped).await;
+    assert!(over.disrupted.is_some_and(|why| why.contains("TerminationByKubelet")));
+    world.provider.resume(&native, &[]).await.unwrap();
+    let another = |now: &Sandbox| {
+        now.state == State::Running && world.fake.api.object("pods", &native).is_some_and(|pod| pod["metadata"]["uid"] != second)
+    };
+    world.becomes(&native, another).await;
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn what_kubelet_does_not_take_has_not_failed_by_itself() {
+    let world = Cluster::new(json!({})).await;
+    world.fake.api.refuse_next_pod("OutOfcpu", "Pod was rejected: Node didn't have enough resource: cpu");
+    let native = world.provider.create(&fleets("agent-1")).await.unwrap().native;
+    let refused = world.becomes(&native, |now| now.state == State::Failed).await;
+    let why = "its node did not take its pod (OutOfcpu: Pod was rejected: Node didn't have enough resource: cpu)";
+    assert_eq!(refused.disrupted.as_deref(), Some(why));
+    world.provider.delete(&native).await.unwrap();
+    world.becomes(&native, |now| now.state.is_gone()).await;
+}
+
+/// A Sandbox's pods have ten minutes, so that ours can only be shorter.
+#[tokio::test]
+async fn what_is_taken_away_with_a_long_grace_ends_in_ours() {
+    let world = Cluster::new(json!({ "backend": "sandbox" })).await;
+    let ignores = Spec { command: crate::command(Does::Ignore).unwrap(), ..fleets("agent-1") };
+    let native = world.provider.create(&ignores).await.unwrap().native;
+    world.becomes(&native, |now| now.state == State::Running).await;
+    world.fake.api.evict(&native);
+    let runs = || world.fake.api.object("pods", &native).unwrap()["metadata"]["deletionGracePeriodSeconds"].clone();
+    assert_eq!(runs(), 600);
+    // A longer one changes nothing.
+    world.provider.stop(&native, Duration::from_secs(900)).await.unwrap();
+    assert_eq!(runs(), 600);
+    world.provider.stop(&native, Duration::from_secs(1)).await.unwrap();
+    world.becomes(&native, |now| now.state.is_gone()).await;
     assert_eq!(world.fake.wrong(), Vec::<String>::new());
 }
 

@@ -136,7 +136,8 @@ impl Job {
             };
             let told = self.told(state);
             let why = self.failed().filter(|_| gone).map(|one| format!("its pod is gone: {}", one.message));
-            return Sandbox { reason: told.reason.or(why), ..told };
+            let disrupted = told.disrupted.or(why.clone());
+            return Sandbox { reason: told.reason.or(why), disrupted, ..told };
         };
         let inner = pod.sandbox();
         let ending = self.is_over() || self.is_ending() || self.spec.suspend;
@@ -250,6 +251,14 @@ mod tests {
             assert_eq!(told.native, "a");
         }
         assert_eq!(job(json!({})).with(Some(&pod("a", "Failed", ended(3)))).exit_code, Some(3));
+        // Nobody removes the pod of a Job that is over but somebody who is not its controller.
+        for (conditions, says) in [
+            (json!([condition("Failed", "BackoffLimitExceeded")]), Some("its pod is gone: m")),
+            (json!([condition("Failed", "DeadlineExceeded")]), None),
+            (json!([]), None),
+        ] {
+            assert_eq!(job(json!({ "conditions": conditions })).with(None).disrupted.as_deref(), says, "{conditions}");
+        }
         let begun = job(json!({"startTime": "2026-11-27T00:00:00Z"}));
         assert_eq!(begun.sandbox().deadline, "2026-11-27T00:01:00Z".parse().ok());
     }

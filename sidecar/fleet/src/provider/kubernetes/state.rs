@@ -43,7 +43,9 @@ pub(super) struct Meta {
     pub(super) annotations: BTreeMap<String, String>,
     #[serde(deserialize_with = "rest::time")]
     creation_timestamp: Option<Timestamp>,
+    /// When its grace is over.
     deletion_timestamp: Option<Timestamp>,
+    deletion_grace_period_seconds: Option<u64>,
     owner_references: Vec<Owner>,
 }
 
@@ -70,6 +72,17 @@ impl Meta {
 
     pub(super) fn is_leaving(&self) -> bool {
         self.deletion_timestamp.is_some()
+    }
+
+    /// The grace that it has to end in, where that runs.
+    pub(super) fn grace_seconds(&self) -> Option<u64> {
+        self.deletion_grace_period_seconds.filter(|_| self.is_leaving())
+    }
+
+    /// When it was told to.
+    fn leaves_since(&self) -> Option<Timestamp> {
+        let grace = Duration::from_secs(self.deletion_grace_period_seconds.unwrap_or(0));
+        self.deletion_timestamp?.checked_sub(grace).ok()
     }
 
     /// That somebody removes it: whether that is us is for who asks.
@@ -242,6 +255,20 @@ fn hopeless(waiting: &Word) -> bool {
         || waiting.reason == "CreateContainerConfigError" && waiting.message.contains("runAsNonRoot")
 }
 
+/// Kubelet would not have it, for what its node has or is about to do: words of pods that nothing of has run.
+fn turned_away(reason: &str, message: &str) -> bool {
+    let words = ["NodeAffinity", "NodeShutdown", "UnexpectedAdmissionError"];
+    reason.starts_with("OutOf")
+        || words.contains(&reason)
+        // One that uses more than it may itself is evicted in other words.
+        || reason == "Evicted" && message.starts_with("The node had condition")
+}
+
+/// How kubelet and the runtime say that they do not know what became of a container: its node was begun anew, or taken away, in between.
+fn unknown(ended: &Terminated) -> bool {
+    ended.reason == "ContainerStatusUnknown" || ended.reason == "Unknown" && ended.exit_code == 255
+}
+
 impl PodSpec {
     /// The one that it is about: ours, or the first of those that somebody else has written down.
     pub(super) fn agent(&self) -> Option<&Container> {
@@ -321,17 +348,26 @@ impl Pod {
 
     /// Why it is taken away, or was, other than by its own end: an eviction, a taint, a pod that comes first, a node that ends, or somebody's word.
     fn disrupted(&self) -> Option<String> {
-        let target = self.status.conditions.iter().find(|one| one.r#type == "DisruptionTarget" && one.status == "True");
-        let Some(target) = target.filter(|_| self.status.phase != "Succeeded") else {
-            return self.metadata.deleted().filter(|_| !self.is_over());
-        };
-        // What had ended by then has ended by itself.
+        let PodStatus { phase, reason, message, conditions, .. } = &self.status;
+        let told =
+            |how: &str, said: Option<String>| format!("{how}{}", said.map_or_else(String::new, |said| format!(" ({said})")));
         let ended = self.ended().and_then(|ended| ended.finished_at);
-        if ended.zip(target.last_transition_time).is_some_and(|(ended, at)| ended < at) {
-            return None;
+        let target = conditions.iter().find(|one| one.r#type == "DisruptionTarget" && one.status == "True");
+        if let Some(target) = target.filter(|_| phase != "Succeeded") {
+            // What had ended by then has ended by itself.
+            let before = ended.zip(target.last_transition_time).is_some_and(|(ended, at)| ended < at);
+            return (!before).then(|| told("the cluster takes its pod away", words(&target.reason, &target.message)));
         }
-        let said = words(&target.reason, &target.message).map_or_else(String::new, |said| format!(" ({said})"));
-        Some(format!("the cluster takes its pod away{said}"))
+        if phase == "Failed" && turned_away(reason, message) {
+            return Some(told("its node did not take its pod", words(reason, message)));
+        }
+        // What the pod itself says of its end is known.
+        if let Some(ended) = self.ended().filter(|ended| phase == "Failed" && reason.is_empty() && unknown(ended)) {
+            return Some(told("its node has lost its container", words(&ended.reason, &ended.message)));
+        }
+        // Or it ends for that.
+        let before = ended.zip(self.metadata.leaves_since()).is_some_and(|(ended, at)| ended < at);
+        self.metadata.deleted().filter(|_| phase != "Succeeded" && !before)
     }
 
     /// By kubelet's count, which begins when it has taken the pod.
@@ -485,9 +521,13 @@ impl Custom {
             _ if self.is_suspended() => State::Pausing,
             // The one of before: another is made when it is gone, with what was kept.
             (_, State::Stopping) if pod.metadata.is_leaving() && self.keeps() => State::Creating,
+            // Its node did not take it: what is kept is there as before.
+            (_, State::Failed) if self.keeps() && inner.disrupted.is_some() => State::Stopped,
             (_, of_pod) => of_pod,
         };
-        let disrupted = inner.disrupted.filter(|_| !self.keeps() && !self.is_suspended());
+        // What is over is not made anew as long as it stays.
+        let stays = pod.is_over() && !pod.metadata.is_leaving();
+        let disrupted = inner.disrupted.filter(|_| (!self.keeps() || stays) && !self.is_suspended());
         let own = self.told(state);
         let deadline = match (own.deadline, inner.deadline) {
             (Some(one), Some(other)) => Some(one.min(other)),
@@ -648,7 +688,11 @@ mod tests {
             (false, json!({"phase": "Running"}), None),
             (false, json!({"phase": "Running", "conditions": target("False", "PreemptionByScheduler")}), None),
             (true, json!({"phase": "Running"}), deleted.clone()),
-            (true, json!({"phase": "Pending"}), deleted),
+            (true, json!({"phase": "Pending"}), deleted.clone()),
+            // Kubelet says how it has ended before it is gone.
+            (true, json!({"phase": "Failed"}), deleted.clone()),
+            (true, json!({"phase": "Failed", "containerStatuses": ended("2026-11-27T00:00:36Z")}), deleted),
+            (true, json!({"phase": "Succeeded", "containerStatuses": ended("2026-11-27T00:00:36Z")}), None),
             // It had come to its end before somebody removed what was left of it.
             (true, json!({"phase": "Failed", "containerStatuses": ended("2026-11-27T00:00:01Z")}), None),
             (true, json!({"phase": "Succeeded", "conditions": target("True", "EvictionByEvictionAPI")}), None),
@@ -664,6 +708,42 @@ mod tests {
             ),
             // Beyond what it may have itself.
             (false, json!({"phase": "Failed", "reason": "Evicted", "message": "exceeds its limit"}), None),
+            // Its node had not the room that the scheduler saw, or was about to end.
+            (
+                false,
+                json!({"phase": "Failed", "reason": "OutOfcpu", "message": "Pod was rejected"}),
+                Some(String::from("its node did not take its pod (OutOfcpu: Pod was rejected)")),
+            ),
+            (
+                false,
+                json!({"phase": "Failed", "reason": "NodeShutdown", "message": "Pod was rejected as the node is shutting down."}),
+                Some(String::from(
+                    "its node did not take its pod (NodeShutdown: Pod was rejected as the node is shutting down.)",
+                )),
+            ),
+            (
+                false,
+                json!({"phase": "Failed", "reason": "Evicted", "message": "The node had condition: [DiskPressure]. "}),
+                Some(String::from("its node did not take its pod (Evicted: The node had condition: [DiskPressure].)")),
+            ),
+            (false, json!({"phase": "Failed", "reason": "SysctlForbidden", "message": "forbidden sysctl"}), None),
+            // Its node was begun anew below it.
+            (
+                false,
+                json!({"phase": "Failed", "containerStatuses": [{"name": "agent", "state": {"terminated": {"exitCode": 255, "reason": "Unknown"}}}]}),
+                Some(String::from("its node has lost its container (Unknown)")),
+            ),
+            (
+                false,
+                json!({"phase": "Failed", "containerStatuses": [{"name": "agent", "state": {"terminated": {"exitCode": 255, "reason": "Error"}}}]}),
+                None,
+            ),
+            (
+                false,
+                json!({"phase": "Failed", "reason": "Evicted", "message": "exceeds its limit", "containerStatuses":
+                    [{"name": "agent", "state": {"terminated": {"exitCode": 137, "reason": "ContainerStatusUnknown"}}}]}),
+                None,
+            ),
         ] {
             assert_eq!(told(leaving, status.clone()), expected, "{status}");
         }
@@ -752,6 +832,14 @@ mod tests {
         let without = kept("Running", ready.clone(), json!([])).with(Some(&leaving()));
         assert!(without.state == State::Stopping && without.disrupted.is_some(), "{without:?}");
         assert_eq!(custom("Running", ready.clone()).with(Some(&leaving())).disrupted, None);
+        // Its controller makes no other beside one that kubelet has ended: somebody has to remove that.
+        let ended = json!({"metadata": {"name": "a"}, "status": {"phase": "Failed", "containerStatuses": agent(json!({"terminated": {"exitCode": 137}})),
+            "conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}]}});
+        let ended = custom("Running", ready.clone()).with(Some(&pod(ended)));
+        assert!(ended.state == State::Stopped && ended.disrupted.is_some(), "{ended:?}");
+        let refused = json!({"metadata": {"name": "a"}, "status": {"phase": "Failed", "reason": "OutOfcpu"}});
+        let refused = custom("Running", ready.clone()).with(Some(&pod(refused)));
+        assert!(refused.state == State::Stopped && refused.disrupted.is_some(), "{refused:?}");
         assert_eq!(kept("Suspended", ready, json!([])).with(Some(&leaving())).disrupted, None, "it was told to sleep");
     }
 }
