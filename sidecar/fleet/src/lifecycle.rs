@@ -88,7 +88,8 @@ impl Phase {
         match self {
             Requested => matches!(next, Creating | Destroyed | Failed),
             Creating => matches!(next, Starting | Stopping | Failed),
-            Starting => matches!(next, Ready | Stopping | Failed),
+            // Once more, if its container was taken away before it spoke.
+            Starting => matches!(next, Ready | Creating | Resuming | Pausing | Stopping | Failed),
             Ready | Active | Idle => {
                 next != self && matches!(next, Active | Idle | Pausing | Paused | Stopping | Stopped | Failed)
             }

@@ -238,21 +238,11 @@ impl Provider for Shared {
         };
         let created = house.as_ref().map(|house| house.created);
         let (key, native, labels) = (Some(guest.to_string()), native.to_owned(), BTreeMap::new());
-        // That its container is taken away is told by that.
+        // Who was not ready yet has a place elsewhere then. Until it ends it may be made anew itself.
+        let ends = |house: &&Session| matches!(house.phase, Phase::Stopping | Phase::Stopped | Phase::Destroyed);
+        let disrupted = house.as_ref().filter(ends).and_then(|house| house.disrupted.clone());
         let node = house.and_then(|house| house.node);
-        Ok(Sandbox {
-            key,
-            native,
-            state,
-            reason,
-            exit_code: None,
-            size: None,
-            created,
-            deadline: None,
-            labels,
-            node,
-            disrupted: None,
-        })
+        Ok(Sandbox { key, native, state, reason, exit_code: None, size: None, created, deadline: None, labels, node, disrupted })
     }
 
     async fn list(&self, _: &BTreeMap<String, String>, _: Option<&str>) -> Done<Page> {
@@ -472,11 +462,20 @@ impl Fleet {
         Ok(Built::House(Box::new(house)))
     }
 
+    /// It is not ready yet: it may have a place elsewhere.
+    async fn is_on_its_way(&self, guest: &SessionId) -> bool {
+        let guest = self.store().get(guest).await.ok().flatten();
+        guest.is_some_and(|guest| matches!(guest.phase, Phase::Creating | Phase::Starting))
+    }
+
     /// Those in a container hear at once what becomes of it.
     pub(crate) async fn tell_guests(&self, house: &Session) {
         let Some(places) = &house.places else { return };
         for guest in &places.taken {
             let told = match house.phase {
+                Phase::Stopping | Phase::Stopped if house.disrupted.is_some() && self.is_on_its_way(guest).await => {
+                    self.store().wake(guest).await.or_else(known).map_err(Error::from)
+                }
                 Phase::Stopping | Phase::Stopped => {
                     let why = house.reason.as_deref().unwrap_or("nobody knows why");
                     self.want(guest, Wanted::Gone, &format!("its container is to end: {why}")).await.map(drop)

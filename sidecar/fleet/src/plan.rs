@@ -150,6 +150,8 @@ const BACK: Duration = Duration::from_secs(300);
 const EMPTY: Duration = Duration::from_secs(300);
 /// How long it is tried to put away what one has that is taken away: no cluster gives it longer.
 const LAST_WORDS: Duration = Duration::from_secs(600);
+/// So many containers may be taken away in a row before they are ready: then there is no place for it.
+const LOST_MOST: u32 = 4;
 const DRAINED: &str = "its provider is being drained";
 const LIVED: &str = "its container's time is over";
 pub(crate) const NODE_DRAINED: &str = "its node is being drained";
@@ -264,7 +266,7 @@ pub struct Seen {
     pub at: Timestamp,
 }
 
-/// What is next.
+/// What is next. What was seen is of the container that the session has now, and of none before it.
 pub fn next(session: &Session, seen: Option<&Seen>, policy: &Policy, now: Timestamp) -> Step {
     Planner { session, seen, policy, now }.next()
 }
@@ -326,6 +328,9 @@ impl Planner<'_> {
         if let Some(step) = self.unwanted().or_else(|| self.late("ready")).or_else(|| self.hooks()).or_else(|| self.later()) {
             return Some(step);
         }
+        if let Some(why) = &self.session.disrupted {
+            return Some(self.lost(why));
+        }
         let container = match self.look(LOOK_SOON) {
             Ok(container) => container,
             Err(step) => return Some(step),
@@ -351,6 +356,33 @@ impl Planner<'_> {
             | State::Destroyed
             | State::Unknown(_) => self.soon(),
         })
+    }
+
+    /// Its container is taken away before it was ready: nobody has failed, and another is made when this one is gone.
+    fn lost(&self, why: &str) -> Step {
+        let session = self.session;
+        // Its pool makes another.
+        if session.pool.is_some() {
+            return enter(Phase::Stopping, why);
+        }
+        let too_often = session.lost + 1 >= LOST_MOST;
+        // There is no other of what was begun; but what sleeps on its disk may wake there once more.
+        if begun(session) {
+            return match self.look(LOOK_SOON) {
+                Err(look) => look,
+                Ok(container) if container.state == State::Stopped && self.sleeps_on_disk() => {
+                    enter(if too_often { Phase::Pausing } else { Phase::Resuming }, why)
+                }
+                Ok(_) => enter(Phase::Stopping, why),
+            };
+        }
+        if too_often {
+            return enter(Phase::Failed, format!("{LOST_MOST} of its containers were taken away before they were ready: {why}"));
+        }
+        if !session.holds {
+            return enter(Phase::Creating, why);
+        }
+        self.removed()
     }
 
     fn up(&self) -> Maybe {
@@ -419,6 +451,11 @@ impl Planner<'_> {
         all.into_iter().chain(node).min()
     }
 
+    /// What has ended is there as if it had been paused.
+    fn sleeps_on_disk(&self) -> bool {
+        self.policy.pause_by == PauseBy::Provider && self.session.pattern == Pattern::Hybrid
+    }
+
     /// What becomes of one whose container is taken away: what it has is put away while there is time, and nobody calls it a failure.
     fn disrupted(&self, container: &Sandbox) -> Option<Step> {
         let why = self.session.disrupted.as_ref()?;
@@ -427,7 +464,17 @@ impl Planner<'_> {
         }
         // What a provider ends when it was told to is not taken away.
         let why = if self.has_lived() { LIVED } else { why };
-        let there = !matches!(container.state, State::Stopped | State::Failed | State::Missing | State::Destroyed);
+        let there = match container.state {
+            State::Stopped => self.sleeps_on_disk(),
+            State::Failed | State::Missing | State::Destroyed => false,
+            State::Creating
+            | State::Created
+            | State::Running
+            | State::Pausing
+            | State::Paused
+            | State::Stopping
+            | State::Unknown(_) => true,
+        };
         let kept = there || self.session.archive.is_some();
         Some(enter(if kept { self.quiet() } else { Phase::Stopping }, why))
     }
@@ -541,6 +588,7 @@ impl Planner<'_> {
         }
         Some(match &container.state {
             State::Paused if by_provider => Step::Enter(Phase::Paused, None),
+            State::Stopped if by_provider && disrupted.is_some() => Step::Enter(Phase::Paused, disrupted.cloned()),
             State::Running if by_provider => Step::Do(Action::Pause),
             // What was put away before is what there is.
             _ if ended && (self.session.persisted || self.session.archive.is_some()) => Step::Do(Action::Delete),
@@ -626,19 +674,19 @@ impl Planner<'_> {
         if !self.session.holds {
             return (self.session.phase == Phase::Stopped).then_some(Step::Enter(Phase::Destroyed, None));
         }
-        if let Some(step) = self.later() {
-            return Some(step);
-        }
-        let container = match self.look(LOOK_SOON) {
-            Ok(container) => container,
+        Some(self.later().unwrap_or_else(|| self.removed()))
+    }
+
+    /// As often as it takes until it is gone.
+    fn removed(&self) -> Step {
+        match self.look(LOOK_SOON) {
+            // One that is gone is no longer held: see `saw`. It may only not be there yet.
+            Ok(container) if container.state.is_gone() => self.soon(),
+            Ok(_) => Step::Do(Action::Delete),
             // What nobody can read is removed all the same: that it is gone is seen when it is.
-            Err(_) if self.session.failures >= self.policy.tries && self.session.native.is_some() => {
-                return Some(Step::Do(Action::Delete));
-            }
-            Err(step) => return Some(step),
-        };
-        // One that is gone is no longer held: see `record`. It may only not be there yet.
-        Some(if container.state.is_gone() { self.soon() } else { Step::Do(Action::Delete) })
+            Err(_) if self.session.failures >= self.policy.tries && self.session.native.is_some() => Step::Do(Action::Delete),
+            Err(look) => look,
+        }
     }
 
     /// What is not wanted any more, or whose time is over.
@@ -651,15 +699,18 @@ impl Planner<'_> {
 
     /// A provider that is away for a while is waited for as long as a container may take.
     fn late(&self, what: &str) -> Maybe {
-        let late = self.session.since + self.policy.ready_within <= self.now;
-        let seconds = self.policy.ready_within.as_secs();
+        // One that is taken away has as long again to be gone.
+        let within = self.policy.ready_within * if self.session.disrupted.is_some() { 2 } else { 1 };
+        let late = self.session.since + within <= self.now;
+        let seconds = within.as_secs();
         late.then(|| enter(Phase::Failed, format!("it was not {what} within {seconds} s{}", self.last_words())))
     }
 
     /// What is known of why: that an image cannot be pulled is said by the container alone.
     fn last_words(&self) -> String {
         let seen = self.seen.map(|seen| &seen.sandbox);
-        let reason = self.session.reason.as_ref().or(seen.and_then(|seen| seen.reason.as_ref()));
+        let session = self.session;
+        let reason = session.disrupted.as_ref().or(session.reason.as_ref()).or(seen.and_then(|seen| seen.reason.as_ref()));
         let words = reason.map(String::as_str).or_else(|| match seen?.state {
             State::Running => Some("its container runs, and the sidecar in it does not answer"),
             State::Creating => Some("its container is still being made"),
@@ -754,18 +805,23 @@ fn why(container: &Sandbox) -> String {
 pub fn enter_phase(session: &mut Session, phase: Phase, reason: Option<String>, price: &Price, now: Timestamp) {
     debug_assert!(session.phase.leads_to(phase), "{} does not lead to {phase}", session.phase);
     meter(session, price, now);
-    if phase == Phase::Creating && session.phase == Phase::Resuming {
+    if session.phase == Phase::Starting && matches!(phase, Phase::Creating | Phase::Resuming) {
+        session.lost += 1;
+    }
+    if phase == Phase::Creating && session.phase != Phase::Requested {
         session.generation += 1;
         session.native = None;
         session.node = None;
         session.taken = None;
         session.warm = None;
         session.hydrated = false;
+        session.disrupted = None;
     }
     session.idle_since = matches!(phase, Phase::Ready | Phase::Idle).then_some(now);
     match phase {
-        Phase::Pausing => session.persisted = false,
+        Phase::Pausing => (session.persisted, session.lost) = (false, 0),
         Phase::Starting => session.kept_until = None,
+        Phase::Ready => session.lost = 0,
         Phase::Resuming => (session.kept_until, session.disrupted) = (None, None),
         _ => {}
     }
@@ -867,6 +923,8 @@ pub fn saw(session: &mut Session, sandbox: &Sandbox, policy: &Policy, price: &Pr
     }
     let to_be_gone = match session.phase {
         Phase::Stopping | Phase::Stopped | Phase::Failed => true,
+        // Another is made.
+        Phase::Starting => session.disrupted.is_some() && !begun(session),
         Phase::Pausing => policy.pause_by == PauseBy::Archive && (session.persisted || session.archive.is_some()),
         _ => false,
     };
@@ -879,6 +937,12 @@ pub fn saw(session: &mut Session, sandbox: &Sandbox, policy: &Policy, price: &Pr
         session.cost_before_usd = session.cost_usd();
         session.report = None;
     }
+}
+
+/// Whether there is something in a container that is not ready yet, and nowhere else: it sleeps in there, or its agent has been at work before anybody asked.
+fn begun(session: &Session) -> bool {
+    let works = |report: &Report| report.at < session.since || report.busy_until.is_some() || report.cost_usd > 0.0;
+    session.archive.is_none() && session.report.as_ref().is_some_and(works)
 }
 
 /// Whether its container ends because we want it to.

@@ -571,6 +571,10 @@ impl Fleet {
                         Ok(()) => {
                             self.metrics.spent(&session, &entered);
                             self.entered(&session, &entered);
+                            // What was seen and done was of the one before.
+                            if entered.generation != session.generation {
+                                (seen, told_to_end) = (None, None);
+                            }
                             session = entered;
                             self.tell_guests(&session).await;
                             // Who is to end is looked at, and asked, for the last time.
@@ -649,7 +653,8 @@ impl Fleet {
                         }
                     })
                     .await?;
-                    if let (None, Some(why)) = (&before.disrupted, &session.disrupted) {
+                    // What several share is told of once.
+                    if let (None, Some(why), None) = (&before.disrupted, &session.disrupted, &session.place) {
                         self.metrics.add(&metric::DISRUPTIONS, &[&session.provider], 1.0);
                         tracing::warn!(session = %session.id, node = session.node, why, "its container is taken away");
                     }
@@ -963,11 +968,21 @@ impl Fleet {
         let telling = self.providers.values().filter(|provider| provider.capabilities().events).map(|provider| {
             let (fleet, labels) = (&self, &labels);
             async move {
+                let mut deaf = false;
                 loop {
-                    if let Ok(mut events) = provider.events(labels).await {
-                        while let Some(Ok(happened)) = events.next().await {
-                            fleet.heard(happened.session.as_deref()).await;
+                    match provider.events(labels).await {
+                        Ok(mut events) => {
+                            deaf = false;
+                            while let Some(Ok(happened)) = events.next().await {
+                                fleet.heard(happened.session.as_deref()).await;
+                            }
                         }
+                        // Said once: what happens is seen a little later then.
+                        Err(error) if !deaf => {
+                            deaf = true;
+                            tracing::warn!(provider = provider.name(), %error, "a provider does not tell what happens there");
+                        }
+                        Err(_) => {}
                     }
                     tokio::time::sleep(POLL).await;
                 }

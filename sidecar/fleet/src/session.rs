@@ -177,6 +177,9 @@ pub struct Session {
     /// Its container is taken away, or was, without our doing, and why: see [`crate::provider::Sandbox::disrupted`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disrupted: Option<String>,
+    /// How many containers of it were taken away in a row before they were ready.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub lost: u32,
     /// What was put away has been brought into this container.
     #[serde(default)]
     pub hydrated: bool,
@@ -264,6 +267,7 @@ impl Session {
             native: None,
             node: None,
             disrupted: None,
+            lost: 0,
             hydrated: false,
             persisted: false,
             kept_until: None,
@@ -322,6 +326,10 @@ impl Session {
     pub fn cost_usd(&self) -> f64 {
         self.cost_before_usd + self.report.as_ref().map_or(0.0, |report| report.cost_usd)
     }
+}
+
+fn is_none(n: &u32) -> bool {
+    *n == 0
 }
 
 /// See [`Session::key`]. The id's own letters are not for every provider: two that differ in case are two. Of one id's sessions in two

@@ -56,6 +56,10 @@ struct World {
     containers: BTreeMap<String, (State, Timestamp)>,
     /// By key: those that somebody takes away, and when they are gone.
     leaving: BTreeMap<String, Timestamp>,
+    /// By key: those that we have removed, and when they are gone.
+    removed: BTreeMap<String, Timestamp>,
+    /// How long that takes.
+    removal: Duration,
     most: usize,
     /// What else happens, one for each moment that something could: none when it is used up.
     fate: Vec<u8>,
@@ -63,6 +67,8 @@ struct World {
     lag: Duration,
     trail: Vec<Phase>,
     hooked: Vec<(u32, Phase)>,
+    /// How often what was put away was brought into one.
+    brought: usize,
 }
 
 impl World {
@@ -74,7 +80,7 @@ impl World {
             ..Policy::default()
         };
         let kept = session(pattern);
-        let (containers, leaving, trail) = (BTreeMap::new(), BTreeMap::new(), vec![Phase::Requested]);
+        let (containers, leaving, removed, trail) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), vec![Phase::Requested]);
         World {
             now: start(),
             kept,
@@ -82,12 +88,15 @@ impl World {
             policy,
             containers,
             leaving,
+            removed,
+            removal: lag / 100,
             most: 0,
             fate,
             ready: true,
             lag,
             trail,
             hooked: vec![],
+            brought: 0,
         }
     }
 
@@ -113,7 +122,7 @@ impl World {
             deadline: None,
             labels: BTreeMap::new(),
             node: known.and(Some(String::from("n"))),
-            disrupted: known.filter(|_| self.leaving.contains_key(&key)).map(|_| String::from(TAKEN)),
+            disrupted: self.leaving.contains_key(&key).then(|| String::from(TAKEN)),
         }
     }
 
@@ -141,26 +150,32 @@ impl World {
             }
             Action::Ask => return Outcome::Answered(self.ready),
             Action::Persist => return Outcome::Persisted(String::from("kept")),
+            Action::Delete if self.removal.is_zero() => drop(self.containers.remove(&key)),
             Action::Delete => {
-                self.containers.remove(&key);
+                container.into_iter().for_each(|found| found.0 = State::Stopping);
+                self.removed.entry(key).or_insert(now + self.removal);
             }
+            Action::Hydrate => self.brought += 1,
             Action::Start | Action::Resume => container.into_iter().for_each(|found| found.0 = State::Running),
             Action::Pause => container.into_iter().for_each(|found| found.0 = State::Paused),
             Action::Stop => container.into_iter().for_each(|found| found.0 = State::Stopped),
-            Action::Look | Action::Hydrate | Action::KeepAlive(_) => {}
+            Action::Look | Action::KeepAlive(_) => {}
         }
         Outcome::Done
     }
 
     /// One step; false when there is nothing more to do.
     fn step(&mut self) -> bool {
-        let (now, leaving) = (self.now, &self.leaving);
-        self.containers.retain(|key, _| leaving.get(key).is_none_or(|at| *at > now));
+        let (now, leaving, removed) = (self.now, &self.leaving, &self.removed);
+        self.containers.retain(|key, _| leaving.get(key).into_iter().chain(removed.get(key)).all(|at| *at > now));
         match next(&self.kept, self.seen.as_ref(), &self.policy, self.now) {
             Step::Enter(phase, why) => {
                 assert!(self.kept.phase.leads_to(phase), "{} -> {phase}", self.kept.phase);
+                let generation = self.kept.generation;
                 enter_phase(&mut self.kept, phase, why, &price(), self.now);
                 self.trail.push(phase);
+                // It was of the one before.
+                self.seen = self.seen.take().filter(|_| self.kept.generation == generation);
             }
             Step::Wait(None) => return false,
             Step::Wait(Some(until)) => {
@@ -196,6 +211,12 @@ impl World {
                         return true;
                     }
                     70..75 if action == Action::Hooks => Outcome::Vetoed(String::from("no")),
+                    // It is taken away before anybody has seen it.
+                    75..85 if action == Action::Create => {
+                        let made = self.perform(&action);
+                        self.take_away(Duration::from_secs(u64::from(fault % 2)));
+                        made
+                    }
                     70..75 => Outcome::Failed(Error::Refused { provider: "test", what: String::from("never") }),
                     _ => self.perform(&action),
                 };
@@ -262,6 +283,8 @@ proptest! {
         prop_assert_eq!(world.alive(), 0, "{:?}", world.trail);
         prop_assert!(!world.kept.holds);
         prop_assert!(world.most <= 1, "{} at once: {:?}", world.most, world.trail);
+        let again = world.trail.split(|phase| !matches!(phase, Phase::Creating | Phase::Starting | Phase::Resuming)).map(<[Phase]>::len).max();
+        prop_assert!(again.is_some_and(|again| again <= 9), "it is made anew for ever: {:?}", world.trail);
         prop_assert!(world.kept.container_usd >= 0.0 && world.kept.container_seconds <= 3600.0 + 300.0, "{}", world.kept.container_seconds);
     }
 }
@@ -520,6 +543,212 @@ fn what_is_taken_away_is_put_away_in_time_where_it_can_be_and_has_not_failed() {
             assert_eq!((world.kept.disrupted.as_deref(), world.alive()), (None, 1));
         }
     }
+}
+
+/// Evicted while its image is pulled, or its sidecar begins: who has asked for it waits a little longer, and hears of no failure.
+#[test]
+fn what_is_taken_away_before_it_is_ready_is_made_anew_when_it_is_gone() {
+    use Phase::*;
+    for seconds in [0, 30] {
+        let mut world = World::new(Pattern::Ephemeral, PauseBy::Nothing, vec![], Duration::ZERO);
+        (world.ready, world.removal) = (false, Duration::from_secs(5));
+        while world.kept.phase != Starting {
+            assert!(world.step());
+        }
+        let (first, made) = (world.kept.key(), world.now);
+        world.take_away(Duration::from_secs(seconds));
+        while world.kept.phase == Starting {
+            assert!(world.step());
+            assert!(world.kept.holds || world.alive() == 0, "it is held until it is gone");
+        }
+        assert_eq!((world.kept.phase, world.kept.reason.as_deref(), world.kept.holds), (Creating, Some(TAKEN), false));
+        // It is paid for as long as it may have been there: what a provider does not know yet is waited for.
+        let paid = world.kept.container_seconds;
+        assert!((paid - world.now.duration_since(made).as_secs_f64()).abs() < 0.1, "{paid}");
+        world.ready = true;
+        while world.kept.phase != Ready {
+            assert!(world.step());
+        }
+        assert_eq!(world.trail, [Requested, Creating, Starting, Creating, Starting, Ready]);
+        assert_eq!(world.hooked.iter().filter(|(generation, _)| *generation == 2).count(), 2, "{:?}", world.hooked);
+        assert_ne!(world.kept.key(), first);
+        let Session { generation, lost, disrupted, reason, .. } = &world.kept;
+        assert_eq!((generation, lost, disrupted, reason), (&2, &0, &None, &None));
+        assert_eq!((world.most, world.alive()), (1, 1));
+    }
+}
+
+#[test]
+fn what_is_always_taken_away_before_it_is_ready_has_failed_in_the_end() {
+    let mut world = World::new(Pattern::LongRunning, PauseBy::Nothing, vec![], Duration::ZERO);
+    world.ready = false;
+    while !world.kept.phase.is_last() {
+        let new = world.kept.phase == Phase::Starting && !world.leaving.contains_key(&world.kept.key());
+        if new {
+            world.take_away(Duration::from_secs(1));
+        }
+        assert!(world.step());
+    }
+    assert_eq!(world.trail.iter().filter(|phase| **phase == Phase::Creating).count(), 4, "{:?}", world.trail);
+    let why = format!("4 of its containers were taken away before they were ready: {TAKEN}");
+    assert_eq!((world.kept.phase, world.kept.reason.as_deref()), (Phase::Failed, Some(why.as_str())));
+    assert!(!world.run(100));
+    assert_eq!((world.alive(), world.kept.holds, world.most), (0, false, 1));
+}
+
+/// Its node does not answer: its pod may still run there, and no other is made beside it.
+#[test]
+fn what_is_taken_away_and_does_not_go_is_held() {
+    let mut world = World::new(Pattern::LongRunning, PauseBy::Nothing, vec![], Duration::ZERO);
+    (world.ready, world.removal) = (false, Duration::from_secs(1200));
+    while world.kept.phase != Phase::Starting {
+        assert!(world.step());
+    }
+    let began = world.now;
+    world.take_away(Duration::from_secs(1200));
+    // A fleet asks no more than once a second, as its service does.
+    while world.kept.phase == Phase::Starting {
+        assert!(world.step());
+        world.now += Duration::from_millis(500);
+    }
+    let took = world.now.duration_since(began).as_secs();
+    assert!((240..243).contains(&took), "{took}");
+    let why = format!("it was not ready within 240 s: {TAKEN}");
+    assert_eq!((world.kept.phase, world.kept.reason), (Phase::Failed, Some(why)));
+    assert!(world.kept.holds && world.most == 1);
+}
+
+#[test]
+fn what_is_brought_back_is_brought_into_the_next_one_as_well() {
+    let mut world = World::new(Pattern::Hybrid, PauseBy::Archive, vec![], Duration::ZERO);
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    world.kept.report = Some(report(world.now, None));
+    while world.kept.phase != Phase::Paused {
+        assert!(world.step());
+    }
+    (world.kept.wanted, world.ready) = (Wanted::Running, false);
+    while !(world.kept.phase == Phase::Starting && world.kept.hydrated) {
+        assert!(world.step());
+    }
+    // Its sidecar has told what it was brought: there is a copy of that.
+    world.kept.report = Some(report(world.now, None));
+    world.take_away(Duration::from_secs(30));
+    while world.kept.phase == Phase::Starting {
+        assert!(world.step());
+    }
+    assert!(!world.kept.hydrated && world.kept.phase == Phase::Creating, "{:?}", world.trail);
+    world.ready = true;
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    assert_eq!((world.kept.generation, world.kept.hydrated, world.brought), (3, true, 2));
+    assert_eq!((world.kept.archive.as_deref(), world.kept.cost_usd()), (Some("kept"), 1.0), "of the first two");
+}
+
+/// There is no other of what was in it, and a task that was begun is not begun again. Of what was made ahead the pool makes another.
+#[test]
+fn what_was_begun_or_is_nobodys_is_not_made_anew_and_has_not_failed() {
+    use Phase::*;
+    let begun = |world: &mut World| world.kept.report = Some(report(world.now, None));
+    let spare = |world: &mut World| world.kept.pool = Some(String::from("kind"));
+    let sleeps = |world: &mut World| {
+        world.ready = true;
+        while world.kept.phase != Ready {
+            assert!(world.step());
+        }
+        world.kept.wanted = Wanted::Paused;
+        world.kept.report = Some(Report { cost_usd: 0.0, ..report(world.now, None) });
+        while world.kept.phase != Paused {
+            assert!(world.step());
+        }
+        (world.kept.wanted, world.ready) = (Wanted::Running, false);
+        world.now += Duration::from_secs(1);
+        world.kept.since = world.now;
+        while world.kept.phase != Starting {
+            assert!(world.step());
+        }
+    };
+    let all: [(&dyn Fn(&mut World), Pattern, PauseBy); 3] = [
+        (&begun, Pattern::Ephemeral, PauseBy::Nothing),
+        (&spare, Pattern::LongRunning, PauseBy::Nothing),
+        (&sleeps, Pattern::Hybrid, PauseBy::Provider),
+    ];
+    for (prepare, pattern, pause_by) in all {
+        // Seen while it goes, and when it is gone.
+        for seconds in [0, 30] {
+            let mut world = World::new(pattern, pause_by, vec![], Duration::ZERO);
+            world.ready = false;
+            while world.kept.phase != Starting {
+                assert!(world.step());
+            }
+            prepare(&mut world);
+            world.now += world.policy.settle;
+            world.take_away(Duration::from_secs(seconds));
+            assert!(!world.run(200));
+            assert_eq!(world.trail[world.trail.len() - 4..], [Starting, Stopping, Stopped, Destroyed], "{:?}", world.trail);
+            assert_eq!((world.kept.reason.as_deref(), world.alive()), (Some(TAKEN), 0));
+        }
+    }
+}
+
+/// Kubelet ends its pod while it wakes, and what it keeps is still there: it is woken again, and sleeps on where that is in vain.
+#[test]
+fn what_sleeps_on_its_disk_sleeps_on_when_it_cannot_be_woken() {
+    use Phase::*;
+    let mut world = World::new(Pattern::Hybrid, PauseBy::Provider, vec![], Duration::ZERO);
+    while world.kept.phase != Ready {
+        assert!(world.step());
+    }
+    world.kept.report = Some(report(world.now, None));
+    while world.kept.phase != Paused {
+        assert!(world.step());
+    }
+    (world.kept.wanted, world.ready) = (Wanted::Running, false);
+    let before = world.trail.len();
+    while world.trail.len() == before || world.kept.phase != Paused {
+        if world.kept.phase == Starting && world.kept.disrupted.is_none() {
+            world.leaving.insert(world.kept.key(), world.now + Duration::from_secs(3600));
+            world.containers.values_mut().for_each(|found| found.0 = State::Stopped);
+            world.seen = None;
+        }
+        assert!(world.step());
+    }
+    let woken = [[Resuming, Starting]; 4].concat();
+    assert_eq!(world.trail[before..], [&woken[..], &[Pausing, Paused]].concat());
+    let Session { wanted, holds, reason, generation, .. } = &world.kept;
+    assert_eq!((wanted, holds, reason.as_deref(), generation), (&Wanted::Paused, &true, Some(TAKEN), &1));
+    // Somebody wants it again, and there is room for it.
+    world.leaving.clear();
+    (world.kept.wanted, world.ready) = (Wanted::Running, true);
+    while world.kept.phase != Ready {
+        assert!(world.step());
+    }
+    assert_eq!(world.kept.generation, 1);
+}
+
+/// Kubelet has ended its pod for its node, and what it keeps is still there.
+#[test]
+fn what_sleeps_on_its_disk_is_woken_when_it_is_ended_from_outside() {
+    let mut world = World::new(Pattern::Hybrid, PauseBy::Provider, vec![], Duration::ZERO);
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    world.kept.report = Some(report(world.now, Some(world.now + Duration::from_secs(600))));
+    world.take_away(Duration::from_secs(3600));
+    world.containers.values_mut().for_each(|found| found.0 = State::Stopped);
+    world.now += world.policy.look_every;
+    while world.kept.phase != Phase::Paused {
+        assert!(world.step());
+    }
+    assert_eq!((world.kept.reason.as_deref(), world.kept.holds), (Some(TAKEN), true));
+    world.leaving.clear();
+    world.kept.wanted = Wanted::Running;
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    assert_eq!((world.kept.generation, world.kept.disrupted.as_deref()), (1, None));
 }
 
 /// Its sidecar does not give it: that is tried until it is gone, and it is said.

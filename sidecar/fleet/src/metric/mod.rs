@@ -168,7 +168,8 @@ impl Metrics {
         self.observe(&PHASE_DURATION, &[before.phase.as_str(), provider], between(before.since, after.since));
         // For the first time: who wakes was there before.
         if after.phase == Phase::Ready
-            && after.generation == 1
+            // Or those before it were taken away.
+            && after.generation == 1 + before.lost
             && before.report.is_none()
             && after.pool.is_none()
             && after.places.is_none()

@@ -1,14 +1,26 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use agent_fleet::hook::Verdict;
+use agent_fleet::inside::Inside;
+use agent_fleet::lifecycle::Phase;
+use agent_fleet::metric::Metrics;
+use agent_fleet::plan::{PauseBy, Policy};
 use agent_fleet::provider::kubernetes::{Kubernetes, Settings};
 use agent_fleet::provider::{
     Endpoint, Error, Exec, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, Secret, Size, Spec, State,
 };
+use agent_fleet::service::{Fleet, Hooks, Policies};
+use agent_fleet::session::{Pattern, Report, Session, Wanted};
+use agent_fleet::store;
 use async_trait::async_trait;
 use futures_util::StreamExt;
+use jiff::Timestamp;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use crate::conformance::{self, Call, Does, Fault, World};
 use crate::fakes::{self, Fake, TOKEN};
@@ -944,6 +956,140 @@ async fn what_is_taken_away_with_a_long_grace_ends_in_ours() {
     world.provider.stop(&native, Duration::from_secs(1)).await.unwrap();
     world.becomes(&native, |now| now.state.is_gone()).await;
     assert_eq!(world.fake.wrong(), Vec::<String>::new());
+}
+
+/// What sidecars say: nothing, until they may.
+#[derive(Default)]
+struct Sidecars(AtomicBool);
+
+#[async_trait]
+impl Inside for Sidecars {
+    async fn report(&self, _: &Endpoint, at: Timestamp) -> Result<Report, String> {
+        let report = Report { at, busy_until: None, cost_usd: 0.0, conversation: None, memory_bytes: None };
+        self.0.load(Ordering::SeqCst).then_some(report).ok_or(String::from("it does not answer"))
+    }
+}
+
+struct Quiet;
+
+#[async_trait]
+impl Hooks for Quiet {
+    async fn run(&self, _: &Session) -> Verdict {
+        Verdict::Go
+    }
+}
+
+struct Same(Policy);
+
+impl Policies for Same {
+    fn policy(&self, _: &Session) -> Policy {
+        self.0.clone()
+    }
+
+    fn port(&self, _: &Session) -> u16 {
+        9477
+    }
+}
+
+/// A fleet that drives one session in a cluster.
+struct Driven {
+    fleet: Arc<Fleet>,
+    sidecars: Arc<Sidecars>,
+    end: watch::Sender<bool>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Driven {
+    async fn new(world: &Cluster, more: Value, pattern: Pattern) -> Self {
+        let mut settings = json!({ "kubeconfig": world.kubeconfig, "context": "here" });
+        settings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let provider = Kubernetes::new(serde_json::from_value(settings).unwrap()).unwrap();
+        let can = provider.capabilities();
+        let policy = Policy {
+            backoff: Duration::from_millis(5),
+            look_every: Duration::from_millis(50),
+            settle: Duration::from_secs(1),
+            pause_by: PauseBy::of(pattern, can.pause, false),
+            ..Policy::default()
+        };
+        let sidecars = Arc::<Sidecars>::default();
+        let edges =
+            (Arc::new(Quiet) as Arc<dyn Hooks>, Arc::new(Same(policy)) as Arc<dyn Policies>, sidecars.clone() as Arc<dyn Inside>);
+        let providers = BTreeMap::from([(String::from("cluster"), Arc::new(provider) as Arc<dyn Provider>)]);
+        let store = store::memory().await.unwrap();
+        let fleet = Fleet::new("prod", store, providers, edges, BTreeMap::new(), Arc::new(Timestamp::now));
+        let fleet = Arc::new(fleet.with_metrics(Arc::new(Metrics::new(["cluster"], [], []))));
+        let spec = match can.command {
+            true => Spec { command: crate::command(Does::Ignore).unwrap(), ..spec("") },
+            false => Spec { image: String::from("ignores"), ..spec("") },
+        };
+        let session = Session::new("a".parse().unwrap(), ("t", "o"), pattern, "cluster", spec, Timestamp::now());
+        fleet.create(session).await.unwrap();
+        let (end, ended) = watch::channel(false);
+        let task = tokio::spawn(Arc::clone(&fleet).run(ended));
+        Self { fleet, sidecars, end, task }
+    }
+
+    async fn becomes(&self, like: impl Fn(&Session) -> bool) -> Session {
+        let began = Instant::now();
+        loop {
+            let now = self.fleet.store().get(&"a".parse().unwrap()).await.unwrap().unwrap();
+            if like(&now) {
+                return now;
+            }
+            assert!(began.elapsed() < Duration::from_secs(60) && !now.phase.is_last(), "{now:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn stop(self) {
+        self.end.send(true).unwrap();
+        self.task.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_session_whose_pod_is_taken_away_before_it_is_ready_has_another() {
+    let claim = json!({ "backend": "claim" });
+    for more in [json!({}), json!({ "backend": "job" }), json!({ "backend": "sandbox" }), sandboxes(), claim] {
+        let world = Cluster::new(more.clone()).await;
+        if more["backend"] == "claim" {
+            install(&world);
+        }
+        let driven = Driven::new(&world, more.clone(), Pattern::Hybrid).await;
+        // The pod that is its own, while it runs: of the warm ones none is.
+        let pod_of = |native: &str| {
+            let runs = |name: &String| world.fake.api.object("pods", name).is_some_and(|pod| pod["status"]["phase"] == "Running");
+            world.fake.api.names("pods").into_iter().find(|name| name.starts_with(native) && runs(name))
+        };
+        let begins = |now: &Session| now.phase == Phase::Starting && now.native.as_deref().and_then(pod_of).is_some();
+        let first = driven.becomes(begins).await;
+        let pod = pod_of(first.native.as_deref().unwrap()).unwrap();
+        // That of a Sandbox that keeps something comes again by itself, but for one that kubelet has ended.
+        match more["keep"].is_object() {
+            true => world.fake.api.kill(&pod),
+            false => world.fake.api.evict(&pod),
+        }
+        let next = driven.becomes(|now| now.generation == 2 && begins(now)).await;
+        assert_ne!(next.native, first.native, "{more}");
+        assert_eq!((world.fake.api.count(&first.key()), world.fake.api.object("pods", &pod)), (0, None), "{more}");
+        // And at once, when its node has no room after all, or is not there any more.
+        if more == json!({}) {
+            world.fake.api.vanish(next.native.as_deref().unwrap());
+            world.fake.api.refuse_next_pod("OutOfmemory", "Pod was rejected: Node didn't have enough resource: memory");
+            driven.becomes(|now| now.generation == 4 && begins(now)).await;
+        }
+        driven.sidecars.0.store(true, Ordering::SeqCst);
+        let up = driven.becomes(|now| now.phase == Phase::Ready).await;
+        assert_eq!((up.lost, up.disrupted), (0, None), "{more}");
+        let told = driven.fleet.metrics().exposition([]);
+        let lost = format!("agent_fleet_disruptions_total{{provider=\"cluster\"}} {}\n", up.generation - 1);
+        assert!(told.contains(&lost) && told.contains("{phase=\"failed\",provider=\"cluster\"} 0\n"), "{more}: {told}");
+        driven.fleet.want(&up.id, Wanted::Gone, "enough").await.unwrap();
+        driven.becomes(|now| now.phase == Phase::Destroyed).await;
+        driven.stop().await;
+        assert_eq!(world.fake.wrong(), Vec::<String>::new(), "{more}");
+    }
 }
 
 #[test]

@@ -9,9 +9,10 @@ use agent_fleet::conversation::{Conversations, Shelf};
 use agent_fleet::drain::Where;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::plan::PauseBy;
-use agent_fleet::provider::State;
+use agent_fleet::provider::{KEY_LABEL, State};
 use agent_fleet::service;
 use agent_fleet::session::{Pattern, Session, Wanted};
+use agent_fleet::store::Filter;
 use axum::Router;
 use axum::body::Bytes;
 use axum::routing::get;
@@ -188,6 +189,59 @@ async fn what_is_taken_away_ends_and_says_why_and_has_not_failed() {
     running.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_taken_away_before_it_is_ready_is_made_anew_elsewhere() {
+    let mut town = town().await;
+    town.pools = vec![ahead(1)];
+    *town.words.0.lock().unwrap() = None;
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    let mut own = session("a", Pattern::Ephemeral);
+    own.spec.env.insert(String::from("ITS"), String::from("own"));
+    fleet.create(own).await.unwrap();
+    let nobodys = || async {
+        let all = Filter { tenant: Some(String::new()), phases: vec![Phase::Starting], ..Filter::default() };
+        town.store.list(&all, None, 10).await.unwrap()
+    };
+    until("both begin", || async {
+        nobodys().await.iter().any(|spare| spare.native.is_some()) && town.get("a").await.phase == Phase::Starting
+    })
+    .await;
+    let (spare, first) = (nobodys().await.remove(0), town.get("a").await);
+    for native in [&spare.native, &first.native] {
+        town.cloud.take_away(native.as_deref().unwrap(), AWAY);
+    }
+    until("another begins", || async {
+        let now = town.get("a").await;
+        now.generation == 2 && now.phase == Phase::Starting
+    })
+    .await;
+    let next = town.get("a").await;
+    assert!(next.native != first.native && next.spec.labels[KEY_LABEL] == next.key(), "{next:?}");
+    assert_eq!(town.reaches("a", Phase::Starting).await.lost, 1);
+    // Of what was made ahead the pool makes another.
+    let gone = town.reaches(spare.id.as_str(), Phase::Destroyed).await;
+    assert_eq!(gone.reason.as_deref(), Some(AWAY));
+    *town.words.0.lock().unwrap() = Some((false, 0.0));
+    let up = town.reaches("a", Phase::Ready).await;
+    until("another waits", || async { waiting(&town).await.len() == 1 }).await;
+    assert_eq!((up.disrupted, up.lost, town.cloud.alive()), (None, 0, 2));
+    assert!(town.cloud.created.lock().unwrap().values().all(|times| *times == 1));
+    use Phase::*;
+    assert_eq!(town.phases_to("a", Ready).await, [Requested, Creating, Starting, Creating, Starting, Ready]);
+    assert!(up.container_seconds > 0.0, "what was taken away is paid for");
+    assert_eq!(fleet.reconcile().await.unwrap(), 0);
+    let told = fleet.metrics().exposition([]);
+    for line in [
+        "agent_fleet_disruptions_total{provider=\"cloud\"} 2",
+        "agent_fleet_phases_entered_total{phase=\"failed\",provider=\"cloud\"} 0",
+    ] {
+        assert!(told.lines().any(|found| found == line), "{line}\n{told}");
+    }
+    assert!(!told.lines().any(|line| line.starts_with("agent_fleet_pool_failures_total") && !line.ends_with(" 0")), "{told}");
+    running.stop().await;
+}
+
 /// A sidecar that gives what is to be put away, also while its container is told to end, and takes it; and how often it has done either.
 #[derive(Default)]
 struct Sidecar {
@@ -237,10 +291,18 @@ async fn what_a_session_has_is_put_away_while_its_container_is_taken_away_and_go
     let paused = town.reaches("a", Phase::Paused).await;
     assert_eq!((paused.reason.as_deref(), paused.holds, paused.node.as_deref()), (Some(AWAY), false, None));
     assert!(paused.archive.is_some() && sidecar.given.load(Ordering::SeqCst) == 1);
+    // The next one is taken away when it has what it had, and before it has spoken.
+    *town.words.0.lock().unwrap() = None;
     fleet.want(&paused.id, Wanted::Running, "a message").await.unwrap();
+    until("it has what it had", || async { town.get("a").await.hydrated }).await;
+    let next = town.get("a").await;
+    assert_eq!((next.phase, next.generation, sidecar.taken.lock().unwrap().len()), (Phase::Starting, 2, 1));
+    town.cloud.take_away(next.native.as_deref().unwrap(), AWAY);
+    until("another is made", || async { town.get("a").await.generation == 3 }).await;
+    *town.words.0.lock().unwrap() = Some((true, 0.25));
     let again = town.reaches("a", Phase::Active).await;
-    assert_eq!((again.generation, again.disrupted, again.hydrated), (2, None, true));
-    assert_eq!(sidecar.taken.lock().unwrap().len(), 1, "it has what it had");
+    assert_eq!((again.generation, again.disrupted, again.hydrated), (3, None, true));
+    assert_eq!(sidecar.taken.lock().unwrap().len(), 2, "it has what it had");
     running.stop().await;
     std::fs::remove_dir_all(root).unwrap();
 }

@@ -28,6 +28,10 @@ struct Rooms {
     ended: Mutex<Vec<SessionId>>,
     /// Somebody has been in one of them.
     used: AtomicBool,
+    /// Those that have not begun yet.
+    mute: Mutex<BTreeSet<SessionId>>,
+    /// No container says anything.
+    silent: AtomicBool,
 }
 
 /// What one session's agent costs, and a container's agents in all.
@@ -37,7 +41,7 @@ const ALL_USD: f64 = 1.0;
 impl Rooms {
     fn says(&self, at: &Endpoint, now: Timestamp, busy: bool, cost_usd: f64) -> Result<Report, String> {
         let runs = self.cloud.sandboxes.lock().unwrap().get(at.url.trim_start_matches("http://")).map(|one| one.state.clone());
-        if runs != Some(State::Running) {
+        if runs != Some(State::Running) || self.silent.load(Ordering::SeqCst) {
             return Err(String::from("nobody is there"));
         }
         let busy_until = busy.then(|| now + Duration::from_secs(60));
@@ -53,6 +57,9 @@ impl Inside for Rooms {
     }
 
     async fn session(&self, at: &Endpoint, _: Option<&str>, id: &SessionId, now: Timestamp) -> Result<Report, String> {
+        if self.mute.lock().unwrap().contains(id) {
+            return Err(String::from("it has not begun"));
+        }
         let busy = self.works.lock().unwrap().contains(id);
         self.used.store(true, Ordering::SeqCst);
         self.says(at, now, busy, USD)
@@ -72,6 +79,8 @@ async fn town(every: u64) -> (Town, Arc<Rooms>) {
         works: Mutex::default(),
         ended: Mutex::default(),
         used: AtomicBool::default(),
+        mute: Mutex::default(),
+        silent: AtomicBool::default(),
     });
     town.inside = Some(Arc::clone(&rooms) as Arc<dyn Inside>);
     town.policy.idle_after = None;
@@ -228,6 +237,49 @@ async fn a_container_that_dies_ends_all_that_are_in_it_once() {
     fleet.create(guest("c", 2, None)).await.unwrap();
     town.reaches("c", Phase::Ready).await;
     assert_ne!(house_of(&town, "c").await.id, house.id);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waits_in_a_container_that_is_taken_away_waits_in_another() {
+    const AWAY: &str = "the cluster takes its pod away";
+    let (town, rooms) = town(0).await;
+    let fleet = town.fleet();
+    let running = run(&fleet);
+    // The container is not ready itself: it is made anew, and who has a place in it keeps that.
+    rooms.silent.store(true, Ordering::SeqCst);
+    fleet.create(guest("a", 2, None)).await.unwrap();
+    until("its container begins", || async {
+        let native = town.get("a").await.native;
+        native.is_some() && house_of(&town, "a").await.phase == Phase::Starting
+    })
+    .await;
+    let house = house_of(&town, "a").await;
+    town.cloud.take_away(house.native.as_deref().unwrap(), AWAY);
+    until("it is made anew", || async { house_of(&town, "a").await.generation == 2 }).await;
+    rooms.silent.store(false, Ordering::SeqCst);
+    let up = town.reaches("a", Phase::Ready).await;
+    assert_eq!((house_of(&town, "a").await.id, up.generation, up.disrupted), (house.id.clone(), 1, None));
+
+    // It is ready, and one of those in it is not yet.
+    rooms.mute.lock().unwrap().insert("b".parse().unwrap());
+    fleet.create(guest("b", 2, None)).await.unwrap();
+    town.reaches("b", Phase::Starting).await;
+    let native = house_of(&town, "a").await.native;
+    town.cloud.take_away(native.as_deref().unwrap(), AWAY);
+    let gone = town.reaches("a", Phase::Destroyed).await;
+    assert!(gone.reason.as_deref().is_some_and(|why| why.ends_with(AWAY)), "{:?}", gone.reason);
+    until("the other has another place", || async { town.get("b").await.generation == 2 }).await;
+    rooms.mute.lock().unwrap().clear();
+    let up = town.reaches("b", Phase::Ready).await;
+    assert_ne!(house_of(&town, "b").await.id, house.id);
+    assert_eq!(up.disrupted, None);
+    town.reaches_end(house.id.as_str()).await;
+    assert_eq!(town.cloud.alive(), 1);
+    // Both times one container, however many were in it.
+    let told = fleet.metrics().exposition([]);
+    assert!(told.contains("agent_fleet_disruptions_total{provider=\"cloud\"} 2\n"), "{told}");
+    assert!(told.contains("agent_fleet_phases_entered_total{phase=\"failed\",provider=\"cloud\"} 0\n"), "{told}");
     running.stop().await;
 }
 
