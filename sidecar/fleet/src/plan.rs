@@ -26,6 +26,8 @@ pub struct Policy {
     pub drained: Option<Timestamp>,
     /// The same of the node that its container is on: others are made elsewhere.
     pub node_drained: Option<Timestamp>,
+    /// Nodes that are drained, where its container is placed anew without us: it is told of them. `None`: it is not.
+    pub avoid: Option<Vec<String>>,
     /// How long a container may take to end.
     pub stop_grace: Duration,
     pub pause_by: PauseBy,
@@ -48,6 +50,7 @@ impl Default for Policy {
             recycle: Recycle::default(),
             drained: None,
             node_drained: None,
+            avoid: None,
             stop_grace: Duration::from_secs(20),
             pause_by: PauseBy::Nothing,
             keep_alive: None,
@@ -181,6 +184,8 @@ pub enum Action {
     Ask,
     Hydrate,
     KeepAlive(Timestamp),
+    /// Say which nodes it is not to be on when it is placed anew.
+    Avoid(Vec<String>),
     Pause,
     Persist,
     Resume,
@@ -198,6 +203,7 @@ impl Action {
             Action::Ask => "ask",
             Action::Hydrate => "hydrate",
             Action::KeepAlive(_) => "keep_alive",
+            Action::Avoid(_) => "avoid",
             Action::Pause => "pause",
             Action::Persist => "persist",
             Action::Resume => "resume",
@@ -215,6 +221,7 @@ impl Action {
             | Action::Start
             | Action::Ask
             | Action::KeepAlive(_)
+            | Action::Avoid(_)
             | Action::Pause
             | Action::Resume
             | Action::Stop
@@ -413,6 +420,11 @@ impl Planner<'_> {
                 let kept = self.session.pattern == Pattern::Hybrid && self.session.archive.is_some();
                 return Some(enter(if kept { Phase::Pausing } else { Phase::Failed }, what));
             }
+        }
+        let told = self.policy.avoid.as_ref().is_none_or(|avoid| *avoid == self.session.avoids);
+        // What does not succeed keeps nothing up: it is tried again beside all else.
+        if let Some(avoid) = self.policy.avoid.as_ref().filter(|_| !told && self.later().is_none()) {
+            return Some(Step::Do(Action::Avoid(avoid.clone())));
         }
         let look_again = self.seen.map_or(self.now, |seen| seen.at + self.policy.look_every);
         let back = self.back();
@@ -876,6 +888,7 @@ pub fn record(session: &mut Session, action: &Action, outcome: &Outcome, policy:
         Outcome::Made(sandbox) => {
             session.native = Some(sandbox.native.clone());
             session.node.clone_from(&sandbox.node);
+            session.avoids = policy.avoid.clone().unwrap_or_default();
         }
         Outcome::Answered(true) => enter_phase(session, Phase::Ready, None, price, now),
         Outcome::Answered(false) => {
@@ -890,13 +903,14 @@ pub fn record(session: &mut Session, action: &Action, outcome: &Outcome, policy:
             Action::Hooks => session.hooked = true,
             Action::Hydrate => session.hydrated = true,
             Action::KeepAlive(until) => session.kept_until = Some(*until),
+            Action::Avoid(nodes) => session.avoids.clone_from(nodes),
+            Action::Resume => session.avoids = policy.avoid.clone().unwrap_or_default(),
             Action::Create
             | Action::Look
             | Action::Start
             | Action::Ask
             | Action::Pause
             | Action::Persist
-            | Action::Resume
             | Action::Stop
             | Action::Delete => {}
         },
@@ -989,6 +1003,8 @@ fn failed(session: &mut Session, action: &Action, error: &provider::Error, polic
             Action::Stop => session.failures = policy.tries.saturating_sub(1),
             // The provider's timer is only behind ours.
             Action::KeepAlive(until) => session.kept_until = Some(*until),
+            // It is placed anew as it would have been.
+            Action::Avoid(nodes) => session.avoids.clone_from(nodes),
             Action::Hooks | Action::Look | Action::Ask | Action::Delete => {}
         }
     }

@@ -543,6 +543,7 @@ impl Fleet {
             }
             // Where it is may have been seen a moment ago.
             policy.node_drained = self.node_drained_until(&session);
+            policy.avoid = provider.places_anew().then(|| self.drained_nodes(&session.provider));
             let step = match plan::next(&session, seen.as_ref(), &policy, self.now()) {
                 Step::Do(action) if told_to_end.as_ref() == Some(&action) && is_ending(seen.as_ref()) => {
                     Step::Wait(Some(self.now() + POLL))
@@ -676,7 +677,7 @@ impl Fleet {
                     seen = match looked.or(made) {
                         Some(sandbox) => Some(Seen { sandbox, at: now }),
                         // Whatever was done may have changed it.
-                        None if matches!(action, Action::Hooks | Action::Ask | Action::KeepAlive(_)) => seen,
+                        None if matches!(action, Action::Hooks | Action::Ask | Action::KeepAlive(_) | Action::Avoid(_)) => seen,
                         None => None,
                     };
                 }
@@ -803,6 +804,7 @@ impl Fleet {
             },
             Action::Start => done(provider.start(native(session)).await),
             Action::KeepAlive(until) => done(provider.keep_alive(native(session), *until).await),
+            Action::Avoid(nodes) => done(provider.avoid(native(session), nodes).await),
             Action::Pause => done(provider.pause(native(session)).await),
             Action::Resume => done(provider.resume(native(session), &self.drained_nodes(&session.provider)).await),
             Action::Stop => done(provider.stop(native(session), self.policies.policy(session).stop_grace).await),

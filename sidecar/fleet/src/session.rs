@@ -180,6 +180,9 @@ pub struct Session {
     /// How many containers of it were taken away in a row before they were ready.
     #[serde(default, skip_serializing_if = "is_none")]
     pub lost: u32,
+    /// Nodes that its container is not to be on when it is placed anew, as that was told last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub avoids: Vec<String>,
     /// What was put away has been brought into this container.
     #[serde(default)]
     pub hydrated: bool,
@@ -268,6 +271,7 @@ impl Session {
             node: None,
             disrupted: None,
             lost: 0,
+            avoids: vec![],
             hydrated: false,
             persisted: false,
             kept_until: None,

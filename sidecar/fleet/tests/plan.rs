@@ -159,7 +159,7 @@ impl World {
             Action::Start | Action::Resume => container.into_iter().for_each(|found| found.0 = State::Running),
             Action::Pause => container.into_iter().for_each(|found| found.0 = State::Paused),
             Action::Stop => container.into_iter().for_each(|found| found.0 = State::Stopped),
-            Action::Look | Action::KeepAlive(_) => {}
+            Action::Look | Action::KeepAlive(_) | Action::Avoid(_) => {}
         }
         Outcome::Done
     }
@@ -749,6 +749,51 @@ fn what_sleeps_on_its_disk_is_woken_when_it_is_ended_from_outside() {
         assert!(world.step());
     }
     assert_eq!((world.kept.generation, world.kept.disrupted.as_deref()), (1, None));
+}
+
+/// Of a Sandbox its controller makes the pod anew by itself.
+#[test]
+fn what_is_placed_anew_without_us_is_told_of_the_nodes_that_are_drained() {
+    let mut world = World::new(Pattern::Hybrid, PauseBy::Provider, vec![], Duration::ZERO);
+    let nodes = |names: &[&str]| Some(names.iter().map(ToString::to_string).collect::<Vec<_>>());
+    world.policy.avoid = nodes(&["a"]);
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    world.kept.report = Some(report(world.now, Some(world.now + Duration::from_secs(3000))));
+    let told = |world: &mut World| {
+        let mut told = vec![];
+        let until = world.now + Duration::from_secs(100);
+        while world.now < until {
+            if let Step::Do(Action::Avoid(nodes)) = next(&world.kept, world.seen.as_ref(), &world.policy, world.now) {
+                told.push(nodes);
+            }
+            assert!(world.step());
+        }
+        told
+    };
+    assert_eq!(told(&mut world), Vec::<Vec<String>>::new(), "that one was known when it was made");
+    for names in [&["a", "b"][..], &[]] {
+        world.policy.avoid = nodes(names);
+        assert_eq!(told(&mut world), [names], "once");
+    }
+    // What cannot be said is said again, and keeps nothing up; what never can is let be.
+    world.policy.avoid = nodes(&["c"]);
+    for (error, again) in [
+        (Error::Failed { provider: "test", what: String::from("away") }, true),
+        (Error::Refused { provider: "test", what: String::from("never") }, false),
+    ] {
+        world.kept.retry_at = None;
+        while !matches!(next(&world.kept, world.seen.as_ref(), &world.policy, world.now), Step::Do(Action::Avoid(_))) {
+            assert!(world.step());
+        }
+        let failed = Outcome::Failed(error);
+        let action = Action::Avoid(vec![String::from("c")]);
+        record(&mut world.kept, &action, &failed, &world.policy, &price(), world.now);
+        assert_eq!(world.kept.avoids != ["c"], again);
+        assert!(!matches!(next(&world.kept, world.seen.as_ref(), &world.policy, world.now), Step::Do(Action::Avoid(_))));
+    }
+    assert!(world.kept.phase == Phase::Active, "{:?}", world.trail);
 }
 
 /// Its sidecar does not give it: that is tried until it is gone, and it is said.

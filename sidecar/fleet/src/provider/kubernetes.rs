@@ -796,6 +796,18 @@ impl Provider for Kubernetes {
         Ok(())
     }
 
+    /// The controller of Sandboxes makes a pod anew that is gone, if there is anything to go on with.
+    fn places_anew(&self) -> bool {
+        self.can_pause()
+    }
+
+    async fn avoid(&self, native: &str, nodes: &[String]) -> Result<()> {
+        if !self.places_anew() {
+            return Ok(());
+        }
+        self.change(native, &json!({ "podTemplate": self.placed(nodes) })).await
+    }
+
     async fn stop(&self, native: &str, grace: Duration) -> Result<()> {
         // In whole seconds, and never less than asked for.
         let seconds = grace.as_secs() + u64::from(grace.subsec_nanos() > 0);

@@ -346,6 +346,14 @@ pub trait Provider: Send + Sync {
     async fn pause(&self, native: &str) -> Result<()>;
     /// Not on these nodes, where it is placed anew.
     async fn resume(&self, native: &str, avoid: &[String]) -> Result<()>;
+    /// Whether what is taken away is placed anew without us.
+    fn places_anew(&self) -> bool {
+        false
+    }
+    /// Not on these nodes, when it is placed anew without us: it stays where it is.
+    async fn avoid(&self, _native: &str, _nodes: &[String]) -> Result<()> {
+        Ok(())
+    }
     /// Asks it to end, and kills it after the grace.
     async fn stop(&self, native: &str, grace: Duration) -> Result<()>;
     /// It is gone, or will be. It is no mistake if it is.

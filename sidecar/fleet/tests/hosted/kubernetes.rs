@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use agent_fleet::drain::Where;
 use agent_fleet::hook::Verdict;
 use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
@@ -1090,6 +1091,49 @@ async fn a_session_whose_pod_is_taken_away_before_it_is_ready_has_another() {
         driven.stop().await;
         assert_eq!(world.fake.wrong(), Vec::<String>::new(), "{more}");
     }
+}
+
+#[tokio::test]
+async fn a_pod_that_its_controller_makes_anew_is_put_where_it_may_be_by_then() {
+    let [one, two] = fakes::kubernetes::NODES.map(String::from);
+    let world = Cluster::new(sandboxes()).await;
+    let native =
+        world.provider.create(&Spec { command: crate::command(Does::Wait).unwrap(), ..fleets("agent-1") }).await.unwrap().native;
+    let up = world.becomes(&native, |now| now.state == State::Running).await;
+    assert_eq!(up.node.as_ref(), Some(&one));
+    let uid = || world.fake.api.object("pods", &native).map(|pod| pod["metadata"]["uid"].clone());
+    for (avoid, on) in [(vec![one.clone()], &two), (vec![two.clone()], &one)] {
+        let first = uid();
+        world.provider.avoid(&native, &avoid).await.unwrap();
+        assert_eq!(world.provider.state(&native).await.unwrap().state, State::Running);
+        assert_eq!(uid(), first, "what runs is left where it is");
+        world.fake.api.evict(&native);
+        let up = world.becomes(&native, |now| now.state == State::Running && uid() != first).await;
+        assert_eq!(up.node.as_ref(), Some(on));
+    }
+    world.provider.avoid(&native, &[]).await.unwrap();
+    let template = || world.fake.api.object("sandboxes", &native).unwrap()["spec"]["podTemplate"].to_string();
+    assert!(!template().contains("metadata.name"), "{}", template());
+
+    // Wherever it is: each that may come to that node is told, and told again when the drain is over.
+    let world = Cluster::new(sandboxes()).await;
+    let driven = Driven::new(&world, sandboxes(), Pattern::Hybrid).await;
+    driven.sidecars.0.store(true, Ordering::SeqCst);
+    let up = driven.becomes(|now| now.phase == Phase::Ready && now.node.is_some()).await;
+    let (native, place) = (up.native.unwrap(), Where::node("cluster", &two));
+    assert_eq!(up.node.as_ref(), Some(&one));
+    for (until, knows) in [(Some(Timestamp::now() + Duration::from_secs(3600)), true), (None, false)] {
+        driven.fleet.drain(&place, until).await.unwrap();
+        let began = Instant::now();
+        let template = || world.fake.api.object("sandboxes", &native).unwrap()["spec"]["podTemplate"].to_string();
+        while template().contains(&two) != knows {
+            assert!(began.elapsed() < Duration::from_secs(60), "{}", template());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    driven.becomes(|now| now.phase.is_up() && now.generation == 1).await;
+    driven.stop().await;
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
 }
 
 #[test]
