@@ -670,7 +670,8 @@ fn what_was_begun_or_is_nobodys_is_not_made_anew_and_has_not_failed() {
             assert!(world.step());
         }
     };
-    let all: [(&dyn Fn(&mut World), Pattern, PauseBy); 3] = [
+    type Prepare<'a> = &'a dyn Fn(&mut World);
+    let all: [(Prepare, Pattern, PauseBy); 3] = [
         (&begun, Pattern::Ephemeral, PauseBy::Nothing),
         (&spare, Pattern::LongRunning, PauseBy::Nothing),
         (&sleeps, Pattern::Hybrid, PauseBy::Provider),
