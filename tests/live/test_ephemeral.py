@@ -133,8 +133,9 @@ def test_who_is_killed_has_paid_for_the_time_it_booked(version, api, session, si
     compute = [row for row in rows if row["ServiceCategory"] == "Compute"]
     booked = [line for file in files for line in map(json.loads, file.read_text().splitlines()) if line["event"] == "container_used"]
     assert len(compute) == 1 and compute[0]["ResourceId"] == session_id and compute[0]["ListUnitPrice"] == "3600"
-    assert Decimal(compute[0]["BilledCost"]) == sum(Decimal(str(line["cost_usd"])) for line in booked) > 0
-    assert Decimal(compute[0]["ConsumedQuantity"]) == sum(Decimal(str(line["seconds"])) for line in booked)
+    # A line has a float, the bill whole picodollars.
+    assert Decimal(compute[0]["BilledCost"]) == sum(round(Decimal(str(line["cost_usd"])), 12) for line in booked) > 0
+    assert Decimal(compute[0]["ConsumedQuantity"]) == sum(round(Decimal(str(line["seconds"])), 12) for line in booked)
     spend = sum(Decimal(row["BilledCost"]) for row in rows if row["ServiceCategory"] != "Compute")
     assert float(spend) == pytest.approx(served.cost_usd(version), abs=1e-12)
     assert spend == replayed(*files)["cost_usd"]
