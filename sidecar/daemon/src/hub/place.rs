@@ -18,6 +18,8 @@ use super::users::{self, Member};
 
 /// Where `:9477` meets; other ports meet elsewhere.
 const USUAL_PORT: u16 = 9477;
+/// What the CLI is told of shared budgets, and all that is beside it: `RUN.hold`, and longer.
+pub(super) const HOLD: &str = ".hold";
 /// What a world leaves is kept for so long after it was last changed, and longer where it has spent from a month's budget, or
 /// knows what is whose.
 const LEFT: Duration = Duration::from_hours(24);
@@ -203,7 +205,7 @@ impl Place {
 
     /// There while this wrapper's agent waits for a shared budget.
     pub(crate) fn hold_file(&self, run: &str) -> PathBuf {
-        self.dir.join(format!("{run}.hold"))
+        self.dir.join(format!("{run}{HOLD}"))
     }
 
     /// Says which container a conversation was brought into: no other that sees the same files.

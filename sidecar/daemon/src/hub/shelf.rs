@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use agent_sidecar_core::hub::{Hello, Line, Registry, Stored};
@@ -18,7 +18,7 @@ use agent_sidecar_core::metric::HUB_REFUSED;
 
 use super::Place;
 use super::journal::{ENDING, READ, UNFINISHED};
-use super::place::lock_of_dead;
+use super::place::{HOLD, lock_of_dead};
 use super::users::{self, Member};
 use super::{story, turnstile};
 use crate::files;
@@ -220,8 +220,7 @@ impl Shelf {
         }
         for (run, _locked) in ended {
             // It was killed while it waited for a budget.
-            fs::remove_file(self.dir.join(format!("{run}.hold"))).ok();
-            turnstile::remove(&self.dir.join(format!("{run}.hold")));
+            self.let_go(&self.dir.join(format!("{run}{HOLD}")));
             fs::remove_file(story::path(&self.dir, &run)).ok();
             if fs::remove_file(self.path(&run)).is_ok() {
                 self.registry.forget(&run);
@@ -239,12 +238,13 @@ impl Shelf {
         for entry in fs::read_dir(&self.dir)?.take(self.bounds.entries) {
             let entry = entry?;
             let Ok(name) = entry.file_name().into_string() else { continue };
+            let abandoned = || entry.metadata().and_then(|found| found.modified()).is_ok_and(is_abandoned);
             if let Some(run) = name.strip_suffix(ENDING).filter(|_| runs.len() < self.bounds.journals) {
                 runs.insert(run.to_owned());
-            } else if (name.ends_with(UNFINISHED) || self.is_orphan(&name))
-                && entry.metadata().and_then(|found| found.modified()).is_ok_and(is_abandoned)
-            {
+            } else if (name.ends_with(UNFINISHED) || self.is_orphan(&name)) && abandoned() {
                 fs::remove_file(entry.path()).ok();
+            } else if let Some(hold_file) = self.left_early(&name).filter(|_| abandoned()) {
+                self.let_go(&hold_file);
             }
         }
         Ok(runs)
@@ -273,6 +273,19 @@ impl Shelf {
     }
 
     /// A timeline whose journal is gone: somebody died between the two.
+    /// Of what a wrapper makes before its journal, if it was killed in between: where its CLI would have looked.
+    fn left_early(&self, name: &str) -> Option<PathBuf> {
+        let (run, _) = name.split_once(HOLD)?;
+        let hold_file = self.dir.join(format!("{run}{HOLD}"));
+        (!self.path(run).exists() && turnstile::is_left(&hold_file)).then_some(hold_file)
+    }
+
+    /// Removes what its CLI was told, and where it waited.
+    fn let_go(&self, hold_file: &Path) {
+        fs::remove_file(hold_file).ok();
+        turnstile::remove(hold_file);
+    }
+
     fn is_orphan(&self, name: &str) -> bool {
         name.strip_suffix(story::ENDING).is_some_and(|run| !self.path(run).exists())
     }
@@ -456,6 +469,31 @@ mod tests {
         }
         let ended: Vec<u32> = shelf(&place).ended.iter().map(|ended| ended.pid).collect();
         assert_eq!(ended, [1, 2, 3]);
+        fs::remove_dir_all(&place.dir).unwrap();
+    }
+
+    #[test]
+    fn of_one_that_was_killed_before_it_had_a_journal_nothing_is_left() {
+        let place = place("early", "");
+        let made = turnstile::Turnstile::new(&place.dir.join(format!("a{HOLD}")), None).unwrap();
+        let holds =
+            || fs::read_dir(&place.dir).unwrap().flatten().filter(|entry| entry.file_name().to_string_lossy().contains(HOLD));
+        let made_at = |at: SystemTime| {
+            for entry in holds() {
+                OpenOptions::new().read(true).write(true).open(entry.path()).unwrap().set_modified(at).unwrap();
+            }
+        };
+        let mut hub = shelf(&place);
+        made_at(SystemTime::UNIX_EPOCH);
+        hub.scan();
+        assert_eq!(holds().count(), 3, "it is about to have one");
+        drop(made);
+        made_at(SystemTime::now());
+        hub.scan();
+        assert_eq!(holds().count(), 3, "nor may one that makes them this moment lose them");
+        made_at(SystemTime::UNIX_EPOCH);
+        hub.scan();
+        assert_eq!(holds().count(), 0);
         fs::remove_dir_all(&place.dir).unwrap();
     }
 

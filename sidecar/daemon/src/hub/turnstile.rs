@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use agent_sidecar_core::ask::{self, doors};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chownat, mknodat};
+use rustix::io::Errno;
 
 use super::share::Share;
 use crate::files;
@@ -127,6 +128,14 @@ pub(super) fn remove(hold_file: &Path) {
             drop(wakes);
         }
     }
+}
+
+/// Whether nobody listens where one knocks.
+pub(super) fn is_left(hold_file: &Path) -> bool {
+    let [knocks, _] = paths(hold_file);
+    let listens = pipe(OpenOptions::new().write(true), &knocks, OFlags::NONBLOCK);
+    listens
+        .is_err_and(|error| error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::NXIO.raw_os_error()))
 }
 
 fn paths(hold_file: &Path) -> [PathBuf; 2] {
