@@ -218,8 +218,8 @@ fn speak(options: &Options, agents: &impl Agents, asked: &mpsc::Receiver<mpsc::S
                 Err(_) => {}
             }
             failing = answer.is_err();
-            // What was not heard is said again, too, but not each second.
-            told = Some((Instant::now(), glance));
+            // What was not heard is said again, too, but not each second. What counts is what was said, and not what was seen before that.
+            told = Some((Instant::now(), Glance { busy: report.busy, ..glance }));
             if let Some(asking) = asking {
                 // Who asked may be gone.
                 asking.send(()).ok();
@@ -239,6 +239,12 @@ fn speak(options: &Options, agents: &impl Agents, asked: &mpsc::Receiver<mpsc::S
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::net::TcpListener;
+    use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+    use agent_sidecar_core::update::Activity;
+
     use super::*;
 
     #[test]
@@ -269,6 +275,59 @@ mod tests {
         assert!(!idle.is_news_after(idle) && !works.is_news_after(works));
         assert!(Glance { cost_usd: 0.75, ..idle }.is_news_after(idle), "it came and went");
         assert!(!Glance { cost_usd: 0.75, ..works }.is_news_after(works), "its end is told");
+    }
+
+    /// Too busy to be looked at when it begins, and idle when it is asked what to say; then it works.
+    struct Beginner(AtomicU32);
+
+    impl Agents for Beginner {
+        fn say(&self) -> Option<Said> {
+            let word = Word { busy: self.0.load(Relaxed) > 1, state: Activity::Idle, until: None };
+            Some(Said { word, metrics: String::new(), sessions: vec![] })
+        }
+
+        fn glance(&self) -> Option<Glance> {
+            self.0.fetch_add(1, Relaxed);
+            Some(Glance { busy: true, cost_usd: 0.0 })
+        }
+
+        fn end(&self) {}
+    }
+
+    #[test]
+    fn work_that_was_seen_before_it_was_said_is_said() {
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = format!("http://{}/", server.local_addr().unwrap()).parse().unwrap();
+        let (ask, asked) = mpsc::channel();
+        let options = Options {
+            to,
+            headers: bearer("t").unwrap(),
+            session: String::from("s"),
+            every: Duration::from_secs(3600),
+            lease: None,
+            grace: Duration::ZERO,
+        };
+        std::thread::spawn(move || speak(&options, &Beginner(AtomicU32::new(0)), &asked));
+        let (tell, told) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in server.incoming() {
+                let mut line = BufReader::new(line.unwrap());
+                let (mut head, mut length) = (String::new(), 0);
+                while line.read_line(&mut head).unwrap() > 2 {
+                    let lower = head.to_ascii_lowercase();
+                    length = lower.strip_prefix("content-length:").map_or(length, |value| value.trim().parse().unwrap());
+                    head.clear();
+                }
+                let mut body = vec![0; length];
+                line.read_exact(&mut body).unwrap();
+                let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 23\r\nconnection: close\r\n\r\n{\"lease_seconds\": null}";
+                line.get_mut().write_all(&answer[..]).unwrap();
+                tell.send(serde_json::from_slice::<serde_json::Value>(&body).unwrap()["busy"] == true).ok();
+            }
+        });
+        let hear = || told.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert_eq!((hear(), hear()), (false, true));
+        drop(ask);
     }
 
     #[test]
