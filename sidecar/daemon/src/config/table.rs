@@ -153,7 +153,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     setting("tenants.agent_from", "agent-from", Kind::Sources, "", "where the name of that directory is read from, as `labels.tenant_from`; unset, the lowest number that is free"),
     setting("tenants.agent_workspace", "agent-workspace", Kind::Choice(&["auto", "always", "never"]), "auto", "whether the agent works in it: auto where the app gave it no working directory but its own"),
     setting("tenants.agent_dirs_at_end", "agent-dirs-at-end", Kind::Choice(&["keep", "remove"]), "keep", "what becomes of the directory when the agent has ended"),
-    setting("conversation.serve", "conversation-serve", Kind::Switch, "false", "whether who knows `fleet.token` may take the conversation at /v1/conversation, and bring one: the CLI's config directory and the workspace (docs/fleet-conversations.md)"),
+    setting("conversation.serve", "conversation-serve", Kind::Switch, "false", "whether who knows `fleet.token` may take the conversation at /v1/conversation, and bring one: the CLI's config directory and the workspace (docs/fleet-conversations.md); of `serve`, also that of each session (docs/serve.md)"),
     setting("conversation.config", "conversation-config", Kind::Path, "", "the CLI's config directory; unset, $CLAUDE_CONFIG_DIR or ~/.claude"),
     setting("conversation.workspace", "conversation-workspace", Kind::Path, "", "the workspace; unset, the working directory, if that is not `/`"),
     setting("conversation.exclude", "conversation-exclude", Kind::Names, ".credentials.json", "what is left out: names, wherever they are, or paths below either directory"),

@@ -6,11 +6,15 @@
 //!   PUT /v1/conversation ◄── the same, into a container in which none has worked yet
 //! ```
 //!
+//! Where [`crate::serve`] has a directory for each session, each has such a conversation of its own.
+//!
 //! Closed unless somebody opens it (`conversation.serve`), and then for whoever knows the container's token. When the conversation is put away
 //! and where it is kept is not known here.
 
 mod pack;
 mod unpack;
+
+pub(crate) use unpack::unlock_all;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Read, Write};
@@ -74,7 +78,7 @@ pub(crate) struct Options {
 
 /// Why it is not done.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Wrong {
+pub(crate) enum Wrong {
     #[error("{0}")]
     Busy(String),
     #[error("{0}")]
@@ -103,7 +107,7 @@ impl Wrong {
         }
     }
 
-    fn answer(&self) -> Answer {
+    pub(crate) fn answer(&self) -> Answer {
         text(self.status(), format!("{self}\n"))
     }
 }
@@ -151,7 +155,7 @@ pub(crate) struct Conversation {
     options: Arc<Options>,
     gate: Gate,
     fetched: Fetched,
-    /// One transfer at a time.
+    /// So many transfers at a time.
     taken: Arc<tokio::sync::Semaphore>,
 }
 
@@ -174,8 +178,12 @@ impl Work {
 
 impl Conversation {
     pub(crate) fn new(options: Options, fetched: Fetched) -> Conversation {
-        let gate = Gate::new(Keys { control: true, tcp: true, token: options.token.clone() });
-        Conversation { options: Arc::new(options), gate, fetched, taken: Arc::new(tokio::sync::Semaphore::new(1)) }
+        Conversation::beside(options, fetched, &Arc::new(tokio::sync::Semaphore::new(1)))
+    }
+
+    /// One of several, which are taken and brought as far as there is room.
+    pub(crate) fn beside(options: Options, fetched: Fetched, room: &Arc<tokio::sync::Semaphore>) -> Conversation {
+        Conversation { gate: gate(&options), options: Arc::new(options), fetched, taken: Arc::clone(room) }
     }
 
     /// `works` is asked before, and after. Each has a connection of its own: nobody waits for what more may come on it.
@@ -184,19 +192,24 @@ impl Conversation {
         W: Fn() -> F + Send + 'static,
         F: Future<Output = Works> + Send,
     {
-        let (parts, mut body) = request.into_parts();
-        let mut answer = match self.admit(&parts, peer) {
+        let (parts, body) = request.into_parts();
+        match self.admit(&parts, peer) {
             Ok(what) => {
                 line.lasts_for(LONGEST);
-                self.admitted(what, &mut body, works).await
+                self.transfer(what, body, works).await
             }
-            Err((status, why)) => text(status, why),
-        };
-        if !answer.status().is_success() {
-            drop(tokio::time::timeout(UNWANTED_FOR, Limited::new(body, UNWANTED).collect()).await);
+            Err((status, why)) => last(text(status, why), body).await,
         }
-        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-        answer
+    }
+
+    /// The same, of whoever was let in.
+    pub(crate) async fn transfer<W, F>(&self, what: What, mut body: Incoming, works: W) -> Answer
+    where
+        W: Fn() -> F + Send + 'static,
+        F: Future<Output = Works> + Send,
+    {
+        let answer = self.admitted(what, &mut body, works).await;
+        last(answer, body).await
     }
 
     /// What is wanted, of whom may want it.
@@ -205,12 +218,17 @@ impl Conversation {
         if let Some(refusal) = judged.refusal() {
             return Err(refusal);
         }
-        match asked.method {
-            Method::GET => Ok(What::Take),
-            Method::HEAD => Ok(What::Look),
-            Method::PUT => Ok(What::Bring),
-            _ => Err((StatusCode::METHOD_NOT_ALLOWED, "take it with GET, bring it with PUT\n")),
-        }
+        What::of(&asked.method).ok_or((StatusCode::METHOD_NOT_ALLOWED, "take it with GET, bring it with PUT\n"))
+    }
+
+    /// Whether it was brought into this container.
+    pub(crate) fn is_here(&self) -> bool {
+        self.fetched.is(&self.options.container)
+    }
+
+    /// What the CLI calls the session in it that spoke last.
+    pub(crate) async fn newest(&self) -> Option<String> {
+        self.blocking(|options| Ok(written(&options.roots))).await.ok()?.newest
     }
 
     async fn admitted<W, F>(&self, what: What, body: &mut Incoming, works: W) -> Answer
@@ -231,7 +249,7 @@ impl Conversation {
             return Wrong::Busy(String::from("somebody else takes or brings it just now")).answer();
         };
         // Whose answer was lost asks again: by now an agent may work with it.
-        if what == What::Bring && self.fetched.is(&self.options.container) {
+        if what == What::Bring && self.is_here() {
             drop(taken);
             while let Ok(Some(Ok(_))) = tokio::time::timeout(STALLS, body.frame()).await {}
             return text(StatusCode::OK, "it was here already\n");
@@ -350,11 +368,36 @@ impl Brought {
 
 /// What is wanted of it.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum What {
+pub(crate) enum What {
     Take,
     /// How far it has come.
     Look,
     Bring,
+}
+
+impl What {
+    pub(crate) fn of(method: &Method) -> Option<What> {
+        match *method {
+            Method::GET => Some(What::Take),
+            Method::HEAD => Some(What::Look),
+            Method::PUT => Some(What::Bring),
+            _ => None,
+        }
+    }
+}
+
+/// The last answer on a connection: nobody waits for what more may come on it.
+pub(crate) async fn last(mut answer: Answer, body: Incoming) -> Answer {
+    if !answer.status().is_success() {
+        drop(tokio::time::timeout(UNWANTED_FOR, Limited::new(body, UNWANTED).collect()).await);
+    }
+    answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    answer
+}
+
+/// Who is let in: whoever knows the container's token.
+pub(crate) fn gate(options: &Options) -> Gate {
+    Gate::new(Keys { control: true, tcp: true, token: options.token.clone() })
 }
 
 /// How far the transcripts have come.

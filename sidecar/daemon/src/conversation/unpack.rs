@@ -299,7 +299,7 @@ impl Drop for Stage {
 }
 
 /// What is in a directory without write permission cannot be removed, but by root.
-fn unlock_all(path: &Path) {
+pub(crate) fn unlock_all(path: &Path) {
     if rustix::process::geteuid().is_root() {
         return;
     }

@@ -4,12 +4,14 @@
 //!   POST /sessions/{id}/messages, or a WebSocket at /sessions/{id}/ws
 //!                                ──► talk (one for each id) ──stdin──► agent-sidecar run -- claude …
 //!                   events ◄────────────┘ ◄───────────────stdout──────┘
+//!   /sessions/{id}/conversation  ◄──► away: what a session has, for whoever has the container's token
 //!   and in this process the hub, which serves the numbers of all of them
 //! ```
 //!
 //! Every agent is started by a wrapper of ours, as if somebody had typed it: limits, ledger, budgets and lease are its business and not known
 //! here. What is here writes a line, reads lines, and knows which conversation goes on where.
 
+mod away;
 mod book;
 mod child;
 mod pages;
@@ -34,9 +36,11 @@ use crate::config::Config;
 use crate::hub::gate::Token;
 use crate::hub::{self, Place};
 use crate::supervise::User;
+use crate::tenants::{Homes, Places};
 
 pub(crate) use shape::Form;
 
+use away::Away;
 use book::Book;
 use child::Reaper;
 use talk::{State, Talk};
@@ -192,6 +196,7 @@ struct House {
     ending: Mutex<Vec<Arc<Talk>>>,
     /// Nothing new is begun.
     closing: watch::Receiver<bool>,
+    away: Option<Away>,
 }
 
 /// Why a message is not taken.
@@ -199,6 +204,8 @@ struct House {
 enum Refusal {
     /// Its turn before is under way.
     Busy,
+    /// What it has is brought or removed.
+    Moving,
     /// As many agents work as may.
     Full,
     Closing,
@@ -215,6 +222,9 @@ impl House {
         ending.retain(|talk| talk.state().runs);
         ending.extend(talks.extract_if(.., |_, talk| talk.is_over()).map(|(_, talk)| talk).filter(|talk| talk.state().runs));
         drop(ending);
+        if self.away.as_ref().is_some_and(|away| away.moves(id)) {
+            return Err(Refusal::Moving);
+        }
         if !talks.contains_key(id) && talks.len() >= TALKS {
             let rests = talks.iter().find(|(_, talk)| !talk.state().runs && !talk.state().busy).map(|(id, _)| id.clone());
             let Some(rests) = rests else { return Err(Refusal::Full) };
@@ -315,6 +325,8 @@ pub(crate) fn run(config: &Config, recipe: Recipe) -> Result<(), Error> {
         return Err(Error::AgentDirs);
     }
     let user = config.user()?.unwrap_or_else(User::ours);
+    let homes = Homes::find(config, &recipe.argv(None), &user);
+    let away = config.conversation(&Places::of(&[], None)).map(|options| Away::new(options, homes));
     let book = Book::open(options.book.clone().unwrap_or_else(|| config_dir(&user).join(BOOK)), &user);
     let program = std::env::current_exe().map_err(|error| Error::Io("find this program", error))?;
     let reaper = Reaper::start().map_err(|error| Error::Io("hear signals", error))?;
@@ -344,6 +356,7 @@ pub(crate) fn run(config: &Config, recipe: Recipe) -> Result<(), Error> {
             talks: Mutex::default(),
             ending: Mutex::default(),
             closing: closing.clone(),
+            away,
         });
         let pages = tokio::spawn(pages::serve(bound.into_listener(), Arc::clone(&house)));
         closing.wait_for(|told| *told).await.ok();

@@ -20,7 +20,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use super::talk::State;
 use super::{House, Refusal, socket};
 use crate::http::{Answer, Body, reply};
-use crate::hub::gate::Token;
+use crate::hub::gate::{Peer, Token};
 use crate::page;
 
 /// Connections at once: each turn is one, and who waits for its answer is another.
@@ -75,6 +75,7 @@ impl Connections {
         // Of whoever takes nothing of what was sent, the kernel says that it has hung up.
         let within = u32::try_from(CLIENT.as_millis()).unwrap_or(u32::MAX);
         rustix::net::sockopt::set_tcp_user_timeout(&stream, within).ok();
+        let Ok(from) = stream.peer_addr() else { return };
         let (house, turn) = (Arc::clone(house), Arc::new(AtomicBool::new(false)));
         let streams = Arc::clone(&turn);
         let room = Arc::clone(&self.sockets);
@@ -83,10 +84,11 @@ impl Connections {
             let service = hyper::service::service_fn(|request: Request<Incoming>| {
                 let (house, streams, room, next) = (Arc::clone(&house), Arc::clone(&streams), Arc::clone(&room), &next);
                 async move {
-                    streams.store(false, Relaxed);
-                    let mut answer = house.answer(request, &room, next).await.unwrap_or_else(Refused::answer);
+                    let (line, peer) = ((&room, next), Peer::Tcp(from.ip()));
+                    streams.store(house.is_moved_by(&request), Relaxed);
+                    let mut answer = house.answer(request, line, peer).await.unwrap_or_else(Refused::answer);
                     let lasts = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
-                    streams.store(lasts || matches!(answer.body(), Body::Stream(_)), Relaxed);
+                    streams.store(lasts || !matches!(answer.body(), Body::Whole(_)), Relaxed);
                     page::harden(&mut answer);
                     Ok::<_, Infallible>(answer)
                 }
@@ -161,8 +163,8 @@ impl House {
     async fn answer(
         self: &Arc<Self>,
         mut request: Request<Incoming>,
-        room: &Arc<Semaphore>,
-        next: &Next,
+        (room, next): (&Arc<Semaphore>, &Next),
+        peer: Peer,
     ) -> Result<Answer, Refused> {
         let path = request.uri().path().to_owned();
         let segments: Vec<&str> = path.split('/').skip(1).collect();
@@ -171,11 +173,16 @@ impl House {
             allowed(&request, "GET, HEAD")?;
             return Ok(say(StatusCode::OK, &json!({"status": "ok"})));
         }
-        self.judge(&request)?;
         let named = |id: &str| {
             let what = "a session id has 1 to 64 letters, digits, `-` or `_`, and begins with a letter or digit";
             if is_session(id) { Ok(()) } else { Err(refuse(StatusCode::BAD_REQUEST, what)) }
         };
+        // Another token opens it than all that follows.
+        if let (Some(away), ["sessions", id, "conversation"]) = (&self.away, segments.as_slice()) {
+            named(id)?;
+            return Ok(self.converse(away, id, request, peer).await);
+        }
+        self.judge(&request)?;
         match segments.as_slice() {
             ["sessions"] => {
                 allowed(&request, "GET, HEAD")?;
@@ -206,6 +213,11 @@ impl House {
                 Err(refuse(StatusCode::NOT_FOUND, what))
             }
         }
+    }
+
+    /// Whether what a session has goes by this, which takes a while.
+    fn is_moved_by(&self, request: &Request<Incoming>) -> bool {
+        self.away.is_some() && request.uri().path().ends_with("/conversation")
     }
 
     fn judge(&self, request: &Request<Incoming>) -> Result<(), Refused> {
@@ -239,6 +251,7 @@ impl House {
         let later = |status, what: &str| refuse(status, what).with(RETRY_AFTER, "5");
         let talk = self.admit(id).map_err(|refusal| match refusal {
             Refusal::Busy => later(StatusCode::CONFLICT, "its turn before is not over"),
+            Refusal::Moving => later(StatusCode::CONFLICT, "its conversation is brought or removed just now"),
             Refusal::Full => later(StatusCode::SERVICE_UNAVAILABLE, "as many agents work as may"),
             Refusal::Closing => later(StatusCode::SERVICE_UNAVAILABLE, "this server ends"),
         })?;

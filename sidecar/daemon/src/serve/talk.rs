@@ -54,6 +54,8 @@ pub(super) struct State {
     pub(super) rests: bool,
     pub(super) used: Option<Instant>,
     pub(super) cost: Cost,
+    /// Turns that were begun.
+    pub(super) turns: u64,
     over: bool,
     /// And its conversation is not gone on with.
     dropped: bool,
@@ -110,7 +112,7 @@ impl Talk {
 
     /// The next turn is whoever's who calls this.
     pub(super) fn reserve(&self) {
-        self.set(|state| state.busy = true);
+        self.set(|state| (state.busy, state.turns) = (true, state.turns + 1));
     }
 
     /// What is heard of the turn that was reserved.

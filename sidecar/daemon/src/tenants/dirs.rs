@@ -16,6 +16,7 @@ use agent_sidecar_core::who::{Sources, Who};
 
 use super::{ANSWER, digest, within};
 use crate::config::Config;
+use crate::conversation::{settled, unlock_all};
 use crate::hub::try_lock;
 use crate::supervise::User;
 
@@ -148,6 +149,78 @@ impl Home {
     }
 }
 
+/// The directories of agents that are told apart by their names, for whoever moves what is in them while nobody is there.
+#[derive(Clone, Debug)]
+pub(crate) struct Homes {
+    dirs: AgentDirs,
+    tenant: Option<String>,
+    user: Option<User>,
+    /// Without a link in it: that was so before an agent could make one.
+    root: PathBuf,
+}
+
+impl Homes {
+    /// As [`Home::open`] finds them. `None`: agents have none.
+    pub(crate) fn find(config: &Config, argv: &[OsString], user: &User) -> Option<Homes> {
+        // One that is named for all of them is no agent's own.
+        let named = std::env::var_os("CLAUDE_CONFIG_DIR").is_some_and(|dir| !dir.is_empty());
+        let dirs = config.agent_dirs().filter(|dirs| !named && !is_within(&dirs.root))?;
+        let root = settled(&std::path::absolute(&dirs.root).ok()?);
+        let tenant = super::find(config, argv, false).0.tenant;
+        Some(Homes { dirs, tenant, user: (!user.is_us()).then(|| user.clone()), root })
+    }
+
+    fn tenant(&self) -> PathBuf {
+        self.root.join(self.tenant.as_deref().map_or_else(|| NOBODY.to_owned(), safe))
+    }
+
+    /// What agents of this name have, the first first: it is there or not.
+    fn of(&self, name: &str) -> Vec<PathBuf> {
+        let (tenant, name) = (self.tenant(), safe(name));
+        let more = (2..=MANY).map(|n| tenant.join(format!("{name}~{n}"))).take_while(|dir| fs::symlink_metadata(dir).is_ok());
+        std::iter::once(tenant.join(&name)).chain(more).collect()
+    }
+
+    /// Where the agent of this name is that resumes this session, or begins.
+    pub(crate) fn at(&self, name: &str, session: Option<&str>) -> PathBuf {
+        let mut all = self.of(name);
+        let found = session.and_then(|id| all.iter().position(|dir| has_session(dir, id)));
+        all.swap_remove(found.unwrap_or_default())
+    }
+
+    /// Whether no agent of this name runs.
+    pub(crate) fn are_free(&self, name: &str) -> io::Result<bool> {
+        Ok(self.locked(name)?.is_some())
+    }
+
+    /// All that agents of this name have, kept from them. `None`: one runs.
+    fn locked(&self, name: &str) -> io::Result<Option<Vec<(PathBuf, File)>>> {
+        let is_dir = |dir: &PathBuf| fs::symlink_metadata(dir).is_ok_and(|found| found.is_dir());
+        let there = self.of(name).into_iter().filter(is_dir);
+        there.map(|dir| Ok(take(&dir)?.map(|lock| (dir, lock)))).collect()
+    }
+
+    /// Makes the first of this name, and keeps agents out of it. `None`: one has it.
+    pub(crate) fn make(&self, name: &str) -> io::Result<Option<Home>> {
+        let dirs = AgentDirs { root: self.root.clone(), workspace: Workspace::Never, remove: false, ..self.dirs.clone() };
+        let home = Home::make(&dirs, self.tenant.as_deref(), Some(name), Start::Fresh, None, self.user.as_ref())?;
+        Ok((home.dir == self.at(name, None)).then_some(home))
+    }
+
+    /// Removes all that agents of this name have. Whether that could be: none of them runs.
+    pub(crate) fn remove(&self, name: &str) -> io::Result<bool> {
+        let Some(locked) = self.locked(name)? else { return Ok(false) };
+        for (dir, _lock) in locked {
+            let gone = discard(&dir, &self.tenant())?;
+            if clear(&gone).is_err() {
+                unlock_all(&gone);
+                clear(&gone)?;
+            }
+        }
+        Ok(true)
+    }
+}
+
 /// Whoever is not started leaves nothing, either.
 impl Drop for Home {
     fn drop(&mut self) {
@@ -247,11 +320,13 @@ fn with_session(tenant: &Path, id: &str) -> Option<PathBuf> {
     if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
         return None;
     }
+    known(tenant).into_iter().find(|dir| has_session(dir, id))
+}
+
+fn has_session(dir: &Path, id: &str) -> bool {
     let file = format!("{id}.jsonl");
-    known(tenant).into_iter().find(|dir| {
-        let projects = fs::read_dir(dir.join("config/projects")).into_iter().flatten().flatten().take(MANY);
-        projects.into_iter().any(|project| fs::symlink_metadata(project.path().join(&file)).is_ok_and(|found| found.is_file()))
-    })
+    let projects = fs::read_dir(dir.join("config/projects")).into_iter().flatten().flatten().take(MANY);
+    projects.into_iter().any(|project| fs::symlink_metadata(project.path().join(&file)).is_ok_and(|found| found.is_file()))
 }
 
 /// Who gets into a directory.

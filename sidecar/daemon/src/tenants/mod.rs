@@ -7,7 +7,7 @@ mod known;
 
 use std::time::Duration;
 
-pub(crate) use dirs::{AgentDirs, Home, Workspace};
+pub(crate) use dirs::{AgentDirs, Home, Homes, Workspace};
 pub(crate) use guard::{Guard, Places, TenantsShare};
 pub(crate) use known::{find, silent};
 

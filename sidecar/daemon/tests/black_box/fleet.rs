@@ -116,7 +116,7 @@ fn ask(at: SocketAddr, method: &str, token: &str, body: &[u8]) -> Option<TcpStre
 }
 
 /// An answer's status, and its body as it came, pieces undone; none if that is not whole.
-fn hear(mut from: impl Read) -> Option<(u16, Vec<u8>)> {
+pub(crate) fn hear(mut from: impl Read) -> Option<(u16, Vec<u8>)> {
     let mut answer = Vec::new();
     from.read_to_end(&mut answer).ok()?;
     let end = answer.windows(4).position(|four| four == b"\r\n\r\n")?;

@@ -23,6 +23,7 @@ mod orphans;
 mod otlp;
 mod probe;
 mod serve;
+mod serve_away;
 mod shim;
 mod signals;
 mod support;

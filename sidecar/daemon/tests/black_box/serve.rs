@@ -32,6 +32,10 @@ while (heard := hear()) is not None:
     text = heard["message"]["content"]
     say(type="system", subtype="init", model="m")
     if text == "die": os._exit(3)
+    config = os.environ.get("CLAUDE_CONFIG_DIR", "")
+    if config.startswith(os.path.dirname(log)):
+        os.makedirs(config + "/projects/work", exist_ok=True)
+        open(f"{config}/projects/work/{session}.jsonl", "a").write(text + "\n")
     if text == "refused": result("Operation stopped by hook: agent-sidecar: a limit of this session is used up", 0); continue
     turns += 1
     say(type="assistant", message={"id": str(turns), "role": "assistant", "model": "m", "content": [{"type": "text", "text": f"{os.getpid()} {turns}"}]})
@@ -51,16 +55,16 @@ while (heard := hear()) is not None:
     if text == "bye": break
 "#;
 
-const TOKEN: &str = "0123456789abcdef-token";
+pub(crate) const TOKEN: &str = "0123456789abcdef-token";
 
-struct Server {
+pub(crate) struct Server {
     running: Running,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
     dir: PathBuf,
     _log: BufReader<std::process::ChildStderr>,
 }
 
-fn command(dir: &Path, flags: &[&str]) -> Command {
+pub(crate) fn command(dir: &Path, flags: &[&str]) -> Command {
     let mut command = Command::new(SIDECAR);
     command
         .env("AGENT_SIDECAR_SERVE_LISTEN", "127.0.0.1:0")
@@ -73,7 +77,10 @@ fn command(dir: &Path, flags: &[&str]) -> Command {
 
 impl Server {
     fn start(dir: &Path, flags: &[&str]) -> Server {
-        let mut command = command(dir, flags);
+        Server::of(command(dir, flags), dir)
+    }
+
+    pub(crate) fn of(mut command: Command, dir: &Path) -> Server {
         command.env("AGENT_AUTH_TOKEN", TOKEN).stderr(Stdio::piped());
         let mut running = Running::start(command);
         let mut log = BufReader::new(running.child.stderr.take().unwrap());
@@ -104,13 +111,13 @@ impl Server {
         (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
     }
 
-    fn ask(&self, method: &str, path: &str) -> (u16, Value) {
+    pub(crate) fn ask(&self, method: &str, path: &str) -> (u16, Value) {
         let (status, body) = self.raw(method, path, &bearer(), "");
         (status, serde_json::from_str(&body).unwrap_or_default())
     }
 
     /// A turn that has begun.
-    fn begin(&self, id: &str, prompt: &str) -> Stream {
+    pub(crate) fn begin(&self, id: &str, prompt: &str) -> Stream {
         let body = json!({"prompt": prompt}).to_string();
         let mut stream = BufReader::new(self.connect("POST", &format!("/sessions/{id}/messages"), &bearer(), &body));
         let mut status = String::new();
@@ -126,7 +133,7 @@ impl Server {
     }
 
     /// What the last event says; it is of this name.
-    fn last(&self, id: &str, prompt: &str, name: &str) -> String {
+    pub(crate) fn last(&self, id: &str, prompt: &str, name: &str) -> String {
         let events = self.say(id, prompt);
         let (last, data) = events.last().unwrap_or_else(|| panic!("no events for {prompt}"));
         assert_eq!(last, name, "{events:?}");
@@ -136,12 +143,12 @@ impl Server {
         }
     }
 
-    fn starts(&self) -> Vec<Value> {
+    pub(crate) fn starts(&self) -> Vec<Value> {
         let log = std::fs::read_to_string(self.dir.join("log")).unwrap_or_default();
         log.lines().map(|line| serde_json::from_str(line).unwrap()).filter(|line: &Value| line["pid"].is_number()).collect()
     }
 
-    fn stop(mut self) -> Option<i32> {
+    pub(crate) fn stop(mut self) -> Option<i32> {
         self.running.signal(Signal::TERM);
         self.running.code()
     }
@@ -151,14 +158,14 @@ fn bearer() -> String {
     format!("Authorization: Bearer {TOKEN}\r\n")
 }
 
-struct Stream {
-    status: u16,
+pub(crate) struct Stream {
+    pub(crate) status: u16,
     stream: BufReader<TcpStream>,
 }
 
 impl Stream {
     /// The next event: its name, and its data, if it has any.
-    fn next(&mut self) -> Option<(String, Value)> {
+    pub(crate) fn next(&mut self) -> Option<(String, Value)> {
         let mut name = String::new();
         let mut line = String::new();
         while {
