@@ -75,7 +75,12 @@ impl Policies for Templates {
     fn policy(&self, session: &Session) -> Policy {
         let mut policy = Policy::default();
         if let Some(can) = self.can.get(&session.provider) {
-            policy.pause_by = PauseBy::of(session.pattern, can.pause, self.of(session).is_some_and(|template| template.archive));
+            let archives = self.of(session).filter(|template| template.archive);
+            policy.pause_by = match archives.and_then(|template| template.shared) {
+                // Whatever its provider can: that would pause all that are in it.
+                Some(_) => PauseBy::Archive,
+                None => PauseBy::of(session.pattern, can.pause, archives.is_some()),
+            };
             policy.keep_alive = can.idle_timer.then_some(AHEAD);
             if !can.traffic_keeps_awake {
                 policy.look_every = LOOK_NEAR;

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use reqwest::{Method, Response, StatusCode};
 use serde::Deserialize;
 
-use crate::conversation::is_conversation;
+use crate::conversation::{OF_SESSION, is_conversation};
 use crate::provider::Endpoint;
 use crate::session::{Report, SessionId};
 
@@ -44,6 +44,14 @@ pub trait Inside: Send + Sync {
     /// # Errors
     /// It does not answer: in words.
     async fn end(&self, _at: &Endpoint, _token: Option<&str>, _id: &SessionId) -> Result<(), String> {
+        Err(String::from("it cannot be told of one of its sessions"))
+    }
+
+    /// Nothing of it is needed there any more: `DELETE /sessions/{id}/conversation`, with the container's token.
+    ///
+    /// # Errors
+    /// It does not answer, or the session works: in words.
+    async fn forget(&self, _at: &Endpoint, _token: &str, _id: &SessionId) -> Result<(), String> {
         Err(String::from("it cannot be told of one of its sessions"))
     }
 }
@@ -144,6 +152,16 @@ impl Inside for Http {
         match answer.status() {
             // An app that knows nothing of sessions has none to end.
             StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => Ok(()),
+            status if status.is_success() => Ok(()),
+            status => Err(format!("{path} answers {status}")),
+        }
+    }
+
+    async fn forget(&self, at: &Endpoint, token: &str, id: &SessionId) -> Result<(), String> {
+        let path = format!("/sessions/{id}{OF_SESSION}");
+        let answer = self.send(Method::DELETE, at, &path, Some(token)).await?;
+        match answer.status() {
+            StatusCode::NOT_FOUND => Ok(()),
             status if status.is_success() => Ok(()),
             status => Err(format!("{path} answers {status}")),
         }

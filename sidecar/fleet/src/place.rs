@@ -11,6 +11,9 @@
 //!                                                                                 └ its agent ends, and its place is free
 //! ```
 //!
+//! Where what a session has is put away, it is `paused` between, and holds no place; and a container is `pausing` before it ends: those in it see that,
+//! and are put away while it stands.
+//!
 //! To the rest of the fleet a place is a container at a provider, [`Shared`], which is made of the store and of what the app inside says of each of its
 //! sessions. What the container costs, with all its agents, is booked once: on the container.
 
@@ -34,6 +37,7 @@ use crate::provider::{
 use crate::service::{Error, Fleet};
 use crate::session::{Session, SessionId, Wanted};
 use crate::store::{self, Store, Within};
+use crate::token::Tokens;
 
 /// Containers that have a place left and are tried, by chance.
 const TRIES: usize = 64;
@@ -138,8 +142,8 @@ fn is_young(house: &Session, now: Timestamp) -> bool {
     house.ends - house.spec.ttl / 2 > now
 }
 
-/// One more is in it.
-pub fn seat(guest: &mut Session, house: &mut Session, grace: Duration, now: Timestamp) {
+/// One more is in it. `grace`: what a session is given to end, if it does not go on elsewhere.
+pub fn seat(guest: &mut Session, house: &mut Session, grace: Option<Duration>, now: Timestamp) {
     let Some(places) = &mut house.places else { return };
     places.taken.insert(guest.id.clone());
     places.empty_since = None;
@@ -147,7 +151,9 @@ pub fn seat(guest: &mut Session, house: &mut Session, grace: Duration, now: Time
     guest.holds = true;
     guest.made = Some(now);
     // Before the container does, so that it ends as it would by itself.
-    guest.ends = guest.ends.min((house.ends - grace).max(now));
+    if let Some(grace) = grace {
+        guest.ends = guest.ends.min((house.ends - grace).max(now));
+    }
 }
 
 /// What a place is called: by the session that is its container, and its own.
@@ -155,7 +161,7 @@ fn native(house: &SessionId, guest: &SessionId) -> String {
     format!("{house}/{guest}")
 }
 
-fn parse(native: &str) -> Option<(SessionId, SessionId)> {
+pub(crate) fn parse(native: &str) -> Option<(SessionId, SessionId)> {
     let (house, guest) = native.split_once('/')?;
     Some((house.parse().ok()?, guest.parse().ok()?))
 }
@@ -169,6 +175,8 @@ pub struct Shared {
     pub inner: Arc<dyn Provider>,
     pub inside: Arc<dyn Inside>,
     pub app: Option<App>,
+    /// What its sessions have is put away: who gives it, and forgets it, knows the container by this.
+    pub tokens: Option<Tokens>,
     pub now: Timestamp,
 }
 
@@ -192,8 +200,7 @@ impl Shared {
     /// The container of the other provider, while it runs.
     async fn runs(&self, native: &str) -> Done<String> {
         let (house, _) = self.house(native).await?;
-        let up = house.filter(|house| house.phase.is_up() && house.holds);
-        up.and_then(|house| house.native).ok_or(Failed::Missing { provider: NAME })
+        house.and_then(|house| stands(&house)).ok_or(Failed::Missing { provider: NAME })
     }
 }
 
@@ -227,10 +234,10 @@ impl Provider for Shared {
             None => (State::Missing, None),
             Some(house) => match house.phase {
                 Phase::Requested | Phase::Creating | Phase::Starting => (State::Creating, None),
-                Phase::Ready | Phase::Active | Phase::Idle => (State::Running, None),
+                Phase::Ready | Phase::Active | Phase::Idle | Phase::Pausing => (State::Running, None),
                 Phase::Failed => (State::Failed, house.reason.clone()),
                 // Nothing of several is paused.
-                Phase::Pausing | Phase::Paused | Phase::Resuming => (State::Failed, house.reason.clone()),
+                Phase::Paused | Phase::Resuming => (State::Failed, house.reason.clone()),
                 // Those in it are about to be told why: that it ends is no failure of theirs.
                 Phase::Stopping => (State::Stopping, house.reason.clone()),
                 Phase::Stopped | Phase::Destroyed => (State::Stopped, house.reason.clone()),
@@ -238,9 +245,11 @@ impl Provider for Shared {
         };
         let created = house.as_ref().map(|house| house.created);
         let (key, native, labels) = (Some(guest.to_string()), native.to_owned(), BTreeMap::new());
-        // Who was not ready yet has a place elsewhere then. Until it ends it may be made anew itself.
+        // Who goes on elsewhere leaves with what it has; of others, who was not ready yet has a place elsewhere when its container is taken away. Until that
+        // ends it may be made anew itself.
         let ends = |house: &&Session| matches!(house.phase, Phase::Stopping | Phase::Stopped | Phase::Destroyed);
-        let disrupted = house.as_ref().filter(ends).and_then(|house| house.disrupted.clone());
+        let taken = house.as_ref().filter(ends).and_then(|house| house.disrupted.clone());
+        let disrupted = house.as_ref().filter(|_| self.tokens.is_some()).and_then(leaves).or(taken);
         let node = house.and_then(|house| house.node);
         Ok(Sandbox { key, native, state, reason, exit_code: None, size: None, created, deadline: None, labels, node, disrupted })
     }
@@ -273,11 +282,14 @@ impl Provider for Shared {
     /// Its agent ends, and its place is free. The others are not touched.
     async fn stop(&self, native: &str, _: Duration) -> Done<()> {
         let (house, guest) = self.house(native).await?;
-        if let (Some((port, token)), Some(container)) =
-            (&self.app, house.filter(|house| house.phase.is_up() && house.holds).and_then(|house| house.native))
+        if let (Some((port, token)), Some((house, container))) =
+            (&self.app, house.and_then(|house| stands(&house).map(|container| (house, container))))
         {
             let at = self.inner.endpoint(&container, *port).await?;
             self.inside.end(&at, token.as_ref().map(Hidden::reveal), &guest).await.map_err(Self::wrong)?;
+            if let Some(tokens) = &self.tokens {
+                self.inside.forget(&at, &tokens.of(&house.key()), &guest).await.map_err(Self::wrong)?;
+            }
         }
         self.delete(native).await
     }
@@ -308,6 +320,18 @@ impl Provider for Shared {
     async fn events(&self, _: &BTreeMap<String, String>) -> Done<BoxStream<'static, Done<Happened>>> {
         Self::cannot("tell", "its container is told of")
     }
+}
+
+/// What the provider calls a container that runs, or is about to end.
+fn stands(house: &Session) -> Option<String> {
+    let stands = house.phase.is_up() || house.phase == Phase::Pausing;
+    house.native.clone().filter(|_| stands && house.holds)
+}
+
+/// Why those in it are to go on elsewhere, if they are.
+fn leaves(house: &Session) -> Option<String> {
+    let ends = matches!(house.phase, Phase::Pausing | Phase::Stopping | Phase::Stopped | Phase::Destroyed);
+    ends.then(|| format!("its container is to end: {}", house.reason.as_deref().unwrap_or("nobody knows why")))
 }
 
 /// What is forgotten needs nobody.
@@ -341,13 +365,14 @@ impl Fleet {
             None => inner,
             Some(_) => {
                 let (inside, app) = self.inside_of(session);
-                Arc::new(Shared { store: Arc::clone(self.store()), inner, inside, app, now: self.now() })
+                let tokens = self.tokens_of(session);
+                Arc::new(Shared { store: Arc::clone(self.store()), inner, inside, app, tokens, now: self.now() })
             }
         })
     }
 
     /// A place in a container that has one left, or in one that is made for it.
-    pub(crate) async fn place(&self, session: &Session, grace: Duration) -> Result<Found, Error> {
+    pub(crate) async fn place(&self, session: &Session, grace: Option<Duration>) -> Result<Found, Error> {
         let Some(place) = session.place.clone() else { return Ok(Found::Session(Box::new(session.clone()))) };
         // Who comes at the same time is to find what is made for the first.
         let _one_by_one = self.placing.lock().await;
@@ -360,7 +385,13 @@ impl Fleet {
     }
 
     /// In one of these. `None`: it is full, and there is not to be another.
-    async fn place_of(&self, session: &Session, kind: &str, share: Share, grace: Duration) -> Result<Option<Found>, Error> {
+    async fn place_of(
+        &self,
+        session: &Session,
+        kind: &str,
+        share: Share,
+        grace: Option<Duration>,
+    ) -> Result<Option<Found>, Error> {
         for round in 1.. {
             let mut houses = self.store().spares(kind, TRIES).await?;
             let known: Vec<SessionId> = houses.iter().map(|house| house.id.clone()).collect();
@@ -397,7 +428,7 @@ impl Fleet {
     }
 
     /// `None`: there is no place.
-    async fn sit(&self, session: &Session, mut house: Session, grace: Duration) -> Result<Option<Session>, Error> {
+    async fn sit(&self, session: &Session, mut house: Session, grace: Option<Duration>) -> Result<Option<Session>, Error> {
         for _ in 0..CONFLICTS {
             let now = self.now();
             if !may_seat(&house, now) || self.is_leaving(&house) {
@@ -471,16 +502,18 @@ impl Fleet {
     /// Those in a container hear at once what becomes of it.
     pub(crate) async fn tell_guests(&self, house: &Session) {
         let Some(places) = &house.places else { return };
+        // Who goes on elsewhere sees for itself that it is to leave.
+        let leave = self.tokens_of(house).is_some();
         for guest in &places.taken {
             let told = match house.phase {
                 Phase::Stopping | Phase::Stopped if house.disrupted.is_some() && self.is_on_its_way(guest).await => {
                     self.store().wake(guest).await.or_else(known).map_err(Error::from)
                 }
-                Phase::Stopping | Phase::Stopped => {
+                Phase::Stopping | Phase::Stopped if !leave => {
                     let why = house.reason.as_deref().unwrap_or("nobody knows why");
                     self.want(guest, Wanted::Gone, &format!("its container is to end: {why}")).await.map(drop)
                 }
-                Phase::Ready | Phase::Failed | Phase::Destroyed => {
+                Phase::Ready | Phase::Pausing | Phase::Stopping | Phase::Stopped | Phase::Failed | Phase::Destroyed => {
                     self.store().wake(guest).await.or_else(known).map_err(Error::from)
                 }
                 Phase::Requested
@@ -488,7 +521,6 @@ impl Fleet {
                 | Phase::Starting
                 | Phase::Active
                 | Phase::Idle
-                | Phase::Pausing
                 | Phase::Paused
                 | Phase::Resuming => Ok(()),
             };
@@ -528,9 +560,12 @@ mod tests {
         assert!(may_seat(&house, at(299)) && !may_seat(&house, at(300)));
         let (mut guest, before) = (house.clone(), house.clone());
         (guest.id, guest.places) = ("guest".parse().unwrap(), None);
-        seat(&mut guest, &mut house, Duration::from_secs(20), now);
+        let mut away = guest.clone();
+        seat(&mut guest, &mut house, Some(Duration::from_secs(20)), now);
         assert!(!may_seat(&house, now) && house.spare().is_some(), "it is full, and known to be there");
         assert_eq!((guest.native.as_deref(), guest.ends), (Some("house/guest"), at(580)));
+        seat(&mut away, &mut before.clone(), None, now);
+        assert_eq!(away.ends, at(600), "who is put away does not end with it");
         assert!(!may_seat(&Session { wanted: Wanted::Gone, ..before.clone() }, now));
         assert!(!may_seat(&Session { phase: Phase::Stopping, ..before }, now));
     }

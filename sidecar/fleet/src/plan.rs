@@ -31,6 +31,8 @@ pub struct Policy {
     /// How long a container may take to end.
     pub stop_grace: Duration,
     pub pause_by: PauseBy,
+    /// Those that are in it are put away before it ends.
+    pub clears: bool,
     /// How far ahead the provider's timers are moved while the agent works. `None`: it has none.
     pub keep_alive: Option<Duration>,
     /// How often a container is looked at that nobody has heard of.
@@ -53,6 +55,7 @@ impl Default for Policy {
             avoid: None,
             stop_grace: Duration::from_secs(20),
             pause_by: PauseBy::Nothing,
+            clears: false,
             keep_alive: None,
             look_every: Duration::from_secs(30),
             settle: Duration::from_secs(15),
@@ -68,7 +71,10 @@ impl Policy {
         if session.place.is_none() && session.places.is_none() {
             return;
         }
-        self.pause_by = PauseBy::Nothing;
+        let away = self.pause_by == PauseBy::Archive;
+        self.clears = away && session.places.is_some();
+        // A provider would pause all that are in it.
+        self.pause_by = if away && session.place.is_some() { PauseBy::Archive } else { PauseBy::Nothing };
         if session.place.is_some() {
             // The container's age and memory are its own, and its timers.
             self.recycle = Recycle::default();
@@ -151,6 +157,8 @@ const DRAINED_AGAIN: Duration = Duration::from_secs(10);
 const BACK: Duration = Duration::from_secs(300);
 /// How long a container of several stays that has nobody in it, unless somebody says otherwise.
 const EMPTY: Duration = Duration::from_secs(300);
+/// How long those in it are given to be put away, before it ends.
+const CLEARED: Duration = Duration::from_secs(300);
 /// How long it is tried to put away what one has that is taken away: no cluster gives it longer.
 const LAST_WORDS: Duration = Duration::from_secs(600);
 /// So many containers may be taken away in a row before they are ready: then there is no place for it.
@@ -417,7 +425,7 @@ impl Planner<'_> {
             }
             State::Stopped | State::Failed | State::Missing | State::Destroyed => {
                 let what = format!("its container has ended{}", why(container));
-                let kept = self.session.pattern == Pattern::Hybrid && self.session.archive.is_some();
+                let kept = (self.session.pattern == Pattern::Hybrid || self.rests()) && self.session.archive.is_some();
                 return Some(enter(if kept { Phase::Pausing } else { Phase::Failed }, what));
             }
         }
@@ -428,6 +436,10 @@ impl Planner<'_> {
         }
         let look_again = self.seen.map_or(self.now, |seen| seen.at + self.policy.look_every);
         let back = self.back();
+        let clears = CLEARED.min(self.session.spec.ttl / 4);
+        if self.is_left() && self.session.ends - clears <= self.now {
+            return Some(enter(Phase::Pausing, LIVED));
+        }
         // The provider, or the reconciler, ends it then anyway.
         if self.session.metered_since.is_some() && self.has_lived() {
             let kept = self.policy.pause_by == PauseBy::Archive && self.session.pattern == Pattern::Hybrid;
@@ -556,15 +568,46 @@ impl Planner<'_> {
 
     /// What becomes of one that is not to go on here.
     fn quiet(&self) -> Phase {
-        match self.session.pattern {
-            Pattern::Hybrid if self.policy.pause_by != PauseBy::Nothing => Phase::Pausing,
-            Pattern::Ephemeral | Pattern::Hybrid | Pattern::LongRunning | Pattern::Shared => Phase::Stopping,
+        if self.rests() || self.is_left() { Phase::Pausing } else { Phase::Stopping }
+    }
+
+    /// Whether it can go on later.
+    fn rests(&self) -> bool {
+        let can = self.policy.pause_by != PauseBy::Nothing;
+        can && (self.session.pattern == Pattern::Hybrid || self.session.place.is_some())
+    }
+
+    /// Whether somebody is in it who is to be put away before it ends.
+    fn is_left(&self) -> bool {
+        self.policy.clears && self.session.places.as_ref().is_some_and(|places| !places.taken.is_empty())
+    }
+
+    /// Of several: those in it are put away as long as it stands, and it ends when they are, or have had long enough.
+    fn clearing(&self) -> Maybe {
+        let until = self.session.since + CLEARED;
+        if !self.is_left() || until <= self.now {
+            return Some(Step::Enter(Phase::Stopping, self.session.reason.clone()));
         }
+        let container = match self.look(self.policy.look_every) {
+            Ok(container) => container,
+            Err(step) => return Some(self.later().unwrap_or(step)),
+        };
+        if matches!(container.state, State::Stopped | State::Failed | State::Missing | State::Destroyed) {
+            return Some(match &self.session.disrupted {
+                Some(why) => enter(Phase::Stopping, why),
+                None => enter(Phase::Failed, format!("its container has ended{}", why(container))),
+            });
+        }
+        let look_again = self.seen.map_or(self.now, |seen| seen.at + self.policy.look_every);
+        Some(self.wait(vec![until, self.session.ends, look_again]))
     }
 
     fn pausing(&self) -> Maybe {
         if let Some(step) = self.unwanted().or_else(|| self.hooks()) {
             return Some(step);
+        }
+        if self.session.places.is_some() {
+            return self.clearing();
         }
         let disrupted = self.session.disrupted.as_ref();
         if !self.session.holds {

@@ -26,7 +26,7 @@ use crate::hook::Verdict;
 use crate::inside::Inside;
 use crate::lifecycle::Phase;
 use crate::metric::{self, Metrics};
-use crate::place::{App, Found};
+use crate::place::{self, App, Found};
 use crate::plan::{self, Action, Outcome, PauseBy, Policy, Seen, Step};
 use crate::pool::Ahead;
 use crate::provider::{self, FLEET_LABEL, KEY_LABEL, Provider, SESSION_LABEL, Sandbox, Secret, State};
@@ -277,6 +277,13 @@ impl Fleet {
     /// Who is asked about the sessions in a container, and where.
     pub(crate) fn inside_of(&self, session: &Session) -> (Arc<dyn Inside>, Option<App>) {
         (Arc::clone(&self.inside), self.policies.app(session))
+    }
+
+    /// What containers are known by, if what this session has is put away, or what those in it have.
+    pub(crate) fn tokens_of(&self, session: &Session) -> Option<Tokens> {
+        let mut policy = self.policies.policy(session);
+        policy.shared(session);
+        self.tokens.clone().filter(|_| policy.pause_by == PauseBy::Archive || policy.clears)
     }
 
     /// For who waits until one session is in another phase: [`moved`].
@@ -592,7 +599,8 @@ impl Fleet {
                 }
                 Step::Do(action) => {
                     if action == Action::Create && session.place.is_some() {
-                        match self.place(&session, policy.stop_grace).await? {
+                        let grace = Some(policy.stop_grace).filter(|_| policy.pause_by != PauseBy::Archive);
+                        match self.place(&session, grace).await? {
                             Found::Session(found) => session = *found,
                             Found::Nothing(error) => {
                                 let (before, now, outcome) = (session.clone(), self.now(), Outcome::Failed(error));
@@ -851,7 +859,7 @@ impl Fleet {
 
     async fn bring(&self, session: &Session, provider: &Arc<dyn Provider>) -> conversation::Result<()> {
         let (away, token, endpoint) = self.conversation_of(session, provider).await?;
-        away.bring(session.archive.as_deref().unwrap_or_default(), &endpoint, &token).await
+        away.bring(session, session.archive.as_deref().unwrap_or_default(), &endpoint, &token).await
     }
 
     async fn conversation_of(
@@ -862,7 +870,14 @@ impl Fleet {
         let (Some(away), Some(tokens)) = (&self.away, &self.tokens) else {
             return Err(conversation::Error::Lasting(String::from("there is no [conversations] any more")));
         };
-        let (at, port) = (native(session), self.policies.port(session));
+        let (at, mut port, mut key) = (native(session), self.policies.port(session), session.key());
+        if session.place.is_some() {
+            // Its app is asked, and the container is the one that all of them are in.
+            let unknown = |what: String| conversation::Error::Passing(what);
+            let (house, _) = place::parse(at).ok_or_else(|| unknown(String::from("it has no place")))?;
+            key = self.read(&house).await.map_err(|error| unknown(error.to_string()))?.key();
+            port = self.policies.app(session).map_or(port, |(port, _)| port);
+        }
         let endpoint = match session.disrupted {
             Some(_) => provider.last_endpoint(at, port).await,
             None => provider.endpoint(at, port).await,
@@ -871,7 +886,7 @@ impl Fleet {
             true => conversation::Error::Passing(error.to_string()),
             false => conversation::Error::Lasting(error.to_string()),
         })?;
-        Ok((away, tokens.of(&session.key()), endpoint))
+        Ok((away, tokens.of(&key), endpoint))
     }
 
     /// What was put away of a session that is over goes with it, unless it is to be kept for a while; what is left then, [`Self::sweep`] finds.

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use agent_fleet::lifecycle::Phase;
+use agent_fleet::place::{Place, Places, Share};
 use agent_fleet::plan::{Action, Outcome, PauseBy, Policy, Seen, Step, about_to, enter_phase, heard, next, orphans, record, saw};
 use agent_fleet::provider::{Error, KEY_LABEL, Price, SESSION_LABEL, Sandbox, Size, Spec, State};
 use agent_fleet::session::{Pattern, Report, Session, Wanted};
@@ -73,13 +74,19 @@ struct World {
 
 impl World {
     fn new(pattern: Pattern, pause_by: PauseBy, fate: Vec<u8>, lag: Duration) -> Self {
-        let policy = Policy {
+        let mut policy = Policy {
             idle_after: Some(Duration::from_secs(60)),
             keep_alive: Some(Duration::from_secs(300)),
             pause_by,
             ..Policy::default()
         };
-        let kept = session(pattern);
+        let mut kept = session(pattern);
+        if pattern == Pattern::Shared && pause_by == PauseBy::Archive {
+            kept.place = Some(Place::of(&kept, Share { sessions_per_container: 2, containers: None }));
+        }
+        policy.shared(&kept);
+        // A place is known to be there at once.
+        let lag = if kept.place.is_some() { Duration::ZERO } else { lag };
         let (containers, leaving, removed, trail) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), vec![Phase::Requested]);
         World {
             now: start(),
@@ -264,6 +271,8 @@ fn patterns() -> impl Strategy<Value = (Pattern, PauseBy)> {
         Just((Pattern::Hybrid, PauseBy::Archive)),
         Just((Pattern::Hybrid, PauseBy::Provider)),
         Just((Pattern::Shared, PauseBy::Nothing)),
+        // With a place among others.
+        Just((Pattern::Shared, PauseBy::Archive)),
     ]
 }
 
@@ -342,6 +351,113 @@ fn a_hybrid_one_is_put_away_when_it_is_idle_and_goes_on_in_another_container() {
     assert!(world.kept.hydrated, "with what was put away");
     world.kept.report = Some(Report { at: world.now, busy_until: None, cost_usd: 0.5, conversation: None, memory_bytes: None });
     assert_eq!(world.kept.cost_usd(), 1.5, "of both containers");
+}
+
+#[test]
+fn one_of_several_is_put_away_and_goes_on_in_another_place() {
+    use Phase::*;
+    let mut world = World::new(Pattern::Shared, PauseBy::Archive, vec![], Duration::ZERO);
+    while world.kept.phase != Ready {
+        assert!(world.step());
+    }
+    world.kept.report = Some(report(world.now, None));
+    while world.kept.phase != Paused {
+        assert!(world.step());
+    }
+    assert_eq!(world.trail, [Requested, Creating, Starting, Ready, Pausing, Paused]);
+    assert_eq!((world.alive(), world.kept.holds, world.kept.archive.as_deref()), (0, false, Some("kept")));
+    world.kept.wanted = Wanted::Running;
+    while world.kept.phase != Ready {
+        assert!(world.step());
+    }
+    assert_eq!(world.trail[6..], [Resuming, Creating, Starting, Ready]);
+    assert!(world.kept.hydrated && world.kept.generation == 2);
+    world.kept.report = Some(report(world.now, None));
+    assert_eq!(world.kept.cost_usd(), 1.0, "its own part, of both");
+}
+
+#[test]
+fn who_is_in_a_container_that_dies_goes_on_with_what_was_put_away_last() {
+    for (archive, to) in [(Some("before"), Phase::Paused), (None, Phase::Failed)] {
+        let mut world = World::new(Pattern::Shared, PauseBy::Archive, vec![], Duration::ZERO);
+        while world.kept.phase != Phase::Ready {
+            assert!(world.step());
+        }
+        (world.kept.archive, world.kept.hydrated) = (archive.map(String::from), true);
+        world.kept.report = Some(report(world.now, None));
+        world.containers.values_mut().for_each(|found| found.0 = State::Failed);
+        while world.kept.phase != to || world.kept.holds {
+            assert!(world.step());
+        }
+        assert_eq!(world.kept.archive.as_deref(), archive);
+    }
+}
+
+/// A container that somebody is in, until it is to end for this.
+fn container_of_several(clears: bool, why: impl Fn(&mut World)) -> World {
+    let mut world = World::new(Pattern::Shared, PauseBy::Nothing, vec![], Duration::ZERO);
+    let taken = ["guest".parse().unwrap()].into();
+    world.kept.places = Some(Places { kind: String::from("k"), most: 2, pinned: false, taken, empty_since: None });
+    world.policy.clears = clears;
+    while world.kept.phase != Phase::Ready {
+        assert!(world.step());
+    }
+    world.kept.report = Some(report(world.now, None));
+    why(&mut world);
+    while world.kept.phase == Phase::Ready {
+        assert!(world.step());
+    }
+    world
+}
+
+#[test]
+fn a_container_of_several_ends_when_those_in_it_are_put_away() {
+    let drained = |world: &mut World| world.policy.drained = Some(world.now + Duration::from_secs(600));
+    let node = |world: &mut World| world.policy.node_drained = Some(world.now);
+    let taken = |world: &mut World| world.take_away(Duration::from_secs(30));
+    let old = |world: &mut World| world.now = world.kept.ends - Duration::from_secs(300);
+    type Happens<'a> = &'a dyn Fn(&mut World);
+    let reasons: [(&str, Happens); 4] = [
+        ("its provider is being drained", &drained),
+        ("its node is being drained", &node),
+        (TAKEN, &taken),
+        ("its container's time is over", &old),
+    ];
+    for (why, happens) in reasons {
+        let mut world = container_of_several(true, happens);
+        assert_eq!((world.kept.phase, world.kept.reason.as_deref()), (Phase::Pausing, Some(why)));
+        assert_eq!(world.kept.spare(), None, "nobody new comes");
+        let began = world.now;
+        world.run(3);
+        assert_eq!(world.kept.phase, Phase::Pausing, "{why}");
+        world.kept.places.as_mut().unwrap().taken.clear();
+        while world.kept.phase == Phase::Pausing {
+            assert!(world.step());
+        }
+        assert_eq!((world.kept.phase, world.kept.reason.as_deref()), (Phase::Stopping, Some(why)));
+        assert!(world.now < began + Duration::from_secs(300));
+        // Whose conversations stay in it ends with it.
+        let at_once = container_of_several(false, happens);
+        assert_eq!(at_once.kept.phase, Phase::Stopping, "{why}");
+    }
+}
+
+#[test]
+fn who_cannot_be_put_away_in_time_does_not_keep_a_container() {
+    let drained = |world: &mut World| world.policy.drained = Some(world.now + Duration::from_secs(3000));
+    let mut world = container_of_several(true, drained);
+    let began = world.now;
+    while world.kept.phase == Phase::Pausing {
+        assert!(world.step());
+    }
+    assert_eq!((world.kept.phase, world.now), (Phase::Stopping, began + Duration::from_secs(300)));
+    // Nor does one that has died meanwhile wait for anybody.
+    let mut world = container_of_several(true, drained);
+    world.containers.values_mut().for_each(|found| found.0 = State::Stopped);
+    while world.kept.phase == Phase::Pausing {
+        assert!(world.step());
+    }
+    assert_eq!(world.kept.phase, Phase::Failed);
 }
 
 #[test]

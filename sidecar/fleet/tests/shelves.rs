@@ -605,7 +605,7 @@ async fn a_conversation_comes_back_as_it_was_or_not_at_all() {
     assert_eq!(last.conversation.as_deref(), Some("the-one"));
     assert_eq!(away.shelf.list("fleet/talk/").await.unwrap().len(), 2, "the last two are kept");
     container.has.lock().unwrap().clear();
-    away.bring(&last.name, &at, "the-token").await.unwrap();
+    away.bring(&talk, &last.name, &at, "the-token").await.unwrap();
     assert!(*container.has.lock().unwrap() == [&was[..], &[3], &END].concat());
     // Somebody has spoken to it while it was on its way to the shelf.
     container.goes_on.store(true, Relaxed);
@@ -624,13 +624,13 @@ async fn a_conversation_comes_back_as_it_was_or_not_at_all() {
     }
     *container.says.lock().unwrap() = None;
     let nobody = Endpoint { url: String::from("http://127.0.0.1:1"), headers: vec![] };
-    assert!(matches!(away.bring(&last.name, &nobody, "the-token").await, Err(Error::NotYet(_))));
+    assert!(matches!(away.bring(&talk, &last.name, &nobody, "the-token").await, Err(Error::NotYet(_))));
     // A gateway that answers for nobody is not the sidecar; a sidecar that is not well is.
     let unwell = "the agent survives every attempt to end it\n";
     for (status, said, there) in [(404, "", false), (502, "", false), (503, "no healthy upstream", false), (503, unwell, true)] {
         *container.live.lock().unwrap() = Some((StatusCode::from_u16(status).unwrap(), said));
         *container.says.lock().unwrap() = Some(StatusCode::FORBIDDEN);
-        let brought = away.bring(&last.name, &at, "the-token").await;
+        let brought = away.bring(&talk, &last.name, &at, "the-token").await;
         assert_eq!(matches!(brought, Err(Error::NotYet(_))), !there, "{status} {said}: {brought:?}");
     }
     (*container.live.lock().unwrap(), *container.says.lock().unwrap()) = (None, None);
@@ -648,7 +648,7 @@ async fn a_conversation_comes_back_as_it_was_or_not_at_all() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     std::fs::write(&path, bytes).unwrap();
-    assert!(matches!(away.bring(&last.name, &at, "the-token").await, Err(Error::Lasting(_))));
+    assert!(matches!(away.bring(&talk, &last.name, &at, "the-token").await, Err(Error::Lasting(_))));
     assert!(container.has.lock().unwrap().is_empty());
     // What compresses badly is too large, and nothing of it is left.
     let noise = ring::rand::SystemRandom::new();

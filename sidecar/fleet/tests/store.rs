@@ -949,7 +949,7 @@ async fn of_many_who_want_a_place_no_more_have_one_than_there_are(Fresh { store,
                 for mut house in houses {
                     assert!(place::may_seat(&house, now));
                     let mut seated = guest.clone();
-                    place::seat(&mut seated, &mut house, Duration::ZERO, now);
+                    place::seat(&mut seated, &mut house, Some(Duration::ZERO), now);
                     match store.update_both(&mut seated, &mut house).await {
                         Ok(()) => return Some(seated),
                         Err(Error::Conflict(_)) => {}

@@ -164,7 +164,8 @@ impl<'a> Reader<'a> {
                 );
             }
             let Some(can) = self.can.get(&template.provider) else { continue };
-            let (endpoint, env, memory) = (can.endpoint, can.env, can.pause == Pause::Memory);
+            // Which would pause all that are in it, where several are.
+            let (endpoint, env, memory) = (can.endpoint, can.env, can.pause == Pause::Memory && template.shared.is_none());
             if memory {
                 let what = format!(
                     "`templates.{name}.archive`: `{}` pauses containers with all that is in them, for less",

@@ -332,13 +332,13 @@ impl<'a> Reader<'a> {
             self.wrong(s.at_key("idle_after"), what, "set a time, or make it long-running");
         }
         let archive = self.get(s, "archive", switch).unwrap_or(false);
-        if archive && pattern != Pattern::Hybrid {
+        if archive && pattern != Pattern::Hybrid && s.has("shared").is_none() {
             let what = format!(
                 "`{}` is {}, and `archive` is for what is put away and gone on with",
                 s.name,
                 super::pattern_name(pattern)
             );
-            self.wrong(s.at_key("archive"), what, "make it hybrid, or leave `archive` out");
+            self.wrong(s.at_key("archive"), what, "make it hybrid or shared, or leave `archive` out");
         }
         let (pool, recycle) = (self.pool(s, ttl), self.recycle(s));
         if pattern == Pattern::Ephemeral && s.has("pool").is_some() && app_port.is_none() {

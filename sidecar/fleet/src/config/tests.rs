@@ -419,6 +419,10 @@ fn what_is_wrong_with_putting_away_is_said() {
     assert!(of("secret = { env = \"S\" }", "").contains("[conversations] wants a secret of the fleet's"));
     assert!(of("{ env = \"S\" }", "{ env = \"SHORT\" }").contains("`fleet.secret` has fewer than 32 characters"));
     assert!(of("hybrid", "long-running").contains("`archive` is for what is put away"));
+    let shared = "app_port = 8000\nshared = { sessions_per_container = 8 }\n[conversations]";
+    assert_eq!(of("hybrid", "shared").matches("`archive` is for").count(), 1, "by how many is not said");
+    let several = away("store = \"file:///c\"").replace("hybrid", "shared").replace("[conversations]", shared);
+    assert!(parse(&several).unwrap().templates["task"].archive);
     assert!(of("[conversations]\nstore = \"file:///c\"", "").contains("there is no [conversations] to put anything into"));
     let claims = of("kind = \"docker\"", "kind = \"kubernetes\"\nbackend = \"claim\"");
     assert!(claims.contains("`local` gives a container no environment"), "{claims}");
@@ -507,11 +511,6 @@ fn sessions_share_a_container_where_its_app_can_tell_them_apart() {
             "`templates.task` is ephemeral, and has its container for itself",
         ),
         ("shared = { sessions_per_container = 8 }", "`templates.task.shared` needs `app_port`"),
-        // Of several in a container none is put away: whoever writes so is told.
-        (
-            "app_port = 8000\narchive = true\nshared = { sessions_per_container = 8 }",
-            "`archive` is for what is put away and gone on with",
-        ),
         ("app_port = 8000\nshared = { containers = 2 }", "`templates.task.shared` has no `sessions_per_container`"),
         ("app_port = 8000\nshared = { sessions_per_container = 257 }", "`templates.task.shared.sessions_per_container` is 257"),
         ("app_port = 8000\nshared = { sessions_per_container = 2, containers = 0 }", "is zero"),

@@ -32,8 +32,9 @@ use crate::provider::Endpoint;
 use crate::session::{Session, SessionId};
 use crate::store::Store;
 
-/// Where the sidecar serves it.
+/// Where the sidecar serves it; and below one of several sessions in a container, `agent-sidecar serve`.
 const PATH: &str = "/v1/conversation";
+pub(crate) const OF_SESSION: &str = "/conversation";
 const NAMED: &str = "agent-conversation";
 /// How far it has come, by the sidecar's word.
 const MARK: &str = "agent-conversation-mark";
@@ -178,15 +179,16 @@ impl Conversations {
     /// # Errors
     /// An agent works there, it is too large, or something does not answer.
     pub async fn put_away(&self, session: &Session, at: &Endpoint, token: &str, now: Timestamp) -> Result<Kept> {
-        let asked = self.request(reqwest::Method::GET, at, token);
+        let path = path_of(session);
+        let asked = self.request(reqwest::Method::GET, at, &path, token);
         let answer = answered(asked.send().await).await?;
         let conversation = answer.headers().get(NAMED).and_then(|name| name.to_str().ok());
         let conversation = conversation.filter(|name| is_conversation(name)).map(str::to_owned);
         let mark = answer.headers().get(MARK).cloned();
         let spooled = self.spooled();
         let (say, hear) = mpsc::channel::<Vec<u8>>(CHUNKS);
-        let (path, most) = (spooled.0.clone(), self.max_size);
-        let packing = tokio::task::spawn_blocking(move || pack(&path, hear, most));
+        let (file, most) = (spooled.0.clone(), self.max_size);
+        let packing = tokio::task::spawn_blocking(move || pack(&file, hear, most));
         let mut parts = answer.bytes_stream();
         let mut whole = Ok(());
         while let Some(part) = parts.next().await {
@@ -208,7 +210,7 @@ impl Conversations {
         let name = Name { session: session.id.clone(), generation, unix_ms, digest }.written(&self.fleet);
         self.shelf.put(&name, &spooled.0).await?;
         // That has taken a while, and the container is destroyed next.
-        if self.has_gone_on(mark, at, token).await {
+        if self.has_gone_on(mark, at, (&path, token)).await {
             self.shelf.delete(&name).await?;
             return Err(Error::Passing(String::from("an agent has worked since it was taken")));
         }
@@ -220,22 +222,24 @@ impl Conversations {
     }
 
     /// Whether what was taken is not all of it any more. Where nobody answers, it is all there is.
-    async fn has_gone_on(&self, mark: Option<HeaderValue>, at: &Endpoint, token: &str) -> bool {
+    async fn has_gone_on(&self, mark: Option<HeaderValue>, at: &Endpoint, (path, token): (&str, &str)) -> bool {
         let Some(mark) = mark else { return false };
-        let asked = self.request(reqwest::Method::HEAD, at, token).timeout(CONNECT).send().await;
+        let asked = self.request(reqwest::Method::HEAD, at, path, token).timeout(CONNECT).send().await;
         asked.is_ok_and(|answer| match answer.status() {
             StatusCode::CONFLICT => true,
             status => status.is_success() && answer.headers().get(MARK) != Some(&mark),
         })
     }
 
-    /// Brings what was put away into a container.
+    /// Brings what was put away into the container of a session.
     ///
     /// # Errors
     /// Nobody listens there yet, it is damaged, or something does not answer.
-    pub async fn bring(&self, name: &str, at: &Endpoint, token: &str) -> Result<()> {
-        // Before it is fetched: a container takes a while to listen.
-        self.listens(at).await?;
+    pub async fn bring(&self, session: &Session, name: &str, at: &Endpoint, token: &str) -> Result<()> {
+        // Before it is fetched: a container takes a while to listen. One of several has spoken already.
+        if session.place.is_none() {
+            self.listens(at).await?;
+        }
         let known =
             Name::read(&self.fleet, name).ok_or_else(|| Error::Lasting(format!("`{name}` is no name of what was put away")))?;
         let spooled = self.spooled();
@@ -249,7 +253,7 @@ impl Conversations {
         let path = spooled.0.clone();
         let unpacking = tokio::task::spawn_blocking(move || unpack(&path, &say));
         let parts = futures_util::stream::unfold(hear, |mut hear| async move { hear.recv().await.map(|part| (part, hear)) });
-        let asked = self.request(reqwest::Method::PUT, at, token).body(reqwest::Body::wrap_stream(parts));
+        let asked = self.request(reqwest::Method::PUT, at, &path_of(session), token).body(reqwest::Body::wrap_stream(parts));
         let answer = answered(asked.send().await).await;
         drop(unpacking.await);
         answer.map(drop)
@@ -271,8 +275,8 @@ impl Conversations {
         if unwell { Ok(()) } else { Err(Error::NotYet(format!("something says {}, and is not the sidecar", status.as_u16()))) }
     }
 
-    fn request(&self, method: reqwest::Method, at: &Endpoint, token: &str) -> reqwest::RequestBuilder {
-        headers(self.client.request(method, format!("{}{PATH}", at.url)).bearer_auth(token).timeout(LONGEST), at)
+    fn request(&self, method: reqwest::Method, at: &Endpoint, path: &str, token: &str) -> reqwest::RequestBuilder {
+        headers(self.client.request(method, format!("{}{path}", at.url)).bearer_auth(token).timeout(LONGEST), at)
     }
 
     async fn of(&self, session: &SessionId) -> Result<Vec<String>> {
@@ -359,6 +363,11 @@ impl Conversations {
             tracing::warn!(%error, "conversations that were on their way cannot be removed now");
         }
     }
+}
+
+/// Where a session's is served.
+fn path_of(session: &Session) -> String {
+    session.place.as_ref().map_or_else(|| PATH.to_owned(), |_| format!("/sessions/{}{OF_SESSION}", session.id))
 }
 
 /// Whether it is a file, last written before then.

@@ -6,26 +6,38 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use agent_fleet::config::Tenant;
+use agent_fleet::conversation::directory::Directory;
+use agent_fleet::conversation::{Conversations, Shelf};
 use agent_fleet::drain::Where;
 use agent_fleet::inside::Inside;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::place::{Place, Share, order};
+use agent_fleet::plan::PauseBy;
 use agent_fleet::provider::{Endpoint, State};
-use agent_fleet::service;
+use agent_fleet::service::{self, Fleet};
 use agent_fleet::session::{Pattern, Report, Session, SessionId, Wanted};
 use agent_fleet::store::Filter;
+use agent_fleet::token::Tokens;
 use async_trait::async_trait;
+use axum::Router;
+use axum::extract::Path;
+use axum::http::StatusCode;
+use axum::routing::any;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use crate::pools::{ahead, waiting};
-use crate::town::{Cloud, Town, run, session, until};
+use crate::town::{Cloud, SECRET, Town, run, session, until};
 
 /// What containers say while they run, and what each session in them does.
 struct Rooms {
     cloud: Arc<Cloud>,
     works: Mutex<BTreeSet<SessionId>>,
     ended: Mutex<Vec<SessionId>>,
+    /// What nobody needs any more where it is: the container, and whose it was.
+    forgotten: Mutex<Vec<(String, SessionId)>>,
+    /// What was brought: the container, whose it is, and what.
+    brought: Mutex<Vec<(String, SessionId, String)>>,
     /// Somebody has been in one of them.
     used: AtomicBool,
     /// Those that have not begun yet.
@@ -38,9 +50,13 @@ struct Rooms {
 const USD: f64 = 0.25;
 const ALL_USD: f64 = 1.0;
 
+fn container(at: &Endpoint) -> &str {
+    at.url.rsplit('/').next().unwrap()
+}
+
 impl Rooms {
     fn says(&self, at: &Endpoint, now: Timestamp, busy: bool, cost_usd: f64) -> Result<Report, String> {
-        let runs = self.cloud.sandboxes.lock().unwrap().get(at.url.trim_start_matches("http://")).map(|one| one.state.clone());
+        let runs = self.cloud.sandboxes.lock().unwrap().get(container(at)).map(|one| one.state.clone());
         if runs != Some(State::Running) || self.silent.load(Ordering::SeqCst) {
             return Err(String::from("nobody is there"));
         }
@@ -70,6 +86,65 @@ impl Inside for Rooms {
         self.ended.lock().unwrap().push(id.clone());
         Ok(())
     }
+
+    async fn forget(&self, at: &Endpoint, token: &str, id: &SessionId) -> Result<(), String> {
+        self.says(at, Timestamp::now(), false, 0.0)?;
+        assert!(Tokens::new(SECRET).is_of(container(at), token));
+        self.forgotten.lock().unwrap().push((container(at).to_owned(), id.clone()));
+        Ok(())
+    }
+}
+
+/// Gives what a session has, and takes it, while its container runs and it does not work.
+async fn give(rooms: &Arc<Rooms>) -> String {
+    type Asked = (Arc<Rooms>, axum::http::Method, String, SessionId, axum::http::HeaderMap, axum::body::Bytes);
+    async fn answer((rooms, method, of, id, headers, body): Asked) -> (StatusCode, Vec<u8>) {
+        let bearer = headers["authorization"].to_str().unwrap().trim_start_matches("Bearer ").to_owned();
+        let at = Endpoint { url: format!("http://{of}"), headers: vec![] };
+        if !Tokens::new(SECRET).is_of(&of, &bearer) {
+            return (StatusCode::UNAUTHORIZED, vec![]);
+        }
+        match rooms.says(&at, Timestamp::now(), false, 0.0) {
+            Err(_) => (StatusCode::BAD_GATEWAY, vec![]),
+            Ok(_) if method == axum::http::Method::PUT => {
+                rooms.brought.lock().unwrap().push((of, id, String::from_utf8_lossy(&body).trim_end_matches('\0').to_owned()));
+                (StatusCode::OK, vec![])
+            }
+            Ok(_) if rooms.works.lock().unwrap().contains(&id) => (StatusCode::CONFLICT, vec![]),
+            // No archive of anything else, but one that has an end.
+            Ok(_) => (StatusCode::OK, [format!("of {id}").into_bytes(), vec![0; 1024]].concat()),
+        }
+    }
+    let rooms = Arc::clone(rooms);
+    let conversation = any(move |method, Path((of, id)): Path<(String, String)>, headers, body| {
+        answer((Arc::clone(&rooms), method, of, id.parse().unwrap(), headers, body))
+    });
+    let app = Router::new().route("/{container}/sessions/{id}/conversation", conversation);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(axum::serve(listener, app).into_future());
+    format!("http://{at}/")
+}
+
+/// A fleet that puts away what sessions have that share a container.
+async fn archiving(town: &mut Town, rooms: &Arc<Rooms>, root: &std::path::Path) -> Arc<Fleet> {
+    town.policy.pause_by = PauseBy::Archive;
+    *town.cloud.app.lock().unwrap() = give(rooms).await;
+    std::fs::create_dir_all(root).unwrap();
+    let away = Conversations {
+        fleet: String::from("town"),
+        shelf: Arc::new(Directory::new(root.to_owned())) as Arc<dyn Shelf>,
+        client: agent_fleet::build::client().unwrap(),
+        spool: root.to_owned(),
+        keep: 1,
+        keep_for: None,
+        max_size: 1 << 20,
+    };
+    Arc::new(Arc::into_inner(town.fleet()).unwrap().with_conversations(Some(away)))
+}
+
+fn scratch(name: &str) -> std::path::PathBuf {
+    std::env::temp_dir().join(format!("agent-fleet-{name}-{}", uuid::Uuid::now_v7()))
 }
 
 async fn town(every: u64) -> (Town, Arc<Rooms>) {
@@ -78,6 +153,8 @@ async fn town(every: u64) -> (Town, Arc<Rooms>) {
         cloud: Arc::clone(&town.cloud),
         works: Mutex::default(),
         ended: Mutex::default(),
+        forgotten: Mutex::default(),
+        brought: Mutex::default(),
         used: AtomicBool::default(),
         mute: Mutex::default(),
         silent: AtomicBool::default(),
@@ -491,4 +568,124 @@ async fn nobody_comes_into_a_container_whose_node_is_drained_and_it_ends_when_it
     assert_eq!(fleet.progress(&place).await.unwrap().left, 0);
     assert_eq!(town.get("b").await.phase, Phase::Ready);
     running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_is_idle_is_put_away_and_goes_on_wherever_there_is_a_place() {
+    let (mut town, rooms) = town(0).await;
+    let root = scratch("places-idle");
+    town.policy.idle_after = Some(Duration::from_millis(300));
+    let fleet = archiving(&mut town, &rooms, &root).await;
+    let running = run(&fleet);
+    let [a, b, c] = ["a", "b", "c"].map(|id| id.parse::<SessionId>().unwrap());
+    let works = |ids: &[&SessionId]| *rooms.works.lock().unwrap() = ids.iter().map(|id| (*id).clone()).collect();
+    works(&[&a, &b, &c]);
+    for id in ["a", "b"] {
+        fleet.create(guest(id, 2, None)).await.unwrap();
+    }
+    for id in ["a", "b"] {
+        town.reaches(id, Phase::Active).await;
+    }
+    let first = house_of(&town, "a").await;
+    until("its part is known", || async { town.get("a").await.cost_usd() == USD }).await;
+    works(&[&b, &c]);
+    let paused = town.reaches("a", Phase::Paused).await;
+    assert!(!paused.holds && paused.archive.is_some() && paused.ends > first.ends - town.policy.stop_grace);
+    assert_eq!(*rooms.forgotten.lock().unwrap(), [(first.key(), a.clone())], "nothing of it is left there");
+    assert_eq!(rooms.ended.lock().unwrap().as_slice(), std::slice::from_ref(&a));
+    assert_eq!(town.get("b").await.phase, Phase::Active, "who works hears nothing of it");
+    // Its place is the next one's.
+    fleet.create(guest("c", 2, None)).await.unwrap();
+    town.reaches("c", Phase::Active).await;
+    assert_eq!((house_of(&town, "c").await.id, town.cloud.alive()), (first.id.clone(), 1));
+    // It is wanted: there is no place left, and another container for it.
+    works(&[&a, &b, &c]);
+    fleet.want(&a, Wanted::Running, "a message").await.unwrap();
+    let again = town.reaches("a", Phase::Active).await;
+    let second = house_of(&town, "a").await;
+    assert_ne!(second.id, first.id);
+    assert!(again.hydrated && again.generation == 2);
+    assert_eq!(*rooms.brought.lock().unwrap(), [(second.key(), a.clone(), String::from("of a"))]);
+    until("its part goes on", || async { town.get("a").await.cost_usd() == 2.0 * USD }).await;
+    // By a wish, as soon as it does not work.
+    works(&[&b]);
+    for id in [&a, &c] {
+        fleet.want(id, Wanted::Paused, "somebody asked for it").await.unwrap();
+        town.reaches(id.as_str(), Phase::Paused).await;
+    }
+    works(&[&a, &b]);
+    fleet.want(&a, Wanted::Running, "a message").await.unwrap();
+    town.reaches("a", Phase::Active).await;
+    assert_eq!(house_of(&town, "a").await.id, first.id, "where somebody is");
+    fleet.want(&a, Wanted::Gone, "enough").await.unwrap();
+    town.reaches_end("a").await;
+    running.stop().await;
+    std::fs::remove_dir_all(root).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_in_a_container_that_is_to_end_is_put_away_while_it_stands() {
+    let (mut town, rooms) = town(0).await;
+    let root = scratch("places-drained");
+    *town.cloud.nodes.lock().unwrap() = vec![String::from("n1"), String::from("n2")];
+    let fleet = archiving(&mut town, &rooms, &root).await;
+    let running = run(&fleet);
+    rooms.works.lock().unwrap().extend(["a", "b"].map(|id| id.parse::<SessionId>().unwrap()));
+    for id in ["a", "b"] {
+        fleet.create(guest(id, 2, None)).await.unwrap();
+    }
+    for id in ["a", "b"] {
+        town.reaches(id, Phase::Active).await;
+    }
+    until("it is known where it is", || async { house_of(&town, "a").await.node.is_some() }).await;
+    let first = house_of(&town, "a").await;
+    // It works, until there is no more waiting for it; and then until its turn is over.
+    let node = first.node.clone().unwrap();
+    fleet.drain(&Where::node("cloud", &node), Some(fleet.now() + Duration::from_millis(200))).await.unwrap();
+    let clearing = town.reaches(first.id.as_str(), Phase::Pausing).await;
+    assert!(clearing.reason.unwrap().contains("its node is being drained") && town.cloud.alive() == 1);
+    rooms.works.lock().unwrap().clear();
+    for id in ["a", "b"] {
+        let paused = town.reaches(id, Phase::Paused).await;
+        assert!(paused.archive.is_some() && !paused.holds, "{:?}", paused.reason);
+    }
+    let over = town.reaches(first.id.as_str(), Phase::Destroyed).await;
+    assert_eq!(over.reason.as_deref(), Some("its node is being drained"));
+    fleet.want(&"a".parse().unwrap(), Wanted::Running, "a message").await.unwrap();
+    let again = town.reaches("a", Phase::Ready).await;
+    assert!(again.hydrated && again.disrupted.is_none());
+    assert_ne!(house_of(&town, "a").await.node, Some(node));
+    let told = fleet.metrics().exposition([]);
+    assert!(told.contains("agent_fleet_disruptions_total{provider=\"cloud\"} 0"), "nobody has taken anything away");
+    running.stop().await;
+    std::fs::remove_dir_all(root).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_in_a_container_that_dies_goes_on_with_what_was_put_away_last() {
+    let (mut town, rooms) = town(0).await;
+    let root = scratch("places-died");
+    let fleet = archiving(&mut town, &rooms, &root).await;
+    let running = run(&fleet);
+    for id in ["a", "b"] {
+        fleet.create(guest(id, 2, None)).await.unwrap();
+        town.reaches(id, Phase::Ready).await;
+    }
+    let a: SessionId = "a".parse().unwrap();
+    fleet.want(&a, Wanted::Paused, "somebody asked for it").await.unwrap();
+    town.reaches("a", Phase::Paused).await;
+    fleet.want(&a, Wanted::Running, "a message").await.unwrap();
+    let kept = town.reaches("a", Phase::Ready).await.archive;
+    let house = house_of(&town, "a").await;
+    town.cloud.end(house.native.as_deref().unwrap(), 137);
+    let paused = town.reaches("a", Phase::Paused).await;
+    assert!(!paused.holds && paused.archive == kept);
+    // Of the other one nothing was ever put away.
+    town.reaches_end("b").await;
+    assert_eq!(town.get("b").await.phase, Phase::Failed);
+    fleet.want(&a, Wanted::Running, "a message").await.unwrap();
+    let again = town.reaches("a", Phase::Ready).await;
+    assert!(again.hydrated && house_of(&town, "a").await.id != house.id);
+    running.stop().await;
+    std::fs::remove_dir_all(root).unwrap();
 }

@@ -35,7 +35,7 @@ pub(crate) struct Cloud {
     pub(crate) panics: AtomicBool,
     /// In USD an hour.
     pub(crate) paused: Mutex<f64>,
-    /// Where every container's port leads to, and what has to be sent with each request; nowhere, if it is empty.
+    /// Where every container's port leads to, and what has to be sent with each request; nowhere, if it is empty. Behind a `/`, its name follows.
     pub(crate) app: Mutex<String>,
     /// Keys of those that are on the list, and nobody can read.
     pub(crate) unread: Mutex<BTreeSet<String>>,
@@ -249,7 +249,11 @@ impl Provider for Cloud {
 
     async fn endpoint(&self, native: &str, _: u16) -> Result<Endpoint> {
         let app = self.app.lock().unwrap().clone();
-        let url = if app.is_empty() { format!("http://{native}") } else { app };
+        let url = match app.as_str() {
+            "" => format!("http://{native}"),
+            app if app.ends_with('/') => format!("{app}{native}"),
+            _ => app,
+        };
         Ok(Endpoint { url, headers: vec![(String::from("x-provider-key"), String::from("key-of-the-provider"))] })
     }
 
