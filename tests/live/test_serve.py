@@ -117,10 +117,11 @@ def test_a_conversation_by_the_contract_goes_on_over_turns_idleness_and_restarts
     assert server.get("/sessions/a")[1]["cost_usd"] == pytest.approx(served.cost_usd(), abs=1e-9)
     assert server.stop() == 0
     # The same container after a restart: what it costs is told from then on.
-    again = serve(served)
+    again, before = serve(served), served.cost_usd(version)
     assert again.get("/sessions/a")[1] == {"id": "a", "state": "resting", "conversation": first["session_id"], "cost_usd": 0}
     fourth, last, _ = again.say("a", "after a restart")
     assert (fourth["session_id"], last) == (first["session_id"], "done")
+    assert again.get("/sessions/a")[1]["cost_usd"] == pytest.approx(served.cost_usd(version) - before, abs=1e-9)
     # Killed, with what it wrote: so it is after a crash.
     again.has_written("after a restart", served.cost_usd(version))
     again.kill()

@@ -61,24 +61,31 @@ pub(super) struct State {
     dropped: bool,
 }
 
-/// What a session has cost by its results, in USD. The books are the ledger's: what was interrupted may be missing here.
+/// What a session has cost here by its results, in USD. The books are the ledger's: what was interrupted may be missing here.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Cost {
-    /// Of agents that began at nothing again: not all go on with the sum when they are resumed.
-    before: f64,
-    last: f64,
+    usd: f64,
+    /// All that its agent has cost, by that agent's last result.
+    total: f64,
 }
 
 impl Cost {
-    fn result(&mut self, total: f64) {
-        if total < self.last {
-            self.before += self.last;
-        }
-        self.last = total;
+    /// Another agent, which counts from nothing; or, being resumed, from what was before, and then says what is new.
+    fn begins(&mut self) {
+        self.total = 0.0;
+    }
+
+    fn result(&mut self, result: &Value) {
+        let Some(total) = result["total_cost_usd"].as_f64() else { return };
+        let models = result["model_usage_since_last_result"].as_object();
+        let new = models.map(|models| models.values().filter_map(|model| model["costUSD"].as_f64()).sum::<f64>());
+        let counted = if total < self.total { total } else { total - self.total };
+        self.usd += new.unwrap_or(counted);
+        self.total = total;
     }
 
     pub(super) fn usd(self) -> f64 {
-        self.before + self.last
+        self.usd
     }
 }
 
@@ -342,6 +349,7 @@ impl Driver {
         match Child::start(wrapper, &self.house.reaper) {
             Ok(child) => {
                 self.child = Some(child);
+                self.talk.set(|state| state.cost.begins());
                 Ok(())
             }
             Err(error) => {
@@ -386,8 +394,8 @@ impl Driver {
         if let Some(message) = shape::message(self.house.options.form, &line, &value) {
             tell(client, message).await;
         }
-        if let Some(total) = value["total_cost_usd"].as_f64().filter(|_| kind == "result") {
-            self.talk.set(|state| state.cost.result(total));
+        if kind == "result" {
+            self.talk.set(|state| state.cost.result(&value));
         }
         // A background task's turn of its own comes between.
         if kind != "result" || value["origin"]["kind"] == "task-notification" {
@@ -450,5 +458,40 @@ async fn tell(client: &mut Option<mpsc::Sender<Bytes>>, event: Bytes) {
         && !matches!(timeout(SLOW, listens.send(event)).await, Ok(Ok(())))
     {
         *client = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_session_costs_what_is_new_of_each_of_its_agents() {
+        let said = |total: f64| json!({"total_cost_usd": total});
+        let new = |total: f64, of: &[f64]| {
+            let models: serde_json::Map<_, _> =
+                of.iter().enumerate().map(|(n, usd)| (format!("model-{n}"), json!({"costUSD": usd}))).collect();
+            json!({"total_cost_usd": total, "model_usage_since_last_result": models})
+        };
+        for (agents, usd) in [
+            // Who begins at nothing each time.
+            (vec![vec![said(0.25), said(0.75)], vec![said(0.75)], vec![said(1.0)]], 2.5),
+            // In one of which the conversation was begun anew.
+            (vec![vec![said(0.75), said(0.25), said(0.5)]], 1.25),
+            // Who goes on with the sum, here or from elsewhere.
+            (vec![vec![new(0.25, &[0.25]), new(0.75, &[0.25, 0.25])], vec![new(1.0, &[0.25])]], 1.0),
+            (vec![vec![new(5.25, &[0.25])], vec![new(5.25, &[])]], 0.25),
+        ] {
+            let mut cost = Cost::default();
+            for results in &agents {
+                cost.begins();
+                results.iter().for_each(|result| cost.result(result));
+                // What says nothing of it has cost nothing.
+                cost.result(&json!({"subtype": "error_during_execution"}));
+            }
+            assert_eq!(cost.usd(), usd, "{agents:?}");
+        }
     }
 }
