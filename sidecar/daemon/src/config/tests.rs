@@ -1,3 +1,5 @@
+use agent_sidecar_core::limit::{Ceiling, Rule};
+
 use super::*;
 
 fn load(file: &str, environment: &[(&str, &str)], flags: &[(&'static str, &str)]) -> Result<Config, Mistakes> {
