@@ -175,8 +175,13 @@ async fn messages(
     if !serde_json::from_slice::<serde_json::Value>(&body.bytes).is_ok_and(|message| message["prompt"].is_string()) {
         return Err(Failure(StatusCode::BAD_REQUEST, String::from("a message is {\"prompt\": \"…\"}")));
     }
+    well_formed(&id)?;
     let session = match (api.session(&who, &id).await, on_demand.template) {
         (Err(Failure(StatusCode::NOT_FOUND, _)), Some(template)) => {
+            // One that could not be talked to would be made, would work, and would cost.
+            if api.config.templates.get(&template).is_some_and(|template| template.app_port.is_none()) {
+                return Err(no_app(&format!("template `{template}`"), "it"));
+            }
             let new = NewSession { template, id: Some(id), tenant: on_demand.tenant };
             api.make(&who, new).await?.1
         }
@@ -195,6 +200,7 @@ async fn websocket(
     request: Request,
 ) -> Answer<Response> {
     let (id, path) = split(&request)?;
+    well_formed(&id)?;
     let session = api.session(&who, &id).await?;
     if !upgrades(request.headers()) {
         return Err(Failure(StatusCode::UPGRADE_REQUIRED, String::from("this is for WebSockets: Connection: Upgrade")));
@@ -211,6 +217,7 @@ async fn app(
     request: Request,
 ) -> Answer<Response> {
     let (id, path) = split(&request)?;
+    well_formed(&id)?;
     let session = api.session(&who, &id).await?;
     let path = path.strip_prefix("/app").unwrap_or(&path).to_owned();
     if upgrades(request.headers()) {
@@ -219,6 +226,15 @@ async fn app(
     let (parts, body) = request.into_parts();
     let body = proxy.whole(body, BODY_MOST).await?;
     proxy.pass(&api, &session, parts, &path, (body, Flows::Once), place).await
+}
+
+/// As the cookbook has it: what is no id is a mistake of who asks, and not somebody who is not there.
+fn well_formed(id: &str) -> Answer<()> {
+    id.parse::<SessionId>().map(drop).map_err(|what| Failure(StatusCode::BAD_REQUEST, what))
+}
+
+fn no_app(of: &str, whose: &str) -> Failure {
+    Failure(StatusCode::UNPROCESSABLE_ENTITY, format!("{of} has no app to talk to: {whose} names no `app_port`"))
 }
 
 /// The session's id, and the rest of the path with the query, as they were written.
@@ -301,10 +317,7 @@ impl Api {
         }
         let template = session.spec.labels.get(TEMPLATE_LABEL).and_then(|name| self.config.templates.get(name));
         let found = template.and_then(|template| Some((template, template.app_port?)));
-        found.ok_or_else(|| {
-            let what = format!("session `{}` has no app to talk to: its template names no `app_port`", session.id);
-            Failure(StatusCode::UNPROCESSABLE_ENTITY, what)
-        })
+        found.ok_or_else(|| no_app(&format!("session `{}`", session.id), "its template"))
     }
 
     /// Waits until it is up, and wakes it for that: where its app is reached.
@@ -317,6 +330,16 @@ impl Api {
         if session.phase.is_last() || session.wanted == Wanted::Gone {
             return Err(over(session));
         }
+        // Waited for, it would be in vain; and wanted, it would be woken when nobody waits any more.
+        let asleep = |session: &Session| {
+            let kept = session.phase == Phase::Paused && self.fleet.drained_until(&session.provider).is_some();
+            let what =
+                || format!("session `{id}` sleeps, and is not woken before the drain of provider `{}` is over", session.provider);
+            kept.then(|| Failure(StatusCode::SERVICE_UNAVAILABLE, what()))
+        };
+        if let Some(asleep) = asleep(session) {
+            return Err(asleep);
+        }
         let missing = || no_session(id.as_str());
         let mut moves = self.fleet.moves();
         let mut last = self.fleet.want(id, Wanted::Running, "it is talked to").await?.ok_or_else(missing)?;
@@ -328,6 +351,9 @@ impl Api {
                 if let Some(native) = last.native.as_ref().filter(|_| last.phase.is_up() && last.holds) {
                     let provider = self.fleet.provider_of(&last)?;
                     return Ok(provider.endpoint(native, port).await?);
+                }
+                if let Some(asleep) = asleep(&last) {
+                    return Err(asleep);
                 }
                 if last.phase == Phase::Paused && last.wanted == Wanted::Paused {
                     // It was being put to sleep when it was wanted.

@@ -140,6 +140,11 @@ async fn a_message_reaches_ones_own_session_and_its_answer_comes_as_it_is_said()
     for body in [json!({}), json!({"prompt": 1}), json!([])] {
         assert_eq!(served.ask("shop", "POST", "/v1/sessions/a/messages", Some(body)).await.0, 400);
     }
+    for id in ["-a", "a%20b", "a%2Fb", &"a".repeat(65)] {
+        let (status, said) = served.ask("shop", "POST", &format!("/v1/sessions/{id}/messages"), Some(message.clone())).await;
+        assert!(status == 400 && said["error"].as_str().unwrap().contains("a session id has"), "{id}: {status} {said}");
+        assert_eq!(served.ask("shop", "GET", &format!("/v1/sessions/{id}/app/x"), None).await.0, 400, "{id}");
+    }
     let long = json!({"prompt": "x".repeat(1 << 20)});
     assert_eq!(served.ask("shop", "POST", "/v1/sessions/a/messages", Some(long)).await.0, 413);
     assert!(app.asked().is_empty(), "the app heard nothing of all that");
@@ -184,6 +189,9 @@ async fn who_sleeps_is_woken_and_who_is_not_there_is_made_where_a_template_is_na
     assert_eq!(served.say("shop", "a/messages", "at once").await.status().as_u16(), 404);
     assert_eq!(served.say("shop", "a/messages?template=nothing", "at once").await.status().as_u16(), 400);
     assert_eq!(served.say("shop", "a/messages?template=chat&tenant=globex", "at once").await.status().as_u16(), 403);
+    // Nobody could talk to what is made from this one: it would work, and cost, for nothing.
+    let deaf = served.say("shop", "a/messages?template=task", "at once").await;
+    assert_eq!((deaf.status().as_u16(), deaf.text().await.unwrap().contains("template `task` has no app")), (422, true));
     assert!(served.town.store.get(&"a".parse().unwrap()).await.unwrap().is_none());
     for _ in 0..2 {
         let made = served.say("shop", "a/messages?template=chat", "at once").await;
@@ -195,6 +203,13 @@ async fn who_sleeps_is_woken_and_who_is_not_there_is_made_where_a_template_is_na
 
     assert_eq!(served.ask("shop", "POST", "/v1/sessions/a/pause", None).await.0, 202);
     served.town.reaches("a", Phase::Paused).await;
+    // It is said at once, and nobody wakes it when that is over but who asks again.
+    assert_eq!(served.ask("ops", "POST", "/v1/providers/cloud/drain", Some(json!({"seconds": 600}))).await.0, 202);
+    let drained = served.say("shop", "a/messages", "at once").await;
+    assert_eq!((drained.status().as_u16(), drained.headers()["retry-after"].to_str().unwrap()), (503, "5"));
+    assert!(drained.text().await.unwrap().contains("session `a` sleeps, and is not woken before the drain of provider `cloud`"));
+    assert_eq!(served.town.get("a").await.wanted, Wanted::Paused);
+    assert_eq!(served.ask("ops", "DELETE", "/v1/providers/cloud/drain", None).await.0, 200);
     assert_eq!(served.say("shop", "a/messages", "at once").await.status().as_u16(), 200);
     let woken = served.town.get("a").await;
     assert!(woken.phase.is_up() && woken.wanted == Wanted::Running, "{woken:?}");
