@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -16,7 +17,12 @@ use crate::store::{self, Store};
 
 /// What its container itself costs in its whole life, in USD.
 pub fn needs(session: &Session, price: &Price) -> f64 {
-    session.spec.ttl.as_secs_f64() / 3600.0 * price.running
+    life(session.spec.ttl, price)
+}
+
+/// What a container costs that runs for so long, in USD.
+pub fn life(ttl: Duration, price: &Price) -> f64 {
+    ttl.as_secs_f64() / 3600.0 * price.running
 }
 
 pub struct Budgets {

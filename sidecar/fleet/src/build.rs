@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use serde::de::DeserializeOwned;
+
 use crate::config::{self, Config, Machine, Place, ProviderConfig, TEMPLATE_LABEL, Template};
 use crate::conversation::directory::Directory;
 use crate::conversation::postgres::Postgres;
@@ -22,7 +24,7 @@ use crate::provider::fly::Fly;
 use crate::provider::kubernetes::Kubernetes;
 use crate::provider::modal::Modal;
 use crate::provider::vercel::Vercel;
-use crate::provider::{Capabilities, Provider};
+use crate::provider::{self, Capabilities, Provider};
 use crate::service::{Clock, Fleet, Hooks, Policies};
 use crate::session::Session;
 use crate::store::Store;
@@ -35,27 +37,53 @@ const LOOK_NEAR: std::time::Duration = std::time::Duration::from_secs(5);
 /// How long a connection may take: who is there answers sooner.
 const CONNECT: std::time::Duration = std::time::Duration::from_secs(10);
 
+/// Settings of a provider that it cannot be made of.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}: {what}", match setting { Some(setting) => format!("`providers.{provider}.{setting}`"), None => format!("[providers.{provider}]") })]
+pub struct Unfit {
+    provider: String,
+    /// Which one is wrong, if it is one: `price.running`.
+    pub setting: Option<String>,
+    pub what: String,
+}
+
 /// One provider.
 ///
 /// # Errors
-/// What is wrong with its settings.
-pub fn provider(name: &str, config: &ProviderConfig) -> Result<Arc<dyn Provider>, String> {
-    let wrong = |error: toml::de::Error| format!("[providers.{name}]: {}", error.message());
-    let said = |what: String| format!("[providers.{name}]: {what}");
-    let settings = config.settings.clone();
+/// What is wrong with its settings: the first of it.
+pub fn provider(name: &str, config: &ProviderConfig) -> Result<Arc<dyn Provider>, Unfit> {
+    let said = |what: String| Unfit { provider: name.to_owned(), setting: None, what };
     match config.kind.as_str() {
-        "docker" => Ok(Arc::new(Docker::new(settings.try_into().map_err(wrong)?))),
-        "cloudflare" => Ok(Arc::new(Cloudflare::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
-        "daytona" => Ok(Arc::new(Daytona::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
-        "e2b" => Ok(Arc::new(E2b::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
-        "firecracker" => Ok(Arc::new(Firecracker::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
-        "fly" => Ok(Arc::new(Fly::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
-        "modal" => Ok(Arc::new(Modal::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
-        "kubernetes" => Ok(Arc::new(Kubernetes::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
-        "vercel" => Ok(Arc::new(Vercel::new(settings.try_into().map_err(wrong)?).map_err(said)?)),
-        "gvisor" => Ok(Arc::new(Docker::gvisor(settings.try_into().map_err(wrong)?))),
-        kind => Err(format!("[providers.{name}]: there is no kind `{kind}`")),
+        "docker" => Ok(Arc::new(Docker::new(docker(name, config)?))),
+        "cloudflare" => Ok(Arc::new(Cloudflare::new(settings(name, config)?).map_err(said)?)),
+        "daytona" => Ok(Arc::new(Daytona::new(settings(name, config)?).map_err(said)?)),
+        "e2b" => Ok(Arc::new(E2b::new(settings(name, config)?).map_err(said)?)),
+        "firecracker" => Ok(Arc::new(Firecracker::new(settings(name, config)?).map_err(said)?)),
+        "fly" => Ok(Arc::new(Fly::new(settings(name, config)?).map_err(said)?)),
+        "modal" => Ok(Arc::new(Modal::new(settings(name, config)?).map_err(said)?)),
+        "kubernetes" => Ok(Arc::new(Kubernetes::new(settings(name, config)?).map_err(said)?)),
+        "vercel" => Ok(Arc::new(Vercel::new(settings(name, config)?).map_err(said)?)),
+        "gvisor" => Ok(Arc::new(Docker::gvisor(docker(name, config)?))),
+        kind => Err(said(format!("there is no kind `{kind}`"))),
     }
+}
+
+fn settings<T: DeserializeOwned>(name: &str, config: &ProviderConfig) -> Result<T, Unfit> {
+    serde_path_to_error::deserialize(toml::Value::Table(config.settings.clone())).map_err(|error| {
+        let path = error.path().to_string();
+        let what = error
+            .inner()
+            .message()
+            .replace("expected a sequence", "expected a list")
+            .replace("expected a map", "expected a table");
+        Unfit { provider: name.to_owned(), setting: (path != ".").then_some(path), what }
+    })
+}
+
+fn docker(name: &str, config: &ProviderConfig) -> Result<provider::docker::Settings, Unfit> {
+    let settings: provider::docker::Settings = settings(name, config)?;
+    settings.check().map_err(|(setting, what)| Unfit { provider: name.to_owned(), setting: Some(setting.to_owned()), what })?;
+    Ok(settings)
 }
 
 /// Sessions are treated as their templates say.
@@ -140,7 +168,7 @@ pub fn client() -> Result<reqwest::Client, String> {
 pub fn fleet(config: &Config, store: Arc<dyn Store>, hooks: Arc<dyn Hooks>, clock: Clock) -> Result<Fleet, String> {
     let mut providers = BTreeMap::new();
     for (name, of) in &config.providers {
-        providers.insert(name.clone(), provider(name, of)?);
+        providers.insert(name.clone(), provider(name, of).map_err(|unfit| unfit.to_string())?);
     }
     let can = providers.iter().map(|(name, provider)| (name.clone(), provider.capabilities())).collect();
     let pools = config.templates.values().filter_map(|template| Ahead::of(template, &config.fleet.name)).collect();

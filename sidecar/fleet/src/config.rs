@@ -15,9 +15,9 @@ use jiff::tz::TimeZone;
 use crate::conversation::credentials::Keys;
 use crate::hook::Hook;
 use crate::place::Share;
-use crate::plan::Recycle;
+use crate::plan::{PauseBy, Recycle};
 use crate::pool::Pool;
-use crate::provider::{FLEET_LABEL, KEY_LABEL, SESSION_LABEL, Secret, Size, Spec};
+use crate::provider::{Capabilities, FLEET_LABEL, KEY_LABEL, Pause, SESSION_LABEL, Secret, Size, Spec};
 use crate::session::{Pattern, SessionId, container_key};
 
 mod away;
@@ -26,6 +26,7 @@ mod secret;
 #[cfg(test)]
 mod tests;
 
+pub use read::nearest;
 pub use secret::{Elsewhere, Hidden, Machine, Outside};
 
 /// The label that says which template a container is made from.
@@ -181,6 +182,34 @@ pub struct Template {
 }
 
 impl Template {
+    /// What becomes of its sessions, in a line.
+    pub fn course(&self, can: &Capabilities) -> String {
+        let archives = self.archive && self.shared.is_some();
+        let idle = match (self.pattern, PauseBy::of(self.pattern, can.pause, self.archive)) {
+            _ if archives => "is put away into [conversations], and leaves its place",
+            (Pattern::Hybrid, PauseBy::Archive) => "is put away into [conversations], and goes on in another container",
+            (Pattern::Hybrid, PauseBy::Provider) => match can.pause {
+                Pause::Frozen => "is frozen by the provider, at the price of running",
+                Pause::Memory => "is paused by the provider, with its memory",
+                Pause::Disk | Pause::No => "is paused by the provider, with its disk alone",
+            },
+            (Pattern::Hybrid, PauseBy::Nothing) => "cannot sleep here, and ends",
+            (Pattern::Ephemeral | Pattern::LongRunning | Pattern::Shared, _) => "ends",
+        };
+        let mut line = pattern_name(self.pattern).to_owned();
+        if let Some(share) = self.shared {
+            line.push_str(&format!(", {} in a container", share.sessions_per_container));
+        }
+        if self.pattern == Pattern::Ephemeral {
+            line.push_str(": ends when its work is done");
+        }
+        if let Some(after) = self.idle_after {
+            line.push_str(&format!("; when idle for {} it {idle}", time(after)));
+        }
+        line.push_str(&format!("; is over after {}, each container after {}", time(self.max_age), time(self.ttl)));
+        line.replace('"', "")
+    }
+
     /// What a session's container of that generation is made of.
     pub fn spec_for(&self, fleet: &str, id: &SessionId, tenant: &str, generation: u32) -> Spec {
         let key = container_key(fleet, id, generation);
@@ -271,7 +300,36 @@ impl Config {
     /// What is no mistake, and may not be meant: each with what to do.
     pub fn warnings(&self) -> Vec<String> {
         let none = "there is no [templates.NAME]: nobody can ask for a session; add one with pattern, provider and image";
-        self.templates.is_empty().then(|| String::from(none)).into_iter().collect()
+        let mut found: Vec<String> = self.templates.is_empty().then(|| String::from(none)).into_iter().collect();
+        for (name, of) in &self.providers {
+            for (key, value) in &of.settings {
+                let url = value.as_str().and_then(|text| reqwest::Url::parse(text).ok());
+                let Some(url) = url.filter(|url| matches!(url.scheme(), "http" | "tcp") && !read::is_loopback(url)) else {
+                    continue;
+                };
+                let at = format!("`providers.{name}.{key}` is another machine, and {} is not encrypted", url.scheme());
+                found.push(format!("{at}: who is in between sees tokens and secrets; use https, or a tunnel"));
+            }
+        }
+        for template in self.templates.values() {
+            let provider =
+                self.providers.get(&template.provider).and_then(|of| crate::build::provider(&template.provider, of).ok());
+            let Some(provider) = provider else { continue };
+            let usd = crate::budget::life(template.ttl, &provider.price(template.size));
+            for tenant in self.tenants.values() {
+                let budgets = [("day", tenant.budget_usd_per_day), ("month", tenant.budget_usd_per_month)];
+                for (period, limit) in budgets.into_iter().filter_map(|(period, limit)| Some((period, limit?))) {
+                    if usd > limit {
+                        found.push(format!(
+                            "`tenants.{}` may spend {limit} USD in a {period}, and {usd:.4} are set aside for a container of `templates.{}` in its `ttl`: it \
+                             never gets one; raise the one or shorten the other",
+                            tenant.name, template.name
+                        ));
+                    }
+                }
+            }
+        }
+        found
     }
 
     /// Reads the file, and the secrets it names from where they are.

@@ -22,6 +22,16 @@ use crate::pool::Pool;
 use crate::provider::{Capabilities, Secret, Size, refusals};
 use crate::session::{Pattern, SessionId};
 
+/// What providers are told by reference: for the fleet, and not for containers.
+const PROVIDER_SECRETS: [&str; 3] = ["token", "token_id", "token_secret"];
+/// What they read from the fleet's own disk.
+const PROVIDER_FILES: [&str; 2] = ["kubeconfig", "kernel"];
+
+/// Whether that setting of a provider is money, or what money is multiplied by.
+fn is_amount(key: &str) -> bool {
+    key.ends_with("_usd_per_hour") || matches!(key, "price" | "region_factor")
+}
+
 pub(super) type Span = Range<usize>;
 
 /// What a value is not, and what to write instead.
@@ -188,18 +198,14 @@ impl<'a> Reader<'a> {
         settings.remove("kind");
         let config = ProviderConfig { kind, settings };
         if KINDS.contains(&config.kind.as_str()) {
-            match build::provider(name, &config) {
-                Ok(provider) => {
-                    self.can.insert(name.to_owned(), provider.capabilities());
-                }
-                Err(what) => self.wrong(section.at.clone(), what, "mend its settings"),
-            }
+            self.settings(name, &mut section, config.clone());
         } else if !config.kind.is_empty() {
             let what = format!("there is no provider of the kind `{}`", config.kind);
             self.wrong(section.at_key("kind"), what, nearest(&config.kind, KINDS.iter().copied()));
         }
         for (key, value) in section.table {
             if let DeValue::String(text) = value.get_ref()
+                && !section.known.iter().any(|known| known == key.get_ref())
                 && holds_key(&format!("_{}", key.get_ref()), text)
             {
                 let what = format!("`{}.{}` holds a secret", section.name, key.get_ref());
@@ -207,6 +213,75 @@ impl<'a> Reader<'a> {
             }
         }
         config
+    }
+
+    /// Tried again without each that is wrong, so that one does not hide the next.
+    fn settings(&mut self, name: &str, section: &mut Section<'a>, mut config: ProviderConfig) {
+        let mut wrong: BTreeSet<String> = BTreeSet::new();
+        for key in PROVIDER_SECRETS {
+            if section.has(key).is_none() {
+                continue;
+            }
+            let (at, named) = (section.at_key(key), section.key(key));
+            let found = self.secret(section, key);
+            if let Some(secret) = &found {
+                self.needed(secret, &named, at);
+            }
+            if matches!(found, None | Some(Secret::Provider(_))) {
+                config.settings.remove(key);
+                wrong.insert(key.to_owned());
+            }
+        }
+        for key in PROVIDER_FILES {
+            let path = section.has(key).and_then(DeValue::as_str);
+            if let Some(path) = path.filter(|path| !self.outside.has_file(Path::new(path))) {
+                let what = format!("`{}`: there is no file `{path}`", section.key(key));
+                self.wrong(section.at_key(key), what, "write the path of one that the fleet can read");
+            }
+        }
+        for (key, value) in section.table {
+            let key = key.get_ref();
+            // What costs less than nothing would be money for its tenant.
+            let parts = value.get_ref().as_table().into_iter().flatten();
+            let amounts =
+                parts.map(|(part, value)| (format!("{key}.{}", part.get_ref()), value)).chain([(key.to_string(), value)]);
+            for (part, value) in amounts.filter(|_| is_amount(key)) {
+                if number(value.get_ref()).is_some_and(|usd| !(0.0..1e7).contains(&usd)) {
+                    let what =
+                        format!("`{}` is zero or more and below ten million, not {}", section.key(&part), form(value.get_ref()));
+                    self.wrong(value.span(), what, "write it like 0.05");
+                    config.settings.remove(key.as_ref());
+                    wrong.insert(key.to_string());
+                }
+            }
+        }
+        loop {
+            let unfit = match build::provider(name, &config) {
+                Ok(provider) => {
+                    if wrong.is_empty() {
+                        self.can.insert(name.to_owned(), provider.capabilities());
+                    }
+                    return;
+                }
+                Err(unfit) => unfit,
+            };
+            let key = unfit.setting.as_ref().and_then(|setting| setting.split(['.', '[']).next()).unwrap_or_default();
+            let known = unfit.what.strip_prefix("unknown field `").and_then(|rest| rest.split_once('`'));
+            match (section.table.get_key_value(key), config.settings.remove(key)) {
+                (Some((written, _)), Some(_)) if known.is_some_and(|(unknown, _)| unknown == key) => {
+                    let known = known.map_or("", |(_, known)| known).split('`').skip(1).step_by(2);
+                    self.wrong(written.span(), format!("there is no setting `{}`", section.key(key)), nearest(key, known));
+                }
+                (Some((_, value)), Some(_)) => self.wrong(value.span(), unfit.to_string(), "mend it"),
+                _ => match unfit.what.strip_prefix("missing field ").map(|key| key.trim_matches('`')) {
+                    // That it is missing now is our doing.
+                    Some(key) if wrong.contains(key) => return,
+                    Some(key) => return self.wrong(section.at.clone(), format!("`{}` has no `{key}`", section.name), "add it"),
+                    None => return self.wrong(section.at.clone(), unfit.to_string(), "mend its settings"),
+                },
+            }
+            wrong.insert(key.to_owned());
+        }
     }
 
     fn tenant(&mut self, name: String, mut section: Section<'a>) -> Tenant {
@@ -1052,7 +1127,7 @@ fn zone(value: &DeValue<'_>) -> Result<TimeZone, Wrong> {
     }
 }
 
-fn is_loopback(url: &reqwest::Url) -> bool {
+pub(super) fn is_loopback(url: &reqwest::Url) -> bool {
     let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
@@ -1071,7 +1146,8 @@ fn form(value: &DeValue<'_>) -> String {
 }
 
 /// "Did you mean", or what there is.
-fn nearest<'n>(name: &str, known: impl Iterator<Item = &'n str> + Clone) -> String {
+/// Which one was meant of those that there are, or else all of them.
+pub fn nearest<'n>(name: &str, known: impl Iterator<Item = &'n str> + Clone) -> String {
     match written::near(name, known.clone(), |name| name) {
         Some(known) => format!("did you mean `{known}`?"),
         None => format!("there is {}", known.collect::<Vec<_>>().join(", ")),

@@ -34,6 +34,11 @@ pub trait Outside: Sync {
     /// What is wrong, in a sentence that says where the secret is, and nothing of what it is.
     fn secret(&self, secret: &Secret) -> Result<Option<Hidden>, String>;
 
+    /// Whether there is such a file, as far as that can be known here.
+    fn has_file(&self, _: &Path) -> bool {
+        true
+    }
+
     /// Whether there is such a program, as far as that can be known here.
     fn has_program(&self, _: &Path) -> bool {
         true
@@ -67,6 +72,10 @@ impl Outside for Machine {
             Secret::Env(_) | Secret::Given(_) => {}
         }
         Ok(Some(Hidden(secret.read()?.expose().to_owned())))
+    }
+
+    fn has_file(&self, path: &Path) -> bool {
+        path.is_file()
     }
 
     fn has_program(&self, path: &Path) -> bool {

@@ -34,6 +34,10 @@ impl Outside for Fake {
         }
     }
 
+    fn has_file(&self, path: &Path) -> bool {
+        !path.ends_with("missing")
+    }
+
     fn has_program(&self, path: &Path) -> bool {
         !path.ends_with("missing")
     }
@@ -219,10 +223,66 @@ fn times_that_cannot_come_are_mistakes() {
 #[test]
 fn a_provider_says_what_it_does_not_know_and_cannot_do() {
     let found = mistakes(&HEAD.replace("kind = \"docker\"", "kind = \"docker\"\nsockte = \"/x\""));
-    assert!(found.contains("[providers.local]: unknown field `sockte`") && found.lines().count() == 1, "{found}");
+    assert_eq!(found, "10:1: there is no setting `providers.local.sockte`; did you mean `socket`?\n");
     let found = of_template("secrets = { A = { provider = \"a\" } }");
     let what = "`templates.task`: `local` keeps no secrets: name an environment variable or a file for `A`";
     assert!(found.contains(what) && found.lines().count() == 1, "{found}");
+}
+
+#[test]
+fn every_mistake_of_a_provider_is_found_at_once_and_where_it_is() {
+    let text = format!(
+        r#"{HEAD}
+[providers.all]
+kind = "docker"
+socket = "tcp://nowhere"
+pids = "many"
+cap_drop = "ALL"
+publish_at = "300.0.0.1"
+networks = "agents"
+cpu_usd_per_hour = -0.05
+[providers.e2b]
+kind = "e2b"
+token = "0123456789abcdef"
+max_hours = -1
+price = {{ running = -0.1, paused = nan, stopped = 0.0, source = "ours" }}
+[providers.modal]
+kind = "modal"
+token_id = {{ env = "MISSING" }}
+token_secret = {{ provider = "x" }}
+app = "agents"
+[providers.fly]
+kind = "fly"
+token = {{ env = "T" }}
+[providers.vm]
+kind = "firecracker"
+kernel = "/missing"
+directory = "/d"
+network = {{ tap_prefix = "fc", taps = 2 }}
+"#
+    );
+    assert_eq!(
+        mistakes(&text),
+        "\
+17:10: `providers.all.socket`: `tcp://nowhere` is no daemon's address: it is a path, unix:///PATH or tcp://HOST:PORT; mend it
+18:8: `providers.all.pids`: invalid type: string \"many\", expected i64; mend it
+19:12: `providers.all.cap_drop`: invalid type: string \"ALL\", expected a list; mend it
+20:14: `providers.all.publish_at`: invalid IP address syntax; mend it
+21:1: there is no setting `providers.all.networks`; did you mean `network`?
+22:20: `providers.all.cpu_usd_per_hour` is zero or more and below ten million, not the number `-0.05`; write it like 0.05
+25:9: `providers.e2b.token` says where a secret is; write { env = \"NAME\" }, { file = \"/path\" } or { provider = \"name\" }
+26:13: `providers.e2b.max_hours`: invalid value: integer `-1`, expected u32; mend it
+27:21: `providers.e2b.price.running` is zero or more and below ten million, not the number `-0.1`; write it like 0.05
+27:36: `providers.e2b.price.paused` is zero or more and below ten million, not the number `nan`; write it like 0.05
+30:12: `providers.modal.token_id`: there is no variable `MISSING`; set it where the fleet runs
+31:16: `providers.modal.token_secret` is needed here, not in a container; name a variable or a file
+33:12: `providers.fly` has no `app`; add it
+38:10: `providers.vm.kernel`: there is no file `/missing`; write the path of one that the fleet can read
+40:11: `providers.vm.network`: missing field `first`; mend it
+"
+    );
+    let found = mistakes(&text);
+    assert!(!found.contains("0123456789"), "{found}");
 }
 
 #[test]
@@ -464,6 +524,59 @@ fn a_fleet_that_nobody_can_ask_for_anything_says_so() {
     let empty = HEAD.split_once("[templates.task]").unwrap().0;
     let warnings = parse(empty).unwrap().warnings();
     assert!(warnings.len() == 1 && warnings[0].contains("[templates.NAME]") && warnings[0].contains("add one"), "{warnings:?}");
+}
+
+#[test]
+fn what_no_tenant_can_pay_and_what_is_not_encrypted_is_said_and_is_no_mistake() {
+    let with = |from: &str, to: &str| parse(&HEAD.replace(from, to)).unwrap().warnings().join("\n");
+    assert_eq!(with("[tenants.acme]", "[tenants.acme]\nbudget_usd_per_day = 0.04"), "");
+    let dear = with("[tenants.acme]", "[tenants.acme]\nbudget_usd_per_day = 0.03\nbudget_usd_per_month = 1.0");
+    let what = "`tenants.acme` may spend 0.03 USD in a day, and 0.0358 are set aside for a container of `templates.task`";
+    assert!(dear.contains(what) && dear.lines().count() == 1, "{dear}");
+    for (near, far) in [("tcp://127.0.0.1:2375", "tcp://10.0.0.1:2375"), ("http://localhost:2375", "http://docker.internal:2375")]
+    {
+        assert_eq!(with("kind = \"docker\"", &format!("kind = \"docker\"\nsocket = \"{near}\"")), "");
+        let said = with("kind = \"docker\"", &format!("kind = \"docker\"\nsocket = \"{far}\""));
+        assert!(said.contains("`providers.local.socket` is another machine"), "{said}");
+    }
+}
+
+#[test]
+fn a_template_says_what_becomes_of_its_sessions() {
+    let can = crate::build::provider("local", &parse(HEAD).unwrap().providers["local"]).unwrap().capabilities();
+    let course = |template: &str, pause| {
+        let config = parse(&format!("{HEAD}{template}").replace("pattern = \"ephemeral\"\n", "")).unwrap();
+        config.templates["task"].course(&Capabilities { pause, ..can.clone() })
+    };
+    for (template, pause, says) in [
+        (
+            "pattern = \"ephemeral\"",
+            Pause::No,
+            "ephemeral: ends when its work is done; is over after 1h, each container after 1h",
+        ),
+        (
+            "pattern = \"long-running\"\nidle_after = \"5m\"",
+            Pause::Frozen,
+            "long-running; when idle for 5m it ends; is over after 1h, each container after 1h",
+        ),
+        (
+            "pattern = \"hybrid\"",
+            Pause::Frozen,
+            "hybrid; when idle for 10m it is frozen by the provider, at the price of running; is over after 7d, each container after 1h",
+        ),
+        (
+            "pattern = \"hybrid\"",
+            Pause::No,
+            "hybrid; when idle for 10m it cannot sleep here, and ends; is over after 7d, each container after 1h",
+        ),
+        (
+            "pattern = \"shared\"\napp_port = 8000\nidle_after = \"5m\"\nshared = { sessions_per_container = 8 }",
+            Pause::Frozen,
+            "shared, 8 in a container; when idle for 5m it ends; is over after 1h, each container after 1h",
+        ),
+    ] {
+        assert_eq!(course(template, pause), says, "{template}");
+    }
 }
 
 #[test]

@@ -92,6 +92,32 @@ pub struct Settings {
     pub gib_usd_per_hour: f64,
 }
 
+impl Settings {
+    /// What could be read and is no use all the same.
+    ///
+    /// # Errors
+    /// The setting, and what is wrong with it.
+    pub fn check(&self) -> std::result::Result<(), (&'static str, String)> {
+        let path = self.socket.strip_prefix("unix://").unwrap_or(&self.socket);
+        let host = ["tcp://", "http://"].iter().find_map(|scheme| self.socket.strip_prefix(scheme));
+        let port = host.and_then(|host| host.trim_end_matches('/').rsplit_once(':')).filter(|(host, _)| !host.is_empty());
+        if !path.starts_with('/') && port.is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
+            let what = format!("`{}` is no daemon's address: it is a path, unix:///PATH or tcp://HOST:PORT", self.socket);
+            return Err(("socket", what));
+        }
+        for bind in &self.binds {
+            let inside = bind.split(':').nth(1);
+            if !inside.is_some_and(|inside| inside.starts_with('/')) {
+                return Err(("binds", format!("`{bind}` is not written as Docker does: /srv/cache:/cache:ro")));
+            }
+        }
+        if let Some(host) = self.extra_hosts.iter().find(|host| !host.contains(':')) {
+            return Err(("extra_hosts", format!("`{host}` is not written as Docker does: NAME:ADDRESS")));
+        }
+        Ok(())
+    }
+}
+
 /// Where a port of a container is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
