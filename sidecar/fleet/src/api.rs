@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa::{Modify, OpenApi, ToSchema};
 
-use crate::config::{Caller, Config, TEMPLATE_LABEL};
+use crate::config::{Caller, Config, TEMPLATE_LABEL, nearest};
 use crate::lifecycle::Phase;
 use crate::metric;
 use crate::place::Place;
@@ -330,7 +330,10 @@ impl Api {
     pub(crate) async fn make(&self, who: &Who, new: NewSession) -> Answer<(StatusCode, Session)> {
         let wrong = |what: String| Failure(StatusCode::BAD_REQUEST, what);
         let template = self.config.templates.get(&new.template);
-        let template = template.ok_or_else(|| wrong(format!("there is no template `{}`", new.template.escape_debug())))?;
+        let template = template.ok_or_else(|| {
+            let near = nearest(&new.template, self.config.templates.keys().map(String::as_str));
+            wrong(format!("there is no template `{}`; {near}", new.template.escape_debug()))
+        })?;
         let id = new.id.map_or_else(|| Ok(SessionId::fresh()), |id| id.parse()).map_err(wrong)?;
         let tenant = self.tenant(who, new.tenant)?;
         let spec = template.spec_for(&self.config.fleet.name, &id, &tenant, 1);
@@ -354,7 +357,11 @@ impl Api {
             Some(tenant) => tenant,
             None => match who.0.tenants.as_slice() {
                 [one] => one.clone(),
-                _ => return Err(Failure(StatusCode::BAD_REQUEST, String::from("`tenant` is missing: who is to pay?"))),
+                several => {
+                    let which = if several.iter().any(|one| one == "*") { String::from("any") } else { several.join(", ") };
+                    let what = format!("`tenant` is missing: who is to pay? `{}` may ask for {which}", who.0.name);
+                    return Err(Failure(StatusCode::BAD_REQUEST, what));
+                }
             },
         };
         let printable = !tenant.is_empty() && tenant.chars().count() <= 64 && !tenant.contains(|c: char| c.is_control());
@@ -407,7 +414,10 @@ async fn list(State(api): State<Api>, who: Who, Asked(which): Asked<Which>) -> A
     }
     let phase = which.phase.map(|name| {
         let found = Phase::ALL.into_iter().find(|phase| phase.as_str() == name);
-        found.ok_or_else(|| wrong(format!("there is no phase `{}`", name.escape_debug())))
+        found.ok_or_else(|| {
+            let near = nearest(&name, Phase::ALL.iter().map(|phase| phase.as_str()));
+            wrong(format!("there is no phase `{}`; {near}", name.escape_debug()))
+        })
     });
     let phases: Vec<Phase> = phase.transpose()?.into_iter().collect();
     let after =

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agent_fleet::api::{self, Api, View, Views, Wrong};
-use agent_fleet::config::{Config, Elsewhere};
+use agent_fleet::config::{Config, Elsewhere, nearest};
 use agent_fleet::drain::is_node;
 use agent_fleet::hook::plan_hooks;
 use agent_fleet::lifecycle::Phase;
 use agent_fleet::metric::{self, Counted, Metrics};
 use agent_fleet::store::HookRun;
-use agent_fleet::{build, provider, serve, store, trace};
+use agent_fleet::{budget, build, provider, serve, store, trace};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use jiff::Timestamp;
 use reqwest::Method;
@@ -83,14 +83,21 @@ fn command() -> Command {
         )
         .subcommand(
             asking(Command::new("create").about("Asks for a session"))
-                .arg(Arg::new("template").value_name("TEMPLATE").required(true))
+                .arg(Arg::new("template").value_name("TEMPLATE").required(true).help("One of the fleet's [templates]"))
                 .arg(Arg::new("id").long("id").value_name("SESSION").help("The same twice is one session"))
                 .arg(Arg::new("tenant").long("tenant").value_name("TENANT").help("Who pays"))
                 .arg(flag("wait", "Until it is ready, or has failed")),
         )
         .subcommand(
             asking(Command::new("list").about("Lists sessions"))
-                .arg(Arg::new("phase").long("phase").value_name("PHASE"))
+                .arg(
+                    Arg::new("phase")
+                        .long("phase")
+                        .value_name("PHASE")
+                        .value_parser(Phase::ALL.map(|phase| phase.as_str()))
+                        .hide_possible_values(true)
+                        .help("Those in this phase alone: requested, creating, …, destroyed, failed"),
+                )
                 .arg(flag("over", "Those that are over, too"))
                 .arg(flag("json", "As JSON, one in a line")),
         )
@@ -199,7 +206,8 @@ fn plan(asked: &ArgMatches) -> Result<ExitCode> {
     let config = read(asked)?;
     let only = text(asked, "template");
     if let Some(only) = only.filter(|only| !config.templates.contains_key(*only)) {
-        return Err(format!("there is no template `{only}`").into());
+        let near = nearest(only, config.templates.keys().map(String::as_str));
+        return Err(format!("there is no template `{only}`; {near}").into());
     }
     let mut refused = false;
     for template in config.templates.values().filter(|template| only.is_none_or(|only| template.name == only)) {
@@ -212,16 +220,15 @@ fn plan(asked: &ArgMatches) -> Result<ExitCode> {
             refused = true;
             say(&format!("  REFUSED: {} {refusal}", of.kind))?;
         }
-        let most = spec.ttl.as_secs_f64() / 3600.0 * price.running;
-        say(&format!(
-            "  a container costs {} USD an hour, {most:.4} at most in its life of {} s ({})",
-            price.running,
-            spec.ttl.as_secs(),
-            price.source
-        ))?;
+        say(&format!("  {}", template.course(&provider.capabilities())))?;
+        let most = budget::life(spec.ttl, &price);
+        say(&format!("  a container costs {:.4} USD an hour, {most:.4} at most in its life ({})", price.running, price.source))?;
         for line in plan_hooks(&config, &template.name) {
             say(&format!("  {line}"))?;
         }
+    }
+    for warning in config.warnings() {
+        say(&format!("but {warning}"))?;
     }
     Ok(if refused { ExitCode::from(FAILED) } else { ExitCode::SUCCESS })
 }
@@ -239,9 +246,9 @@ const PROBE: Duration = Duration::from_secs(5);
 
 /// Whether it lives, not whether its store does: a fleet that is started again has the same store.
 async fn probe(url: &str) -> Result<ExitCode> {
-    let url = format!("{}/livez", url.trim_end_matches('/'));
-    let answer = build::client()?.get(&url).timeout(PROBE).send().await;
-    let answer = answer.map_err(|error| NoAnswer(format!("{url}: {}", root(&error))))?;
+    let url = address(url)?;
+    let answer = build::client()?.get(format!("{url}/livez")).timeout(PROBE).send().await;
+    let answer = answer.map_err(|error| no_answer(&url, &error))?;
     Ok(if answer.status().is_success() { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
 }
 
@@ -326,13 +333,19 @@ struct Remote {
 
 impl Remote {
     fn new(asked: &ArgMatches) -> Result<Self> {
+        let url = address(text(asked, "url").unwrap_or(HERE))?;
         let token = match asked.get_one::<PathBuf>("token-file") {
-            Some(path) => std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?,
+            Some(path) => std::fs::read_to_string(path)
+                .map_err(|error| format!("the token in {} cannot be read: {error}", path.display()))?,
             None => std::env::var("AGENT_FLEET_TOKEN").map_err(|_| "no token: give --token-file, or set AGENT_FLEET_TOKEN")?,
         };
-        let client = build::client()?;
-        let url = text(asked, "url").unwrap_or(HERE).trim_end_matches('/').to_owned();
-        Ok(Self { client, url, token: token.trim().to_owned() })
+        let token = token.trim().to_owned();
+        if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(
+                "the token is empty, or has spaces or letters in it that no token has: is it the right file, or variable?".into(),
+            );
+        }
+        Ok(Self { client: build::client()?, url, token })
     }
 
     async fn ask(&self, method: Method, path: &str, body: Option<serde_json::Value>) -> Result<Vec<u8>> {
@@ -340,15 +353,17 @@ impl Remote {
         if let Some(body) = body {
             request = request.json(&body);
         }
-        let gone = |error: reqwest::Error| NoAnswer(format!("{}: {}", self.url, root(&error)));
+        let gone = |error: reqwest::Error| no_answer(&self.url, &error);
         let answer = request.send().await.map_err(gone)?;
         let status = answer.status();
         let body = answer.bytes().await.map_err(gone)?;
-        if status.is_success() {
-            return Ok(body.to_vec());
-        }
-        let wrong = serde_json::from_slice::<Wrong>(&body).map_or_else(|_| status.to_string(), |wrong| wrong.error);
-        Err(wrong.into())
+        if status.is_success() { Ok(body.to_vec()) } else { Err(self.refusal(status, &body).into()) }
+    }
+
+    /// The fleet's own words, if it is one.
+    fn refusal(&self, status: reqwest::StatusCode, body: &[u8]) -> String {
+        let foreign = |_| format!("{} answers {status}, and not as a fleet does: is something else there?", self.url);
+        serde_json::from_slice::<Wrong>(body).map_or_else(foreign, |wrong| wrong.error)
     }
 
     async fn view(&self, method: Method, path: &str, body: Option<serde_json::Value>) -> Result<View> {
@@ -367,6 +382,23 @@ impl Remote {
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
+    }
+}
+
+fn no_answer(url: &str, error: &reqwest::Error) -> NoAnswer {
+    let remedy = if url.starts_with("https:") && error.is_connect() {
+        "a fleet itself speaks no TLS: is it behind something that does?"
+    } else {
+        "start it with `agent-fleet serve`, or say where it is with --url or AGENT_FLEET_URL"
+    };
+    NoAnswer(format!("no fleet answers at {url}: {}; {remedy}", root(error)))
+}
+
+/// Where a fleet may be, without the slash at its end.
+fn address(url: &str) -> Result<String> {
+    match reqwest::Url::parse(url) {
+        Ok(parsed) if matches!(parsed.scheme(), "http" | "https") => Ok(url.trim_end_matches('/').to_owned()),
+        _ => Err(format!("`{url}` is no address of a fleet: write it like {HERE}, in --url or AGENT_FLEET_URL").into()),
     }
 }
 
@@ -508,12 +540,12 @@ async fn listen(remote: &Remote, json: bool, last: &mut Option<String>, heard: &
     if let Some(last) = last.as_ref() {
         request = request.header("last-event-id", last);
     }
-    let gone = |error: reqwest::Error| NoAnswer(format!("{}: {}", remote.url, root(&error)));
+    let gone = |error: reqwest::Error| no_answer(&remote.url, &error);
     let mut answer = request.send().await.map_err(gone)?;
     if !answer.status().is_success() {
-        let status = answer.status().to_string();
+        let status = answer.status();
         let body = answer.bytes().await.map_err(gone)?;
-        return Err(serde_json::from_slice::<Wrong>(&body).map_or(status, |wrong| wrong.error).into());
+        return Err(remote.refusal(status, &body).into());
     }
     let (mut rest, mut name) = (Vec::new(), String::new());
     // Comments come all the time: who is silent for so long is gone.
@@ -552,7 +584,6 @@ async fn list(remote: &Remote, asked: &ArgMatches) -> Result<ExitCode> {
     loop {
         let mut path = format!("/v1/sessions?over={}", is(asked, "over"));
         if let Some(phase) = text(asked, "phase") {
-            let phase = Phase::ALL.iter().find(|known| known.as_str() == phase).ok_or(format!("there is no phase `{phase}`"))?;
             path.push_str(&format!("&phase={phase}"));
         }
         if !after.is_empty() {
@@ -580,6 +611,55 @@ async fn list(remote: &Remote, asked: &ArgMatches) -> Result<ExitCode> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_is_a_url_and_said_to_be_none_before_anybody_is_asked() {
+        assert_eq!(address("http://127.0.0.1:9490/").unwrap(), "http://127.0.0.1:9490");
+        for wrong in ["", "fleet", "127.0.0.1:9490", "localhost:9490", "unix:///run/fleet"] {
+            let said = address(wrong).unwrap_err().to_string();
+            assert!(said.contains("is no address of a fleet: write it like http://127.0.0.1:9490"), "{wrong}: {said}");
+        }
+    }
+
+    #[tokio::test]
+    async fn who_is_not_there_and_who_is_no_fleet_is_said_with_what_to_do() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+        let file = std::env::temp_dir().join(format!("agent-fleet-{}", uuid::Uuid::now_v7()));
+        std::fs::write(&file, "t".repeat(40)).unwrap();
+        let said = async |url: &str| {
+            let asked =
+                command().get_matches_from(["agent-fleet", "show", "one", "--url", url, "--token-file", file.to_str().unwrap()]);
+            let (name, asked) = asked.subcommand().unwrap();
+            ask(name, asked).await.unwrap_err().to_string()
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let other = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            assert!(stream.read(&mut [0; 4096]).await.unwrap() > 0);
+            stream.write_all(b"HTTP/1.1 501 Not Implemented\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+        });
+        let foreign = said(&url).await;
+        assert_eq!(foreign, format!("{url} answers 501 Not Implemented, and not as a fleet does: is something else there?"));
+        other.await.unwrap();
+        let gone = said(&url).await;
+        assert!(gone.starts_with(&format!("no fleet answers at {url}: ")) && gone.contains("`agent-fleet serve`"), "{gone}");
+        std::fs::write(&file, "two words").unwrap();
+        assert!(said(&url).await.contains("is it the right file"));
+        std::fs::remove_file(&file).unwrap();
+        assert!(said(&url).await.starts_with("the token in "));
+    }
+
+    #[test]
+    fn a_phase_that_there_is_not_is_no_argument_and_columns_are_as_wide_as_they_are_said_to_be() {
+        let asked = |phase| command().try_get_matches_from(["agent-fleet", "list", "--phase", phase]);
+        assert!(asked("idle").is_ok());
+        assert!(asked("asleep").unwrap_err().to_string().contains("paused"));
+        assert_eq!(format!("{:<10}|", Phase::Idle), "idle      |");
+        let id: agent_fleet::session::SessionId = "one".parse().unwrap();
+        assert_eq!(format!("{id:<6}|"), "one   |");
+    }
 
     #[test]
     fn what_is_drained_is_a_provider_or_a_node_of_one() {
