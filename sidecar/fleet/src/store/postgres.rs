@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgQueryResult};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions, PgQueryResult};
 use sqlx::{ConnectOptions, Connection, Executor, Postgres};
 
 use super::sql::{self, CONNECTION, Dialect, Sql};
@@ -13,6 +13,9 @@ const CONNECTIONS: u32 = 8;
 
 /// How long after it was used a connection is taken for granted.
 const TRUSTED: Duration = Duration::from_secs(1);
+
+/// How long one more try may take, which only asks what is wrong.
+const ASKED_WHY: Duration = Duration::from_secs(2);
 
 /// What a parameter of the URL may be called. The driver would log what it does not know, with its value.
 const PARAMETERS: [&str; 15] = [
@@ -175,16 +178,44 @@ pub(super) async fn connect(url: &str) -> Result<Sql<Postgres>> {
             })
         })
         .after_connect(|connection, _| Box::pin(async move { connection.execute(SETTINGS).await.map(drop) }));
-    let pool = pool
-        .connect_with(options)
-        .await
-        .map_err(|error| Error::Store(format!("cannot connect to PostgreSQL at {place}: {error}")))?;
+    let pool = match pool.connect_with(options.clone()).await {
+        Ok(pool) => pool,
+        Err(error) => {
+            let why = why(error, &options).await;
+            return Err(Error::Store(format!("cannot connect to PostgreSQL at {place}: {why}")));
+        }
+    };
     sql::migrate(&pool).await?;
     Ok(Sql::new(pool.clone(), pool))
+}
+
+/// A pool tries again until its time is over, and knows no more than that then: one that is asked alone says why.
+async fn why(error: sqlx::Error, options: &PgConnectOptions) -> String {
+    if !matches!(error, sqlx::Error::PoolTimedOut) {
+        return error.to_string();
+    }
+    match tokio::time::timeout(ASKED_WHY, PgConnection::connect_with(options)).await {
+        Ok(Err(error)) => error.to_string(),
+        Ok(Ok(_)) | Err(_) => format!("no answer within {} s", CONNECTION.as_secs()),
+    }
 }
 
 fn unknown_parameter(url: &str) -> Option<&str> {
     let (_, query) = url.split_once('?')?;
     let names = query.split('&').map(|pair| pair.split('=').next().unwrap_or(pair));
     names.into_iter().find(|name| !name.is_empty() && !PARAMETERS.contains(name) && !name.starts_with("options["))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn why_nobody_can_be_reached_is_said_and_not_only_that_a_pool_has_waited() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let options = options(&format!("postgres://fleet@{}/fleet?sslmode=disable", taken.local_addr().unwrap())).unwrap();
+        drop(taken);
+        let said = why(sqlx::Error::PoolTimedOut, &options).await;
+        assert!(said.contains("Connection refused"), "{said}");
+    }
 }
