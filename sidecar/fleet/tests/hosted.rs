@@ -209,6 +209,8 @@ fn tables() -> [(&'static str, String); 2] {
 fn the_page_of_providers_says_what_they_can() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/fleet-providers.md");
     let page = std::fs::read_to_string(path).unwrap();
+    // What is below one that does not end would be code.
+    assert_eq!(page.matches("\n```").count() % 2, 0, "a block of code has no end");
     for (name, table) in tables() {
         let has = page
             .split_once(&format!("<!-- {name} -->\n"))
