@@ -223,6 +223,7 @@ def test_a_session_of_the_fleet_is_done_and_billed_and_its_key_is_kept_nowhere(w
     api = harness.Api(SCRIPT, tmp_path / "api", GATEWAY)
     token = tmp_path / "worker-token"
     token.write_text(TOKEN)
+    token.chmod(0o600)
     fleet = Fleet(tmp_path, api, f'[providers.cf]\nkind = "cloudflare"\nurl = "{worker.url}"\ntoken = {{ file = "{token}" }}\n')
     try:
         fleet.template("task", "ephemeral", ["agent-sidecar", "run", "--linger", "20s", "--", *CLI], provider="cf")

@@ -853,7 +853,12 @@ impl<'a> Reader<'a> {
 
     /// `{ env = "…" }`, `{ file = "…" }`, `{ provider = "…" }`.
     fn reference(&mut self, value: &Spanned<DeValue<'_>>, key: &str) -> Option<Secret> {
-        let remedy = "write { env = \"NAME\" }, { file = \"/path\" } or { provider = \"name\" }";
+        // What a provider keeps reaches its containers alone.
+        let remedy = if key.starts_with("templates.") && key.contains(".secrets.") {
+            "write { env = \"NAME\" }, { file = \"/path\" } or { provider = \"name\" }"
+        } else {
+            "write { env = \"NAME\" } or { file = \"/path\" }"
+        };
         let DeValue::Table(table) = value.get_ref() else {
             // Not what it is: it may be the secret itself.
             self.wrong(value.span(), format!("`{key}` says where a secret is"), remedy);

@@ -270,7 +270,7 @@ network = {{ tap_prefix = "fc", taps = 2 }}
 20:14: `providers.all.publish_at`: invalid IP address syntax; mend it
 21:1: there is no setting `providers.all.networks`; did you mean `network`?
 22:20: `providers.all.cpu_usd_per_hour` is zero or more and below ten million, not the number `-0.05`; write it like 0.05
-25:9: `providers.e2b.token` says where a secret is; write { env = \"NAME\" }, { file = \"/path\" } or { provider = \"name\" }
+25:9: `providers.e2b.token` says where a secret is; write { env = \"NAME\" } or { file = \"/path\" }
 26:13: `providers.e2b.max_hours`: invalid value: integer `-1`, expected u32; mend it
 27:21: `providers.e2b.price.running` is zero or more and below ten million, not the number `-0.1`; write it like 0.05
 27:36: `providers.e2b.price.paused` is zero or more and below ten million, not the number `nan`; write it like 0.05
@@ -392,7 +392,7 @@ fn a_secret_that_everybody_can_read_is_a_mistake() {
     std::fs::write(&path, "").unwrap();
     assert!(Machine.secret(&secret).unwrap_err().contains("is empty"));
     std::fs::remove_dir_all(&dir).unwrap();
-    assert!(Machine.secret(&secret).unwrap_err().contains("cannot read"));
+    assert!(Machine.secret(&secret).unwrap_err().contains("there is no file"));
     assert!(check(&path)[0].to_string().contains("the file cannot be read"));
 }
 

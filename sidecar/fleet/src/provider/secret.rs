@@ -46,7 +46,10 @@ impl Secret {
             }
             Secret::File(path) => {
                 let at = path.display();
-                let said = |error: std::io::Error| format!("cannot read the secret in {at}: {}", error.kind());
+                let said = |error: std::io::Error| match error.kind() {
+                    std::io::ErrorKind::NotFound => format!("there is no file {at}"),
+                    kind => format!("cannot read the secret in {at}: {kind}"),
+                };
                 // A pipe that nobody writes to would be waited for.
                 if !std::fs::metadata(path).map_err(said)?.is_file() {
                     return Err(format!("cannot read the secret in {at}: not a file"));
@@ -128,7 +131,7 @@ mod tests {
     #[test]
     fn what_cannot_be_read_is_said_without_what_it_is() {
         let no_file = Secret::File("/nowhere/token".into()).read().unwrap_err();
-        assert!(no_file.contains("/nowhere/token"), "{no_file}");
+        assert_eq!(no_file, "there is no file /nowhere/token");
         let directory = Secret::File(std::env::temp_dir()).read().unwrap_err();
         assert!(directory.contains("not a file"), "{directory}");
         let no_variable = Secret::Env(String::from("AGENT_FLEET_NO_SUCH_VARIABLE")).read().unwrap_err();
