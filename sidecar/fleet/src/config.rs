@@ -25,9 +25,10 @@ mod read;
 mod secret;
 #[cfg(test)]
 mod tests;
+mod value;
 
-pub use read::nearest;
 pub use secret::{Elsewhere, Hidden, Machine, Outside};
+pub use value::nearest;
 
 /// The label that says which template a container is made from.
 pub const TEMPLATE_LABEL: &str = "agent-fleet.template";
@@ -304,7 +305,7 @@ impl Config {
         for (name, of) in &self.providers {
             for (key, value) in &of.settings {
                 let url = value.as_str().and_then(|text| reqwest::Url::parse(text).ok());
-                let Some(url) = url.filter(|url| matches!(url.scheme(), "http" | "tcp") && !read::is_loopback(url)) else {
+                let Some(url) = url.filter(|url| matches!(url.scheme(), "http" | "tcp") && !value::is_loopback(url)) else {
                     continue;
                 };
                 let at = format!("`providers.{name}.{key}` is another machine, and {} is not encrypted", url.scheme());

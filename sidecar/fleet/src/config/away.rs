@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use toml::de::DeValue;
 
-use super::read::{Reader, Section, Span, count, size, switch, text, time_or_off, web_url};
+use super::read::{Reader, Section, Span};
 use super::secret::is_key;
+use super::value::{count, size, switch, text, time_or_off, web_url};
 use super::{Conversations, Hidden, Place, S3, Template};
 use crate::conversation::credentials::Keys;
 use crate::provider::{Pause, Secret};
