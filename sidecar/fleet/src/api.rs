@@ -345,10 +345,13 @@ impl Api {
         let created = self.fleet.create(session.clone()).await.inspect_err(|error| metric::refused(&self.fleet, &tenant, error));
         match created? {
             Inserted::New => Ok((StatusCode::CREATED, session)),
-            Inserted::Known(known) if who.reaches(&known) => Ok((StatusCode::OK, *known)),
-            Inserted::Known(_) => {
+            Inserted::Known(known) if !who.reaches(&known) => {
                 Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is somebody else's: choose another id")))
             }
+            Inserted::Known(known) => match differs(&known, &session) {
+                None => Ok((StatusCode::OK, *known)),
+                Some(what) => Err(Failure(StatusCode::CONFLICT, format!("session `{id}` is there, {what}: choose another id"))),
+            },
         }
     }
 
@@ -375,10 +378,19 @@ impl Api {
     }
 }
 
+/// What the session of this id is that was not asked for now.
+fn differs(known: &Session, asked: &Session) -> Option<String> {
+    let template = |session: &Session| session.spec.labels.get(TEMPLATE_LABEL).cloned().unwrap_or_default();
+    if template(known) != template(asked) {
+        return Some(format!("made from template `{}`", template(known)));
+    }
+    (known.tenant != asked.tenant).then(|| format!("of tenant `{}`", known.tenant))
+}
+
 #[utoipa::path(post, path = "/v1/sessions", request_body = NewSession, security(("token" = [])),
     responses(
         (status = 201, body = View), (status = 200, description = "It was there already.", body = View), (status = 400, body = Wrong),
-        (status = 401, body = Wrong), (status = 403, body = Wrong), (status = 409, description = "The id is somebody else's.", body = Wrong),
+        (status = 401, body = Wrong), (status = 403, body = Wrong), (status = 409, description = "The id is somebody else's, or of another template or tenant.", body = Wrong),
         (status = 408, body = Wrong), (status = 413, body = Wrong), (status = 415, body = Wrong), (status = 422, description = "Its provider cannot do that.", body = Wrong),
         (status = 429, description = "Its tenant has nothing left.", body = Wrong), (status = 503, body = Wrong)))]
 async fn create(State(api): State<Api>, who: Who, Body(new): Body<NewSession>) -> Answer<Response> {

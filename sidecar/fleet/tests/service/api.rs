@@ -143,10 +143,14 @@ async fn a_caller_reaches_its_own_sessions_and_no_other() {
     let (status, made) = served.create("shop", json!({ "template": "task", "id": "a" })).await;
     assert_eq!((status, made["tenant"].as_str(), made["owner"].as_str()), (201, Some("acme"), Some("shop")), "its only tenant");
     assert_eq!(served.create("shop", json!({ "template": "task", "id": "a" })).await.0, 200, "the same is the same");
+    let (status, said) = served.create("shop", json!({ "template": "chat", "id": "a" })).await;
+    assert!(status == 409 && said["error"].as_str().unwrap().contains("made from template `task`"), "{said}");
     // An id that another has is neither told of nor taken over.
     let (status, said) = served.create("bank", json!({ "template": "task", "id": "a", "tenant": "acme" })).await;
     assert!(status == 409 && said.get("phase").is_none(), "{said}");
     assert_eq!(served.create("bank", json!({ "template": "task", "id": "b", "tenant": "acme" })).await.0, 201);
+    let (status, said) = served.create("bank", json!({ "template": "task", "id": "b", "tenant": "globex" })).await;
+    assert!(status == 409 && said["error"].as_str().unwrap().contains("of tenant `acme`"), "{said}");
     for (method, path) in
         [("GET", ""), ("DELETE", ""), ("POST", "/pause"), ("POST", "/resume"), ("GET", "/logs"), ("GET", "/hooks")]
     {
