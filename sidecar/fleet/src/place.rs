@@ -152,7 +152,7 @@ pub fn seat(guest: &mut Session, house: &mut Session, grace: Option<Duration>, n
     guest.made = Some(now);
     // Before the container does, so that it ends as it would by itself.
     if let Some(grace) = grace {
-        guest.ends = guest.ends.min((house.ends - grace).max(now));
+        guest.end_by((house.ends - grace).max(now));
     }
 }
 
@@ -564,6 +564,14 @@ mod tests {
         seat(&mut guest, &mut house, Some(Duration::from_secs(20)), now);
         assert!(!may_seat(&house, now) && house.spare().is_some(), "it is full, and known to be there");
         assert_eq!((guest.native.as_deref(), guest.ends), (Some("house/guest"), at(580)));
+        // Its container is taken away, and it has its own end again: the next one may be there for longer.
+        let price = crate::provider::Price { running: 0.0, paused: 0.0, stopped: 0.0, source: String::new() };
+        (guest.phase, guest.holds) = (Phase::Starting, false);
+        crate::plan::enter_phase(&mut guest, Phase::Creating, None, &price, now);
+        assert_eq!((guest.ends, guest.own_ends), (at(600), None));
+        let mut young = Session { ends: at(900), ..before.clone() };
+        seat(&mut guest, &mut young, Some(Duration::from_secs(20)), now);
+        assert_eq!(guest.ends, at(600));
         seat(&mut away, &mut before.clone(), None, now);
         assert_eq!(away.ends, at(600), "who is put away does not end with it");
         assert!(!may_seat(&Session { wanted: Wanted::Gone, ..before.clone() }, now));

@@ -871,6 +871,8 @@ pub fn enter_phase(session: &mut Session, phase: Phase, reason: Option<String>, 
         session.warm = None;
         session.hydrated = false;
         session.disrupted = None;
+        // What its container had to end before holds for no other.
+        session.ends = session.own_ends.take().unwrap_or(session.ends);
     }
     session.idle_since = matches!(phase, Phase::Ready | Phase::Idle).then_some(now);
     match phase {

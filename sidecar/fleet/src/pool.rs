@@ -138,7 +138,7 @@ pub fn hand_over(spare: &mut Session, session: &mut Session, price: &Price, now:
     session.made = spare.made.take();
     // Who comes into it later is to end before it does: its life began when it was made.
     if let (Some(_), Some(made)) = (&session.places, session.made) {
-        session.ends = session.ends.min(made + session.spec.ttl);
+        session.end_by(made + session.spec.ttl);
     }
     session.metered_since = Some(now);
     session.holds = true;

@@ -142,6 +142,9 @@ pub struct Session {
     pub created: Timestamp,
     /// When it is destroyed, whatever it does.
     pub ends: Timestamp,
+    /// When that would be but for the container that it has: see [`Session::end_by`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own_ends: Option<Timestamp>,
     /// The how-manieth container this is. With the id it makes the container's name, so that nobody can create it twice.
     pub generation: u32,
     /// The hooks of this phase have run.
@@ -253,6 +256,7 @@ impl Session {
             pattern,
             provider: provider.to_owned(),
             ends: now + spec.ttl,
+            own_ends: None,
             spec,
             wanted: Wanted::Running,
             phase: Phase::Requested,
@@ -297,6 +301,14 @@ impl Session {
     pub fn key(&self) -> String {
         let fleet = self.spec.labels.get(FLEET_LABEL).map_or("", String::as_str);
         self.taken.clone().unwrap_or_else(|| container_key(fleet, &self.id, self.generation))
+    }
+
+    /// It ends by then at the latest, because its container does. In another one it has its own end again.
+    pub fn end_by(&mut self, at: Timestamp) {
+        if at < self.ends {
+            self.own_ends.get_or_insert(self.ends);
+            self.ends = at;
+        }
     }
 
     /// Which sessions may have its container, if it waits for one, or a place in it, if it has one left.
