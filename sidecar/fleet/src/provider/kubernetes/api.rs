@@ -461,7 +461,10 @@ impl Answer {
             429 => Error::Busy { provider, after: self.after },
             // Credentials change, and so do quotas and what is in the way.
             401 | 408 | 409 | 410 => Error::Failed { provider, what },
-            403 if self.said.message.contains("exceeded quota") => Error::Failed { provider, what },
+            // A quota that was made a moment ago has not been counted yet.
+            403 if ["exceeded quota", "status unknown for quota"].iter().any(|full| self.said.message.contains(full)) => {
+                Error::Failed { provider, what }
+            }
             404 if self.said.reason != "NotFound" => Error::Refused {
                 provider,
                 what: format!("{what} (is it the API server's address, and are the custom resources installed?)"),
@@ -515,11 +518,13 @@ mod tests {
             Error::Missing { .. } => "missing",
             Error::Unsupported { .. } => "unsupported",
         };
+        let new = r#"pods "a" is forbidden: status unknown for quota: agents, resources: limits.cpu"#;
         for (status, reason, message, kind, expected) in [
             (404, "NotFound", r#"pods "a" not found"#, "pods", "missing"),
             (404, "NotFound", r#"namespaces "agents" not found"#, "namespaces", "refused"),
             (404, "", "404 page not found", "", "refused"),
             (403, "Forbidden", quota, "pods", "failed"),
+            (403, "Forbidden", new, "pods", "failed"),
             (403, "Forbidden", r#"pods is forbidden: User "x" cannot create resource "pods""#, "pods", "refused"),
             (400, "BadRequest", r#"admission webhook "policy.example" denied the request: no"#, "", "refused"),
             (422, "Invalid", "spec.containers: Required value", "pods", "refused"),

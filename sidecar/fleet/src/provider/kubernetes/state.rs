@@ -124,6 +124,7 @@ pub(super) struct Pod {
 #[serde(default, rename_all = "camelCase")]
 pub(super) struct PodSpec {
     active_deadline_seconds: Option<u64>,
+    restart_policy: String,
     node_name: Option<String>,
     pub(super) containers: Vec<Container>,
 }
@@ -214,6 +215,7 @@ struct ContainerStatus {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct ContainerState {
+    running: Option<serde::de::IgnoredAny>,
     waiting: Option<Word>,
     terminated: Option<Terminated>,
 }
@@ -291,7 +293,15 @@ impl Pod {
     }
 
     pub(super) fn is_over(&self) -> bool {
-        matches!(self.status.phase.as_str(), "Succeeded" | "Failed")
+        matches!(self.status.phase.as_str(), "Succeeded" | "Failed") || self.outlived()
+    }
+
+    /// Its agent has ended, and what somebody has put beside it has not: nobody ends a proxy that was injected as an ordinary container. Of a sidecar of ours
+    /// the pod's end is the end.
+    fn outlived(&self) -> bool {
+        let mut beside = self.status.container_statuses.iter().filter(|status| status.name != self.agent_name());
+        let runs = beside.any(|status| status.state.running.is_some());
+        self.spec.restart_policy == "Never" && self.ended().is_some() && runs
     }
 
     /// Somebody may still answer in there.
@@ -307,7 +317,12 @@ impl Pod {
     fn held_up(&self) -> Option<String> {
         let statuses = self.status.init_container_statuses.iter().chain(&self.status.container_statuses);
         let waiting = statuses.filter_map(waits).map(|waiting| words(&waiting.reason, &waiting.message)).next().flatten();
-        waiting.or_else(|| {
+        let failed = self.status.init_container_statuses.iter().find_map(|status| {
+            let ended = status.state.terminated.as_ref().filter(|ended| ended.exit_code != 0)?;
+            let why = words(&ended.reason, &ended.message).map_or_else(String::new, |why| format!(" ({why})"));
+            Some(format!("its init container `{}` has ended with exit code {}{why}", status.name, ended.exit_code))
+        });
+        waiting.or(failed).or_else(|| {
             let unplaced = self.status.conditions.iter().find(|one| one.r#type == "PodScheduled" && one.status == "False");
             unplaced.and_then(|one| words(&one.reason, &one.message))
         })
@@ -323,6 +338,7 @@ impl Pod {
             "" => State::Creating,
             "Pending" if statuses().filter_map(waits).any(hopeless) => State::Failed,
             "Pending" => State::Creating,
+            "Running" if self.outlived() => State::Stopped,
             // Its sidecar ends after it.
             "Running" if self.ended().is_some() => State::Stopping,
             "Running" if self.agent().is_some_and(|agent| agent.state.waiting.is_some()) => State::Creating,
@@ -406,10 +422,14 @@ fn quantity(text: &str) -> Option<f64> {
         "M" => 1e6,
         "G" => 1e9,
         "T" => 1e12,
+        "P" => 1e15,
+        "E" => 1e18,
         "Ki" => 1024.0,
         "Mi" => 1024f64.powi(2),
         "Gi" => 1024f64.powi(3),
         "Ti" => 1024f64.powi(4),
+        "Pi" => 1024f64.powi(5),
+        "Ei" => 1024f64.powi(6),
         other => 10f64.powi(other.strip_prefix(['e', 'E'])?.parse().ok()?),
     };
     Some(number * times)
@@ -653,12 +673,34 @@ mod tests {
                 Some(128),
                 Some("StartError: no such file"),
             ),
+            (
+                json!({"phase": "Failed", "initContainerStatuses": [{"name": "ready", "state": {"terminated": {"exitCode": 0, "reason": "Completed"}}},
+                    {"name": "proxy", "state": {"terminated": {"exitCode": 255, "reason": "Error", "message": "iptables: denied"}}}],
+                    "containerStatuses": agent(json!({"waiting": {"reason": "PodInitializing"}}))}),
+                State::Failed,
+                None,
+                Some("its init container `proxy` has ended with exit code 255 (Error: iptables: denied)"),
+            ),
             (json!({"phase": "Unknown", "reason": "NodeLost"}), State::Unknown(String::from("Unknown")), None, Some("NodeLost")),
         ];
         for (status, state, code, reason) in table {
             let said = told(json!({"metadata": {"name": "a"}, "status": status}));
             assert_eq!(said, (state, code, reason.map(String::from)), "{status}");
         }
+        // A proxy of a mesh is beside it, and does not end: of what is begun again that is no end.
+        let meshed = |policy: &str, proxy: &str| {
+            let statuses =
+                json!([{"name": "proxy", "state": {proxy: {}}}, {"name": "agent", "state": {"terminated": {"exitCode": 3}}}]);
+            let spec = json!({"restartPolicy": policy, "containers": [{"name": "proxy"}, {"name": "agent"}]});
+            let pod =
+                json!({"metadata": {"name": "a"}, "spec": spec, "status": {"phase": "Running", "containerStatuses": statuses}});
+            let over = serde_json::from_value::<Pod>(pod.clone()).unwrap().is_over();
+            let (state, code, _) = self::told(pod);
+            (state, code, over)
+        };
+        assert_eq!(meshed("Never", "running"), (State::Stopped, Some(3), true));
+        assert_eq!(meshed("Never", "terminated"), (State::Stopping, Some(3), false));
+        assert_eq!(meshed("Always", "running"), (State::Stopping, Some(3), false));
         let leaving = json!({"metadata": {"name": "a", "deletionTimestamp": "2026-11-27T00:00:00Z"}, "status": {"phase": "Running", "reason": "NodeLost"}});
         assert_eq!(told(leaving), (State::Stopping, None, Some(String::from("NodeLost"))));
     }
@@ -759,6 +801,9 @@ mod tests {
             ("128974848", 128974848.0),
             ("129e6", 129e6),
             ("129M", 129e6),
+            ("2E", 2e18),
+            ("2E3", 2e3),
+            ("1Pi", 1125899906842624.0),
             ("123Mi", 128974848.0),
         ] {
             assert_eq!(quantity(text), Some(expected), "{text}");
