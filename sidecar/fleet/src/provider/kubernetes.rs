@@ -23,6 +23,7 @@ use self::api::{Answer, Api, Ask, JSON, Kind, MERGE_PATCH};
 use self::claim::{Claim, WarmPool};
 use self::inside::Forwards;
 use self::job::Job;
+use self::notes::Notes;
 use self::state::{Container, Custom, Event, List, Meta, Pod};
 use super::secret::{self, Value as Open};
 use super::{
@@ -34,6 +35,7 @@ mod api;
 mod claim;
 mod inside;
 mod job;
+mod notes;
 mod pod;
 mod state;
 
@@ -284,6 +286,7 @@ pub struct Kubernetes {
     settings: Settings,
     api: Arc<Api>,
     forwards: Forwards,
+    notes: Notes,
 }
 
 impl Kubernetes {
@@ -296,7 +299,7 @@ impl Kubernetes {
             return Err(wrong);
         }
         let api = Api::new(settings.kubeconfig.clone(), settings.context.clone(), settings.namespace.clone());
-        Ok(Self { settings, api: Arc::new(api), forwards: Forwards::default() })
+        Ok(Self { settings, api: Arc::new(api), forwards: Forwards::default(), notes: Notes::default() })
     }
 
     fn kind(&self) -> Kind {
@@ -666,13 +669,26 @@ impl Provider for Kubernetes {
     }
 
     async fn state(&self, native: &str) -> Result<Sandbox> {
-        let found = self.look(native).await?;
-        if found.is_none() {
+        let Some((sandbox, pod)) = self.look(native).await? else {
             self.forwards.close(native);
+            self.notes.forget(native);
+            // What has ended is there until somebody removes it: whether that was us is for who asks.
+            let disrupted = Some(String::from("it is gone, and was not removed by the fleet"));
+            return Ok(Sandbox { disrupted, ..rest::missing(native) });
+        };
+        if sandbox.state != State::Creating || sandbox.reason.is_some() {
+            self.notes.forget(native);
+            return Ok(sandbox);
         }
-        // What has ended is there until somebody removes it: whether that was us is for who asks.
-        let disrupted = Some(String::from("it is gone, and was not removed by the fleet"));
-        Ok(found.map_or_else(|| Sandbox { disrupted, ..rest::missing(native) }, |(sandbox, _)| sandbox))
+        // By whoever makes it, or has it.
+        let about = match (&pod, self.settings.backend) {
+            (Some(pod), _) => ("Pod", pod.metadata.name.as_str()),
+            (None, Backend::Pod) => ("Pod", native),
+            (None, Backend::Job) => ("Job", native),
+            (None, Backend::Sandbox) => ("Sandbox", native),
+            (None, Backend::Claim) => ("SandboxClaim", native),
+        };
+        Ok(Sandbox { reason: self.notes.of(&self.api, native, about).await, ..sandbox })
     }
 
     async fn list(&self, labels: &BTreeMap<String, String>, page: Option<&str>) -> Result<Page> {

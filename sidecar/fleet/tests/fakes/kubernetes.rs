@@ -37,6 +37,8 @@ pub(crate) struct Kubernetes {
     claims: Contract,
     rights: Vec<Right>,
     used: Mutex<BTreeSet<Right>>,
+    /// What is not granted after all.
+    denied: Mutex<BTreeSet<Right>>,
     cluster: Arc<Mutex<Cluster>>,
     kubelet: tokio::task::JoinHandle<()>,
     /// What listens in every pod, on every port.
@@ -114,6 +116,8 @@ struct Cluster {
     queues: bool,
     /// The controller of agent-sandbox says no more.
     behind: bool,
+    /// What whoever makes pods for others is told instead.
+    held: Option<String>,
     /// Why kubelet does not take the next pod that it is given.
     full: Option<(&'static str, &'static str)>,
 }
@@ -176,6 +180,12 @@ fn selector(text: &str) -> Vec<(String, String)> {
 
 fn fits(object: &Value, wanted: &[(String, String)]) -> bool {
     wanted.iter().all(|(name, value)| object["metadata"]["labels"][name] == **value)
+}
+
+/// What an event can be asked for by.
+fn has_fields(object: &Value, wanted: &[(String, String)]) -> bool {
+    let at = |name: &str| object.pointer(&format!("/{}", name.replace('.', "/"))).cloned();
+    wanted.iter().all(|(name, value)| at(name) == Some(json!(value)))
 }
 
 fn status(code: u16, reason: &str, message: &str, kind: &str) -> Value {
@@ -250,6 +260,20 @@ impl Cluster {
             object["spec"]["suspend"] = json!(true);
         }
         self.put(kind, object, "ADDED")
+    }
+
+    /// Somebody tells of an object: of the same once, and when that was last.
+    fn tell(&mut self, (kind, name): (&str, &str), word: &str, reason: &str, message: &str) {
+        let called = format!("{name}.{}", reason.to_lowercase());
+        let event = json!({"apiVersion": "v1", "kind": "Event", "metadata": {"name": called}, "involvedObject": {"kind": kind, "name": name},
+            "type": word, "reason": reason, "message": message, "firstTimestamp": now(), "lastTimestamp": now(), "eventTime": null, "count": 1});
+        match self.get("events", &called) {
+            Some(_) => drop(self.change("events", &called, |event| {
+                event["lastTimestamp"] = json!(now());
+                event["count"] = json!(event["count"].as_u64().unwrap() + 1);
+            })),
+            None => drop(self.create("events", event)),
+        }
     }
 
     fn names(&self, kind: &str) -> Vec<String> {
@@ -424,7 +448,7 @@ impl Cluster {
             Some(pod) if suspended && pod["metadata"]["deletionTimestamp"].is_null() => {
                 drop(self.delete("pods", name, &json!({"gracePeriodSeconds": 1})))
             }
-            None if !suspended => {
+            None if !suspended && self.held.is_none() => {
                 let mut made = json!({"apiVersion": "v1", "kind": "Pod"});
                 made["metadata"] = custom["spec"]["podTemplate"]["metadata"].clone();
                 made["metadata"]["name"] = json!(name);
@@ -450,6 +474,9 @@ impl Cluster {
             conditions.push(json!({"type": "Finished", "status": "True", "reason": reason}));
         }
         conditions.push(json!({"type": "Ready", "status": is(reason == "DependenciesReady"), "reason": reason}));
+        if let (Some(held), None, false) = (&self.held, &pod, suspended) {
+            *conditions.last_mut().unwrap() = json!({"type": "Ready", "status": "False", "reason": "ReconcilerError", "message": format!("Error seen: {held}")});
+        }
         if custom["status"]["conditions"] != json!(conditions) && !self.behind {
             self.change("sandboxes", name, |custom| custom["status"]["conditions"] = json!(conditions));
         }
@@ -536,6 +563,8 @@ impl Cluster {
                     let last = if target["type"] == "FailureTarget" { "Failed" } else { "Complete" };
                     say(&mut status, last, target["reason"].as_str().unwrap(), target["message"].as_str().unwrap());
                 }
+            } else if let (0, Some(held)) = (there, self.held.clone()) {
+                self.tell(("Job", name), "Warning", "FailedCreate", &format!("Error creating: {held}"));
             } else if there == 0 {
                 let made = format!("{name}-{}", &uuid::Uuid::now_v7().simple().to_string()[27..]);
                 let mut pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": spec["template"]["metadata"], "spec": spec["template"]["spec"]});
@@ -547,6 +576,7 @@ impl Cluster {
                 pod["metadata"]["ownerReferences"] = json!([{"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": job["metadata"]["uid"],
                     "controller": true, "blockOwnerDeletion": true}]);
                 self.create("pods", pod);
+                self.tell(("Job", name), "Normal", "SuccessfulCreate", &format!("Created pod: {made}"));
             }
         }
         let active = pods.iter().filter(|pod| !over(pod) && !leaving(pod));
@@ -671,6 +701,9 @@ impl Cluster {
         };
         match agent["image"].as_str().unwrap() {
             "nowhere" => return waits(self, "ImagePullBackOff", String::from("Back-off pulling image \"nowhere\"")),
+            "unmounted" => {
+                return self.tell(("Pod", name), "Warning", "FailedMount", "MountVolume.SetUp failed for volume \"keep-0\"");
+            }
             "UPPER" => return waits(self, "InvalidImageName", String::from("couldn't parse image name \"UPPER\"")),
             _ => {}
         }
@@ -758,8 +791,8 @@ impl Kubernetes {
         cluster.lock().unwrap().values.insert(String::from("theirs"), theirs);
         let sandboxes = Contract::parse(include_str!("../../../../tests/specs/agent-sandbox/sandbox.json"));
         let claims = Contract::parse(include_str!("../../../../tests/specs/agent-sandbox/claim.json"));
-        let (rights, used) = (rights(), Mutex::default());
-        Self { sandboxes, claims, rights, used, cluster, kubelet, inside, token: Mutex::new((TOKEN.to_owned(), None)) }
+        let (rights, used, denied) = (rights(), Mutex::default(), Mutex::default());
+        Self { sandboxes, claims, rights, used, denied, cluster, kubelet, inside, token: Mutex::new((TOKEN.to_owned(), None)) }
     }
 
     pub(crate) fn count(&self, key: &str) -> usize {
@@ -829,6 +862,18 @@ impl Kubernetes {
         self.rights.iter().filter(of).cloned().collect()
     }
 
+    /// No controller can make a pod, or each can again.
+    pub(crate) fn hold_pods(&self, why: Option<&str>) {
+        self.cluster.lock().unwrap().held = why.map(String::from);
+    }
+
+    /// What rbac.yaml grants is not granted here.
+    pub(crate) fn deny(&self, group: &str, resource: &str, verb: &str) {
+        let right = [group, resource, verb].map(String::from).into();
+        assert!(self.rights.contains(&right));
+        self.denied.lock().unwrap().insert(right);
+    }
+
     /// A Job is let go, or no more.
     pub(crate) fn suspend(&self, name: &str, suspend: bool) {
         self.cluster.lock().unwrap().change("jobs", name, |job| job["spec"]["suspend"] = json!(suspend));
@@ -893,6 +938,14 @@ impl Kubernetes {
         if !known {
             return no(401, "Unauthorized", "Unauthorized", "");
         }
+        let right = right(request).expect("it was judged");
+        if self.denied.lock().unwrap().contains(&right) {
+            let (group, resource, verb) = right;
+            let said = format!(
+                "{kind} is forbidden: User \"fleet\" cannot {verb} resource \"{resource}\" in API group \"{group}\" in the namespace \"{NAMESPACE}\""
+            );
+            return no(403, "Forbidden", &said, kind);
+        }
         let mut cluster = self.cluster.lock().unwrap();
         let missing = |name: &str| no(404, "NotFound", &format!("{kind} \"{name}\" not found"), kind);
         match (request.method.as_str(), &rest[..]) {
@@ -938,10 +991,10 @@ impl Kubernetes {
                     said["metadata"] = json!({"continue": format!("{}+/{after}", cluster.version)});
                     return Reply::json(410, said);
                 }
-                let of_kind = cluster
-                    .objects
-                    .iter()
-                    .filter(|((of, name), object)| of == kind && name.as_str() > after && fits(object, &wanted));
+                let fields = selector(request.query("fieldSelector").unwrap_or_default());
+                let of_kind = cluster.objects.iter().filter(|((of, name), object)| {
+                    of == kind && name.as_str() > after && fits(object, &wanted) && has_fields(object, &fields)
+                });
                 let mut items: Vec<Value> = of_kind.map(|(_, object)| object.clone()).collect();
                 let mut head = json!({"resourceVersion": cluster.version.to_string()});
                 if items.len() > limit {
@@ -1064,6 +1117,7 @@ fn place(request: &Request) -> Option<(&'static str, Vec<&str>)> {
     match &request.segments()[..] {
         ["api", "v1", "namespaces", NAMESPACE, "pods", rest @ ..] => Some(("pods", rest.to_vec())),
         ["api", "v1", "namespaces", NAMESPACE, "secrets", rest @ ..] => Some(("secrets", rest.to_vec())),
+        ["api", "v1", "namespaces", NAMESPACE, "events", rest @ ..] => Some(("events", rest.to_vec())),
         ["apis", "batch", "v1", "namespaces", NAMESPACE, "jobs", rest @ ..] => Some(("jobs", rest.to_vec())),
         ["apis", "agents.x-k8s.io", "v1beta1", "namespaces", NAMESPACE, "sandboxes", rest @ ..] => {
             Some(("sandboxes", rest.to_vec()))
@@ -1221,7 +1275,9 @@ impl Api for Kubernetes {
         match (request.method.as_str(), &rest[..]) {
             ("POST", []) if own => Some(Call::Create),
             ("GET", []) if kind == "pods" && of_job => Some(Call::State),
-            ("GET", []) if request.query("watch").is_none() && kind != "sandboxwarmpools" => Some(Call::List),
+            ("GET", []) if request.query("watch").is_none() && !["sandboxwarmpools", "events"].contains(&kind) => {
+                Some(Call::List)
+            }
             ("GET", [_]) if kind == "pods" => Some(Call::State),
             // Of a claim that has nothing yet, there is nothing else that tells it.
             ("GET", [name]) if kind == "sandboxclaims" && unbound(name) => Some(Call::State),
@@ -1241,6 +1297,14 @@ impl Api for Kubernetes {
         let known: &[&str] = match (request.method.as_str(), &rest[..]) {
             ("POST", []) => &["fieldManager", "fieldValidation"],
             ("PATCH", [_]) => &["fieldManager"],
+            ("GET", []) if kind == "events" => {
+                let known = ["involvedObject.kind", "involvedObject.name", "involvedObject.uid", "reason", "type"];
+                let asked = selector(request.query("fieldSelector").unwrap_or_default());
+                if let Some((name, _)) = asked.iter().find(|(name, _)| !known.contains(&name.as_str())) {
+                    return Err(format!("{name} is not a known field selector"));
+                }
+                &["fieldSelector", "limit"]
+            }
             ("GET", []) => {
                 &["labelSelector", "limit", "continue", "watch", "allowWatchBookmarks", "resourceVersion", "timeoutSeconds"]
             }

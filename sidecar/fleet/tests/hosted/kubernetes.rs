@@ -16,7 +16,7 @@ use agent_fleet::provider::{
 };
 use agent_fleet::service::{Fleet, Hooks, Policies};
 use agent_fleet::session::{Pattern, Report, Session, Wanted};
-use agent_fleet::store;
+use agent_fleet::store::{self, Store};
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use jiff::Timestamp;
@@ -558,6 +558,75 @@ async fn a_job_that_somebody_queues_is_waited_for() {
     assert_eq!(world.fake.wrong(), Vec::<String>::new());
 }
 
+const QUOTA: &str =
+    "pods \"agent-1-x\" is forbidden: exceeded quota: agents, requested: limits.cpu=1, used: limits.cpu=4, limited: limits.cpu=4";
+
+/// Its controller makes the pod, and is told no: the object says nothing of it, or in words of its own.
+#[tokio::test]
+async fn what_holds_up_the_pod_that_a_controller_makes_is_told() {
+    for (more, says) in [
+        (json!({ "backend": "job" }), "FailedCreate: Error creating: "),
+        (json!({ "backend": "sandbox" }), "ReconcilerError: Error seen: "),
+        (json!({ "backend": "claim" }), "ReconcilerError: Error seen: "),
+    ] {
+        let world = Cluster::new(more.clone()).await;
+        world.fake.api.hold_pods(Some(QUOTA));
+        let asked = match more["backend"] == "claim" {
+            true => claimed("agent-1", "ignores"),
+            false => fleets("agent-1"),
+        };
+        install(&world);
+        let native = world.provider.create(&asked).await.unwrap().native;
+        let held = world.becomes(&native, |now| now.reason.is_some()).await;
+        assert_eq!((held.state, held.reason), (State::Creating, Some(format!("{says}{QUOTA}"))), "{more}");
+        // There is room again.
+        world.fake.api.hold_pods(None);
+        let up = world.becomes(&native, |now| now.state == State::Running).await;
+        assert_eq!(up.reason, None, "{more}");
+        assert_eq!(world.fake.wrong(), Vec::<String>::new());
+    }
+    // What kubelet waits for is told in the same way.
+    let world = Cluster::new(json!({})).await;
+    let native = world.provider.create(&Spec { image: String::from("unmounted"), ..fleets("agent-1") }).await.unwrap().native;
+    let held = world.becomes(&native, |now| now.reason.is_some()).await;
+    let volume = "FailedMount: MountVolume.SetUp failed for volume \"keep-0\"";
+    assert_eq!((held.state, held.reason.as_deref()), (State::Creating, Some(volume)));
+    assert_eq!(world.fake.api.unused(&["events"]), vec![]);
+    // Who may not know it says what has to be granted, and that is all that is missing.
+    let world = Cluster::new(json!({ "backend": "job" })).await;
+    world.fake.api.deny("", "events", "list");
+    world.fake.api.hold_pods(Some(QUOTA));
+    let native = world.provider.create(&fleets("agent-1")).await.unwrap().native;
+    let held = world.becomes(&native, |now| now.reason.is_some()).await;
+    let reason = held.reason.unwrap();
+    assert!(held.state == State::Creating && reason.contains("may not list") && reason.contains("rbac.yaml"), "{reason}");
+    world.fake.api.hold_pods(None);
+    world.becomes(&native, |now| now.state == State::Running).await;
+}
+
+#[tokio::test]
+async fn a_session_that_is_late_says_what_held_up_its_job() {
+    let world = Cluster::new(json!({ "backend": "job" })).await;
+    world.fake.api.hold_pods(Some(QUOTA));
+    let driven = Driven::new(&world, json!({ "backend": "job" }), Pattern::Ephemeral).await;
+    let waits = driven.becomes(|now| now.phase == Phase::Starting && now.reason.is_some()).await;
+    driven.stop().await;
+    let store = kept_for(Duration::from_secs(121), &waits).await;
+    let late = Driven::again(&world, json!({ "backend": "job" }), Pattern::Ephemeral, store).await;
+    let failed = late.ends().await;
+    let says = format!("it was not ready within 120 s: FailedCreate: Error creating: {QUOTA}");
+    assert_eq!((failed.phase, failed.reason), (Phase::Failed, Some(says)));
+    late.stop().await;
+}
+
+/// As if its fleet had ended so long ago.
+async fn kept_for(long: Duration, session: &Session) -> Arc<dyn Store> {
+    let store = store::memory().await.unwrap();
+    let (since, made) = (session.since - long, session.made.map(|made| made - long));
+    store.insert(&Session { since, made, ..session.clone() }).await.unwrap();
+    store
+}
+
 #[tokio::test]
 async fn a_secret_comes_after_its_pod_and_goes_with_it() {
     let (path, token) = secret("s3cret");
@@ -1002,6 +1071,19 @@ struct Driven {
 
 impl Driven {
     async fn new(world: &Cluster, more: Value, pattern: Pattern) -> Self {
+        let driven = Self::again(world, more, pattern, store::memory().await.unwrap()).await;
+        let can = driven.fleet.provider("cluster").unwrap().capabilities();
+        let spec = match can.command {
+            true => Spec { command: crate::command(Does::Ignore).unwrap(), ..spec("") },
+            false => Spec { image: String::from("ignores"), ..spec("") },
+        };
+        let session = Session::new("a".parse().unwrap(), ("t", "o"), pattern, "cluster", spec, Timestamp::now());
+        driven.fleet.create(session).await.unwrap();
+        driven
+    }
+
+    /// Another, of the same store.
+    async fn again(world: &Cluster, more: Value, pattern: Pattern, store: Arc<dyn Store>) -> Self {
         let mut settings = json!({ "kubeconfig": world.kubeconfig, "context": "here" });
         settings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let provider = Kubernetes::new(serde_json::from_value(settings).unwrap()).unwrap();
@@ -1017,15 +1099,8 @@ impl Driven {
         let edges =
             (Arc::new(Quiet) as Arc<dyn Hooks>, Arc::new(Same(policy)) as Arc<dyn Policies>, sidecars.clone() as Arc<dyn Inside>);
         let providers = BTreeMap::from([(String::from("cluster"), Arc::new(provider) as Arc<dyn Provider>)]);
-        let store = store::memory().await.unwrap();
         let fleet = Fleet::new("prod", store, providers, edges, BTreeMap::new(), Arc::new(Timestamp::now));
         let fleet = Arc::new(fleet.with_metrics(Arc::new(Metrics::new(["cluster"], [], []))));
-        let spec = match can.command {
-            true => Spec { command: crate::command(Does::Ignore).unwrap(), ..spec("") },
-            false => Spec { image: String::from("ignores"), ..spec("") },
-        };
-        let session = Session::new("a".parse().unwrap(), ("t", "o"), pattern, "cluster", spec, Timestamp::now());
-        fleet.create(session).await.unwrap();
         let (end, ended) = watch::channel(false);
         let task = tokio::spawn(Arc::clone(&fleet).run(ended));
         Self { fleet, sidecars, end, task }
@@ -1039,6 +1114,19 @@ impl Driven {
                 return now;
             }
             assert!(began.elapsed() < Duration::from_secs(60) && !now.phase.is_last(), "{now:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// When it is over, or has failed.
+    async fn ends(&self) -> Session {
+        let began = Instant::now();
+        loop {
+            let now = self.fleet.store().get(&"a".parse().unwrap()).await.unwrap().unwrap();
+            if now.is_over() {
+                return now;
+            }
+            assert!(began.elapsed() < Duration::from_secs(60), "{now:?}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }

@@ -51,6 +51,7 @@ pub(super) enum Kind {
     Claims,
     WarmPools,
     Templates,
+    Events,
 }
 
 impl Kind {
@@ -60,6 +61,7 @@ impl Kind {
             Kind::Pods => (&["api", "v1"], "pods"),
             Kind::Jobs => (&["apis", "batch", "v1"], "jobs"),
             Kind::Secrets => (&["api", "v1"], "secrets"),
+            Kind::Events => (&["api", "v1"], "events"),
             Kind::Sandboxes => (&["apis", "agents.x-k8s.io", "v1beta1"], "sandboxes"),
             Kind::Claims => (extensions, "sandboxclaims"),
             Kind::WarmPools => (extensions, "sandboxwarmpools"),
@@ -430,6 +432,11 @@ impl Answer {
     /// There is something of this name already.
     pub(super) fn exists(&self) -> bool {
         self.status == StatusCode::CONFLICT && self.said.reason == "AlreadyExists"
+    }
+
+    /// We may not ask for that.
+    pub(super) fn is_no_right(&self) -> bool {
+        self.status == StatusCode::FORBIDDEN && is_no_right(&self.said.message)
     }
 
     /// Where a list goes on that took so long that it is not the same list any more.
