@@ -28,6 +28,8 @@ pub struct Policy {
     pub node_drained: Option<Timestamp>,
     /// Nodes that are drained, where its container is placed anew without us: it is told of them. `None`: it is not.
     pub avoid: Option<Vec<String>>,
+    /// How long what has ended by itself is known, where its provider removes it then.
+    pub forgets: Option<Duration>,
     /// How long a container may take to end.
     pub stop_grace: Duration,
     pub pause_by: PauseBy,
@@ -53,6 +55,7 @@ impl Default for Policy {
             drained: None,
             node_drained: None,
             avoid: None,
+            forgets: None,
             stop_grace: Duration::from_secs(20),
             pause_by: PauseBy::Nothing,
             clears: false,
@@ -973,7 +976,7 @@ pub fn saw(session: &mut Session, sandbox: &Sandbox, policy: &Policy, price: &Pr
     if session.native.is_none() && !sandbox.state.is_gone() {
         session.native = Some(sandbox.native.clone());
     }
-    if session.disrupted.is_none() && !asked_to_end(session, policy) {
+    if session.disrupted.is_none() && !asked_to_end(session, policy) && !forgotten(session, sandbox, policy, now) {
         session.disrupted.clone_from(&sandbox.disrupted);
     }
     // What holds it up is all that is known when it is gone. Why somebody wants its end is not lost for that.
@@ -996,6 +999,13 @@ pub fn saw(session: &mut Session, sandbox: &Sandbox, policy: &Policy, price: &Pr
         session.cost_before_usd = session.cost_usd();
         session.report = None;
     }
+}
+
+/// Whether it may be gone because it had ended, so long ago that its provider has removed it. What is known to have been there later was taken away.
+fn forgotten(session: &Session, sandbox: &Sandbox, policy: &Policy, now: Timestamp) -> bool {
+    let there = session.made.max(session.report.as_ref().map(|report| report.at));
+    let long_ago = policy.forgets.is_some_and(|after| there.is_none_or(|there| there + after <= now));
+    sandbox.state.is_gone() && long_ago
 }
 
 /// Whether there is something in a container that is not ready yet, and nowhere else: it sleeps in there, or its agent has been at work before anybody asked.

@@ -538,6 +538,7 @@ impl Fleet {
         let price = provider.price(session.spec.size);
         let mut policy = self.policies.policy(&session);
         policy.drained = self.drained_until(&session.provider);
+        policy.forgets = provider.forgets();
         policy.shared(&session);
         let mut seen: Option<Seen> = None;
         // Until when a sidecar may say its first word.

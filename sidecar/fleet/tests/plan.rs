@@ -938,6 +938,43 @@ fn what_could_not_be_put_away_in_time_says_so() {
     assert_eq!(world.kept.reason, Some(format!("{TAKEN}; it ended before it was put away")));
 }
 
+/// A provider removes some time after its end what nobody has looked at: it has run, and is not begun again.
+#[test]
+fn what_may_be_gone_because_it_had_ended_is_not_made_anew() {
+    let world = World::new(Pattern::Ephemeral, PauseBy::Nothing, vec![], Duration::ZERO);
+    let policy = Policy { forgets: Some(Duration::from_secs(60)), ..Policy::default() };
+    let at = |seconds: u64| start() + Duration::from_secs(seconds);
+    let gone = Sandbox { state: State::Missing, disrupted: Some(String::from(TAKEN)), ..world.find() };
+    let begun = |reported: Option<u64>| {
+        let mut kept = session(Pattern::Ephemeral);
+        (kept.phase, kept.hooked, kept.holds) = (Phase::Starting, true, true);
+        (kept.made, kept.native) = (Some(start()), Some(String::from("c")));
+        kept.report = reported.map(|at_| report(at(at_), None));
+        kept
+    };
+    for (reported, now, taken) in [
+        (None, at(59), true),
+        (None, at(60), false),
+        // It was there half a minute ago: it cannot be gone for its age.
+        (Some(30), at(60), true),
+        (Some(30), at(90), false),
+    ] {
+        let mut kept = begun(reported);
+        saw(&mut kept, &gone, &policy, &price(), now);
+        assert_eq!(kept.disrupted.is_some(), taken, "{reported:?} {now}");
+        let seen = Seen { sandbox: gone.clone(), at: now };
+        let step = next(&kept, Some(&seen), &policy, now);
+        // What somebody has heard of has begun, and is not made anew either.
+        let again = matches!(step, Step::Enter(Phase::Creating, _));
+        let failed = matches!(step, Step::Enter(Phase::Failed, _));
+        assert_eq!((again, failed), (taken && reported.is_none(), !taken), "{reported:?} {now}: {step:?}");
+    }
+    // Whose provider keeps what has ended until it is removed was taken away, however long ago that was.
+    let mut kept = begun(None);
+    saw(&mut kept, &gone, &Policy::default(), &price(), at(3600));
+    assert!(kept.disrupted.is_some());
+}
+
 /// Our own wish is no disruption, and what a provider ends when it was told to is none.
 #[test]
 fn what_we_end_is_not_taken_away() {

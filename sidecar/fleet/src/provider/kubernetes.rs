@@ -43,8 +43,8 @@ const NAME: &str = "kubernetes";
 const PAGE: u16 = 100;
 /// Kubernetes counts a life in 31 bits.
 const TTL_MOST: Duration = Duration::from_secs(i32::MAX as u64);
-/// How long a Job that has ended is there, if nobody deletes it.
-const FINISHED_SECONDS: u32 = 3600;
+/// How long a Job that has ended is there, if nobody deletes it: longer than a fleet is away, mostly. It holds nothing but its log.
+const FINISHED_SECONDS: u32 = 24 * 3600;
 const FINISHED_LEAST: u32 = 60;
 /// The least that a pod is given to end in. Nothing at all would be to forget it, whether it has ended or not.
 const AT_ONCE: u64 = 1;
@@ -93,7 +93,7 @@ pub struct Settings {
     /// Directories that are there again after a pause, with their sizes: `/data = "10Gi"`. Sandboxes alone have them.
     pub keep: BTreeMap<String, String>,
     pub storage_class: Option<String>,
-    /// Of Jobs: how long one that has ended stays if the fleet does not remove it. Not said: an hour.
+    /// Of Jobs: how long one that has ended stays if the fleet does not remove it. Not said: a day.
     pub finished_seconds: Option<u32>,
     /// An image whose entry point is `agent-sidecar`: `hub` runs beside the agent, from before it begins until after it has ended.
     pub sidecar_image: Option<String>,
@@ -672,9 +672,12 @@ impl Provider for Kubernetes {
         let Some((sandbox, pod)) = self.look(native).await? else {
             self.forwards.close(native);
             self.notes.forget(native);
-            // What has ended is there until somebody removes it: whether that was us is for who asks.
+            // What has ended is there until somebody removes it: whether that was us, or its time for that has come, is for who asks.
             let disrupted = Some(String::from("it is gone, and was not removed by the fleet"));
-            return Ok(Sandbox { disrupted, ..rest::missing(native) });
+            let reason = self.forgets().map(|after| {
+                format!("it is gone, as a Job is {} s after its end, and how it ended was not seen", after.as_secs())
+            });
+            return Ok(Sandbox { reason, disrupted, ..rest::missing(native) });
         };
         if sandbox.state != State::Creating || sandbox.reason.is_some() {
             self.notes.forget(native);
@@ -689,6 +692,12 @@ impl Provider for Kubernetes {
             (None, Backend::Claim) => ("SandboxClaim", native),
         };
         Ok(Sandbox { reason: self.notes.of(&self.api, native, about).await, ..sandbox })
+    }
+
+    /// The cluster removes a Job some time after its end.
+    fn forgets(&self) -> Option<Duration> {
+        let seconds = self.settings.finished_seconds.unwrap_or(FINISHED_SECONDS);
+        (self.settings.backend == Backend::Job).then(|| Duration::from_secs(u64::from(seconds)))
     }
 
     async fn list(&self, labels: &BTreeMap<String, String>, page: Option<&str>) -> Result<Page> {

@@ -346,6 +346,10 @@ pub trait Provider: Send + Sync {
     async fn pause(&self, native: &str) -> Result<()>;
     /// Not on these nodes, where it is placed anew.
     async fn resume(&self, native: &str, avoid: &[String]) -> Result<()>;
+    /// How long what has ended by itself is there, where the provider removes it then: who has not looked for longer does not know how it ended.
+    fn forgets(&self) -> Option<Duration> {
+        None
+    }
     /// Whether what is taken away is placed anew without us.
     fn places_anew(&self) -> bool {
         false

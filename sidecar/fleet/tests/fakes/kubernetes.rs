@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -523,7 +524,9 @@ impl Cluster {
             return;
         }
         // Each that has ended is counted once.
+        let mut judged = None;
         for pod in pods.iter().filter(|pod| over(pod) && !pod["metadata"]["finalizers"].is_null()) {
+            judged = judged.or(by_policy(&spec["podFailurePolicy"], pod));
             let which = if pod["status"]["phase"] == "Succeeded" { "succeeded" } else { "failed" };
             status[which] = json!(status[which].as_u64().unwrap_or(0) + 1);
             self.release(&name_of(pod));
@@ -543,7 +546,9 @@ impl Cluster {
             let started: Timestamp = status["startTime"].as_str().unwrap().parse().unwrap();
             let late = started + spec["activeDeadlineSeconds"].as_i64().expect("we say how long").seconds() <= Timestamp::now();
             if status["conditions"][0].is_null() {
-                if status["failed"].as_u64() > spec["backoffLimit"].as_u64().or(Some(6)) {
+                if let Some(message) = judged {
+                    say(&mut status, "FailureTarget", "PodFailurePolicy", &message);
+                } else if status["failed"].as_u64() > spec["backoffLimit"].as_u64().or(Some(6)) {
                     say(&mut status, "FailureTarget", "BackoffLimitExceeded", "Job has reached the specified backoff limit");
                 } else if late {
                     say(&mut status, "FailureTarget", "DeadlineExceeded", "Job was active longer than specified deadline");
@@ -757,7 +762,7 @@ impl Process {
             for reader in readers {
                 drop(reader.join());
             }
-            *told.lock().unwrap() = Some(status.code().unwrap_or(137));
+            *told.lock().unwrap() = Some(status.code().unwrap_or_else(|| 128 + status.signal().expect("else it has a code")));
         });
         Self { machine, pid, log, ended, until: None, deadline: life.map(|life| Instant::now() + life) }
     }
@@ -827,6 +832,11 @@ impl Kubernetes {
         cluster.delete("pods", pod, &json!({}));
     }
 
+    /// Its agent is at its end.
+    pub(crate) fn crash(&self, pod: &str) {
+        kill("-KILL", &format!("-{}", self.cluster.lock().unwrap().running[pod].pid));
+    }
+
     /// Its node has no room, or ends: kubelet says so, and ends it at once.
     pub(crate) fn kill(&self, pod: &str) {
         let mut cluster = self.cluster.lock().unwrap();
@@ -884,10 +894,10 @@ impl Kubernetes {
         self.cluster.lock().unwrap().queues = true;
     }
 
-    /// A Job that is over has been so for an hour.
+    /// A Job that is over has been so for a day.
     /// `false`: it is not over.
-    pub(crate) fn pass_hour(&self, name: &str) -> bool {
-        let ended = (Timestamp::now() - 1.hours()).to_string();
+    pub(crate) fn pass_day(&self, name: &str) -> bool {
+        let ended = (Timestamp::now() - 24.hours()).to_string();
         let mut cluster = self.cluster.lock().unwrap();
         let over = cluster.get("jobs", name).is_some_and(|job| job["status"]["conditions"][1].is_object());
         if over {
@@ -1060,6 +1070,29 @@ impl Kubernetes {
             other => no(405, "MethodNotAllowed", &format!("{other:?}"), kind),
         }
     }
+}
+
+/// What the policy of a Job says of a pod that has failed.
+fn by_policy(policy: &Value, pod: &Value) -> Option<String> {
+    let failed = pod["status"]["phase"] == "Failed";
+    let rules = policy["rules"].as_array().filter(|_| failed)?;
+    let name = format!("{NAMESPACE}/{}", pod["metadata"]["name"].as_str().unwrap());
+    rules.iter().enumerate().find_map(|(n, rule)| {
+        assert_eq!(rule["action"], "FailJob");
+        let matching = format!("matching FailJob rule at index {n}");
+        let conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
+        let mut wanted = rule["onPodConditions"].as_array().into_iter().flatten();
+        if let Some(one) = wanted.next() {
+            let has = conditions.clone().any(|has| has["type"] == one["type"] && has["status"] == one["status"]);
+            return has.then(|| format!("Pod {name} has condition {} {matching}", one["type"].as_str().unwrap()));
+        }
+        let codes = &rule["onExitCodes"];
+        let of = codes["containerName"].as_str().unwrap();
+        let ended = pod["status"]["containerStatuses"].as_array().into_iter().flatten().find(|status| status["name"] == of)?;
+        let code = ended["state"]["terminated"]["exitCode"].as_i64().filter(|code| *code != 0)?;
+        assert!(codes["operator"] == "NotIn" && codes["values"] == json!([0]), "{codes}");
+        Some(format!("Container {of} for pod {name} failed with exit code {code} {matching}"))
+    })
 }
 
 /// Conditions, without when they came about.

@@ -509,7 +509,7 @@ async fn a_job_has_one_pod_and_neither_outlives_the_other() {
     world.provider.delete(&native).await.unwrap();
     world.becomes(&native, |now| now.state.is_gone()).await;
 
-    // It has ended by itself: log and code are there, and an hour later nothing is.
+    // It has ended by itself: log and code are there, and a day later nothing is.
     let exits = Spec { command: sh("echo printed; exit 3"), ..fleets("agent-2") };
     let native = world.provider.create(&exits).await.unwrap().native;
     let over = world.becomes(&native, |now| now.state == State::Stopped).await;
@@ -519,7 +519,7 @@ async fn a_job_has_one_pod_and_neither_outlives_the_other() {
     assert_eq!(world.fake.api.names("pods").len(), 1);
     // Its pod's end is known before its controller has said so.
     let began = Instant::now();
-    while !world.fake.api.pass_hour(&native) {
+    while !world.fake.api.pass_day(&native) {
         assert!(began.elapsed() < Duration::from_secs(60), "it is not over");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -617,6 +617,60 @@ async fn a_session_that_is_late_says_what_held_up_its_job() {
     let says = format!("it was not ready within 120 s: FailedCreate: Error creating: {QUOTA}");
     assert_eq!((failed.phase, failed.reason), (Phase::Failed, Some(says)));
     late.stop().await;
+}
+
+/// Its Job has ended and is gone, and nobody was there to see it.
+#[tokio::test]
+async fn work_that_is_done_is_not_done_again_because_its_job_was_removed_meanwhile() {
+    let jobs = json!({ "backend": "job", "finished_seconds": 60 });
+    let world = Cluster::new(jobs.clone()).await;
+    let driven = Driven::new(&world, jobs.clone(), Pattern::Ephemeral).await;
+    let begun = driven.becomes(|now| now.phase == Phase::Starting && now.native.is_some()).await;
+    driven.stop().await;
+    let native = begun.native.clone().unwrap();
+    world.becomes(&native, |now| now.state == State::Running).await;
+    // It does not hear, and is ended: that is its end, and its Job's.
+    let pod = world.fake.api.names("pods").remove(0);
+    world.fake.api.crash(&pod);
+    until(|| world.fake.api.pass_day(&native)).await;
+    until(|| world.fake.api.object("jobs", &native).is_none()).await;
+    let store = kept_for(Duration::from_secs(61), &begun).await;
+    let later = Driven::again(&world, jobs, Pattern::Ephemeral, store).await;
+    let failed = later.ends().await;
+    let says = "it was gone before it was ready: it is gone, as a Job is 60 s after its end, and how it ended was not seen";
+    assert_eq!((failed.phase, failed.generation, failed.reason.as_deref()), (Phase::Failed, 1, Some(says)));
+    let told = later.fleet.metrics().exposition([]);
+    assert!(told.contains("agent_fleet_disruptions_total{provider=\"cluster\"} 0\n"), "{told}");
+    later.stop().await;
+    let made = world.fake.seen().iter().filter(|what| what.starts_with("POST") && what.ends_with("/jobs")).count();
+    assert_eq!(made, 1);
+}
+
+/// Its pod is gone with its node, after it had ended: its Job has kept how.
+#[tokio::test]
+async fn a_job_knows_how_its_pod_has_ended_when_that_is_gone() {
+    let world = Cluster::new(json!({ "backend": "job" })).await;
+    for (key, code) in [("agent-1", 0), ("agent-2", 3)] {
+        let native = world.provider.create(&Spec { command: sh(&format!("exit {code}")), ..fleets(key) }).await.unwrap().native;
+        world.becomes(&native, |now| now.state == State::Stopped).await;
+        let over = || world.fake.api.object("jobs", &native).unwrap()["status"]["conditions"][1].is_object();
+        until(over).await;
+        for pod in world.fake.api.names("pods") {
+            world.fake.api.lose("pods", &pod);
+        }
+        until(|| world.fake.api.names("pods").is_empty()).await;
+        let told = world.provider.state(&native).await.unwrap();
+        assert_eq!((told.state, told.exit_code, told.disrupted), (State::Stopped, Some(code), None));
+    }
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+}
+
+async fn until(is: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !is() {
+        assert!(began.elapsed() < Duration::from_secs(60), "it does not come about");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// As if its fleet had ended so long ago.

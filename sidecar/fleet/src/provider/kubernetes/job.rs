@@ -7,11 +7,18 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::pod::AGENT;
 use super::state::{Condition, Container, Meta, Pod, Template, words};
 use crate::provider::{Sandbox, State};
 
 /// What its controller puts on its pods. Kubernetes 1.27.
 const NAME_LABEL: &str = "batch.kubernetes.io/job-name";
+
+/// The exit code of what has heard SIGTERM.
+const TOLD_TO_END: i32 = 143;
+/// That its pod has failed is its pod's to explain, if that is there.
+const POD_FAILED: [&str; 2] = ["BackoffLimitExceeded", POD_FAILURE_POLICY];
+const POD_FAILURE_POLICY: &str = "PodFailurePolicy";
 
 /// The spec around a pod's template.
 pub(super) fn spec(template: &Value, ttl_seconds: u64, finished_seconds: u32) -> Value {
@@ -23,6 +30,11 @@ pub(super) fn spec(template: &Value, ttl_seconds: u64, finished_seconds: u32) ->
         "ttlSecondsAfterFinished": finished_seconds,
         // While one is ending there is no second one.
         "podReplacementPolicy": "Failed",
+        // It is over in any case: how its pod has ended is in its condition then, and there also when the pod is gone with its node.
+        "podFailurePolicy": { "rules": [
+            { "action": "FailJob", "onPodConditions": [{ "type": "DisruptionTarget", "status": "True" }] },
+            { "action": "FailJob", "onExitCodes": { "containerName": AGENT, "operator": "NotIn", "values": [0] } },
+        ] },
         "template": template,
     })
 }
@@ -86,6 +98,16 @@ impl Job {
         own.max_by_key(|pod| (!pod.metadata.is_leaving(), pod.metadata.created()))
     }
 
+    /// The exit code of its pod, which may be gone.
+    fn exit_code(&self) -> Option<i32> {
+        // Of its one pod everything has ended well.
+        if self.condition("Complete").is_some() {
+            return Some(0);
+        }
+        let told = self.failed().or(self.condition("FailureTarget")).filter(|one| one.reason == POD_FAILURE_POLICY)?;
+        told.message.split_once("failed with exit code ")?.1.split(' ').next()?.parse().ok()
+    }
+
     /// By its own conditions.
     fn state(&self) -> State {
         if self.metadata.is_leaving() {
@@ -102,14 +124,14 @@ impl Job {
     }
 
     fn told(&self, state: State) -> Sandbox {
-        // That its pod has failed is its pod's to explain.
-        let failed = self.failed().or(self.condition("FailureTarget")).filter(|one| one.reason != "BackoffLimitExceeded");
+        let failed = self.failed().or(self.condition("FailureTarget")).filter(|one| !POD_FAILED.contains(&one.reason.as_str()));
         // Nothing is made until somebody lets it: that is waited for.
         let queued = self.condition("Suspended").filter(|_| self.spec.suspend && state == State::Creating);
         let life = self.spec.active_deadline_seconds.map(Duration::from_secs);
         let deadline = life.zip(self.status.start_time).and_then(|(life, start)| start.checked_add(life).ok());
         Sandbox {
             reason: failed.or(queued).and_then(|one| words(&one.reason, &one.message)),
+            exit_code: self.exit_code(),
             size: self.agent_spec().and_then(Container::size),
             deadline,
             disrupted: self.metadata.deleted(),
@@ -127,9 +149,11 @@ impl Job {
         let state = self.state();
         let Some(pod) = pod else {
             let late = self.failed().is_some_and(|one| one.reason == "DeadlineExceeded");
+            // Who is told to end is told by whoever takes its pod away.
+            let by_itself = self.exit_code().is_some_and(|code| code != TOLD_TO_END);
             let (state, gone) = match state {
                 // It was taken away before anybody has seen how it ended.
-                State::Stopped if self.failed().is_some() && !late => (State::Failed, true),
+                State::Stopped if self.failed().is_some() && !late && !by_itself => (State::Failed, true),
                 // What is counted as running is seen soon.
                 State::Running => (State::Creating, false),
                 other => (other, false),
@@ -154,7 +178,7 @@ impl Job {
         let disrupted = inner.disrupted.filter(|_| !by_its_own && !self.spec.suspend);
         Sandbox {
             reason: own.reason.or(inner.reason),
-            exit_code: inner.exit_code,
+            exit_code: inner.exit_code.or(own.exit_code),
             deadline,
             node: inner.node,
             disrupted: own.disrupted.clone().or(disrupted),
@@ -259,6 +283,28 @@ mod tests {
         ] {
             assert_eq!(job(json!({ "conditions": conditions })).with(None).disrupted.as_deref(), says, "{conditions}");
         }
+        // One that has done its work has, whoever has removed its pod.
+        let done = job(
+            json!({"conditions": [condition("SuccessCriteriaMet", "CompletionsReached"), condition("Complete", "CompletionsReached")]}),
+        );
+        for told in [done.sandbox(), done.with(None)] {
+            assert_eq!((told.state, told.exit_code, told.disrupted), (State::Stopped, Some(0), None));
+        }
+        let policy = |message: &str| {
+            let mut failed = condition("Failed", "PodFailurePolicy");
+            failed["message"] = json!(message);
+            job(json!({ "conditions": [failed] }))
+        };
+        let ended = policy("Container agent for pod agents/a-x failed with exit code 3 matching FailJob rule at index 1");
+        for told in [ended.sandbox(), ended.with(None)] {
+            assert_eq!((told.state, told.exit_code, told.reason, told.disrupted), (State::Stopped, Some(3), None, None));
+        }
+        let told =
+            policy("Container agent for pod agents/a-x failed with exit code 143 matching FailJob rule at index 1").with(None);
+        assert!(told.state == State::Failed && told.disrupted.is_some(), "{told:?}");
+        let taken = policy("Pod agents/a-x has condition DisruptionTarget matching FailJob rule at index 0").with(None);
+        assert_eq!((&taken.state, taken.exit_code), (&State::Failed, None));
+        assert!(taken.disrupted.is_some_and(|why| why.contains("has condition DisruptionTarget")));
         let begun = job(json!({"startTime": "2026-11-27T00:00:00Z"}));
         assert_eq!(begun.sandbox().deadline, "2026-11-27T00:01:00Z".parse().ok());
     }
