@@ -1278,6 +1278,30 @@ async fn a_pod_that_its_controller_makes_anew_is_put_where_it_may_be_by_then() {
     assert_eq!(world.fake.wrong(), Vec::<String>::new());
 }
 
+/// Evicted at the moment at which its node is drained: its controller did not know yet.
+#[tokio::test]
+async fn what_comes_back_to_a_node_that_is_drained_goes_from_there_again() {
+    let [one, two] = fakes::kubernetes::NODES.map(String::from);
+    let world = Cluster::new(sandboxes()).await;
+    let driven = Driven::new(&world, sandboxes(), Pattern::Hybrid).await;
+    driven.sidecars.0.store(true, Ordering::SeqCst);
+    let up = driven.becomes(|now| now.phase == Phase::Ready && now.node.as_ref() == Some(&one)).await;
+    let native = up.native.clone().unwrap();
+    let uid = || world.fake.api.object("pods", &native).map(|pod| pod["metadata"]["uid"].clone());
+    let first = uid();
+    world.fake.api.vanish(&native);
+    until(|| uid().is_some_and(|now| Some(now) != first)).await;
+    let hour = Timestamp::now() + Duration::from_secs(3600);
+    driven.fleet.drain(&Where::node("cluster", &one), Some(hour)).await.unwrap();
+    driven.becomes(|now| now.phase == Phase::Paused).await;
+    until(|| uid().is_none()).await;
+    driven.fleet.want(&up.id, Wanted::Running, "a message").await.unwrap();
+    let woken = driven.becomes(|now| now.phase == Phase::Ready && now.node.is_some()).await;
+    assert_eq!((woken.node, woken.generation), (Some(two), 1));
+    driven.stop().await;
+    assert_eq!(world.fake.wrong(), Vec::<String>::new());
+}
+
 #[test]
 fn settings_that_cannot_be_meant_are_said() {
     let wrong = |text: &str| Kubernetes::new(toml::from_str(text).unwrap()).err().unwrap_or_default();
