@@ -134,9 +134,12 @@ impl Claim {
         };
         let inner = custom.with(pod);
         let decided = matches!(own.state, State::Stopping | State::Failed);
+        let state = if decided { own.state.clone() } else { inner.state };
+        // What has held it up may still stand there.
+        let reason = inner.reason.or(own.reason.clone().filter(|_| state != State::Running));
         Sandbox {
-            state: if decided { own.state.clone() } else { inner.state },
-            reason: inner.reason.or(own.reason.clone()),
+            state,
+            reason,
             exit_code: inner.exit_code,
             size: inner.size,
             deadline: [own.deadline, inner.deadline].into_iter().flatten().min(),
@@ -185,6 +188,7 @@ mod tests {
             let claim = claim(condition);
             assert_eq!((claim.sandbox().state, claim.sandbox().reason.as_deref()), (alone, why), "{claim:?}");
             let with = claim.with(Some(&custom), Some(&runs));
+            assert!(with.state != State::Running || with.reason.is_none(), "{claim:?}");
             assert_eq!((with.state, with.native.as_str()), (bound, "a"), "{claim:?}");
             assert_eq!(with.deadline, "2026-11-27T02:00:00Z".parse().ok());
             // What it had is gone, and the controller makes another.
