@@ -53,25 +53,25 @@ unit: build install tests
 
 live: build install tests
 # Two CLIs at a time for two cores. What they are late for on a busy machine is asked again, twice at most, and said in the closing line.
-	tests/live/run -n 2 --reruns 2 -q
+	tests/live/run -n 2 --reruns 2 -q -rfER
 
 containers: build install
-	tests/containers/run -n 2 --reruns 1 -q
+	tests/containers/run -n 2 --reruns 1 -q -rfER
 
 # The fleet's providers, on a real daemon.
 fleet: install tests
-	tests/fleet/run -n 2 --reruns 1 -q
+	tests/fleet/run -n 2 --reruns 1 -q -rfER
 
 # What is in deploy/, as far as it can be tried on one machine.
 deploy: build install tests
-	tests/deploy/run -n 2 --dist loadfile --reruns 1 -q
+	tests/deploy/run -n 2 --dist loadfile --reruns 1 -q -rfER
 
 alerts: build install tests
 # The live run mostly waits; what is checked without it goes on beside.
-	tests/alerts/run -n 2 --dist loadfile --reruns 1 -q
+	tests/alerts/run -n 2 --dist loadfile --reruns 1 -q -rfER
 
 dashboards: build install tests
-	tests/dashboards/run --reruns 1 -q
+	tests/dashboards/run --reruns 1 -q -rfER
 
 ## The generated pages.
 docs: build
