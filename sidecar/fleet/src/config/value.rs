@@ -214,7 +214,6 @@ pub(super) fn form(value: &DeValue<'_>) -> String {
     }
 }
 
-/// "Did you mean", or what there is.
 /// Which one was meant of those that there are, or else all of them.
 pub fn nearest<'n>(name: &str, known: impl Iterator<Item = &'n str> + Clone) -> String {
     match written::near(name, known.clone(), |name| name) {
