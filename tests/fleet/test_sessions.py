@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import http.client
 import json
 import os
+import random
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,6 +216,62 @@ def test_a_fleet_that_is_killed_goes_on_where_it_was(fleet, api):
     for n in (1, 2):
         one.reaches(f"s{n}", "destroyed")
     assert one.containers() == []
+
+
+@pytest.fixture
+def postgres():
+    """The URL of one that is there as long as the test."""
+    beside = Path(__file__).with_name("postgres")
+    # As long as nobody has closed what it reads.
+    words = [beside, "sh", "-c", 'echo "$AGENT_FLEET_TEST_POSTGRES"; exec cat']
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        url = server.stdout.readline().strip()
+        assert url.startswith("postgres://"), url
+        yield url
+        server.stdin.close()
+
+
+def test_of_two_fleets_one_is_killed_again_and_again_and_nothing_is_made_twice(fleet, api, postgres, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEST_STORE", postgres)
+    fleets = [fleet(), None]
+    fleets[0].template("stays", "long-running", ["agent-sidecar", "hub"], stop_grace="2s")
+    text = fleets[0].file.read_text().replace(f'store = "sqlite:{tmp_path}/fleet.db"', 'store = { env = "TEST_STORE" }')
+    assert "TEST_STORE" in text
+    fleets[0].file.write_text(text)
+    fleets[1] = copy.copy(fleets[0])
+    fleets[1].port, fleets[1].file = harness.free_port(), tmp_path / "second.toml"
+    fleets[1].file.write_text(text.replace(f":{fleets[0].port}", f":{fleets[1].port}"))
+    chance = random.Random(11)
+
+    def dies() -> None:
+        """In the middle of whatever it does."""
+        one = chance.choice(fleets)
+        time.sleep(chance.random())
+        one.kill()
+        one.start()
+
+    try:
+        for one in fleets:
+            one.start()
+        names = [f"s{n}" for n in range(10)]
+        for n, name in enumerate(names):
+            # Whom its fleet has answered to is kept, whichever that was.
+            fleets[n % 2].create("stays", name)
+            if n % 2:
+                dies()
+        ready = [chance.choice(fleets).reaches(name, "ready", "idle") for name in names]
+        made = engine.docker("inspect", "--format", "{{.Id}}", *fleets[0].containers()).stdout.split()
+        assert sorted(session["container"] for session in ready) == sorted(made), "each has one, and nobody has another"
+        assert [session["generation"] for session in ready] == [1] * len(names)
+        for n, name in enumerate(names):
+            assert fleets[n % 2].get(f"/v1/sessions/{name}", "DELETE")[0] == 202
+            if n % 3 == 2:
+                dies()
+        for name in names:
+            chance.choice(fleets).reaches(name, "destroyed")
+        assert fleets[0].containers() == []
+    finally:
+        fleets[1].close()
 
 
 def test_an_agent_that_is_idle_is_put_to_sleep_and_goes_on_when_it_is_woken(fleet, api):
