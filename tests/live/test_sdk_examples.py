@@ -64,7 +64,8 @@ LANGUAGES = "Python, Java, Go, Rust and Ruby."
 def script(work: Path) -> dict:
     steps = [main(n, block, prompt_contains=text) for text, blocks in DOES.items() for n, block in enumerate(blocks)]
     others = [
-        {"when": {"agent": "subagent"}, "reply": {"blocks": ["This is what I found."]}},
+        # The main agent goes on beside it: what both say at once comes in any order, so it is the later one.
+        {"when": {"agent": "subagent"}, "reply": {"blocks": ["This is what I found."], "pace": {"first_byte_delay_ms": 3000}}},
         {"when": {"prompt_contains": "slowly"}, "reply": SLOWLY},
         {"when": {"prompt_contains": "three jokes"}, "reply": {"blocks": [{"thinking": "One, two, three."}, "A joke."]}},
         {"when": {"prompt_contains": "programming languages"}, "reply": {"blocks": [LANGUAGES]}},
