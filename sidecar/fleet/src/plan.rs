@@ -934,7 +934,7 @@ pub fn record(session: &mut Session, action: &Action, outcome: &Outcome, policy:
             return;
         }
         Outcome::Made(sandbox) => {
-            session.native = Some(sandbox.native.clone());
+            is_known(session, sandbox, now);
             session.node.clone_from(&sandbox.node);
             session.avoids = policy.avoid.clone().unwrap_or_default();
         }
@@ -974,7 +974,7 @@ pub fn saw(session: &mut Session, sandbox: &Sandbox, policy: &Policy, price: &Pr
         session.node.clone_from(&sandbox.node);
     }
     if session.native.is_none() && !sandbox.state.is_gone() {
-        session.native = Some(sandbox.native.clone());
+        is_known(session, sandbox, now);
     }
     if session.disrupted.is_none() && !asked_to_end(session, policy) && !forgotten(session, sandbox, policy, now) {
         session.disrupted.clone_from(&sandbox.disrupted);
@@ -1075,9 +1075,19 @@ fn failed(session: &mut Session, action: &Action, error: &provider::Error, polic
     session.retry_at = Some(now + doubled.max(asked));
 }
 
-/// Adds up what the container has cost since it was last asked.
+/// There is a container, and it is paid for since it was made: not since that was tried first, which may have been refused for a while.
+fn is_known(session: &mut Session, sandbox: &Sandbox, now: Timestamp) {
+    if session.native.is_none() {
+        let made = sandbox.created.map(|created| created.min(now));
+        session.metered_since = session.metered_since.map(|tried| made.map_or(tried, |made| made.max(tried)));
+    }
+    session.native = Some(sandbox.native.clone());
+}
+
+/// Adds up what the container has cost since it was last asked. As long as none is known there may be none, and nothing is added: once it is, it is
+/// paid for from its beginning.
 pub fn meter(session: &mut Session, price: &Price, now: Timestamp) {
-    let Some(since) = session.metered_since.filter(|_| session.holds) else { return };
+    let Some(since) = session.metered_since.filter(|_| session.holds && session.native.is_some()) else { return };
     let seconds = now.duration_since(since).as_secs_f64().max(0.0);
     let rate = match session.phase {
         Phase::Paused => price.paused,

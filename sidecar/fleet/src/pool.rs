@@ -132,6 +132,7 @@ pub fn may_give(spare: &Session, now: Timestamp) -> bool {
 /// The container goes over. What it has cost until now is nobody's, and from now on the session's.
 pub fn hand_over(spare: &mut Session, session: &mut Session, price: &Price, now: Timestamp) {
     let why = Some(format!("its container is session {}'s", session.id));
+    plan::meter(spare, price, now);
     session.taken = Some(spare.key());
     session.native = spare.native.take();
     session.node = spare.node.take();

@@ -1107,6 +1107,43 @@ fn a_provider_that_is_away_is_waited_for_as_long_as_a_container_may_take() {
     assert!(world.now.duration_since(began).as_secs() >= 120);
 }
 
+/// Tried again after half a minute, or found then: what it has cost after a minute, by when it was made.
+#[test]
+fn a_container_is_paid_for_since_it_was_made_and_one_that_never_was_is_not() {
+    let at = |seconds: i64| start() + jiff::SignedDuration::from_secs(seconds);
+    let paid = |made: Option<Option<Timestamp>>, found: bool| {
+        let mut world = World::new(Pattern::Ephemeral, PauseBy::Nothing, vec![], Duration::ZERO);
+        while world.kept.phase != Phase::Creating || !world.kept.hooked {
+            assert!(world.step());
+        }
+        let (kept, policy, price) = (&mut world.kept, Policy::default(), price());
+        let refused = Outcome::Failed(Error::Failed { provider: "test", what: String::from("exceeded quota") });
+        about_to(kept, &Action::Create, at(0));
+        record(kept, &Action::Create, &refused, &policy, &price, at(1));
+        if let Some(created) = made {
+            let sandbox = Sandbox { created, state: State::Creating, ..world.find() };
+            let kept = &mut world.kept;
+            if found {
+                saw(kept, &sandbox, &policy, &price, at(31));
+            } else {
+                about_to(kept, &Action::Create, at(30));
+                record(kept, &Action::Create, &Outcome::Made(Box::new(sandbox)), &policy, &price, at(31));
+            }
+        }
+        enter_phase(&mut world.kept, Phase::Stopping, None, &price, at(60));
+        world.kept.container_seconds
+    };
+    for found in [false, true] {
+        assert_eq!(paid(Some(Some(at(30))), found), 30.0);
+        assert_eq!(paid(Some(Some(at(0))), found), 60.0, "its answer was lost");
+        // Nobody knows, so it may have been the first time.
+        assert_eq!(paid(Some(None), found), 60.0);
+        // Its provider's clock is wrong.
+        assert_eq!((paid(Some(Some(at(-3600))), found), paid(Some(Some(at(3600))), found)), (60.0, 29.0));
+    }
+    assert_eq!(paid(None, false), 0.0);
+}
+
 /// The provider is asked about it, and its answer is of another shape, each time.
 #[test]
 fn what_nobody_can_read_is_removed_all_the_same_when_it_is_to_be() {

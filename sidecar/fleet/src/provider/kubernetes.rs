@@ -349,6 +349,7 @@ impl Kubernetes {
                     Some(custom) => self.find::<Pod>(Kind::Pods, custom.pod_name()).await?,
                     None => None,
                 };
+                let pod = pod.map(|pod| pod.claimed_at(claim.metadata.created()));
                 Ok(Some((claim.with(custom.as_ref(), pod.as_ref()), pod)))
             }
         }

@@ -649,7 +649,16 @@ impl Cluster {
             }
             let ended = *process.ended.lock().unwrap();
             if let Some(code) = ended {
-                if phase == "Running" {
+                // What does not say that it runs once is begun anew, and waits for that.
+                let again = pod["spec"]["restartPolicy"].as_str().is_none_or(|policy| policy != "Never");
+                if phase == "Running" && again && !overdue && pod["status"]["containerStatuses"][0]["lastState"].is_null() {
+                    self.change("pods", name, |pod| {
+                        let reason = if code == 0 { "Completed" } else { "Error" };
+                        let agent = &mut pod["status"]["containerStatuses"][0];
+                        agent["state"] = json!({"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s restarting failed container"}});
+                        agent["lastState"] = json!({"terminated": {"exitCode": code, "reason": reason, "finishedAt": now()}});
+                    });
+                } else if phase == "Running" && !again || overdue {
                     self.change("pods", name, |pod| {
                         pod["status"]["phase"] = json!(if code == 0 { "Succeeded" } else { "Failed" });
                         let reason = if code == 0 { "Completed" } else { "Error" };

@@ -91,10 +91,12 @@ fn install(world: &Cluster) {
         // Its container is not called as ours are.
         let container = json!({"name": "theirs", "image": "base", "command": command,
             "resources": {"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "1", "memory": "1Gi"}}});
+        // Most do not say what is to become of what has ended, and kubelet begins it anew.
+        let policy = if name == "exits-3" { "Never" } else { "Always" };
         world.fake.api.put(
             "sandboxtemplates",
             json!({"apiVersion": api, "kind": "SandboxTemplate", "metadata": {"name": name},
-            "spec": {"podTemplate": {"metadata": {}, "spec": {"containers": [container]}}}}),
+            "spec": {"podTemplate": {"metadata": {}, "spec": {"restartPolicy": policy, "containers": [container]}}}}),
         );
         world.fake.api.put(
             "sandboxwarmpools",

@@ -206,10 +206,12 @@ pub(super) struct Condition {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, rename_all = "camelCase")]
 struct ContainerStatus {
     name: String,
     state: ContainerState,
+    /// How it ended before it was begun anew.
+    last_state: ContainerState,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -296,12 +298,27 @@ impl Pod {
         matches!(self.status.phase.as_str(), "Succeeded" | "Failed") || self.outlived()
     }
 
-    /// Its agent has ended, and what somebody has put beside it has not: nobody ends a proxy that was injected as an ordinary container. Of a sidecar of ours
-    /// the pod's end is the end.
+    /// Its agent has ended, and its pod goes on: kubelet begins the agent anew, as whoever has written the pod wants it, or what somebody has put beside it
+    /// has not ended, as a proxy that was injected as an ordinary container. Of a sidecar of ours the pod's end is the end.
     fn outlived(&self) -> bool {
         let mut beside = self.status.container_statuses.iter().filter(|status| status.name != self.agent_name());
-        let runs = beside.any(|status| status.state.running.is_some());
-        self.spec.restart_policy == "Never" && self.ended().is_some() && runs
+        self.ended().is_some() && (self.is_begun_anew() || beside.any(|status| status.state.running.is_some()))
+    }
+
+    /// Kubelet begins its containers again when they have ended. That is so of every pod that does not say otherwise, and what the API gives says it always.
+    fn is_begun_anew(&self) -> bool {
+        matches!(self.spec.restart_policy.as_str(), "Always" | "OnFailure")
+    }
+
+    /// As whoever has claimed it at that time has it: what ended before was the end of nothing of theirs.
+    pub(super) fn claimed_at(mut self, at: Option<Timestamp>) -> Self {
+        let name = self.agent_name().to_owned();
+        let before = |ended: &Terminated| ended.finished_at.zip(at).is_some_and(|(ended, at)| ended < at);
+        let agents = self.status.container_statuses.iter_mut().filter(|status| status.name == name);
+        for agent in agents.filter(|agent| agent.last_state.terminated.as_ref().is_some_and(before)) {
+            agent.last_state = ContainerState::default();
+        }
+        self
     }
 
     /// Somebody may still answer in there.
@@ -309,8 +326,10 @@ impl Pod {
         self.status.phase == "Running"
     }
 
+    /// The end of its agent, which runs once: also where it runs again.
     fn ended(&self) -> Option<&Terminated> {
-        self.agent()?.state.terminated.as_ref()
+        let agent = self.agent()?;
+        agent.state.terminated.as_ref().or(agent.last_state.terminated.as_ref().filter(|_| self.is_begun_anew()))
     }
 
     /// Why it is not further, by whoever says it first.
@@ -378,7 +397,8 @@ impl Pod {
             return Some(told("its node did not take its pod", words(reason, message)));
         }
         // What the pod itself says of its end is known.
-        if let Some(ended) = self.ended().filter(|ended| phase == "Failed" && reason.is_empty() && unknown(ended)) {
+        let over = (phase == "Failed" || self.is_begun_anew()) && reason.is_empty();
+        if let Some(ended) = self.ended().filter(|ended| over && unknown(ended)) {
             return Some(told("its node has lost its container", words(&ended.reason, &ended.message)));
         }
         // Or it ends for that.
@@ -687,7 +707,7 @@ mod tests {
             let said = told(json!({"metadata": {"name": "a"}, "status": status}));
             assert_eq!(said, (state, code, reason.map(String::from)), "{status}");
         }
-        // A proxy of a mesh is beside it, and does not end: of what is begun again that is no end.
+        // A proxy of a mesh is beside it, and does not end.
         let meshed = |policy: &str, proxy: &str| {
             let statuses =
                 json!([{"name": "proxy", "state": {proxy: {}}}, {"name": "agent", "state": {"terminated": {"exitCode": 3}}}]);
@@ -700,7 +720,29 @@ mod tests {
         };
         assert_eq!(meshed("Never", "running"), (State::Stopped, Some(3), true));
         assert_eq!(meshed("Never", "terminated"), (State::Stopping, Some(3), false));
-        assert_eq!(meshed("Always", "running"), (State::Stopping, Some(3), false));
+        assert_eq!(meshed("Always", "running"), (State::Stopped, Some(3), true));
+        // What kubelet begins anew has ended, whichever of its lives is looked at.
+        let ended = json!({"terminated": {"exitCode": 3, "finishedAt": "2026-11-27T00:00:10Z"}});
+        for state in [&json!({"running": {}}), &json!({"waiting": {"reason": "CrashLoopBackOff", "message": "back-off"}}), &ended]
+        {
+            let pod = |policy: &str| {
+                json!({"metadata": {"name": "a"}, "spec": {"restartPolicy": policy, "containers": [{"name": "agent"}]}, "status": {"phase": "Running",
+                    "containerStatuses": [{"name": "agent", "restartCount": 1, "state": state, "lastState": &ended}]}})
+            };
+            assert_eq!(told(pod("Always")), (State::Stopped, Some(3), None), "{state}");
+            assert_eq!(told(pod("OnFailure")).0, State::Stopped, "{state}");
+            let claimed = |at: &str| serde_json::from_value::<Pod>(pod("Always")).unwrap().claimed_at(at.parse().ok()).sandbox();
+            assert_eq!(claimed("2026-11-27T00:00:10Z").exit_code, Some(3), "{state}");
+            let before = claimed("2026-11-27T00:00:11Z");
+            let now = if state.get("terminated").is_some() {
+                (State::Stopped, Some(3))
+            } else if state.get("running").is_some() {
+                (State::Running, None)
+            } else {
+                (State::Creating, None)
+            };
+            assert_eq!((before.state, before.exit_code), now, "{state}");
+        }
         let leaving = json!({"metadata": {"name": "a", "deletionTimestamp": "2026-11-27T00:00:00Z"}, "status": {"phase": "Running", "reason": "NodeLost"}});
         assert_eq!(told(leaving), (State::Stopping, None, Some(String::from("NodeLost"))));
     }
