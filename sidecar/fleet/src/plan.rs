@@ -358,8 +358,9 @@ impl Planner<'_> {
             State::Running if self.session.archive.is_some() && !self.session.hydrated => Step::Do(Action::Hydrate),
             State::Running => Step::Do(Action::Ask),
             State::Stopped | State::Failed => {
-                // What was seen of it before, if it says no more.
-                let reason = container.reason.clone().or_else(|| self.session.reason.clone());
+                // What was seen of it before, if it says no more: what held it up is no reason for the end of one that has begun.
+                let before = || self.session.reason.clone().filter(|_| container.exit_code.is_none());
+                let reason = container.reason.clone().or_else(before);
                 let last = Sandbox { reason, ..container.clone() };
                 enter(Phase::Failed, format!("it ended before it was ready{}", why(&last)))
             }

@@ -518,8 +518,10 @@ fn why_it_was_never_ready_is_said() {
     let settled = world.now + Duration::from_secs(60);
     let gone = Seen { at: settled, ..at(State::Missing, None, None) };
     assert_eq!(failed(&kept, &gone, settled), "it was gone before it was ready: ImagePullBackOff: no such image");
-    let mute = at(State::Stopped, Some(1), None);
-    assert_eq!(failed(&kept, &mute, world.now), "it ended before it was ready (exit code 1: ImagePullBackOff: no such image)");
+    let mute = |code| at(State::Stopped, code, None);
+    assert_eq!(failed(&kept, &mute(None), world.now), "it ended before it was ready (ImagePullBackOff: no such image)");
+    // It has begun after all.
+    assert_eq!(failed(&kept, &mute(Some(1)), world.now), "it ended before it was ready (exit code 1)");
     // Who wants its end has said why.
     (kept.wanted, kept.reason) = (Wanted::Gone, Some(String::from("enough")));
     saw(&mut kept, &at(State::Running, None, Some("unhealthy")).sandbox, &world.policy, &price(), world.now);
