@@ -935,7 +935,7 @@ pub fn record(session: &mut Session, action: &Action, outcome: &Outcome, policy:
             return;
         }
         Outcome::Made(sandbox) => {
-            is_known(session, sandbox, now);
+            made(session, sandbox, now);
             session.node.clone_from(&sandbox.node);
             session.avoids = policy.avoid.clone().unwrap_or_default();
         }
@@ -975,7 +975,7 @@ pub fn saw(session: &mut Session, sandbox: &Sandbox, policy: &Policy, price: &Pr
         session.node.clone_from(&sandbox.node);
     }
     if session.native.is_none() && !sandbox.state.is_gone() {
-        is_known(session, sandbox, now);
+        made(session, sandbox, now);
     }
     if session.disrupted.is_none() && !asked_to_end(session, policy) && !forgotten(session, sandbox, policy, now) {
         session.disrupted.clone_from(&sandbox.disrupted);
@@ -1077,10 +1077,10 @@ fn failed(session: &mut Session, action: &Action, error: &provider::Error, polic
 }
 
 /// There is a container, and it is paid for since it was made: not since that was tried first, which may have been refused for a while.
-fn is_known(session: &mut Session, sandbox: &Sandbox, now: Timestamp) {
+fn made(session: &mut Session, sandbox: &Sandbox, now: Timestamp) {
     if session.native.is_none() {
-        let made = sandbox.created.map(|created| created.min(now));
-        session.metered_since = session.metered_since.map(|tried| made.map_or(tried, |made| made.max(tried)));
+        let created = sandbox.created.map(|created| created.min(now));
+        session.metered_since = session.metered_since.map(|tried| created.map_or(tried, |created| created.max(tried)));
     }
     session.native = Some(sandbox.native.clone());
 }

@@ -302,11 +302,11 @@ impl Pod {
     /// has not ended, as a proxy that was injected as an ordinary container. Of a sidecar of ours the pod's end is the end.
     fn outlived(&self) -> bool {
         let mut beside = self.status.container_statuses.iter().filter(|status| status.name != self.agent_name());
-        self.ended().is_some() && (self.is_begun_anew() || beside.any(|status| status.state.running.is_some()))
+        self.ended().is_some() && (self.restarts() || beside.any(|status| status.state.running.is_some()))
     }
 
     /// Kubelet begins its containers again when they have ended. That is so of every pod that does not say otherwise, and what the API gives says it always.
-    fn is_begun_anew(&self) -> bool {
+    fn restarts(&self) -> bool {
         matches!(self.spec.restart_policy.as_str(), "Always" | "OnFailure")
     }
 
@@ -329,7 +329,7 @@ impl Pod {
     /// The end of its agent, which runs once: also where it runs again.
     fn ended(&self) -> Option<&Terminated> {
         let agent = self.agent()?;
-        agent.state.terminated.as_ref().or(agent.last_state.terminated.as_ref().filter(|_| self.is_begun_anew()))
+        agent.state.terminated.as_ref().or(agent.last_state.terminated.as_ref().filter(|_| self.restarts()))
     }
 
     /// Why it is not further, by whoever says it first.
@@ -397,7 +397,7 @@ impl Pod {
             return Some(told("its node did not take its pod", words(reason, message)));
         }
         // What the pod itself says of its end is known.
-        let over = (phase == "Failed" || self.is_begun_anew()) && reason.is_empty();
+        let over = (phase == "Failed" || self.restarts()) && reason.is_empty();
         if let Some(ended) = self.ended().filter(|ended| over && unknown(ended)) {
             return Some(told("its node has lost its container", words(&ended.reason, &ended.message)));
         }
