@@ -20,6 +20,8 @@ mod conformance;
 const CONTEXT: &str = "agent-fleet";
 const USER: u32 = 1000;
 const EXTENSIONS: &str = "extensions.agents.x-k8s.io/v1beta1";
+/// What the suite has containers do.
+const DONE: [Does; 5] = [Does::Wait, Does::Ignore, Does::Exit(0), Does::Exit(3), Does::Serve(8080)];
 /// What a container can be, by the path of its kind.
 const KINDS: [&str; 4] = [
     "api/v1/pods",
@@ -111,8 +113,7 @@ impl Cluster {
 
     /// Templates by what their containers do, and a pool of each.
     async fn install(&self) {
-        let all = [Does::Wait, Does::Ignore, Does::Exit(0), Does::Exit(3), Does::Serve(8080)];
-        for does in all {
+        for does in DONE {
             let name = template(does);
             let container = json!({"name": "theirs", "image": self.image, "command": command(does),
                 "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
@@ -129,6 +130,16 @@ impl Cluster {
                     Err(kube_client::Error::Api(said)) if said.code == 409 => {}
                     made => drop(made.expect("what is installed")),
                 }
+            }
+        }
+    }
+
+    /// Pools first: they would make again what is theirs.
+    async fn uninstall(&self) {
+        for does in DONE {
+            let name = template(does);
+            for (plural, name) in [("sandboxwarmpools", format!("/{name}-pool")), ("sandboxtemplates", format!("/{name}"))] {
+                drop(self.ask(Method::DELETE, &format!("apis/{EXTENSIONS}/{plural}"), &name, None).await.expect("it was there"));
             }
         }
     }
@@ -219,5 +230,6 @@ async fn claims_do_what_every_provider_must() {
     if cluster.has_sandboxes("claims").await {
         cluster.install().await;
         conformance::run(&cluster.provider, &cluster).await;
+        cluster.uninstall().await;
     }
 }

@@ -829,6 +829,14 @@ impl Kubernetes {
         self.cluster.lock().unwrap().names(kind)
     }
 
+    /// Its container has ended at that time, and was begun anew.
+    pub(crate) fn restarted(&self, pod: &str, at: &str) {
+        self.cluster.lock().unwrap().change("pods", pod, |pod| {
+            let ended = json!({"exitCode": 1, "reason": "Error", "finishedAt": at});
+            pod["status"]["containerStatuses"][0]["lastState"] = json!({"terminated": ended});
+        });
+    }
+
     /// Somebody removes it.
     pub(crate) fn lose(&self, kind: &str, name: &str) {
         self.cluster.lock().unwrap().delete(kind, name, &json!({}));

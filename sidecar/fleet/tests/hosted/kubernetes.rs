@@ -268,6 +268,8 @@ async fn a_claim_has_what_waited_and_what_it_needs_is_asked_for_before() {
         assert!(began.elapsed() < Duration::from_secs(60), "nothing is warm: {there:?}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     };
+    // What it did while it waited is nobody's.
+    world.fake.api.restarted(&warm, "2026-01-01T00:00:00Z");
     let native = world.provider.create(&claimed("agent-1", "waits")).await.unwrap().native;
     assert_eq!(native, "agent-1", "it is known by the claim");
     let up = world.becomes(&native, |now| now.state == State::Running).await;
